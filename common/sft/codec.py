@@ -1,0 +1,146 @@
+"""Tensors <-> bytes: element types, and the packing away of padding.
+
+Shape suffixes: B batch, S padded sequence, T tokens left after packing, R width on the wire.
+
+Packing is exact: attention ignores padded positions, the loss does not see them, and their gradient is zero.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Dict, List, Tuple
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from sft.batch import attention_mask
+from sft.errors import ProtocolError
+from sft.v1 import split_training_pb2 as pb
+
+DATA_TYPES: Dict[str, pb.DataType] = {
+    "float32": pb.DATA_TYPE_FLOAT32,
+    "bfloat16": pb.DATA_TYPE_BFLOAT16,
+    "float16": pb.DATA_TYPE_FLOAT16,
+}
+"""Names as options spell them."""
+
+_TORCH = {
+    pb.DATA_TYPE_FLOAT32: torch.float32,
+    pb.DATA_TYPE_BFLOAT16: torch.bfloat16,
+    pb.DATA_TYPE_FLOAT16: torch.float16,
+}
+
+
+def encode_tensor(x: Tensor, data_type: pb.DataType = pb.DATA_TYPE_FLOAT32) -> pb.Tensor:
+    """Any float tensor, converted to the wire's type."""
+    flat = x.detach().to("cpu", _TORCH[data_type]).contiguous().reshape(-1)
+    data = flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+    return pb.Tensor(data_type=data_type, shape=list(x.shape), data=data)
+
+
+def decode_tensor(message: pb.Tensor, device: torch.device) -> Tensor:
+    """Back to float32, on `device`. Raises ProtocolError when type, shape and length do not fit together."""
+    dtype = _TORCH.get(message.data_type)
+    if dtype is None:
+        raise ProtocolError(f"tensor of unknown element type {int(message.data_type)}")
+    size = math.prod(message.shape) * (4 if dtype == torch.float32 else 2)
+    if size != len(message.data):
+        raise ProtocolError(f"tensor of shape {list(message.shape)} needs {size} bytes, {len(message.data)} came")
+    if not size:
+        return torch.zeros(tuple(message.shape), device=device)
+    x = torch.frombuffer(bytearray(message.data), dtype=dtype).reshape(tuple(message.shape))
+    return x.to(device, torch.float32)
+
+
+def pack(x_BSR: Tensor, lengths: List[int]) -> Tensor:
+    """The rows of tokens, padding left out: (T, R), sequence after sequence."""
+    return x_BSR[attention_mask(lengths, x_BSR.shape[1]).bool().to(x_BSR.device)]
+
+
+def unpack(x_TR: Tensor, lengths: List[int], padded_length: int) -> Tensor:
+    """The inverse of `pack`: (B, S, R), zeros at padding."""
+    x_BSR = x_TR.new_zeros(len(lengths), padded_length, x_TR.shape[-1])
+    x_BSR[attention_mask(lengths, padded_length).bool().to(x_TR.device)] = x_TR
+    return x_BSR
+
+
+def encode_activation(a_BSR: Tensor, lengths: List[int], data_type: pb.DataType) -> pb.Activation:
+    """What the edge sends of a micro-batch."""
+    packed = encode_tensor(pack(a_BSR, lengths), data_type)
+    return pb.Activation(packed=packed, lengths=lengths, padded_length=a_BSR.shape[1])
+
+
+def decode_activation(
+    message: pb.Activation, width: int, max_length: int, device: torch.device
+) -> Tuple[Tensor, List[int]]:
+    """What the cloud feeds to net_2: a_BSR with zeros at padding, and the lengths.
+
+    Raises ProtocolError when the fields contradict each other or the model; sizes are checked before memory is taken.
+    """
+    lengths, padded_length = list(message.lengths), message.padded_length
+    if not lengths or min(lengths) < 1 or max(lengths) > padded_length:
+        raise ProtocolError(f"lengths must be from 1 to the padded length {padded_length}, and at least one")
+    if padded_length > max_length:
+        raise ProtocolError(f"padded length {padded_length} is more than the model's {max_length} positions")
+    expected = [sum(lengths), width]
+    if list(message.packed.shape) != expected:
+        raise ProtocolError(f"the activation has shape {list(message.packed.shape)}, the lengths say {expected}")
+    return unpack(decode_tensor(message.packed, device), lengths, padded_length), lengths
+
+
+def encode_labels(labels: Dict[str, Tensor]) -> pb.Labels:
+    """Labels as `sft.batch.Batch` holds them."""
+    if "start_positions" in labels:
+        spans = pb.Labels.Spans(starts=labels["start_positions"].tolist(), ends=labels["end_positions"].tolist())
+        return pb.Labels(spans=spans)
+    y = labels["labels"]
+    if y.dtype == torch.int64:
+        return pb.Labels(classes=pb.Labels.Classes(ids=y.tolist()))
+    columns = y.shape[1] if y.dim() == 2 else 0
+    return pb.Labels(values=pb.Labels.Values(values=y.reshape(-1).tolist(), columns=columns))
+
+
+def decode_labels(
+    message: pb.Labels, lengths: List[int], padded_length: int, config: PretrainedConfig, head: str
+) -> Dict[str, Tensor]:
+    """The labels of a micro-batch, as the library's heads take them.
+
+    Raises ProtocolError when they are of another kind than the head predicts, of another number, or out of range.
+    """
+    kind = message.WhichOneof("kind")
+    if kind != _kind_for(config, head):
+        raise ProtocolError(f"this head learns from {_kind_for(config, head)}, but the labels are {kind}")
+    B, num_labels = len(lengths), int(config.num_labels or 0)
+    if kind == "spans":
+        starts, ends = list(message.spans.starts), list(message.spans.ends)
+        _check_count(len(starts), B)
+        _check_count(len(ends), B)
+        if max(starts + ends) >= padded_length:
+            raise ProtocolError(f"an answer span reaches beyond the padded length {padded_length}")
+        return {"start_positions": torch.tensor(starts), "end_positions": torch.tensor(ends)}
+    if kind == "classes":
+        ids = list(message.classes.ids)
+        _check_count(len(ids), B)
+        if min(ids) < 0 or max(ids) >= num_labels:
+            raise ProtocolError(f"class ids must be from 0 to {num_labels - 1}")
+        return {"labels": torch.tensor(ids)}
+    columns = message.values.columns
+    if columns != (0 if num_labels == 1 else num_labels):
+        raise ProtocolError(f"label rows have {columns} columns, the head has {num_labels} outputs")
+    _check_count(len(message.values.values), B * max(columns, 1))
+    y = torch.tensor(list(message.values.values), dtype=torch.float32)
+    if not bool(torch.isfinite(y).all()):
+        raise ProtocolError("a label is not a finite number")
+    return {"labels": y.reshape(B, columns) if columns else y}
+
+
+def _kind_for(config: PretrainedConfig, head: str) -> str:
+    if head == "question-answering":
+        return "spans"
+    return "classes" if config.problem_type == "single_label_classification" else "values"
+
+
+def _check_count(count: int, expected: int) -> None:
+    if count != expected:
+        raise ProtocolError(f"{expected} labels expected, {count} came")

@@ -1,0 +1,96 @@
+"""Every error this project raises on purpose; a user sees its one line, and the exit code of its class.
+
+SFTError                        1
+├── UsageError                  2   flags, configuration files
+│   └── CutError                2   layer or rank out of range
+├── DataError                   3   rows of the data set
+├── CheckpointError             4   a model directory, missing, torn or of an unsupported kind
+│   └── UnsupportedModelError   4   an architecture or head that cannot be cut
+├── LinkError                   5   the cloud, or the way to it
+│   ├── ServerUnavailableError  5   nobody answers
+│   ├── ServerFullError         5   no room for another session
+│   ├── ProtocolError           5   not ours, another version, or a message that breaks the rules
+│   └── SessionLostError        5   the session ended before the run did
+├── TrainingError               6   the optimizer or the loss cannot go on
+│   └── NonFiniteLossError      6   NaN or infinity
+├── StorageError                7   a full or read-only disk
+└── VerificationError           8   `sft-edge verify` found a difference
+"""
+
+from __future__ import annotations
+
+
+class SFTError(Exception):
+    """Base of the tree. The message says in one line what was wrong and what to do."""
+
+    exit_code = 1
+
+
+class UsageError(SFTError):
+    """A flag or a configuration file does not make sense."""
+
+    exit_code = 2
+
+
+class CutError(UsageError):
+    """The split layer or the split rank is outside what the model has."""
+
+
+class DataError(SFTError):
+    """A data file is missing or a row of it is malformed; the message names file and line."""
+
+    exit_code = 3
+
+
+class CheckpointError(SFTError):
+    """A model directory is missing, torn, or does not fit its configuration."""
+
+    exit_code = 4
+
+
+class UnsupportedModelError(CheckpointError):
+    """No family file describes how to cut this architecture or head."""
+
+
+class LinkError(SFTError):
+    """The other side, or the way to it, failed."""
+
+    exit_code = 5
+
+
+class ServerUnavailableError(LinkError):
+    """Nobody answers at the address."""
+
+
+class ServerFullError(LinkError):
+    """The server has no room for another session, or its queue is full."""
+
+
+class ProtocolError(LinkError):
+    """The other side is not ours, speaks another version, or broke the protocol."""
+
+
+class SessionLostError(LinkError):
+    """The session ended before the run did."""
+
+
+class TrainingError(SFTError):
+    """The optimizer or the loss cannot go on."""
+
+    exit_code = 6
+
+
+class NonFiniteLossError(TrainingError):
+    """The loss became NaN or infinite."""
+
+
+class StorageError(SFTError):
+    """Something could not be written: a full or read-only disk."""
+
+    exit_code = 7
+
+
+class VerificationError(SFTError):
+    """Split training and one-process training differ by more than the tolerance."""
+
+    exit_code = 8

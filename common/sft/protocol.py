@@ -1,0 +1,34 @@
+"""Constants of the wire that both sides must agree on, and gRPC's channel settings."""
+
+from __future__ import annotations
+
+from typing import List, Tuple
+
+PROTOCOL_VERSION = 1
+"""Raised when a change of the .proto makes old and new sides misunderstand each other."""
+
+MAX_MESSAGE_BYTES = 256 << 20
+"""Largest message either side accepts: a full-width activation of 128 x 512 tokens x 1024 floats."""
+
+_LIMITS: List[Tuple[str, int]] = [
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+]
+
+CLIENT_OPTIONS: List[Tuple[str, int]] = _LIMITS + [
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    # An edge that computes for minutes has no message under way, yet the link must be known to live.
+    ("grpc.http2.max_pings_without_data", 0),
+    # Each run dials for itself: a subchannel shared with another run of the process would share its back-off too.
+    ("grpc.use_local_subchannel_pool", 1),
+]
+
+SERVER_OPTIONS: List[Tuple[str, int]] = _LIMITS + [
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    # Below the client's keepalive time, or the server would answer `too_many_pings` and hang up.
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    # Two servers on one port would share its connections at random; the second must fail instead.
+    ("grpc.so_reuseport", 0),
+]

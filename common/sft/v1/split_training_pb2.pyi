@@ -1,0 +1,295 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Mapping, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class DataType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DATA_TYPE_UNSPECIFIED: _ClassVar[DataType]
+    DATA_TYPE_FLOAT32: _ClassVar[DataType]
+    DATA_TYPE_BFLOAT16: _ClassVar[DataType]
+    DATA_TYPE_FLOAT16: _ClassVar[DataType]
+
+class Head(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    HEAD_UNSPECIFIED: _ClassVar[Head]
+    HEAD_SEQUENCE_CLASSIFICATION: _ClassVar[Head]
+    HEAD_QUESTION_ANSWERING: _ClassVar[Head]
+
+class Mode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    MODE_UNSPECIFIED: _ClassVar[Mode]
+    MODE_SFT: _ClassVar[Mode]
+    MODE_SL: _ClassVar[Mode]
+DATA_TYPE_UNSPECIFIED: DataType
+DATA_TYPE_FLOAT32: DataType
+DATA_TYPE_BFLOAT16: DataType
+DATA_TYPE_FLOAT16: DataType
+HEAD_UNSPECIFIED: Head
+HEAD_SEQUENCE_CLASSIFICATION: Head
+HEAD_QUESTION_ANSWERING: Head
+MODE_UNSPECIFIED: Mode
+MODE_SFT: Mode
+MODE_SL: Mode
+
+class Tensor(_message.Message):
+    __slots__ = ("data_type", "shape", "data")
+    DATA_TYPE_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    data_type: DataType
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    data: bytes
+    def __init__(self, data_type: _Optional[_Union[DataType, str]] = ..., shape: _Optional[_Iterable[int]] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class Cut(_message.Message):
+    __slots__ = ("mode", "split_layer", "split_rank")
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    SPLIT_LAYER_FIELD_NUMBER: _ClassVar[int]
+    SPLIT_RANK_FIELD_NUMBER: _ClassVar[int]
+    mode: Mode
+    split_layer: int
+    split_rank: int
+    def __init__(self, mode: _Optional[_Union[Mode, str]] = ..., split_layer: _Optional[int] = ..., split_rank: _Optional[int] = ...) -> None: ...
+
+class OptimizerArgument(_message.Message):
+    __slots__ = ("number", "integer", "flag", "text", "numbers")
+    class Numbers(_message.Message):
+        __slots__ = ("values",)
+        VALUES_FIELD_NUMBER: _ClassVar[int]
+        values: _containers.RepeatedScalarFieldContainer[float]
+        def __init__(self, values: _Optional[_Iterable[float]] = ...) -> None: ...
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    INTEGER_FIELD_NUMBER: _ClassVar[int]
+    FLAG_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    NUMBERS_FIELD_NUMBER: _ClassVar[int]
+    number: float
+    integer: int
+    flag: bool
+    text: str
+    numbers: OptimizerArgument.Numbers
+    def __init__(self, number: _Optional[float] = ..., integer: _Optional[int] = ..., flag: bool = ..., text: _Optional[str] = ..., numbers: _Optional[_Union[OptimizerArgument.Numbers, _Mapping]] = ...) -> None: ...
+
+class ParameterGroup(_message.Message):
+    __slots__ = ("parameter_names", "arguments")
+    class ArgumentsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: OptimizerArgument
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[OptimizerArgument, _Mapping]] = ...) -> None: ...
+    PARAMETER_NAMES_FIELD_NUMBER: _ClassVar[int]
+    ARGUMENTS_FIELD_NUMBER: _ClassVar[int]
+    parameter_names: _containers.RepeatedScalarFieldContainer[str]
+    arguments: _containers.MessageMap[str, OptimizerArgument]
+    def __init__(self, parameter_names: _Optional[_Iterable[str]] = ..., arguments: _Optional[_Mapping[str, OptimizerArgument]] = ...) -> None: ...
+
+class Optimizer(_message.Message):
+    __slots__ = ("name", "groups")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    groups: _containers.RepeatedCompositeFieldContainer[ParameterGroup]
+    def __init__(self, name: _Optional[str] = ..., groups: _Optional[_Iterable[_Union[ParameterGroup, _Mapping]]] = ...) -> None: ...
+
+class OpenSessionRequest(_message.Message):
+    __slots__ = ("protocol_version", "package_version", "model_name", "config_json", "head", "cut", "seed", "weights_sha256", "factors_sha256", "optimizer", "wire_data_type")
+    PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    PACKAGE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    MODEL_NAME_FIELD_NUMBER: _ClassVar[int]
+    CONFIG_JSON_FIELD_NUMBER: _ClassVar[int]
+    HEAD_FIELD_NUMBER: _ClassVar[int]
+    CUT_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_SHA256_FIELD_NUMBER: _ClassVar[int]
+    FACTORS_SHA256_FIELD_NUMBER: _ClassVar[int]
+    OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
+    WIRE_DATA_TYPE_FIELD_NUMBER: _ClassVar[int]
+    protocol_version: int
+    package_version: str
+    model_name: str
+    config_json: str
+    head: Head
+    cut: Cut
+    seed: int
+    weights_sha256: str
+    factors_sha256: str
+    optimizer: Optimizer
+    wire_data_type: DataType
+    def __init__(self, protocol_version: _Optional[int] = ..., package_version: _Optional[str] = ..., model_name: _Optional[str] = ..., config_json: _Optional[str] = ..., head: _Optional[_Union[Head, str]] = ..., cut: _Optional[_Union[Cut, _Mapping]] = ..., seed: _Optional[int] = ..., weights_sha256: _Optional[str] = ..., factors_sha256: _Optional[str] = ..., optimizer: _Optional[_Union[Optimizer, _Mapping]] = ..., wire_data_type: _Optional[_Union[DataType, str]] = ...) -> None: ...
+
+class OpenSessionResponse(_message.Message):
+    __slots__ = ("session_id", "missing_blobs", "package_version", "device")
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    MISSING_BLOBS_FIELD_NUMBER: _ClassVar[int]
+    PACKAGE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    session_id: str
+    missing_blobs: _containers.RepeatedScalarFieldContainer[str]
+    package_version: str
+    device: str
+    def __init__(self, session_id: _Optional[str] = ..., missing_blobs: _Optional[_Iterable[str]] = ..., package_version: _Optional[str] = ..., device: _Optional[str] = ...) -> None: ...
+
+class UploadBlobRequest(_message.Message):
+    __slots__ = ("sha256", "total_bytes", "data")
+    SHA256_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    sha256: str
+    total_bytes: int
+    data: bytes
+    def __init__(self, sha256: _Optional[str] = ..., total_bytes: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class UploadBlobResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class DownloadWeightsRequest(_message.Message):
+    __slots__ = ("session_id",)
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    session_id: str
+    def __init__(self, session_id: _Optional[str] = ...) -> None: ...
+
+class DownloadWeightsResponse(_message.Message):
+    __slots__ = ("data",)
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    data: bytes
+    def __init__(self, data: _Optional[bytes] = ...) -> None: ...
+
+class Labels(_message.Message):
+    __slots__ = ("classes", "values", "spans")
+    class Classes(_message.Message):
+        __slots__ = ("ids",)
+        IDS_FIELD_NUMBER: _ClassVar[int]
+        ids: _containers.RepeatedScalarFieldContainer[int]
+        def __init__(self, ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    class Values(_message.Message):
+        __slots__ = ("values", "columns")
+        VALUES_FIELD_NUMBER: _ClassVar[int]
+        COLUMNS_FIELD_NUMBER: _ClassVar[int]
+        values: _containers.RepeatedScalarFieldContainer[float]
+        columns: int
+        def __init__(self, values: _Optional[_Iterable[float]] = ..., columns: _Optional[int] = ...) -> None: ...
+    class Spans(_message.Message):
+        __slots__ = ("starts", "ends")
+        STARTS_FIELD_NUMBER: _ClassVar[int]
+        ENDS_FIELD_NUMBER: _ClassVar[int]
+        starts: _containers.RepeatedScalarFieldContainer[int]
+        ends: _containers.RepeatedScalarFieldContainer[int]
+        def __init__(self, starts: _Optional[_Iterable[int]] = ..., ends: _Optional[_Iterable[int]] = ...) -> None: ...
+    CLASSES_FIELD_NUMBER: _ClassVar[int]
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    SPANS_FIELD_NUMBER: _ClassVar[int]
+    classes: Labels.Classes
+    values: Labels.Values
+    spans: Labels.Spans
+    def __init__(self, classes: _Optional[_Union[Labels.Classes, _Mapping]] = ..., values: _Optional[_Union[Labels.Values, _Mapping]] = ..., spans: _Optional[_Union[Labels.Spans, _Mapping]] = ...) -> None: ...
+
+class Activation(_message.Message):
+    __slots__ = ("packed", "lengths", "padded_length")
+    PACKED_FIELD_NUMBER: _ClassVar[int]
+    LENGTHS_FIELD_NUMBER: _ClassVar[int]
+    PADDED_LENGTH_FIELD_NUMBER: _ClassVar[int]
+    packed: Tensor
+    lengths: _containers.RepeatedScalarFieldContainer[int]
+    padded_length: int
+    def __init__(self, packed: _Optional[_Union[Tensor, _Mapping]] = ..., lengths: _Optional[_Iterable[int]] = ..., padded_length: _Optional[int] = ...) -> None: ...
+
+class Attach(_message.Message):
+    __slots__ = ("session_id",)
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    session_id: str
+    def __init__(self, session_id: _Optional[str] = ...) -> None: ...
+
+class Forward(_message.Message):
+    __slots__ = ("activation", "labels", "loss_scale")
+    ACTIVATION_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
+    LOSS_SCALE_FIELD_NUMBER: _ClassVar[int]
+    activation: Activation
+    labels: Labels
+    loss_scale: float
+    def __init__(self, activation: _Optional[_Union[Activation, _Mapping]] = ..., labels: _Optional[_Union[Labels, _Mapping]] = ..., loss_scale: _Optional[float] = ...) -> None: ...
+
+class Evaluate(_message.Message):
+    __slots__ = ("activation",)
+    ACTIVATION_FIELD_NUMBER: _ClassVar[int]
+    activation: Activation
+    def __init__(self, activation: _Optional[_Union[Activation, _Mapping]] = ...) -> None: ...
+
+class Commit(_message.Message):
+    __slots__ = ("step", "learning_rates", "clip_scale")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    LEARNING_RATES_FIELD_NUMBER: _ClassVar[int]
+    CLIP_SCALE_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    learning_rates: _containers.RepeatedScalarFieldContainer[float]
+    clip_scale: float
+    def __init__(self, step: _Optional[int] = ..., learning_rates: _Optional[_Iterable[float]] = ..., clip_scale: _Optional[float] = ...) -> None: ...
+
+class EdgeMessage(_message.Message):
+    __slots__ = ("step", "micro_batch", "commit", "attach", "forward", "evaluate")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    MICRO_BATCH_FIELD_NUMBER: _ClassVar[int]
+    COMMIT_FIELD_NUMBER: _ClassVar[int]
+    ATTACH_FIELD_NUMBER: _ClassVar[int]
+    FORWARD_FIELD_NUMBER: _ClassVar[int]
+    EVALUATE_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    micro_batch: int
+    commit: Commit
+    attach: Attach
+    forward: Forward
+    evaluate: Evaluate
+    def __init__(self, step: _Optional[int] = ..., micro_batch: _Optional[int] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., attach: _Optional[_Union[Attach, _Mapping]] = ..., forward: _Optional[_Union[Forward, _Mapping]] = ..., evaluate: _Optional[_Union[Evaluate, _Mapping]] = ...) -> None: ...
+
+class Attached(_message.Message):
+    __slots__ = ("next_step",)
+    NEXT_STEP_FIELD_NUMBER: _ClassVar[int]
+    next_step: int
+    def __init__(self, next_step: _Optional[int] = ...) -> None: ...
+
+class Result(_message.Message):
+    __slots__ = ("loss", "packed_gradient", "squared_gradient_norm")
+    LOSS_FIELD_NUMBER: _ClassVar[int]
+    PACKED_GRADIENT_FIELD_NUMBER: _ClassVar[int]
+    SQUARED_GRADIENT_NORM_FIELD_NUMBER: _ClassVar[int]
+    loss: float
+    packed_gradient: Tensor
+    squared_gradient_norm: float
+    def __init__(self, loss: _Optional[float] = ..., packed_gradient: _Optional[_Union[Tensor, _Mapping]] = ..., squared_gradient_norm: _Optional[float] = ...) -> None: ...
+
+class Evaluation(_message.Message):
+    __slots__ = ("logits",)
+    LOGITS_FIELD_NUMBER: _ClassVar[int]
+    logits: Tensor
+    def __init__(self, logits: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
+
+class Committed(_message.Message):
+    __slots__ = ("next_step",)
+    NEXT_STEP_FIELD_NUMBER: _ClassVar[int]
+    next_step: int
+    def __init__(self, next_step: _Optional[int] = ...) -> None: ...
+
+class CloudMessage(_message.Message):
+    __slots__ = ("step", "micro_batch", "cloud_seconds", "attached", "result", "evaluation", "committed")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    MICRO_BATCH_FIELD_NUMBER: _ClassVar[int]
+    CLOUD_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    ATTACHED_FIELD_NUMBER: _ClassVar[int]
+    RESULT_FIELD_NUMBER: _ClassVar[int]
+    EVALUATION_FIELD_NUMBER: _ClassVar[int]
+    COMMITTED_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    micro_batch: int
+    cloud_seconds: float
+    attached: Attached
+    result: Result
+    evaluation: Evaluation
+    committed: Committed
+    def __init__(self, step: _Optional[int] = ..., micro_batch: _Optional[int] = ..., cloud_seconds: _Optional[float] = ..., attached: _Optional[_Union[Attached, _Mapping]] = ..., result: _Optional[_Union[Result, _Mapping]] = ..., evaluation: _Optional[_Union[Evaluation, _Mapping]] = ..., committed: _Optional[_Union[Committed, _Mapping]] = ...) -> None: ...

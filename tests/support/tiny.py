@@ -1,0 +1,107 @@
+"""Tiny checkpoints made on the fly: random weights and a tokenizer that reads any text, without a hub."""
+
+from __future__ import annotations
+
+import string
+from pathlib import Path
+from typing import Dict, List, Optional
+
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+)
+
+FAMILIES = ("bert", "roberta", "electra", "distilbert")
+
+_WORDS = """a an and are bad best but by did do every film for from good great had has he her his how in is it its like
+many more most movie no not of on one or people plot she so some story that the their there they this to very was were
+what when where which who why with worst""".split()
+
+
+def tiny_vocabulary(special_tokens: List[str]) -> Dict[str, int]:
+    """About 200 pieces, `special_tokens` first; every printable ASCII word can be spelled with them."""
+    characters = string.ascii_lowercase + string.digits
+    pieces = list(special_tokens) + list(characters) + ["##" + one for one in characters] + list(string.punctuation)
+    pieces += [word for word in _WORDS if len(word) > 1]
+    return {piece: index for index, piece in enumerate(pieces)}
+
+
+def tiny_tokenizer(family: str = "bert", max_length: int = 128) -> PreTrainedTokenizerFast:
+    """A WordPiece tokenizer with the special tokens of the family; only BERT and ELECTRA make token types."""
+    if family == "roberta":  # <pad> is 1, as in the real one: RoBERTa counts positions from there
+        begin, pad, end, unknown, mask = specials = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    else:
+        pad, unknown, begin, end, mask = specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    vocabulary = tiny_vocabulary(specials)
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=unknown))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{begin}:0 $A:0 {end}:0",
+        pair=f"{begin}:0 $A:0 {end}:0 $B:1 {end}:1",
+        special_tokens=[(token, vocabulary[token]) for token in (begin, end)],
+    )
+    inputs = ["input_ids", "attention_mask"]
+    if family in ("bert", "electra"):
+        inputs.insert(1, "token_type_ids")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_max_length=max_length,
+        model_input_names=inputs,
+        pad_token=pad,
+        unk_token=unknown,
+        cls_token=begin,
+        sep_token=end,
+        mask_token=mask,
+    )
+
+
+def tiny_config(family: str = "bert", layers: int = 4, **overrides: object) -> PretrainedConfig:
+    """Hidden 32, FFN 64, 2 heads, 128 positions. `overrides` go to the configuration as they are."""
+    tokenizer = tiny_tokenizer(family)
+    values: Dict[str, object] = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    if family == "distilbert":
+        values.update(dim=32, hidden_dim=64, n_heads=2, n_layers=layers, max_position_embeddings=128)
+    else:
+        values.update(hidden_size=32, intermediate_size=64, num_attention_heads=2, num_hidden_layers=layers)
+        # RoBERTa's first position is pad_token_id + 1.
+        values.update(max_position_embeddings=130 if family == "roberta" else 128)
+    if family == "electra":
+        values.update(embedding_size=16)
+    values.update(overrides)
+    return AutoConfig.for_model(family, **values)
+
+
+def make_tiny_model(
+    directory: Path,
+    family: str = "bert",
+    layers: int = 4,
+    head: Optional[str] = None,
+    seed: int = 0,
+    max_shard_size: str = "1GB",
+    **overrides: object,
+) -> Path:
+    """Write config, random float32 safetensors and tokenizer into `directory`, as a download from the hub would be.
+
+    Without `head` it holds the base model alone, under names without a prefix; with "sequence-classification" or
+    "question-answering" the whole model. A small `max_shard_size`, such as "20KB", makes a sharded checkpoint.
+    """
+    classes = {
+        None: AutoModel,
+        "sequence-classification": AutoModelForSequenceClassification,
+        "question-answering": AutoModelForQuestionAnswering,
+    }
+    config = tiny_config(family, layers, **overrides)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = classes[head].from_config(config)
+    model.save_pretrained(str(directory), max_shard_size=max_shard_size)
+    tiny_tokenizer(family).save_pretrained(str(directory))
+    return Path(directory)
