@@ -17,9 +17,6 @@ from torch import Tensor
 from sft.errors import CheckpointError
 from sft.tensor_stream import StoredTensor
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -33,14 +30,26 @@ _DTYPES = {
 }
 
 
+def single_file(stem: str = "model") -> str:
+    """Name of the only file of a checkpoint that is not cut in several, as the library has it."""
+    return f"{stem}.safetensors"
+
+
+def index_file(stem: str = "model") -> str:
+    """Name of the index of a checkpoint that is."""
+    return f"{stem}.safetensors.index.json"
+
+
 class Checkpoint:
     """A directory with one safetensors file, or several and their index. Nothing is read before it is asked for.
 
     Raises CheckpointError when files are missing, torn or not safetensors.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, stem: str = "model") -> None:
+        """`stem` is what the library's file names begin with."""
         self.directory = Path(directory)
+        self._stem = stem
         self._files = self._file_of_each_tensor()
 
     def tensors(self, shapes: Mapping[str, Tuple[int, ...]], base_prefix: str) -> List[StoredTensor]:
@@ -67,7 +76,7 @@ class Checkpoint:
         return found
 
     def _file_of_each_tensor(self) -> Dict[str, Path]:
-        single, index = self.directory / SINGLE_FILE, self.directory / INDEX_FILE
+        single, index = self.directory / single_file(self._stem), self.directory / index_file(self._stem)
         if single.is_file():
             with _open(single) as file:
                 return dict.fromkeys(file.keys(), single)
@@ -93,7 +102,7 @@ class Checkpoint:
             raise CheckpointError(
                 f"{pickled[0]}: pickled checkpoints are not read; save the model again with safe_serialization=True"
             )
-        raise CheckpointError(f"{self.directory}: holds neither {SINGLE_FILE} nor {INDEX_FILE}")
+        raise CheckpointError(f"{self.directory}: holds neither {single.name} nor {index.name}")
 
     def _describe(self, key: str) -> Tuple[torch.dtype, Tuple[int, ...]]:
         path = self._files[key]
