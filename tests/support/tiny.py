@@ -19,16 +19,18 @@ from transformers import (
 
 FAMILIES = ("bert", "roberta", "electra", "distilbert")
 
-_WORDS = """a an and are bad best but by did do every film for from good great had has he her his how in is it its like
-many more most movie no not of on one or people plot she so some story that the their there they this to very was were
-what when where which who why with worst""".split()
+_WORDS = (
+    "an and are bad best but by did do every film for from good great had has he her his how in is it its like many "
+    "more most movie no not of on one or people plot she so some story that the their there they this to very was were "
+    "what when where which who why with worst"
+)
 
 
 def tiny_vocabulary(special_tokens: List[str]) -> Dict[str, int]:
     """About 200 pieces, `special_tokens` first; every printable ASCII word can be spelled with them."""
     characters = string.ascii_lowercase + string.digits
     pieces = list(special_tokens) + list(characters) + ["##" + one for one in characters] + list(string.punctuation)
-    pieces += [word for word in _WORDS if len(word) > 1]
+    pieces += _WORDS.split()
     return {piece: index for index, piece in enumerate(pieces)}
 
 
