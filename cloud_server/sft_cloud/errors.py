@@ -1,0 +1,84 @@
+"""From the errors of this project to gRPC's status codes: the only place on the cloud where that happens.
+
+    what happened                                                       status code
+    ProtocolError, UsageError, CutError, CheckpointError,               INVALID_ARGUMENT
+      UnsupportedModelError, TrainingError: the request makes no sense
+    PreconditionError: another protocol version, a message out of       FAILED_PRECONDITION
+      order, a second stream for a session
+    SessionLostError: no such session, or it has ended                  NOT_FOUND
+    ServerFullError, StorageError, out of memory: no room               RESOURCE_EXHAUSTED
+    ServerUnavailableError: the server is shutting down                 UNAVAILABLE
+    anything else, logged here with its traceback                       INTERNAL
+
+A stream that waits for its edge when the server stops ends with CANCELLED or UNAVAILABLE. What the edge makes of a code
+is for the edge's own table to say.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import grpc
+import torch
+
+from sft.errors import (
+    ProtocolError,
+    ServerFullError,
+    ServerUnavailableError,
+    SessionLostError,
+    SFTError,
+    StorageError,
+)
+
+_log = logging.getLogger(__name__)
+
+
+class PreconditionError(ProtocolError):
+    """The message is sound, but not what may come now."""
+
+
+_CODES: tuple[tuple[type[SFTError], grpc.StatusCode], ...] = (
+    (PreconditionError, grpc.StatusCode.FAILED_PRECONDITION),
+    (SessionLostError, grpc.StatusCode.NOT_FOUND),
+    (ServerFullError, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (StorageError, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (ServerUnavailableError, grpc.StatusCode.UNAVAILABLE),
+    (ProtocolError, grpc.StatusCode.INVALID_ARGUMENT),
+    (SFTError, grpc.StatusCode.INVALID_ARGUMENT),
+)
+
+
+def status_of(error: Exception) -> tuple[grpc.StatusCode, str]:
+    """The status code and the one line that the edge gets; nothing of an unexpected error leaves the server."""
+    for kind, code in _CODES:
+        if isinstance(error, kind):
+            return code, " ".join(str(error).split())
+    if is_out_of_memory(error):
+        return (
+            grpc.StatusCode.RESOURCE_EXHAUSTED,
+            "the cloud's device is out of memory; try smaller batches or another cut",
+        )
+    return grpc.StatusCode.INTERNAL, "internal error, see the server's log"
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a device, or the machine, had no memory left."""
+    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # torch's CPU allocator
+
+
+@contextmanager
+def ends_call(context: grpc.ServicerContext) -> Iterator[None]:
+    """An error in the block ends the call with its status code."""
+    try:
+        yield
+    except grpc.RpcError:
+        raise  # the edge has gone; there is nobody to tell
+    except Exception as error:
+        code, details = status_of(error)
+        if code is grpc.StatusCode.INTERNAL:
+            _log.exception("internal error")
+        context.abort(code, details)

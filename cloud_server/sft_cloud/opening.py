@@ -1,0 +1,193 @@
+"""From an OpenSessionRequest to a session: every field is checked, since anybody may have written it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING, PretrainedConfig
+
+from sft import __version__
+from sft.codec import DATA_TYPES
+from sft.errors import ProtocolError, ServerFullError, UnsupportedModelError
+from sft.models import Cut, Net2, build_net_2, family_of, max_positions
+from sft.parameter_groups import OptimizerSpec, make_optimizer, spec_from_proto
+from sft.protocol import PROTOCOL_VERSION
+from sft.tensor_stream import StoredTensor
+from sft.v1 import split_training_pb2 as pb
+from sft.weights import fill
+from sft_cloud.errors import PreconditionError, is_out_of_memory
+from sft_cloud.session import Session
+from sft_cloud.store import check_sha256
+
+_HEADS = {
+    pb.HEAD_SEQUENCE_CLASSIFICATION: "sequence-classification",
+    pb.HEAD_QUESTION_ANSWERING: "question-answering",
+}
+_MODES = {pb.MODE_SFT: "sft", pb.MODE_SL: "sl"}
+_PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+
+_IGNORED_SETTINGS = (
+    # Would have the library run code from the hub:
+    "auto_map",
+    "attn_implementation",
+    "_attn_implementation",
+    "quantization_config",
+    # Parameters are float32 and outputs are named here, whatever the checkpoint says:
+    "dtype",
+    "torch_dtype",
+    "return_dict",
+    "output_attentions",
+    "output_hidden_states",
+    "torchscript",
+)
+
+_MAX_CONFIG_BYTES = 1 << 20
+_MAX_BLOCKS, _MAX_LABELS, _MAX_POSITIONS = 1024, 1 << 16, 1 << 17
+_COPIES = 2  # net_2's weights and their gradients: less than that cannot train
+
+_LIBRARY_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    RuntimeError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
+
+
+@dataclass(frozen=True)
+class SessionSpec:
+    """A request to open a session, checked as far as it can be without building the model."""
+
+    model_name: str
+    """A hub id or the name of a directory, never a path to elsewhere; empty where the edge has no name for it."""
+    config: PretrainedConfig
+    head: str
+    cut: Cut
+    seed: int
+    weights_sha256: str
+    """Empty when no blob holds pretrained weights: all are drawn from the seed."""
+    factors_sha256: str
+    """Empty for `sl`."""
+    optimizer: OptimizerSpec
+    data_type: pb.DataType
+
+
+def check_request(request: pb.OpenSessionRequest) -> SessionSpec:
+    """Raises PreconditionError for another protocol version, ProtocolError for fields that make no sense."""
+    if request.protocol_version != PROTOCOL_VERSION:
+        raise PreconditionError(
+            f"the edge (release {request.package_version[:20]}) speaks protocol version {request.protocol_version}, "
+            f"the cloud (release {__version__}) speaks version {PROTOCOL_VERSION}; install the same release on both"
+        )
+    # An empty name is no hint at all.
+    if not re.fullmatch(r"([\w.-]+(/[\w.-]+)?)?", request.model_name, re.ASCII) or ".." in request.model_name:
+        raise ProtocolError(f"model_name {request.model_name[:80]!r} is neither a hub id nor the name of a directory")
+    if request.head not in _HEADS:
+        raise ProtocolError(f"unknown head {int(request.head)}")
+    if request.cut.mode not in _MODES:
+        raise ProtocolError(f"unknown mode {int(request.cut.mode)} of the cut")
+    if request.wire_data_type not in DATA_TYPES.values():
+        raise ProtocolError(f"unknown wire_data_type {int(request.wire_data_type)}")
+    cut = Cut(_MODES[request.cut.mode], request.cut.split_layer, request.cut.split_rank)
+    if bool(request.factors_sha256) is not (cut.mode == "sft"):
+        raise ProtocolError("factors_sha256 must name a blob for mode sft, and be empty for mode sl")
+    for sha256 in filter(None, (request.weights_sha256, request.factors_sha256)):
+        check_sha256(sha256)
+    head = _HEADS[request.head]
+    return SessionSpec(
+        model_name=request.model_name,
+        config=_parse_config(request.config_json, head),
+        head=head,
+        cut=cut,
+        seed=request.seed,
+        weights_sha256=request.weights_sha256,
+        factors_sha256=request.factors_sha256,
+        optimizer=spec_from_proto(request.optimizer),
+        data_type=request.wire_data_type,
+    )
+
+
+def build(spec: SessionSpec, device: torch.device) -> Net2:
+    """The net_2 that a request asks for, on the meta device. To be run by the worker, as is `make_session`.
+
+    Raises CutError, UnsupportedModelError, ProtocolError, and ServerFullError when `device` could never hold it.
+    """
+    with _blames_config():
+        net_2 = build_net_2(spec.config, spec.head, spec.cut)
+    needed = _COPIES * sum(4 * parameter.numel() for parameter in net_2.parameters())
+    memory = _memory_bytes(device)
+    if needed > memory:
+        raise ServerFullError(f"training net_2 takes at least {needed} bytes, but {device} has {memory} in all")
+    return net_2
+
+
+def make_session(spec: SessionSpec, net_2: Net2, tensors: Sequence[StoredTensor], device: torch.device) -> Session:
+    """Fills net_2 with `tensors` and the seed's draws, and makes its optimizer. Raises ProtocolError and UsageError."""
+    with _blames_config():
+        fill(net_2, tensors, spec.seed, device)
+        # One token shows whether the configuration gives a model that runs, before any training is lost on it.
+        with torch.no_grad():
+            net_2.eval()(torch.zeros(1, 1, net_2.width, device=device), [1], {})
+    optimizer = make_optimizer(spec.optimizer, net_2.whole_parameters())
+    return Session(net_2, optimizer, spec.config, spec.head, spec.seed, spec.data_type)
+
+
+def _parse_config(text: str, head: str) -> PretrainedConfig:
+    if len(text) > _MAX_CONFIG_BYTES:
+        raise ProtocolError(f"config_json has {len(text)} characters; at most {_MAX_CONFIG_BYTES} are accepted")
+    with _blames_config():
+        values: dict[str, Any] = dict(json.loads(text))
+        model_type = str(values.get("model_type"))
+        if model_type not in CONFIG_MAPPING:
+            raise UnsupportedModelError(f"models of type '{model_type[:80]}' cannot be cut")
+        for name in _IGNORED_SETTINGS:
+            values.pop(name, None)
+        # Before the library makes names for so many labels.
+        _check_limit("num_labels", int(values.get("num_labels", 1)), _MAX_LABELS)
+        config: PretrainedConfig = CONFIG_MAPPING[model_type].from_dict(values)
+        family_of(config)
+        _check_limit("num_hidden_layers", int(config.num_hidden_layers), _MAX_BLOCKS)
+        _check_limit("max_position_embeddings", max_positions(config), _MAX_POSITIONS)
+        _check_limit("num_labels", int(config.num_labels or 0), _MAX_LABELS)
+    if head == "question-answering" and config.num_labels != 2:
+        raise ProtocolError(f"question answering needs num_labels 2 (start and end), not {config.num_labels}")
+    if head == "sequence-classification" and config.problem_type not in _PROBLEM_TYPES:
+        raise ProtocolError(f"problem_type must be one of {', '.join(_PROBLEM_TYPES)}, not {config.problem_type!r}")
+    return config
+
+
+def _check_limit(name: str, value: int, limit: int) -> None:
+    if not 1 <= value <= limit:
+        raise ProtocolError(f"{name} of the configuration must be from 1 to {limit}, not {value}")
+
+
+@contextmanager
+def _blames_config() -> Iterator[None]:
+    """What the library raises in the block, which can be almost anything, is the fault of the configuration."""
+    try:
+        yield
+    except _LIBRARY_ERRORS as error:
+        if is_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise ProtocolError(
+            f"config_json does not describe a model that runs: {type(error).__name__}: {reason}"
+        ) from error
+
+
+def _memory_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,155 @@
+"""The server process: made, announced, and ended in order."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+import torch
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from huggingface_hub.utils.tqdm import disable_progress_bars
+from transformers.utils import logging as transformers_logging
+
+from sft.errors import SFTError, UsageError
+from sft.protocol import SERVER_OPTIONS
+from sft.v1 import split_training_pb2 as pb
+from sft.v1 import split_training_pb2_grpc as pb_grpc
+from sft_cloud.service import SplitTrainingService
+from sft_cloud.store import BlobStore
+from sft_cloud.weights import WeightsFinder
+from sft_cloud.worker import DeviceWorker, find_device
+
+SERVICE_NAME = pb.DESCRIPTOR.services_by_name["SplitTraining"].full_name
+
+GRACE_SECONDS = 3.0
+"""How long calls may take to end once the server stops."""
+
+_SPARE_THREADS = 8
+"""Beside one for each session's stream: for unary calls, uploads, downloads, health checks and reflection."""
+
+_log = logging.getLogger(__name__)
+
+
+class CloudServer:
+    """Everything that serves, in one process; what `sft-cloud serve` runs."""
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        device: torch.device,
+        state_dir: Path,
+        model_dir: Path | None,
+        max_sessions: int,
+        threads: int | None = None,
+    ) -> None:
+        """Binds and starts. `port` 0 takes a free one. Raises UsageError when it cannot bind, StorageError."""
+        _check_bindable(host, port)
+        calls = max_sessions + _SPARE_THREADS
+        store = BlobStore(state_dir / "blobs")
+        # Without a model directory, names are still not looked up as paths: they come from edges.
+        weights = WeightsFinder(store, state_dir / "models" if model_dir is None else model_dir)
+        self._executor = ThreadPoolExecutor(calls, thread_name_prefix="call")
+        self._server = grpc.server(self._executor, options=SERVER_OPTIONS, maximum_concurrent_rpcs=calls)
+        try:
+            self.port = self._server.add_insecure_port(_address(host, port))
+        except RuntimeError as error:
+            raise UsageError(f"cannot listen on {_address(host, port)}; choose another --host or --port") from error
+        self.address = _address(host, self.port)
+        """`host:port`, with the port that was taken."""
+        self.device = device
+        # Each call waits for at most one piece of work, so the queue holds whatever is admitted.
+        self._worker = DeviceWorker(device, calls, threads)
+        self.service = SplitTrainingService(self._worker, store, weights, max_sessions)
+        pb_grpc.add_SplitTrainingServicer_to_server(self.service, self._server)
+        self._health = health.HealthServicer(
+            experimental_non_blocking=True, experimental_thread_pool=ThreadPoolExecutor(1, thread_name_prefix="health")
+        )
+        for name in ("", SERVICE_NAME):
+            self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._server)
+        self._server.start()
+
+    def stop(self, grace_seconds: float = GRACE_SECONDS) -> None:
+        """Takes no new call, lets running steps finish, and returns when nothing runs any more."""
+        self._health.enter_graceful_shutdown()
+        self.service.drain()
+        self._server.stop(grace_seconds).wait()
+        self._worker.shutdown()
+        self._executor.shutdown()
+
+
+def serve(
+    host: str,
+    port: int,
+    device: str,
+    state_dir: Path,
+    model_dir: Path | None,
+    max_sessions: int,
+    threads: int | None,
+    exit_with_stdin: bool,
+) -> None:
+    """Serves until SIGTERM or SIGINT, or the end of standard input if `exit_with_stdin`. Main thread only.
+
+    Prints one line of JSON on standard output when it is ready: `event`, `address`, `device`.
+    """
+    # The libraries' own handlers and progress bars would break the form of the log.
+    transformers_logging.disable_default_handler()
+    transformers_logging.enable_propagation()
+    disable_progress_bars()
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    if exit_with_stdin:
+        threading.Thread(target=_wait_for_end_of_stdin, args=(stop,), daemon=True).start()
+    server = CloudServer(host, port, find_device(device), state_dir, model_dir, max_sessions, threads)
+    try:
+        _log.info("serving", extra={"fields": {"address": server.address, "device": str(server.device)}})
+        ready = {"event": "serving", "address": server.address, "device": str(server.device)}
+        sys.stdout.write(json.dumps(ready) + "\n")
+        sys.stdout.flush()
+        stop.wait()
+        _log.info("stopping")
+    finally:
+        server.stop()
+
+
+def _wait_for_end_of_stdin(stop: threading.Event) -> None:
+    # Not through sys.stdin: its lock would be held when the interpreter ends.
+    with contextlib.suppress(OSError):  # closed from the start
+        while os.read(0, 4096):
+            pass
+    stop.set()
+
+
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _check_bindable(host: str, port: int) -> None:
+    """Tries the address with a plain socket, whose errors say more than gRPC's."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except socket.gaierror as error:
+        raise UsageError(f"--host {host}: {error.strerror}") from error
+    except OSError as error:
+        advice = "choose another --port, or 0 for a free one" if error.errno == errno.EADDRINUSE else "choose another"
+        raise SFTError(f"cannot listen on {_address(host, port)}: {error.strerror}; {advice}") from error
