@@ -1,0 +1,64 @@
+"""The seam between the link and the network: what is above it can be tested without a socket.
+
+Messages of the training stream cross it serialized. The link counts their bytes, and asking a protobuf message for its
+size costs as much as serializing it once more.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Iterator
+
+from sft.v1 import split_training_pb2 as pb
+
+
+class Stream(ABC):
+    """The cloud's side of an open training stream: iterate for serialized `CloudMessage`s, in the order sent.
+
+    The iteration ends when the cloud has ended the stream properly. It raises SessionLostError, ServerFullError or
+    ProtocolError when the stream broke.
+    """
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self
+
+    @abstractmethod
+    def __next__(self) -> bytes:
+        """Waits for the next message."""
+
+    @abstractmethod
+    def cancel(self) -> None:
+        """Breaks the stream off; whoever iterates gets SessionLostError. Harmless when it has ended."""
+
+
+class Transport(ABC):
+    """A way to one cloud. Its methods raise classes of LinkError, and what an iterator given to them raises.
+
+    State on the cloud changes in `open_session` and with the messages of `stream`. Uploading a blob twice changes
+    nothing, nor does downloading.
+    """
+
+    @abstractmethod
+    def open_session(self, request: pb.OpenSessionRequest) -> pb.OpenSessionResponse:
+        """Asks for a session.
+
+        Raises ServerUnavailableError (nobody answers), ServerFullError, or ProtocolError (not ours, another version, or
+        a request that the cloud refuses).
+        """
+
+    @abstractmethod
+    def upload(self, sha256: str, total_bytes: int, chunks: Iterator[bytes]) -> None:
+        """Stores a blob on the cloud; `chunks` are together `total_bytes` long and have the hash `sha256`."""
+
+    @abstractmethod
+    def stream(self, messages: Iterator[bytes]) -> Stream:
+        """Opens the training stream. `messages` yields serialized `EdgeMessage`s; it may block, and its end ends the
+        stream properly. It is iterated in another thread."""
+
+    @abstractmethod
+    def download(self, session_id: str) -> Iterator[bytes]:
+        """Net_2's parameters as they are now: the bytes of one safetensors file."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Frees what the transport holds and breaks off what is under way. Idempotent."""

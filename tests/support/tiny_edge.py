@@ -1,0 +1,115 @@
+"""What an edge sends to a cloud, without an edge: requests, blobs and messages for one tiny model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Dict, List, Optional, Tuple
+
+import torch
+from transformers import PretrainedConfig
+
+from sft import __version__
+from sft.checkpoint import Checkpoint
+from sft.codec import encode_activation, encode_labels
+from sft.models import Cut, build_net_2
+from sft.parameter_groups import GroupSpec, OptimizerSpec, decay_groups, spec_to_proto
+from sft.protocol import PROTOCOL_VERSION
+from sft.seeding import derive_seed
+from sft.tensor_stream import StoredTensor, safetensors_chunks, sha256_of
+from sft.v1 import split_training_pb2 as pb
+from sft.weights import factor_tensors, pretrained_tensors
+
+SEQUENCES = "sequence-classification"
+QUESTIONS = "question-answering"
+WIRE_HEADS = {SEQUENCES: pb.HEAD_SEQUENCE_CLASSIFICATION, QUESTIONS: pb.HEAD_QUESTION_ANSWERING}
+WIRE_MODES = {"sft": pb.MODE_SFT, "sl": pb.MODE_SL}
+
+
+@dataclass
+class TinyEdge:
+    """The edge's knowledge of one model: enough to open sessions and to write the messages of a run."""
+
+    directory: Path
+    config: PretrainedConfig
+    head: str = SEQUENCES
+    cut: Cut = field(default_factory=lambda: Cut("sft", 2, 4))
+    seed: int = 7
+    optimizer_name: str = "AdamW"
+    learning_rate: float = 1e-2
+    lengths: Tuple[int, ...] = (7, 3, 5)
+
+    def __post_init__(self) -> None:
+        net_2 = build_net_2(self.config, self.head, self.cut)
+        checkpoint = Checkpoint(self.directory)
+        self.weights: List[StoredTensor] = pretrained_tensors(net_2, checkpoint)
+        self.factors: List[StoredTensor] = factor_tensors(self.config, self.head, self.cut, checkpoint, self.seed)[1]
+        self.groups: List[GroupSpec] = decay_groups(net_2, {"lr": self.learning_rate, "weight_decay": 0.1})
+        self.width: int = net_2.width
+
+    def request(self, **overrides: object) -> pb.OpenSessionRequest:
+        """A sound request; `overrides` replace fields."""
+        request = pb.OpenSessionRequest(
+            protocol_version=PROTOCOL_VERSION,
+            package_version=__version__,
+            model_name="tiny",
+            config_json=self.config.to_json_string(use_diff=False),
+            head=WIRE_HEADS[self.head],
+            cut=pb.Cut(
+                mode=WIRE_MODES[self.cut.mode], split_layer=self.cut.split_layer, split_rank=self.cut.split_rank
+            ),
+            seed=self.seed,
+            weights_sha256=sha256_of(self.weights),
+            factors_sha256=sha256_of(self.factors) if self.factors else "",
+            optimizer=spec_to_proto(OptimizerSpec(self.optimizer_name, self.groups)),
+            wire_data_type=pb.DATA_TYPE_FLOAT32,
+        )
+        for name, value in overrides.items():
+            request.ClearField(name)
+            request.MergeFrom(pb.OpenSessionRequest(**{name: value}))
+        return request
+
+    def blobs(self) -> Dict[str, bytes]:
+        """Content by hash of what a cloud that has nothing asks for."""
+        stored = [tensors for tensors in (self.weights, self.factors) if tensors]
+        return {sha256_of(tensors): b"".join(safetensors_chunks(tensors)) for tensors in stored}
+
+    def activation(self, *seed: int) -> pb.Activation:
+        """Random numbers in the shape that net_1 would give."""
+        generator = torch.Generator().manual_seed(derive_seed(0, *seed))
+        a_BSR = torch.randn(len(self.lengths), max(self.lengths), self.width, generator=generator)
+        return encode_activation(a_BSR, list(self.lengths), pb.DATA_TYPE_FLOAT32)
+
+    def forward(self, step: int, micro_batch: int = 0, commit: Optional[pb.Commit] = None) -> pb.EdgeMessage:
+        """A training micro-batch; the same numbers give the same message."""
+        forward = pb.Forward(activation=self.activation(step, micro_batch), labels=self.labels(), loss_scale=0.5)
+        return pb.EdgeMessage(step=step, micro_batch=micro_batch, forward=forward, commit=commit)
+
+    def evaluate(self, batch: int = 0, commit: Optional[pb.Commit] = None) -> pb.EdgeMessage:
+        """An evaluation batch."""
+        evaluate = pb.Evaluate(activation=self.activation(1000, batch))
+        return pb.EdgeMessage(micro_batch=batch, evaluate=evaluate, commit=commit)
+
+    def labels(self) -> pb.Labels:
+        """Labels that fit the head, one for each sequence."""
+        B, C = len(self.lengths), self.config.num_labels
+        if self.head == QUESTIONS:
+            positions = torch.arange(B)
+            return encode_labels({"start_positions": positions, "end_positions": positions + 1})
+        kind = self.config.problem_type
+        if kind == "single_label_classification":
+            return encode_labels({"labels": torch.arange(B) % C})
+        return encode_labels({"labels": torch.ones(B) if kind == "regression" else torch.ones(B, C)})
+
+    def commit(self, step: int, clip_scale: float = 1.0) -> pb.EdgeMessage:
+        """A message that only commits."""
+        return pb.EdgeMessage(step=step, commit=self.commit_part(step, clip_scale))
+
+    def commit_part(self, step: int, clip_scale: float = 1.0) -> pb.Commit:
+        """A commit, to ride with another message or alone."""
+        rates = [self.learning_rate] * len(self.groups)
+        return pb.Commit(step=step, learning_rates=rates, clip_scale=clip_scale)
+
+
+def attach(session_id: str) -> pb.EdgeMessage:
+    return pb.EdgeMessage(attach=pb.Attach(session_id=session_id))
