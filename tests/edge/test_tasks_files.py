@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from sft.errors import DataError
+from sft_edge.tasks.files import read_json, read_table, read_tsv
+
+
+def write(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+def test_tsv_fields_are_not_quoted(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.tsv", b'text\tlabel\n"open quote\t1\na "b" c"\t0\n')
+    records = list(read_table(path))
+    assert [record.fields["text"] for record in records] == ['"open quote', 'a "b" c"']
+    assert [record.place for record in records] == [f"{path}:2", f"{path}:3"]
+
+
+def test_tsv_drops_byte_order_mark_and_carriage_returns_and_blank_lines(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.tsv", b"\xef\xbb\xbftext\tlabel\r\none\t1\r\n\r\ntwo\t0")
+    assert [record.fields for record in read_table(path)] == [
+        {"text": "one", "label": "1"},
+        {"text": "two", "label": "0"},
+    ]
+
+
+def test_only_a_line_feed_ends_a_line(tmp_path: Path) -> None:
+    text = "one\u2028two\x85three\x0bfour"
+    path = write(tmp_path / "a.tsv", f"text\n{text}\n".encode())
+    assert [record.fields["text"] for record in read_table(path)] == [text]
+
+
+def test_csv_quotes_as_spreadsheets_do_and_counts_lines_of_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", b'text,label\n"one, ""two""\nthree",1\nfour,0\n')
+    first, second = read_table(path)
+    assert first.fields == {"text": 'one, "two"\nthree', "label": "1"}
+    assert (first.place, second.place) == (f"{path}:2", f"{path}:4")
+
+
+def test_jsonl_keeps_json_values(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", b'{"text": "one", "label": ["a", "b"]}\n\n{"text": "two", "label": 2.5}\n')
+    assert [(record.place, record.fields["label"]) for record in read_table(path)] == [
+        (f"{path}:1", ["a", "b"]),
+        (f"{path}:3", 2.5),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "line", "what"),
+    [
+        ("a.tsv", b"text\tlabel\none\t1\ntwo\n", 3, "1 fields, but the table has 2 columns"),
+        ("a.tsv", b"text\tlabel\none\t1\t1\n", 2, "3 fields"),
+        ("a.tsv", b"text\ttext\none\t1\n", 1, "names a column twice"),
+        ("a.tsv", b"text\tlabel\n\xff\xfe\t1\n", 2, "not UTF-8 text, byte 1"),
+        ("a.tsv", b"text\tlabel\non\0e\t1\n", 2, "a NUL character"),
+        ("a.csv", b"text,label\none,1\nx,y,z\n", 3, "3 fields"),
+        ("a.csv", b'text,label\none,1\n"never closed,1\n', 3, "not a CSV row: unexpected end of data"),
+        ("a.csv", b'text,label\n"one"x,1\n', 2, "not a CSV row"),
+        ("a.csv", b"text,label\n" + b"x" * 200_000 + b",1\n", 2, "not a CSV row: field larger than"),
+        ("a.csv", b"text,label\non\0e,1\n", 2, "a NUL character"),
+        ("a.csv", b"text,label\none,1\n\xc3,1\n", 3, "not UTF-8"),
+        ("a.jsonl", b'{"text": "one"}\n{"text": \n', 2, "not JSON"),
+        ("a.jsonl", b'{"text": "one"}\n["one"]\n', 2, "expected a JSON object"),
+        ("a.jsonl", b'{"a": ' + b"[" * 100_000 + b"\n", 1, "not JSON"),
+        ("a.jsonl", b'{"text": "\xe9"}\n', 1, "not UTF-8"),
+    ],
+)
+def test_bad_rows_name_file_and_line(tmp_path: Path, name: str, content: bytes, line: int, what: str) -> None:
+    path = write(tmp_path / name, content)
+    with pytest.raises(DataError, match=f"^{re.escape(str(path))}:{line}: .*{what}") as raised:
+        list(read_table(path))
+    assert "\n" not in str(raised.value)
+
+
+def test_missing_files_directories_and_other_kinds(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"gone\.tsv: cannot be read: No such file"):
+        list(read_table(tmp_path / "gone.tsv"))
+    (tmp_path / "folder.tsv").mkdir()
+    with pytest.raises(DataError, match="cannot be read: Is a directory"):
+        list(read_table(tmp_path / "folder.tsv"))
+    with pytest.raises(DataError, match=r"must end in \.tsv, \.csv, \.jsonl"):
+        read_table(tmp_path / "a.parquet")
+
+
+def test_torn_lines_are_passed_over_up_to_a_number(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write(tmp_path / "a.tsv", b"a\tb\tc\n1\t2\t3\n1\t2\n\t3\n4\t5\t6\n")
+    assert [record.fields["a"] for record in read_tsv(path, torn_lines=2)] == ["1", "4"]
+    assert "torn lines 3, 4" in caplog.text
+    with pytest.raises(DataError, match=":4: 2 fields"):
+        list(read_tsv(path, torn_lines=1))
+
+
+def test_broken_json_file_names_its_line(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.json", b'{\n"data": [1,\n2 3]\n}')
+    with pytest.raises(DataError, match=r"a\.json:3: not JSON: .* at character 3"):
+        read_json(path)
