@@ -1,0 +1,63 @@
+"""The command `sft-edge`. What a command needs is imported once its options are understood: torch takes seconds."""
+
+from __future__ import annotations
+
+from typing import List, Optional
+
+from sft.config import parse, run
+from sft_edge.command_options import DemoOptions, EvaluateOptions, PredictOptions, VerifyOptions
+from sft_edge.optimizer_options import OptimizerOptions
+from sft_edge.options import TRAIN_OPTIONS, LinkOptions
+
+
+def train(prog: str, argv: List[str]) -> int:
+    """fine-tune a model across this machine and a cloud"""
+    options = parse(TRAIN_OPTIONS, argv, prog, train.__doc__)
+    from sft_edge.train import TrainingRun
+
+    TrainingRun(*options).run()
+    return 0
+
+
+def evaluate(prog: str, argv: List[str]) -> int:
+    """judge a trained model on a task's validation rows, without a cloud"""
+    (options,) = parse((EvaluateOptions,), argv, prog, evaluate.__doc__)
+    from sft_edge.evaluate import evaluate_saved
+
+    evaluate_saved(options)
+    return 0
+
+
+def predict(prog: str, argv: List[str]) -> int:
+    """ask a trained model, without a cloud"""
+    (options,) = parse((PredictOptions,), argv, prog, predict.__doc__)
+    from sft_edge.predict import predict as print_predictions
+
+    print_predictions(options)
+    return 0
+
+
+def verify(prog: str, argv: List[str]) -> int:
+    """show that split training computes what one process computes"""
+    options = parse((VerifyOptions, OptimizerOptions, LinkOptions), argv, prog, verify.__doc__)
+    from sft_edge.verify import verify_and_report
+
+    verify_and_report(*options)
+    return 0
+
+
+def demo(prog: str, argv: List[str]) -> int:
+    """train the paper's three systems side by side on a synthetic text set"""
+    (options,) = parse((DemoOptions,), argv, prog, demo.__doc__)
+    from sft_edge.demo import demo as run_demo
+
+    run_demo(options)
+    return 0
+
+
+COMMANDS = {"train": train, "evaluate": evaluate, "predict": predict, "verify": verify, "demo": demo}
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """Runs `sft-edge`; returns the exit code."""
+    return run("sft-edge", COMMANDS, argv)

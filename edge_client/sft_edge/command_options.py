@@ -1,0 +1,154 @@
+"""The options of every command but `train`, whose are in `options`. This module, too, imports nothing heavy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Optional
+
+from sft.config import above_zero, at_least
+from sft.errors import UsageError
+
+
+@dataclass
+class EvaluateOptions:
+    """The evaluation."""
+
+    model: Path
+    """directory that `sft-edge train` wrote"""
+
+    data_dir: Path
+    """directory with the task's files"""
+
+    task: Optional[str] = None
+    """the task; without it the one the model was trained for, which it must be in any case"""
+
+    max_eval_samples: Optional[int] = None
+    """evaluate on the first so many rows only"""
+
+    per_device_eval_batch_size: int = 32
+    """sequences in a batch"""
+
+    output_file: Optional[Path] = None
+    """JSON file for the results, besides standard output"""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "max_eval_samples", "per_device_eval_batch_size")
+
+
+@dataclass
+class PredictOptions:
+    """The question."""
+
+    model: Path
+    """directory that `sft-edge train` wrote"""
+
+    text: Optional[str] = None
+    """the text; of a pair of texts the first, of question answering the question"""
+
+    text_pair: Optional[str] = None
+    """the second text of a pair; of question answering the context"""
+
+    file: Optional[Path] = None
+    """instead of --text: a .txt file with one text a line, or a .tsv, .csv or .jsonl file with the task's columns"""
+
+    json_lines: bool = False
+    """write one JSON object a row"""
+
+    per_device_eval_batch_size: int = 32
+    """sequences in a batch"""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "per_device_eval_batch_size")
+        if (self.text is None) == (self.file is None):
+            raise UsageError("exactly one of --text and --file must be given")
+        if self.text_pair is not None and self.text is None:
+            raise UsageError("--text-pair needs --text")
+
+
+@dataclass
+class VerifyOptions:
+    """What is verified."""
+
+    mode: Literal["sft", "sl"] = "sft"
+    """split fine-tuning or plain split learning"""
+
+    split_layer: int = 3
+    """the block that is cut, counted from 1"""
+
+    split_rank: int = 8
+    """rank R of the decomposed layer; sft only"""
+
+    head: Literal["sequence-classification", "question-answering"] = "sequence-classification"
+    """what the model predicts"""
+
+    problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] = (
+        "single_label_classification"
+    )
+    """what the labels of sequence classification are"""
+
+    model: Optional[str] = None
+    """a model on the hub, a directory, or minilm; without it random weights in MiniLM-L6's shape"""
+
+    from_config: Optional[Path] = None
+    """instead of --model: a config.json whose shape gets random weights"""
+
+    steps: int = 20
+    """steps to train"""
+
+    per_device_train_batch_size: int = 8
+    """sequences in a micro-batch"""
+
+    gradient_accumulation_steps: int = 1
+    """micro-batches in a step"""
+
+    max_seq_length: int = 32
+    """tokens of the longest sequence; lengths are drawn from 1 to it"""
+
+    seed: int = 0
+    """draws weights and batches"""
+
+    tolerance: float = 1e-6
+    """the largest difference of a loss or a parameter that passes"""
+
+    json: bool = False
+    """write the report as JSON"""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "split_layer", "split_rank", "steps", "per_device_train_batch_size", "max_seq_length")
+        at_least(self, 1, "gradient_accumulation_steps")
+        above_zero(self, "tolerance")
+        if self.model is not None and self.from_config is not None:
+            raise UsageError("only one of --model and --from-config may be given")
+
+
+@dataclass
+class DemoOptions:
+    """The demo."""
+
+    output_dir: Path = Path("demo-output")
+    """where data, models and results go; what an earlier demo left there is replaced"""
+
+    model: str = "minilm"
+    """a model on the hub, a directory, or minilm for the weights of the demo extra"""
+
+    split_layer: int = 5
+    """the block that is cut, counted from 1"""
+
+    split_rank: int = 8
+    """rank R of the decomposed layer"""
+
+    num_train_epochs: float = 2.0
+    """passes over the training rows"""
+
+    max_train_samples: int = 2000
+    """train on the first so many rows"""
+
+    learning_rate: float = 1e-4
+    """the highest learning rate"""
+
+    seed: int = 0
+    """draws the data, new weights, the order of the rows and dropout"""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "split_layer", "split_rank", "max_train_samples")

@@ -1,0 +1,71 @@
+"""Files that are written whole or not at all: under a temporary name, synced, renamed."""
+
+from __future__ import annotations
+
+import json
+import math
+import numbers
+import os
+from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any, Iterable, Iterator, Mapping
+
+from sft.errors import StorageError
+
+
+@contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """An OSError inside becomes a StorageError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise StorageError(f"cannot write {path}: {reason}; free some space or choose another --output-dir") from error
+
+
+def write_file(path: Path, chunks: Iterable[bytes]) -> int:
+    """Writes the file, making its directory; returns its size. Raises StorageError.
+
+    What `chunks` raises goes through. Nothing is left behind then.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    size = 0
+    try:
+        with storage_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                for chunk in chunks:
+                    size += file.write(chunk)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(str(temporary), str(path))
+    except BaseException:
+        with storage_errors(path):
+            temporary.unlink(missing_ok=True)
+        raise
+    return size
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a mapping or a dataclass; NaN and infinity, which JSON lacks, become null. Raises StorageError."""
+    if is_dataclass(content) and not isinstance(content, type):
+        content = asdict(content)
+    text = json.dumps(_json_ready(content), indent=2, allow_nan=False) + "\n"
+    write_file(path, [text.encode("utf-8")])
+
+
+def _json_ready(value: Any) -> Any:
+    """Numbers of numpy and torch as Python's, paths as text; what is not finite as None."""
+    if isinstance(value, Mapping):
+        return {str(key): _json_ready(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json_ready(item) for item in value]
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if hasattr(value, "__float__"):
+        number = float(value)
+        return number if math.isfinite(number) else None
+    return str(value)

@@ -1,0 +1,89 @@
+"""From options to a system ready to train: one of the three, with its optimizer, and a cloud where it needs one."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import Iterator, Optional
+
+import torch
+
+from sft.errors import UsageError
+from sft.models import Cut, build_whole
+from sft.parameter_groups import OptimizerSpec, decay_groups, make_optimizer
+from sft.weights import factor_tensors, fill, pretrained_tensors
+from sft_edge.cloud_process import CloudProcess
+from sft_edge.grpc_transport import GrpcTransport
+from sft_edge.optimizer_options import OptimizerOptions
+from sft_edge.options import CutOptions, LinkOptions, TrainingOptions
+from sft_edge.source import Source
+from sft_edge.split_system import open_split_system
+from sft_edge.systems import LocalSystem, System
+
+
+def cut_of(options: CutOptions) -> Optional[Cut]:
+    """The cut that the options mean; None where the model stays in one piece."""
+    if not options.is_cut:
+        return None
+    mode = "sl" if options.mode == "sl" else "sft"
+    return Cut(mode, int(options.split_layer or 0), options.split_rank if mode == "sft" else 0)
+
+
+def device_of(name: str) -> torch.device:
+    """The device that `--device` means. Raises UsageError when it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+@contextmanager
+def open_system(
+    source: Source,
+    head: str,
+    cutting: CutOptions,
+    training: TrainingOptions,
+    optimizing: OptimizerOptions,
+    linking: LinkOptions,
+) -> Iterator[System]:
+    """The system for the block; the session, and a cloud that was started for it, end with the block.
+
+    Raises what building, connecting and opening a session raise: CutError, CheckpointError, UsageError, LinkError.
+    """
+    cut, device = cut_of(cutting), device_of(training.device)
+    whole = build_whole(source.config, head, cut, cutting.keep_residual)
+    spec = OptimizerSpec(optimizing.optim, decay_groups(whole, optimizing.arguments()))
+    if cutting.mode == "local":
+        for_edge, for_cloud = (
+            factor_tensors(source.config, head, cut, source.checkpoint, training.seed) if cut else ([], [])
+        )
+        tensors = [*pretrained_tensors(whole, source.checkpoint), *for_edge, *for_cloud]
+        fill(whole, tensors, training.seed, device)
+        yield LocalSystem(whole, make_optimizer(spec, whole.whole_parameters()), training.seed)
+        return
+    assert cut is not None  # every other mode is cut
+    with _server(linking) as address:
+        transport = GrpcTransport(address, linking.connect_timeout_seconds)
+        system = open_split_system(
+            source,
+            head,
+            cut,
+            spec,
+            training.seed,
+            cutting.wire_dtype,
+            device,
+            transport,
+            linking.reply_timeout_seconds,
+        )
+        with system.link:
+            yield system
+
+
+@contextmanager
+def _server(linking: LinkOptions) -> Iterator[str]:
+    if linking.server is not None:
+        yield linking.server
+        return
+    with CloudProcess() as cloud:
+        yield cloud.address

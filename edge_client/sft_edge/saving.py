@@ -1,0 +1,119 @@
+"""The directory a run leaves: weights of both halves, configuration, tokenizer, and what was trained how.
+
+A model that was trained undecomposed (`local`, `sl`) is a plain transformers checkpoint. A decomposed one has an
+architecture of its own, so its files are named differently: `from_pretrained` then says that it finds no weights, where
+it would otherwise fill in random ones.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, List, NamedTuple, Optional
+
+from transformers import PretrainedConfig
+
+import sft
+from sft.checkpoint import Checkpoint, index_file, single_file
+from sft.errors import CheckpointError
+from sft.models import Cut, Whole, build_whole
+from sft.weights import fill, shapes
+from sft_edge.files import storage_errors, write_file, write_json
+from sft_edge.source import read_config, read_tokenizer
+from sft_edge.systems import Shard
+from sft_edge.tasks import Task, make_task
+
+DESCRIPTION_FILE = "sft.json"
+
+
+@dataclass(frozen=True)
+class Description:
+    """How a saved model was made, as far as using it needs that: the content of `sft.json`."""
+
+    task: str
+    head: str
+    problem_type: Optional[str]
+    label_names: Optional[List[str]]
+    max_seq_length: int
+    base_model: str
+    mode: str
+    split_layer: Optional[int] = None
+    split_rank: Optional[int] = None
+    keep_residual: bool = False
+    package_version: str = sft.__version__
+
+    @property
+    def cut(self) -> Optional[Cut]:
+        """The decomposition that the model kept; None where no layer was decomposed."""
+        if self.split_rank is None or self.split_layer is None:
+            return None
+        return Cut("sft", self.split_layer, self.split_rank)
+
+    @property
+    def stem(self) -> str:
+        """What the weight files are called."""
+        return "model" if self.cut is None else "decomposed"
+
+
+class SavedModel(NamedTuple):
+    """A trained model, ready to be asked."""
+
+    description: Description
+    net: Whole
+    tokenizer: Any
+
+
+def save_model(
+    directory: Path, shards: List[Shard], config: PretrainedConfig, tokenizer: Any, description: Description
+) -> None:
+    """Writes the model; every file whole or not at all, and the description last. Raises StorageError."""
+    with storage_errors(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+    stem = description.stem
+    names = [f"{stem}-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    if len(shards) == 1:
+        names = [single_file(stem)]
+    sizes = [write_file(directory / name, shard.chunks) for name, shard in zip(names, shards)]
+    if len(shards) > 1:
+        weight_map = {tensor: name for name, shard in zip(names, shards) for tensor in shard.names}
+        write_json(directory / index_file(stem), {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map})
+    config = copy.deepcopy(config)
+    config.architectures = [type(build_whole(config, description.head).model).__name__]
+    with storage_errors(directory):
+        config.save_pretrained(str(directory))
+        tokenizer.save_pretrained(str(directory))
+    write_json(directory / DESCRIPTION_FILE, asdict(description))
+
+
+def load_model(directory: Path) -> SavedModel:
+    """Reads what `save_model` wrote. Raises CheckpointError."""
+    description = read_description(directory)
+    config = read_config(directory / "config.json", {})
+    net = build_whole(config, description.head, description.cut, description.keep_residual)
+    tensors = Checkpoint(directory, description.stem).tensors(shapes(net), net.model.base_model_prefix)
+    held = {tensor.name for tensor in tensors}
+    missing = sorted(set(net.whole_names.values()) - held)
+    if missing:
+        raise CheckpointError(f"{directory}: tensor '{missing[0]}' is missing; the saved model is incomplete")
+    fill(net, tensors, seed=0)
+    return SavedModel(description, net.eval(), read_tokenizer(directory))
+
+
+def read_description(directory: Path) -> Description:
+    """The content of `sft.json`. Raises CheckpointError."""
+    path = directory / DESCRIPTION_FILE
+    if not path.is_file():
+        raise CheckpointError(f"{directory}: not a directory that sft-edge train wrote; it holds no {DESCRIPTION_FILE}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        known = {field.name for field in fields(Description)}
+        return Description(**{name: value for name, value in content.items() if name in known})
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: not the description of a saved model ({error})") from error
+
+
+def task_of(description: Description, data_dir: Optional[Path] = None) -> Task:
+    """The task that a saved model was trained for. Raises UsageError and DataError."""
+    return make_task(description.task, data_dir, description.problem_type, description.label_names)

@@ -1,0 +1,181 @@
+"""Algorithm 1 on the edge: net_1 here, net_2 behind a link."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from typing import Deque, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+import sft
+from sft.batch import Batch
+from sft.codec import DATA_TYPES, decode_tensor, encode_activation, encode_labels, unpack
+from sft.ledger import Ledger, Traffic, plain_split_bytes
+from sft.models import Cut, Net1, build_net_1, build_net_2
+from sft.parameter_groups import OptimizerSpec, make_optimizer, scale_gradients, spec_to_proto, squared_gradient_norm
+from sft.protocol import PROTOCOL_VERSION
+from sft.seeding import seeded
+from sft.tensor_stream import StoredTensor, in_memory, safetensors_chunks, safetensors_size, sha256_of
+from sft.v1 import split_training_pb2 as pb
+from sft.weights import factor_tensors, fill, pretrained_tensors
+from sft_edge.link import Blob, Link, PendingReply
+from sft_edge.source import Source
+from sft_edge.systems import Shard, StepTimer, System
+from sft_edge.transport import Transport
+
+_EVALUATIONS_AHEAD = 2
+"""While the cloud works on one evaluation batch, the edge makes the next."""
+
+_MODES = {"sft": pb.MODE_SFT, "sl": pb.MODE_SL}
+_HEADS = {
+    "sequence-classification": pb.HEAD_SEQUENCE_CLASSIFICATION,
+    "question-answering": pb.HEAD_QUESTION_ANSWERING,
+}
+
+
+class SplitSystem(System):
+    """`sft` or `sl`: see `open_split_system`."""
+
+    def __init__(
+        self,
+        net_1: Net1,
+        optimizer: torch.optim.Optimizer,
+        link: Link,
+        cloud_names: Sequence[str],
+        seed: int,
+        wire_dtype: str,
+    ) -> None:
+        """`net_1` filled, `link` open; `cloud_names` are net_2's parameters, under whole-model names."""
+        self.net_1 = net_1
+        self.optimizer = optimizer
+        self.link = link
+        self.ledger = Ledger()
+        self._cloud_names = sorted(cloud_names)
+        self._seed = seed
+        self._data_type = DATA_TYPES[wire_dtype]
+        self._model_width = int(net_1.model.config.hidden_size)
+        self._step = StepTimer()
+        self._traffic = Traffic()
+        self._plain_bytes = 0
+        self._cloud_squared_norm = 0.0
+
+    def forward_backward(self, batch: Batch, step: int, micro_batch: int, loss_scale: float) -> float:
+        """Algorithm 1, lines 6 to 12."""
+        self.net_1.train()
+        with self._step.phase("edge_forward"):
+            with seeded(self.net_1.device, self._seed, "net_1", step, micro_batch):
+                a_BSR = self.net_1(batch.inputs, batch.lengths)
+            activation = encode_activation(a_BSR, batch.lengths, self._data_type)
+            labels = encode_labels(batch.labels)
+        reply = self.link.forward(step, micro_batch, activation, labels, loss_scale).result()
+        result = reply.message.result
+        with self._step.phase("edge_backward"):
+            gradient_TR = decode_tensor(result.packed_gradient, self.net_1.device)
+            a_BSR.backward(unpack(gradient_TR, batch.lengths, a_BSR.shape[1]))
+        self._step.add("cloud", reply.cloud_seconds)
+        self._step.add("uplink_wait", max(reply.waited_seconds - reply.cloud_seconds, 0.0))
+        self._step.samples += len(batch.lengths)
+        self._traffic = self._traffic + reply.traffic
+        self._plain_bytes += plain_split_bytes(len(batch.lengths), a_BSR.shape[1], self._model_width)
+        self._cloud_squared_norm = result.squared_gradient_norm
+        return result.loss
+
+    def gradient_norm(self) -> float:
+        return math.sqrt(squared_gradient_norm(self.net_1.parameters()) + self._cloud_squared_norm)
+
+    def update(self, step: int, clip_scale: float) -> None:
+        """Algorithm 1, lines 13 and 14."""
+        with self._step.phase("edge_backward"):
+            rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+            self.link.commit(step, rates, clip_scale)
+            scale_gradients(self.net_1.parameters(), clip_scale)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        self.ledger.add(self._step.record(step, self._traffic, self._plain_bytes))
+        self._traffic, self._plain_bytes = Traffic(), 0
+
+    def logits(self, batches: Iterable[Batch], step: int) -> Iterator[Tensor]:
+        self.net_1.eval()
+        on_their_way: Deque[Tuple[Batch, int, PendingReply]] = deque()
+        for index, batch in enumerate(batches):
+            with torch.no_grad():
+                a_BSR = self.net_1(batch.inputs, batch.lengths)
+            activation = encode_activation(a_BSR, batch.lengths, self._data_type)
+            on_their_way.append((batch, a_BSR.shape[1], self.link.evaluate(step, index, activation)))
+            if len(on_their_way) > _EVALUATIONS_AHEAD:
+                yield self._evaluated(*on_their_way.popleft())
+        while on_their_way:
+            yield self._evaluated(*on_their_way.popleft())
+
+    def shards(self) -> List[Shard]:
+        here = in_memory(dict(self.net_1.whole_parameters()))
+        return [
+            Shard([tensor.name for tensor in here], safetensors_chunks(here)),
+            Shard(self._cloud_names, self.link.weights()),
+        ]
+
+    def _evaluated(self, batch: Batch, padded_length: int, pending: PendingReply) -> Tensor:
+        reply = pending.result()
+        self.ledger.add_evaluation(reply.traffic, len(batch.lengths))
+        logits = decode_tensor(reply.message.evaluation.logits, torch.device("cpu"))
+        if self.net_1.head == "question-answering":
+            return unpack(logits, batch.lengths, padded_length)
+        return logits
+
+
+def open_split_system(
+    source: Source,
+    head: str,
+    cut: Cut,
+    optimizer_spec: OptimizerSpec,
+    seed: int,
+    wire_dtype: str,
+    device: torch.device,
+    transport: Transport,
+    reply_timeout_seconds: float,
+) -> SplitSystem:
+    """Algorithm 1, lines 1 to 3: cuts the model, fills net_1, and opens a session in which the cloud fills net_2.
+
+    The edge never holds net_2: what the cloud lacks of it is copied from the checkpoint one tensor at a time.
+
+    Raises CutError, CheckpointError, UsageError, and what opening a link raises.
+    """
+    config, checkpoint = source.config, source.checkpoint
+    net_1, net_2 = build_net_1(config, head, cut), build_net_2(config, head, cut)
+    for_edge, for_cloud = factor_tensors(config, head, cut, checkpoint, seed)
+    fill(net_1, [*pretrained_tensors(net_1, checkpoint), *for_edge], seed, device)
+    optimizer = make_optimizer(optimizer_spec.restricted_to(net_1.whole_names.values()), net_1.whole_parameters())
+    blobs: Dict[str, Blob] = {}
+    request = pb.OpenSessionRequest(
+        protocol_version=PROTOCOL_VERSION,
+        package_version=sft.__version__,
+        model_name=source.name,
+        config_json=_config_json(config),
+        head=_HEADS[head],
+        cut=pb.Cut(mode=_MODES[cut.mode], split_layer=cut.split_layer, split_rank=cut.split_rank),
+        seed=seed,
+        weights_sha256=_offer(pretrained_tensors(net_2, checkpoint), blobs),
+        factors_sha256=_offer(for_cloud, blobs),
+        optimizer=spec_to_proto(optimizer_spec.restricted_to(net_2.whole_names.values())),
+        wire_data_type=DATA_TYPES[wire_dtype],
+    )
+    link = Link(transport, request, blobs, reply_timeout_seconds)
+    link.open()
+    return SplitSystem(net_1, optimizer, link, list(net_2.whole_names.values()), seed, wire_dtype)
+
+
+def _offer(tensors: List[StoredTensor], blobs: Dict[str, Blob]) -> str:
+    if not tensors:
+        return ""
+    sha256 = sha256_of(tensors)
+    blobs[sha256] = Blob(safetensors_size(tensors), lambda: safetensors_chunks(tensors))
+    return sha256
+
+
+def _config_json(config: PretrainedConfig) -> str:
+    """Without what differs between releases and says nothing about the model."""
+    text: Optional[str] = config.to_json_string(use_diff=False)
+    return str(text)

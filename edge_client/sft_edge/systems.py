@@ -1,0 +1,138 @@
+"""What the training loop trains: one of the paper's three systems, behind one interface.
+
+`local` trains the model in one process, `sl` is plain split learning, `sft` is split fine-tuning. The loop, the data,
+the schedule and the evaluation are the same for all three.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from abc import ABC, abstractmethod
+from typing import Iterable, Iterator, List, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sft.batch import Batch
+from sft.ledger import NO_TRAFFIC, PHASES, Ledger, StepRecord, Traffic
+from sft.models import Whole
+from sft.parameter_groups import scale_gradients, squared_gradient_norm
+from sft.seeding import seeded
+from sft.tensor_stream import in_memory, safetensors_chunks
+
+
+class Shard(NamedTuple):
+    """Part of a model's parameters, as the bytes of a safetensors file."""
+
+    names: List[str]
+    """Of its tensors, in the whole model."""
+
+    chunks: Iterable[bytes]
+
+
+class System(ABC):
+    """A model with its optimizer, wherever its parts are.
+
+    A step is one or more micro-batches of `forward_backward`, then `gradient_norm` if wanted, then `update`.
+    """
+
+    optimizer: torch.optim.Optimizer
+    """The edge's; learning-rate schedulers act on it, and what they set holds on both sides."""
+
+    ledger: Ledger
+    """Bytes and seconds of every step."""
+
+    @abstractmethod
+    def forward_backward(self, batch: Batch, step: int, micro_batch: int, loss_scale: float) -> float:
+        """Adds the gradients of `loss_scale` times the batch's mean loss, on both halves; returns the loss unscaled."""
+
+    @abstractmethod
+    def gradient_norm(self) -> float:
+        """The norm of the gradients added so far, over both halves."""
+
+    @abstractmethod
+    def update(self, step: int, clip_scale: float) -> None:
+        """Multiplies all gradients by `clip_scale`, takes the step on both halves, and forgets the gradients."""
+
+    @abstractmethod
+    def logits(self, batches: Iterable[Batch], step: int) -> Iterator[Tensor]:
+        """For every batch in order: (B, C), or (B, S, 2) for question answering. No dropout, no gradient."""
+
+    @abstractmethod
+    def shards(self) -> List[Shard]:
+        """All parameters as they are now: what is here, and what is on the cloud."""
+
+
+class LocalSystem(System):
+    """The whole model in this process."""
+
+    def __init__(self, net: Whole, optimizer: torch.optim.Optimizer, seed: int) -> None:
+        self.net = net
+        self.optimizer = optimizer
+        self.ledger = Ledger()
+        self._seed = seed
+        self._step = StepTimer()
+
+    def forward_backward(self, batch: Batch, step: int, micro_batch: int, loss_scale: float) -> float:
+        self.net.train()
+        with seeded(self.net.device, self._seed, "whole", step, micro_batch):
+            with self._step.phase("edge_forward"):
+                loss = self.net(*batch).loss
+            with self._step.phase("edge_backward"):
+                (loss * loss_scale).backward()
+        self._step.samples += len(batch.lengths)
+        return float(loss.item())
+
+    def gradient_norm(self) -> float:
+        return math.sqrt(squared_gradient_norm(self.net.parameters()))
+
+    def update(self, step: int, clip_scale: float) -> None:
+        with self._step.phase("edge_backward"):
+            scale_gradients(self.net.parameters(), clip_scale)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        self.ledger.add(self._step.record(step))
+
+    def logits(self, batches: Iterable[Batch], step: int) -> Iterator[Tensor]:
+        self.net.eval()
+        for batch in batches:
+            with torch.no_grad():
+                yield self.net(batch.inputs, batch.lengths, {}).logits.cpu()
+
+    def shards(self) -> List[Shard]:
+        tensors = in_memory(dict(self.net.whole_parameters()))
+        return [Shard([tensor.name for tensor in tensors], safetensors_chunks(tensors))]
+
+
+class StepTimer:
+    """Adds up a step's seconds by phase until it is recorded."""
+
+    def __init__(self) -> None:
+        self.samples = 0
+        self._seconds = dict.fromkeys(PHASES, 0.0)
+
+    def phase(self, name: str) -> _Phase:
+        """A block whose seconds count for a phase of `sft.ledger.PHASES`."""
+        return _Phase(self, name)
+
+    def add(self, name: str, seconds: float) -> None:
+        """Seconds that were measured elsewhere."""
+        self._seconds[name] += seconds
+
+    def record(self, step: int, traffic: Traffic = NO_TRAFFIC, plain_bytes: int = 0) -> StepRecord:
+        """The step's record; what follows counts for the next."""
+        record = StepRecord(step, self.samples, traffic, plain_bytes, **self._seconds)
+        self.samples, self._seconds = 0, dict.fromkeys(PHASES, 0.0)
+        return record
+
+
+class _Phase:
+    def __init__(self, timer: StepTimer, name: str) -> None:
+        self._timer, self._name = timer, name
+
+    def __enter__(self) -> None:
+        self._began = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.add(self._name, time.perf_counter() - self._began)

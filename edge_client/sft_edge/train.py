@@ -1,0 +1,184 @@
+"""`sft-edge train`: fine-tunes a model as one of the paper's three systems, and keeps the result."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import sys
+import tempfile
+from contextlib import ExitStack
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Dict
+
+import torch
+
+from sft.errors import SFTError, StorageError, TrainingError
+from sft.models import build_whole
+from sft_edge.card import model_card
+from sft_edge.evaluation import EvaluationSet, evaluate
+from sft_edge.files import write_file, write_json
+from sft_edge.opening import cut_of, device_of, open_system
+from sft_edge.optimizer_options import OptimizerOptions
+from sft_edge.options import (
+    CutOptions,
+    DataOptions,
+    LinkOptions,
+    LoggingOptions,
+    ModelOptions,
+    TrainingOptions,
+)
+from sft_edge.progress import Progress, TensorBoard, open_progress
+from sft_edge.report import all_results, peak_memory_bytes, print_report
+from sft_edge.saving import Description, save_model
+from sft_edge.source import Source, open_source
+from sft_edge.systems import System
+from sft_edge.tasks import Task, make_task
+from sft_edge.training_loop import TrainingLoop
+
+
+class TrainingRun:
+    """One run, from options to a directory with a model that works."""
+
+    def __init__(
+        self,
+        modeling: ModelOptions,
+        cutting: CutOptions,
+        reading: DataOptions,
+        training: TrainingOptions,
+        optimizing: OptimizerOptions,
+        logging: LoggingOptions,
+        linking: LinkOptions,
+    ) -> None:
+        self.modeling, self.cutting, self.reading, self.training = modeling, cutting, reading, training
+        self.optimizing, self.logging, self.linking = optimizing, logging, linking
+        unnamed = Path("runs") / f"{reading.task}-{cutting.mode}-{datetime.now():%Y%m%d-%H%M%S}"
+        self.output_dir = training.output_dir or unnamed
+
+    def run(self) -> Dict[str, Any]:
+        """Trains, evaluates, saves and prints the report; returns the content of `all_results.json`.
+
+        A run that is interrupted, or whose loss is no longer finite, leaves the model of its last good step before the
+        error goes on. Raises any SFTError.
+        """
+        task = make_task(self.reading.task, self.reading.data_dir, self.reading.problem_type)
+        source = open_source(self.modeling, task.config_overrides())
+        self._check_room(source, task)
+        train_rows = task.read("train", self.reading.max_train_samples)
+        eval_rows = task.read("validation", self.reading.max_eval_samples)
+        length = self.modeling.max_seq_length
+        features = task.encode(train_rows, source.tokenizer, length)
+        validation = EvaluationSet(eval_rows, task.encode(eval_rows, source.tokenizer, length))
+        with ExitStack() as stack:
+            progress = stack.enter_context(open_progress(self.logging.logging_steps, self.logging.disable_tqdm))
+            report = None
+            if self.logging.report_to == "tensorboard":
+                directory = self.logging.logging_dir or self.output_dir / "runs"
+                report = stack.enter_context(TensorBoard(directory)).log
+            system = stack.enter_context(
+                open_system(source, task.head, self.cutting, self.training, self.optimizing, self.linking)
+            )
+            loop = TrainingLoop(
+                system,
+                task,
+                features,
+                self.training,
+                self.optimizing,
+                self.logging.logging_steps,
+                self.reading.dataloader_num_workers,
+                progress,
+                lambda step: evaluate(system, task, validation, self.training.per_device_eval_batch_size, step),
+                report,
+            )
+            return self._train(loop, system, source, task, progress)
+
+    def _train(
+        self, loop: TrainingLoop, system: System, source: Source, task: Task, progress: Progress
+    ) -> Dict[str, Any]:
+        try:
+            loop.run()
+        except (KeyboardInterrupt, TrainingError) as error:
+            progress.status(f"stopping: saving the model as of step {loop.state.global_step}")
+            results = self._results(loop, system, {})
+            directory = self._save(loop, system, source, task, results)
+            if isinstance(error, TrainingError):
+                step = loop.state.global_step
+                raise type(error)(f"{error}; the model as of step {step} is in {directory}") from error
+            raise
+        except SFTError:
+            write_json(self.output_dir / "trainer_state.json", loop.state)
+            raise
+        results = self._results(loop, system, loop.evaluate())
+        progress.status("saving")
+        self._save(loop, system, source, task, results)
+        progress.stop()
+        print_report(system.ledger, results)
+        sys.stdout.write(f"saved in {self.output_dir}\n")
+        return results
+
+    def _results(self, loop: TrainingLoop, system: System, evaluation: Dict[str, float]) -> Dict[str, Any]:
+        cut = cut_of(self.cutting)
+        return all_results(
+            mode=self.cutting.mode,
+            split_layer=cut.split_layer if cut else None,
+            split_rank=cut.split_rank or None if cut else None,
+            ledger=system.ledger,
+            train_loss=loop.train_loss,
+            train_runtime=loop.seconds,
+            evaluation=evaluation,
+            edge_peak_memory_bytes=self._peak_memory(),
+        )
+
+    def _peak_memory(self) -> int:
+        device = device_of(self.training.device)
+        return peak_memory_bytes(torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0)
+
+    def _save(self, loop: TrainingLoop, system: System, source: Source, task: Task, results: Dict[str, Any]) -> Path:
+        """Saves the run, and says where: in a temporary directory when the output directory does not take it."""
+        output_dir = self.output_dir
+        try:
+            self._save_to(output_dir, loop, system, source, task, results)
+        except StorageError as error:
+            rescue = Path(tempfile.mkdtemp(prefix="sft-edge-"))
+            try:
+                self._save_to(rescue, loop, system, source, task, results)
+            except StorageError:
+                shutil.rmtree(str(rescue))
+                raise error from None
+            raise StorageError(f"{error}; the model was saved in {rescue} instead") from error
+        return output_dir
+
+    def _save_to(
+        self, directory: Path, loop: TrainingLoop, system: System, source: Source, task: Task, results: Dict[str, Any]
+    ) -> None:
+        cut = cut_of(self.cutting)
+        description = Description(
+            task=task.name,
+            head=task.head,
+            problem_type=task.problem_type,
+            label_names=task.label_names,
+            max_seq_length=self.modeling.max_seq_length,
+            base_model=self.modeling.model or "",
+            mode=self.cutting.mode,
+            split_layer=cut.split_layer if cut else None,
+            split_rank=cut.split_rank or None if cut else None,
+            keep_residual=self.cutting.keep_residual,
+        )
+        save_model(directory, system.shards(), source.config, source.tokenizer, description)
+        results["edge_peak_memory_bytes"] = self._peak_memory()  # saving counts too
+        write_file(directory / "README.md", [model_card(description, results).encode()])
+        write_json(directory / "all_results.json", results)
+        write_json(directory / "trainer_state.json", loop.state)
+
+    def _check_room(self, source: Source, task: Task) -> None:
+        """Raises StorageError now where the disk could not hold the result hours later."""
+        whole = build_whole(source.config, task.head, cut_of(self.cutting), self.cutting.keep_residual)
+        needed = sum(4 * math.prod(parameter.shape) for parameter in whole.parameters())
+        place = self.output_dir
+        while not place.exists():
+            place = place.parent
+        free = shutil.disk_usage(str(place)).free
+        if free < needed:
+            raise StorageError(
+                f"--output-dir {self.output_dir}: the model needs {needed:,} bytes, the disk has {free:,} free"
+            )

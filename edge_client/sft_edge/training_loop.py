@@ -1,0 +1,174 @@
+"""The training loop: an ordinary PyTorch loop over a system, whichever of the three it is."""
+
+from __future__ import annotations
+
+import math
+import time
+from itertools import count, islice
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional
+
+import torch
+from torch.utils.data import DataLoader
+
+from sft.batch import Batch
+from sft.errors import NonFiniteLossError
+from sft.seeding import derive_seed
+from sft_edge.optimizer_options import OptimizerOptions
+from sft_edge.options import TrainingOptions
+from sft_edge.progress import Progress
+from sft_edge.report import TrainerState
+from sft_edge.systems import System
+from sft_edge.tasks import Feature, Task
+
+Evaluate = Callable[[int], Dict[str, float]]
+"""Takes the number of steps done, gives `eval_*` figures."""
+
+
+class TrainingLoop:
+    """Takes the steps of a run and keeps its history."""
+
+    def __init__(
+        self,
+        system: System,
+        task: Task,
+        features: List[Feature],
+        training: TrainingOptions,
+        optimizing: OptimizerOptions,
+        logging_steps: int,
+        num_workers: int,
+        progress: Progress,
+        evaluate: Optional[Evaluate] = None,
+        report: Optional[Callable[[int, Dict[str, Any]], None]] = None,
+    ) -> None:
+        """`evaluate` runs as `training.eval_strategy` says; `report` gets every entry of the history and its step."""
+        self.system = system
+        self.main_metric = f"eval_{task.main_metric}"
+        self.seconds = 0.0
+        """Of training, evaluation left out."""
+        self._order = torch.Generator()
+        self._loader: DataLoader[Any] = DataLoader(
+            features,  # type: ignore[arg-type]  # a list is a map-style dataset
+            batch_size=training.per_device_train_batch_size,
+            shuffle=True,
+            generator=self._order,
+            collate_fn=task.collate,
+            num_workers=num_workers,
+        )
+        self._training = training
+        self._max_grad_norm = optimizing.max_grad_norm
+        self._progress = progress
+        self._evaluate = evaluate
+        self._report = report
+        self._steps_per_epoch = math.ceil(len(self._loader) / training.gradient_accumulation_steps)
+        by_epochs = math.ceil(training.num_train_epochs * self._steps_per_epoch)
+        max_steps = training.max_steps if training.max_steps > 0 else by_epochs
+        self.state = TrainerState(
+            max_steps=max_steps,
+            num_train_epochs=max_steps / self._steps_per_epoch,
+            train_batch_size=training.per_device_train_batch_size,
+            logging_steps=logging_steps,
+        )
+        self._scheduler = optimizing.scheduler(system.optimizer, max_steps)
+        self._losses = _Mean()
+        self._all_losses = _Mean()
+
+    @property
+    def train_loss(self) -> float:
+        """Mean over the steps taken."""
+        return self._all_losses.value
+
+    def run(self) -> None:
+        """Takes every step that is left. Raises NonFiniteLossError, before the step in question is taken."""
+        self._progress.start(self.state.max_steps)
+        for epoch in count():
+            self._order.manual_seed(derive_seed(self._training.seed, "order", epoch))
+            for group in _groups(self._loader, self._training.gradient_accumulation_steps):
+                self._step(group)
+                if self.state.global_step == self.state.max_steps:
+                    return
+            if self._training.eval_strategy == "epoch":
+                self.evaluate()
+
+    def evaluate(self) -> Dict[str, float]:
+        """Evaluates the model as it is now, and notes the result in the history."""
+        if self._evaluate is None:
+            return {}
+        self._progress.status("evaluating")
+        results = self._evaluate(self.state.global_step)
+        self._progress.status("")
+        if self.main_metric in results:
+            self.state.record_metric(results[self.main_metric])
+        self._log(dict(results))
+        return results
+
+    def _step(self, group: List[Batch]) -> None:
+        """One step of Algorithm 1, lines 5 to 14, over the micro-batches of the group."""
+        began, step, sent = time.perf_counter(), self.state.global_step, self.system.ledger.traffic
+        rate = float(self.system.optimizer.param_groups[0]["lr"])
+        losses = [
+            self.system.forward_backward(batch, step, micro_batch, 1 / len(group))
+            for micro_batch, batch in enumerate(group)
+        ]
+        loss = sum(losses) / len(losses)
+        self._check_finite("loss", loss)
+        norm, scale = None, 1.0
+        if self._max_grad_norm > 0:
+            norm = self.system.gradient_norm()
+            self._check_finite("norm of the gradient", norm)
+            scale = min(1.0, self._max_grad_norm / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
+        self.system.update(step, scale)
+        self._scheduler.step()
+        self.seconds += time.perf_counter() - began
+        self.state.global_step += 1
+        self.state.epoch = round(self.state.global_step / self._steps_per_epoch, 4)
+        self._losses.add(loss)
+        self._all_losses.add(loss)
+        traffic = self.system.ledger.traffic
+        wire_bytes = traffic.bytes_sent + traffic.bytes_received - sent.bytes_sent - sent.bytes_received
+        self._progress.step(self.state.global_step, loss, wire_bytes)
+        self._after_step(rate, norm)
+
+    def _after_step(self, rate: float, norm: Optional[float]) -> None:
+        step, is_last = self.state.global_step, self.state.global_step == self.state.max_steps
+        if step % self.state.logging_steps == 0 or is_last:
+            entry: Dict[str, Any] = {"loss": self._losses.value, "learning_rate": rate}
+            self._losses = _Mean()
+            self._log(entry if norm is None else {**entry, "grad_norm": norm}, quiet=True)
+        every = self._training.eval_steps or self.state.logging_steps
+        if self._training.eval_strategy == "steps" and step % every == 0 and not is_last:
+            self.evaluate()
+
+    def _log(self, values: Dict[str, Any], quiet: bool = False) -> None:
+        entry = self.state.log(values)
+        if self._report is not None:
+            self._report(self.state.global_step, entry)
+        if not quiet:
+            self._progress.log(entry)
+
+    def _check_finite(self, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise NonFiniteLossError(
+                f"the {what} is {value} at step {self.state.global_step + 1}; "
+                "a lower --learning-rate or a longer warm-up may help"
+            )
+
+
+class _Mean:
+    def __init__(self) -> None:
+        self._sum, self._count = 0.0, 0
+
+    def add(self, value: float) -> None:
+        self._sum, self._count = self._sum + value, self._count + 1
+
+    @property
+    def value(self) -> float:
+        return self._sum / self._count if self._count else math.nan
+
+
+def _groups(batches: Iterable[Batch], size: int) -> Iterator[List[Batch]]:
+    iterator = iter(batches)
+    while True:
+        group = list(islice(iterator, size))
+        if not group:
+            return
+        yield group

