@@ -63,8 +63,6 @@ class WeightsFinder:
         return tensors, missing
 
     def _own_model(self, spec: SessionSpec, net_2: Net2) -> list[StoredTensor] | None:
-        if not spec.model_name:
-            return None
         try:
             directory = find_model(spec.model_name, self._model_dir)
             tensors = pretrained_tensors(net_2, Checkpoint(directory))

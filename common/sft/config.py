@@ -57,7 +57,7 @@ def parse(
 
     Prints the options and exits with 0 for `--help`. Raises UsageError for anything that cannot be understood.
     """
-    options = {option.name: option for cls in dataclass_types for option in _options(cls)}
+    options = {option.name: option for cls in dataclass_types for option in options_of(cls)}
     arguments = vars(_parser(dataclass_types, prog, description).parse_args(_with_hyphens(argv)))
     config_file = arguments.pop("config", None)
     values = {} if config_file is None else _read_file(Path(config_file), options)
@@ -141,7 +141,7 @@ def above_zero(options: object, *names: str) -> None:
             raise UsageError(f"{flag(name)} must be above 0, not {value}")
 
 
-class _Option:
+class Option:
     """What the command line needs to know of a field."""
 
     def __init__(self, field: dataclasses.Field[Any], hint: Any, doc: str) -> None:
@@ -175,9 +175,10 @@ class _Option:
         return f"{self.doc} ({note})".replace("%", "%%")
 
 
-def _options(cls: type) -> List[_Option]:
+def options_of(cls: type) -> List[Option]:
+    """The options that a dataclass stands for, in order."""
     hints, docs = get_type_hints(cls), _field_docs(cls)
-    return [_Option(field, hints[field.name], docs.get(field.name, "")) for field in dataclasses.fields(cls)]
+    return [Option(field, hints[field.name], docs.get(field.name, "")) for field in dataclasses.fields(cls)]
 
 
 def _field_docs(cls: type) -> Dict[str, str]:
@@ -221,7 +222,7 @@ def _parser(dataclass_types: Sequence[type], prog: str, description: Optional[st
     )
     for cls in dataclass_types:
         group = parser.add_argument_group(" ".join((cls.__doc__ or "").split("\n\n")[0].split()).rstrip("."))
-        for option in _options(cls):
+        for option in options_of(cls):
             shape: Dict[str, Any] = {"nargs": "+"} if option.many else {}
             if option.type is bool:
                 shape = {"nargs": "?", "const": "true"}
@@ -240,7 +241,7 @@ def _with_hyphens(argv: Sequence[str]) -> List[str]:
     return words
 
 
-def _read_file(path: Path, options: Mapping[str, _Option]) -> Dict[str, Any]:
+def _read_file(path: Path, options: Mapping[str, Option]) -> Dict[str, Any]:
     import yaml  # here, so that a command line without a file does not need the package
 
     try:
@@ -273,14 +274,14 @@ def _read_file(path: Path, options: Mapping[str, _Option]) -> Dict[str, Any]:
     return values
 
 
-def _convert(option: _Option, raw: object, where: str) -> Any:
+def _convert(option: Option, raw: object, where: str) -> Any:
     """`raw` is text, or what a file may hold besides: bool and None (JSON), list, dict. Raises UsageError."""
     if option.many:
         return [_convert_one(option, item, where) for item in (raw if isinstance(raw, list) else [raw])]
     return _convert_one(option, raw, where)
 
 
-def _convert_one(option: _Option, raw: object, where: str) -> Any:
+def _convert_one(option: Option, raw: object, where: str) -> Any:
     if isinstance(raw, bool):
         raw = str(raw).lower()
     if get_origin(option.type) is dict:

@@ -76,6 +76,8 @@ def make_optimizer(spec: OptimizerSpec, parameters: Mapping[str, nn.Parameter]) 
             raise UsageError(f"the optimizer names a parameter '{unknown[0]}' that this half does not have")
         groups.append({"params": [parameters[name] for name in group.parameter_names], **group.arguments})
     try:
+        for group in spec.groups:  # torch checks the arguments of the constructor, not those of groups
+            optimizer_class([torch.zeros(1, requires_grad=True)], **group.arguments)
         optimizer: torch.optim.Optimizer = optimizer_class(groups, **(spec.groups[0].arguments if spec.groups else {}))
         return optimizer
     except (TypeError, ValueError, RuntimeError) as error:

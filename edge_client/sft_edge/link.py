@@ -191,6 +191,10 @@ class Link:
     def weights(self) -> Iterator[bytes]:
         """Net_2's parameters after every commit so far: the bytes of one safetensors file, in chunks."""
         self.flush()
+        with self._lock:
+            waiting = list(self._waiting.values())
+        for pending in waiting:  # a commit may ride on a message whose answer nobody waited for, as after Ctrl-C
+            pending.result()
         self._raise_failure()
         return self._transport.download(self._session_id)
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import tempfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, List, NamedTuple, Optional
@@ -21,7 +23,7 @@ from sft.errors import CheckpointError
 from sft.models import Cut, Whole, build_whole
 from sft.weights import fill, shapes
 from sft_edge.files import storage_errors, write_file, write_json
-from sft_edge.source import read_config, read_tokenizer
+from sft_edge.source import first_line, read_config, read_tokenizer
 from sft_edge.systems import Shard
 from sft_edge.tasks import Task, make_task
 
@@ -68,9 +70,29 @@ class SavedModel(NamedTuple):
 def save_model(
     directory: Path, shards: List[Shard], config: PretrainedConfig, tokenizer: Any, description: Description
 ) -> None:
-    """Writes the model; every file whole or not at all, and the description last. Raises StorageError."""
+    """Writes the model in place of the one that is there, whole or not at all. Raises StorageError."""
     with storage_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
+        _remove_model(directory)
+    try:
+        _write_model(directory, shards, config, tokenizer, description)
+    except BaseException:  # Ctrl-C too
+        with storage_errors(directory):
+            _remove_model(directory)
+        raise
+
+
+def _remove_model(directory: Path) -> None:
+    """Deletes what makes a directory a model: old weights beside new ones could be taken for them."""
+    for stem in ("model", "decomposed"):
+        parts = directory.glob(f"{stem}-?????-of-?????.safetensors")
+        for path in (directory / DESCRIPTION_FILE, directory / index_file(stem), directory / single_file(stem), *parts):
+            path.unlink(missing_ok=True)
+
+
+def _write_model(
+    directory: Path, shards: List[Shard], config: PretrainedConfig, tokenizer: Any, description: Description
+) -> None:
     stem = description.stem
     names = [f"{stem}-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     if len(shards) == 1:
@@ -81,10 +103,22 @@ def save_model(
         write_json(directory / index_file(stem), {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map})
     config = copy.deepcopy(config)
     config.architectures = [type(build_whole(config, description.head).model).__name__]
-    with storage_errors(directory):
-        config.save_pretrained(str(directory))
-        tokenizer.save_pretrained(str(directory))
+    _write_library_files(directory, config, tokenizer)
     write_json(directory / DESCRIPTION_FILE, asdict(description))
+
+
+def _write_library_files(directory: Path, config: PretrainedConfig, tokenizer: Any) -> None:
+    """What the library writes itself, aside first, so that a full disk leaves none of it torn."""
+    with storage_errors(directory), tempfile.TemporaryDirectory(prefix=".", dir=str(directory)) as aside:
+        config.save_pretrained(aside)
+        try:
+            tokenizer.save_pretrained(aside)
+        except Exception as error:
+            if type(error) is not Exception:
+                raise
+            raise OSError(0, first_line(error)) from error  # how the tokenizers package tells of a full disk
+        for path in sorted(Path(aside).iterdir()):
+            os.replace(str(path), str(directory / path.name))
 
 
 def load_model(directory: Path) -> SavedModel:

@@ -99,6 +99,9 @@ class SplitSystem(System):
 
     def logits(self, batches: Iterable[Batch], step: int) -> Iterator[Tensor]:
         self.net_1.eval()
+        commit = self.link.flush()  # what is evaluated is the model after its last step
+        if commit is not None:
+            self.ledger.add_evaluation(commit.traffic, samples=0)
         on_their_way: Deque[Tuple[Batch, int, PendingReply]] = deque()
         for index, batch in enumerate(batches):
             with torch.no_grad():

@@ -75,6 +75,7 @@ class TrainingRun:
             if self.logging.report_to == "tensorboard":
                 directory = self.logging.logging_dir or self.output_dir / "runs"
                 report = stack.enter_context(TensorBoard(directory)).log
+            progress.status(self._opening())
             system = stack.enter_context(
                 open_system(source, task.head, self.cutting, self.training, self.optimizing, self.linking)
             )
@@ -92,11 +93,17 @@ class TrainingRun:
             )
             return self._train(loop, system, source, task, progress)
 
+    def _opening(self) -> str:
+        if self.cutting.mode == "local":
+            return "loading the model"
+        return f"opening a session at {self.linking.server}" if self.linking.server else "starting a cloud here"
+
     def _train(
         self, loop: TrainingLoop, system: System, source: Source, task: Task, progress: Progress
     ) -> Dict[str, Any]:
         try:
             loop.run()
+            evaluation = loop.evaluate()
         except (KeyboardInterrupt, TrainingError) as error:
             progress.status(f"stopping: saving the model as of step {loop.state.global_step}")
             results = self._results(loop, system, {})
@@ -108,7 +115,7 @@ class TrainingRun:
         except SFTError:
             write_json(self.output_dir / "trainer_state.json", loop.state)
             raise
-        results = self._results(loop, system, loop.evaluate())
+        results = self._results(loop, system, evaluation)
         progress.status("saving")
         self._save(loop, system, source, task, results)
         progress.stop()
@@ -139,7 +146,10 @@ class TrainingRun:
         try:
             self._save_to(output_dir, loop, system, source, task, results)
         except StorageError as error:
-            rescue = Path(tempfile.mkdtemp(prefix="sft-edge-"))
+            try:
+                rescue = Path(tempfile.mkdtemp(prefix="sft-edge-"))
+            except OSError:  # the same disk, as a rule
+                raise error from None
             try:
                 self._save_to(rescue, loop, system, source, task, results)
             except StorageError:
@@ -158,7 +168,7 @@ class TrainingRun:
             problem_type=task.problem_type,
             label_names=task.label_names,
             max_seq_length=self.modeling.max_seq_length,
-            base_model=self.modeling.model or "",
+            base_model=source.name,
             mode=self.cutting.mode,
             split_layer=cut.split_layer if cut else None,
             split_rank=cut.split_rank or None if cut else None,

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from sft.batch import Batch
 from sft.errors import NonFiniteLossError
 from sft.seeding import derive_seed
+from sft_edge.interrupts import interrupts_deferred
 from sft_edge.optimizer_options import OptimizerOptions
 from sft_edge.options import TrainingOptions
 from sft_edge.progress import Progress
@@ -116,10 +117,11 @@ class TrainingLoop:
             norm = self.system.gradient_norm()
             self._check_finite("norm of the gradient", norm)
             scale = min(1.0, self._max_grad_norm / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
-        self.system.update(step, scale)
-        self._scheduler.step()
+        with interrupts_deferred():  # half a step could not be taken back
+            self.system.update(step, scale)
+            self._scheduler.step()
+            self.state.global_step += 1
         self.seconds += time.perf_counter() - began
-        self.state.global_step += 1
         self.state.epoch = round(self.state.global_step / self._steps_per_epoch, 4)
         self._losses.add(loss)
         self._all_losses.add(loss)

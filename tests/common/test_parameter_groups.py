@@ -105,6 +105,7 @@ def test_any_optimizer_of_torch(name):
         (one_group("SGD", lr=-1.0), "SGD: Invalid learning rate"),
         (OptimizerSpec("SGD", [GroupSpec(["v"], {"lr": 0.1})]), "parameter 'v'"),
         (OptimizerSpec("SGD", []), "SGD: .*empty"),
+        (OptimizerSpec("SGD", [GroupSpec(["w"], {"lr": 0.1}), GroupSpec([], {"lr": -1.0})]), "Invalid learning rate"),
     ],
 )
 def test_optimizers_that_cannot_be(spec, says):

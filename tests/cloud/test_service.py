@@ -1,0 +1,411 @@
+"""The service over a loopback socket, spoken to with the generated stubs."""
+
+import gc
+import hashlib
+import queue
+import threading
+import time
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import pytest
+import torch
+from safetensors.torch import load
+from support.tiny_edge import attach
+
+from sft import __version__
+from sft.tensor_stream import CHUNK_BYTES
+from sft.v1 import split_training_pb2 as pb
+from sft_cloud.registry import ATTACH_SECONDS
+
+SECONDS = 30
+"""More than anything here takes; a wait that reaches it has failed."""
+
+
+class Stream:
+    """A stream that a test holds open: `send` and read one by one."""
+
+    def __init__(self, stub, *messages):
+        self._outgoing = queue.SimpleQueue()
+        for message in messages:
+            self._outgoing.put(message)
+        self.call = stub.Train(iter(self._outgoing.get, None), timeout=SECONDS)
+
+    def ask(self, message):
+        self._outgoing.put(message)
+        return next(self.call)
+
+    def end(self):
+        self._outgoing.put(None)
+        return list(self.call)
+
+
+def chunks_of(sha256, content):
+    yield pb.UploadBlobRequest(sha256=sha256, total_bytes=len(content), data=content[:100])
+    for start in range(100, len(content), CHUNK_BYTES):
+        yield pb.UploadBlobRequest(data=content[start : start + CHUNK_BYTES])
+
+
+def open_session(stub, edge, **overrides):
+    """Opens as an edge does, uploading what is missing; returns the id."""
+    response = stub.OpenSession(edge.request(**overrides), timeout=SECONDS)
+    for sha256 in response.missing_blobs:
+        stub.UploadBlob(chunks_of(sha256, edge.blobs()[sha256]), timeout=SECONDS)
+    if response.missing_blobs:
+        response = stub.OpenSession(edge.request(**overrides), timeout=SECONDS)
+    assert response.session_id
+    return response.session_id
+
+
+def download(stub, session_id):
+    parts = stub.DownloadWeights(pb.DownloadWeightsRequest(session_id=session_id), timeout=SECONDS)
+    return load(b"".join(part.data for part in parts))
+
+
+def messages_of_a_run(edge, steps):
+    yield edge.forward(0)
+    for step in range(1, steps):
+        yield edge.forward(step, commit=edge.commit_part(step - 1))
+    yield edge.evaluate(commit=edge.commit_part(steps - 1))
+
+
+def run(stub, edge, steps=3):
+    """A whole run: its answers and the weights at the end."""
+    session_id = open_session(stub, edge)
+    stream = Stream(stub, attach(session_id))
+    assert next(stream.call).attached.next_step == 0
+    answers = [stream.ask(message) for message in messages_of_a_run(edge, steps)]
+    weights = download(stub, session_id)
+    assert stream.end() == []
+    for answer in answers:
+        assert answer.cloud_seconds > 0
+        answer.ClearField("cloud_seconds")
+    return answers, weights
+
+
+def wait_until_closed(server, registry_len=0):
+    """Returns once the server has that many sessions; closing is announced, not slept for."""
+    done = threading.Event()
+    registry = server.service.sessions
+    announce = registry._on_close
+
+    def on_close(entry, reason):
+        announce(entry, reason)
+        done.set()
+
+    registry._on_close = on_close
+    return lambda: len(registry) == registry_len or (done.wait(SECONDS) and len(registry) == registry_len)
+
+
+@pytest.fixture
+def stub(server, connect):
+    return connect(server.address)
+
+
+@pytest.fixture
+def without_gc():
+    """A device's memory must not wait until Python looks for cycles."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def refusal(call):
+    with pytest.raises(grpc.RpcError) as caught:
+        call()
+    return caught.value.code(), caught.value.details()
+
+
+def test_missing_blobs_are_uploaded_once(stub, edge, server):
+    response = stub.OpenSession(edge.request())
+    assert (response.session_id, set(response.missing_blobs)) == ("", set(edge.blobs()))
+    assert (response.package_version, response.device) == (__version__, "cpu")
+    assert len(server.service.sessions) == 0
+    open_session(stub, edge)
+    assert stub.OpenSession(edge.request()).missing_blobs == []
+
+
+def test_a_run_ends_with_the_weights_of_a_session_without_a_server(stub, edge, request):
+    answers, weights = run(stub, edge)
+    alone = request.getfixturevalue("open_session")(edge)
+    assert answers == [alone.handle(message) for message in messages_of_a_run(edge, 3)]
+    expected = {tensor.name: tensor.read() for tensor in alone.stored_parameters()}
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], value) for name, value in expected.items())
+
+
+def test_an_edge_may_send_ahead(stub, edge):
+    messages = [attach(open_session(stub, edge)), *messages_of_a_run(edge, 4)]
+    answers = list(stub.Train(iter(messages), timeout=SECONDS))
+    assert [answer.WhichOneof("body") for answer in answers] == ["attached", *["result"] * 4, "evaluation"]
+    assert [answer.step for answer in answers] == [0, 0, 1, 2, 3, 0]
+
+
+def test_edges_at_once_end_with_the_bits_of_their_solo_runs(server, connect, make_edge):
+    edges = [make_edge(seed=seed) for seed in range(4)]
+    solo = [run(connect(server.address), edge) for edge in edges]
+    with ThreadPoolExecutor(4) as threads:
+        together = list(threads.map(lambda edge: run(connect(server.address), edge), edges))
+    for (answers, weights), (expected_answers, expected) in zip(together, solo, strict=True):
+        assert answers == expected_answers
+        assert all(torch.equal(weights[name], value) for name, value in expected.items())
+
+
+def test_the_cloud_s_own_model_is_found(start_server, connect, edge, tiny_directory):
+    stub = connect(start_server(model_dir=tiny_directory.parent).address)
+    missing = stub.OpenSession(edge.request()).missing_blobs
+    assert list(missing) == [edge.request().factors_sha256]
+    assert run(stub, edge)[0]
+
+
+def test_another_version_is_refused(stub, edge):
+    code, details = refusal(lambda: stub.OpenSession(edge.request(protocol_version=99)))
+    assert code is grpc.StatusCode.FAILED_PRECONDITION
+    assert "version 99" in details
+    assert "version 1" in details
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        ({"config_json": "{}"}, "cannot be cut"),
+        ({"model_name": "/etc/passwd"}, "model_name"),
+        ({"cut": pb.Cut(mode=pb.MODE_SFT, split_layer=9, split_rank=1)}, "split_layer is 9"),
+        ({"optimizer": pb.Optimizer(name="Nonsense")}, "no optimizer 'Nonsense'"),
+    ],
+    ids=str,
+)
+def test_requests_that_make_no_sense(stub, edge, server, overrides, says):
+    open_session(stub, edge)
+    code, details = refusal(lambda: stub.OpenSession(edge.request(**overrides)))
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert says in details
+    assert "\n" not in details
+    assert len(server.service.sessions) == 1
+
+
+def test_a_full_server_refuses_until_a_session_ends(start_server, connect, edge):
+    server = start_server(max_sessions=1)
+    stub = connect(server.address)
+    closed = wait_until_closed(server)
+    stream = Stream(stub, attach(open_session(stub, edge)))
+    next(stream.call)
+    code, details = refusal(lambda: stub.OpenSession(edge.request()))
+    assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "all of its 1 sessions" in details
+    stream.end()
+    assert closed()
+    assert open_session(stub, edge)
+
+
+def test_a_session_without_a_stream_makes_room(start_server, connect, edge):
+    server = start_server(max_sessions=1)
+    stub = connect(server.address)
+    first = open_session(stub, edge)
+    server.service.sessions._clock = lambda: time.monotonic() + ATTACH_SECONDS + 1
+    open_session(stub, edge)
+    assert refusal(lambda: list(stub.Train(iter([attach(first)]))))[0] is grpc.StatusCode.NOT_FOUND
+
+
+def test_sessions_that_do_not_exist(stub):
+    for call in (
+        lambda: list(stub.Train(iter([attach("nobody")]))),
+        lambda: list(stub.DownloadWeights(pb.DownloadWeightsRequest(session_id="nobody"))),
+    ):
+        code, details = refusal(call)
+        assert code is grpc.StatusCode.NOT_FOUND
+        assert "no such session" in details
+
+
+def test_a_session_ends_with_its_stream(stub, edge):
+    session_id = open_session(stub, edge)
+    assert len(list(stub.Train(iter([attach(session_id)]), timeout=SECONDS))) == 1
+    assert refusal(lambda: list(stub.Train(iter([attach(session_id)]))))[0] is grpc.StatusCode.NOT_FOUND
+
+
+def test_a_second_stream_is_refused_and_the_first_goes_on(stub, edge):
+    session_id = open_session(stub, edge)
+    stream = Stream(stub, attach(session_id))
+    next(stream.call)
+    code, details = refusal(lambda: list(stub.Train(iter([attach(session_id)]))))
+    assert code is grpc.StatusCode.FAILED_PRECONDITION
+    assert "another stream" in details
+    assert stream.ask(edge.forward(0)).HasField("result")
+
+
+@pytest.mark.parametrize("messages", [[], [pb.EdgeMessage()], [pb.EdgeMessage(evaluate=pb.Evaluate())]], ids=len)
+def test_a_stream_starts_with_attach(stub, messages):
+    code, details = refusal(lambda: list(stub.Train(iter(messages))))
+    assert code is grpc.StatusCode.FAILED_PRECONDITION
+    assert "attach" in details
+
+
+@pytest.mark.parametrize("kind", ["nonsense", "out of order"])
+def test_a_message_that_breaks_the_rules_ends_the_stream(stub, edge, server, kind):
+    stream = Stream(stub, attach(open_session(stub, edge)))
+    next(stream.call)
+    message = edge.forward(5)
+    if kind == "nonsense":
+        message = edge.forward(0)
+        message.forward.labels.classes.ids[0] = 77
+    code, details = refusal(lambda: stream.ask(message))
+    if kind == "nonsense":
+        assert (code, details) == (grpc.StatusCode.INVALID_ARGUMENT, "class ids must be from 0 to 2")
+    else:
+        assert code is grpc.StatusCode.FAILED_PRECONDITION
+        assert "step 0 is next" in details
+    assert len(server.service.sessions) == 0
+
+
+def test_an_unexpected_error_stays_in_the_log(stub, make_edge, server, caplog):
+    edge = make_edge()
+    edge.groups[-1].arguments["eps"] = "secret"  # torch notices in step(), with a TypeError
+    stream = Stream(stub, attach(open_session(stub, edge)))
+    next(stream.call)
+    stream.ask(edge.forward(0))
+    assert refusal(lambda: stream.ask(edge.commit(0))) == (
+        grpc.StatusCode.INTERNAL,
+        "internal error, see the server's log",
+    )
+    assert "TypeError" in caplog.text
+    assert len(server.service.sessions) == 0
+    assert run(stub, make_edge())[0]
+
+
+@pytest.mark.parametrize("end", ["cancel", "close", "break a rule"])
+def test_an_edge_that_goes_frees_its_session(stub, edge, server, connect, without_gc, end):
+    closed = wait_until_closed(server)
+    session_id = open_session(stub, edge)
+    net_2 = weakref.ref(server.service.sessions.get(session_id).session._net_2)
+    stream = Stream(stub, attach(session_id))
+    next(stream.call)
+    stream.ask(edge.forward(0))
+    if end == "cancel":
+        stream.call.cancel()
+    elif end == "close":
+        stream.end()
+    else:
+        refusal(lambda: stream.ask(edge.commit(5)))
+    assert closed()
+    assert run(connect(server.address), edge)[0]  # and goes on serving
+    server.stop()  # every thread that worked for it has ended
+    assert net_2() is None
+
+
+def test_an_edge_that_disappears_while_its_message_waits(server, connect, edge):
+    """The worker is held, so the message is still in its queue when the edge goes: it must not be worked on."""
+    stub = connect(server.address)
+    closed = wait_until_closed(server)
+    session_id = open_session(stub, edge)
+    session = server.service.sessions.get(session_id).session
+    stream = Stream(stub, attach(session_id))
+    next(stream.call)
+    held, go_on = threading.Event(), threading.Event()
+    worker = server.service._worker
+    submit, waits = worker.submit, threading.Event()
+    submit(lambda: (held.set(), go_on.wait(SECONDS)))
+    assert held.wait(SECONDS)
+    worker.submit = lambda work: (submit(work), waits.set())[0]
+    stream._outgoing.put(edge.forward(0))
+    assert waits.wait(SECONDS)
+    stream.call.cancel()
+    assert closed()
+    go_on.set()
+    worker.submit(lambda: None).result(SECONDS)
+    assert session.handle(edge.forward(0)).result.loss  # micro-batch 0 was not taken
+    assert session.handle(edge.commit(0)).committed.next_step == 1
+
+
+@pytest.mark.parametrize(
+    ("first", "says"),
+    [
+        ({"sha256": hashlib.sha256(b"other").hexdigest(), "total_bytes": 4}, "upload them again"),
+        ({"sha256": hashlib.sha256(b"blob").hexdigest(), "total_bytes": 3}, "more bytes"),
+        ({"sha256": hashlib.sha256(b"blob").hexdigest(), "total_bytes": 5}, "fewer bytes"),
+        ({"sha256": "../../outside", "total_bytes": 4}, "is not a SHA-256"),
+        ({"total_bytes": 4}, "is not a SHA-256"),
+        ({"sha256": hashlib.sha256(b"blob").hexdigest(), "total_bytes": 1 << 60}, "too large"),
+    ],
+    ids=str,
+)
+def test_uploads_that_do_not_match(stub, tmp_path, first, says):
+    code, details = refusal(lambda: stub.UploadBlob(iter([pb.UploadBlobRequest(data=b"blob", **first)])))
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert says in details
+    assert list((tmp_path / "state" / "blobs").iterdir()) == []
+
+
+def test_an_upload_without_a_chunk(stub):
+    code, details = refusal(lambda: stub.UploadBlob(iter([])))
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert "first one names the blob" in details
+
+
+def test_an_upload_that_breaks_off_leaves_nothing(stub, server, tmp_path):
+    blobs = tmp_path / "state" / "blobs"
+    content = b"x" * 1000
+    begun = threading.Event()
+    store = server.service._store
+    add = store.add
+
+    def announcing(chunks):
+        yield next(chunks)
+        begun.set()
+        yield from chunks
+
+    store.add = lambda sha256, total_bytes, chunks: add(sha256, total_bytes, announcing(chunks))
+    outgoing = queue.SimpleQueue()
+    outgoing.put(pb.UploadBlobRequest(sha256=hashlib.sha256(content).hexdigest(), total_bytes=1000, data=b"x"))
+    call = stub.UploadBlob.future(iter(outgoing.get, None))
+    assert begun.wait(SECONDS)
+    assert [path.suffix for path in blobs.iterdir()] == [".part"]
+    call.cancel()
+    outgoing.put(None)
+    server.stop()  # which returns when every call has ended
+    assert list(blobs.iterdir()) == []
+
+
+def test_weights_cannot_be_read_across_a_step(stub, edge, server):
+    session_id = open_session(stub, edge)
+    stream = Stream(stub, attach(session_id))
+    next(stream.call)
+    entry = server.service.sessions.get(session_id)
+    stored = entry.session.stored_parameters()
+
+    def while_training():
+        stream.ask(edge.forward(0))
+        stream.ask(edge.commit(0))
+        return stored
+
+    entry.session.stored_parameters = while_training
+    code, details = refusal(lambda: download(stub, session_id))
+    assert code is grpc.StatusCode.FAILED_PRECONDITION
+    assert "between two steps" in details
+
+
+def test_a_server_that_stops_answers_what_it_works_on(stub, edge, server):
+    stream = Stream(stub, attach(open_session(stub, edge)))
+    next(stream.call)
+    held, go_on, waits = threading.Event(), threading.Event(), threading.Event()
+    worker = server.service._worker
+    submit = worker.submit
+    submit(lambda: (held.set(), go_on.wait(SECONDS)))
+    assert held.wait(SECONDS)
+    worker.submit = lambda work: (submit(work), waits.set())[0]
+    stream._outgoing.put(edge.forward(0))
+    assert waits.wait(SECONDS)
+    server.service.drain()
+    go_on.set()
+    assert next(stream.call).HasField("result")
+    assert refusal(lambda: next(stream.call)) == (grpc.StatusCode.UNAVAILABLE, "the server is shutting down")
+    assert refusal(lambda: stub.OpenSession(edge.request()))[0] is grpc.StatusCode.UNAVAILABLE
+
+
+def test_a_server_that_stops_does_not_wait_for_idle_edges(stub, edge, server):
+    stream = Stream(stub, attach(open_session(stub, edge)))
+    next(stream.call)
+    stream.ask(edge.forward(0))
+    server.stop(grace_seconds=10 * SECONDS)
+    assert refusal(lambda: next(stream.call))[0] in (grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAVAILABLE)

@@ -1,0 +1,55 @@
+"""Every error has its status code."""
+
+import grpc
+import pytest
+import torch
+
+from sft import errors
+from sft_cloud.errors import PreconditionError, status_of
+
+CODES = {
+    PreconditionError: "FAILED_PRECONDITION",
+    errors.ProtocolError: "INVALID_ARGUMENT",
+    errors.UsageError: "INVALID_ARGUMENT",
+    errors.CutError: "INVALID_ARGUMENT",
+    errors.CheckpointError: "INVALID_ARGUMENT",
+    errors.UnsupportedModelError: "INVALID_ARGUMENT",
+    errors.TrainingError: "INVALID_ARGUMENT",
+    errors.SessionLostError: "NOT_FOUND",
+    errors.ServerFullError: "RESOURCE_EXHAUSTED",
+    errors.StorageError: "RESOURCE_EXHAUSTED",
+    errors.ServerUnavailableError: "UNAVAILABLE",
+}
+
+
+@pytest.mark.parametrize("kind", CODES)
+def test_our_errors_keep_their_sentence_on_one_line(kind):
+    assert status_of(kind("what was wrong;\n what to do")) == (
+        grpc.StatusCode[CODES[kind]],
+        "what was wrong; what to do",
+    )
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes."),
+    ],
+)
+def test_out_of_memory(error):
+    code, details = status_of(error)
+    assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "smaller batches" in details
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a secret"), KeyError("a secret"), OSError("a secret")])
+def test_the_unexpected_stays_here(error):
+    assert status_of(error) == (grpc.StatusCode.INTERNAL, "internal error, see the server's log")
+
+
+def test_torch_s_own_words_for_no_memory_are_known():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert status_of(caught.value)[0] is grpc.StatusCode.RESOURCE_EXHAUSTED
