@@ -49,7 +49,8 @@ class OptimizerSpec:
 def decay_groups(net: Net, arguments: Mapping[str, Any]) -> List[GroupSpec]:
     """The two groups that transformers' Trainer makes: biases and norms get no weight decay.
 
-    `net` may be on the meta device. The other half makes the same split, as it goes by module.
+    `net` may be on the meta device. The other half makes the same split, as it goes by module. `arguments` hold
+    `weight_decay` if the optimizer knows it.
     """
     undecayed = set()
     for module_name, module in net.named_modules():
@@ -57,9 +58,10 @@ def decay_groups(net: Net, arguments: Mapping[str, Any]) -> List[GroupSpec]:
             if isinstance(module, nn.LayerNorm) or name.endswith("bias"):
                 undecayed.add(net.whole_names[name])
     names = sorted(net.whole_names.values())
+    without_decay = {"weight_decay": 0.0} if "weight_decay" in arguments else {}  # Rprop, for one, has none
     return [
         GroupSpec([name for name in names if name not in undecayed], dict(arguments)),
-        GroupSpec([name for name in names if name in undecayed], {**arguments, "weight_decay": 0.0}),
+        GroupSpec([name for name in names if name in undecayed], {**arguments, **without_decay}),
     ]
 
 

@@ -1,0 +1,90 @@
+# `make` lists the targets. A clean clone needs Python 3.10 or later and a package index, nothing else.
+SHELL := bash
+PYTHON ?= python3
+PYTHON38 ?= python3.8
+VENV := .venv
+BIN := $(VENV)/bin
+PROTO_BIN := .venv-proto/bin
+# The generator has wheels for Python 3.8 to 3.12.
+PROTO_PYTHON ?= $(PYTHON)
+PROTO := proto/sft/v1/split_training.proto
+# Tests that take longer than about ten seconds run only with SLOW=1.
+SLOW ?= 0
+# Bandwidth of `make emulate`, in tc's units.
+RATE ?= 100mbit
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check format proto test-py38 lock emulate clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.installed  ## install everything into .venv, at the versions of constraints.txt
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[edge,cloud,demo,dev]"
+	@touch $@
+
+demo: setup  ## fine-tune MiniLM on synthetic data in the paper's three systems, side by side
+	$(BIN)/sft-edge demo
+
+test: setup  ## run the tests; SLOW=1 adds the slow ones, SFT_DATA_DIR names the folder with the real data sets
+ifeq ($(SLOW),1)
+	$(BIN)/pytest
+else
+	$(BIN)/pytest -m "not slow"
+endif
+
+check: setup $(PROTO_BIN)/.installed  ## format, lint, types, import contracts, Python 3.8 in edge code, generated code up to date
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/vermin --quiet --no-tips --violations --target=3.8- common edge_client
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	rm -rf build/proto && mkdir -p build/proto
+	$(call generate,build/proto)
+	diff -rq -x __init__.py -x __pycache__ build/proto/sft/v1 common/sft/v1 || { echo "common/sft/v1 is out of date: run make proto" >&2; exit 1; }
+
+format: setup  ## format the code and mend what the linter can
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+proto: $(PROTO_BIN)/.installed  ## generate common/sft/v1 from the .proto
+	$(call generate,common)
+
+$(PROTO_BIN)/.installed: proto/requirements.txt
+	$(PROTO_PYTHON) -m venv .venv-proto
+	$(PROTO_BIN)/pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
+define generate
+$(PROTO_BIN)/python -m grpc_tools.protoc -Iproto --python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1) $(PROTO)
+endef
+
+test-py38: .venv-py38/.installed  ## run the tests of common and edge_client on the edge's oldest stack; needs python3.8
+	.venv-py38/bin/pytest tests/common tests/edge
+
+.venv-py38/.installed: pyproject.toml edge_client/constraints-py38.txt
+	$(PYTHON38) -m venv .venv-py38
+	.venv-py38/bin/pip install --quiet --disable-pip-version-check -c edge_client/constraints-py38.txt torch==2.1.0 -e ".[edge,demo,test]"
+	@touch $@
+
+lock:  ## resolve both files of constraints anew; needs uv
+	$(call resolve,constraints.txt,3.10 and later,--universal -c <(echo torch==2.13.0) --python-version 3.10 --extra cloud --extra dev)
+	$(call resolve,edge_client/constraints-py38.txt,3.8 on the edge,-c <(echo torch==2.1.0) --python-version 3.8 --extra test \
+		--no-emit-package torch --no-emit-package triton)
+
+# $(1) file, $(2) the Python it is for, $(3) options
+define resolve
+echo '# Exact versions for Python $(2). `make lock` writes this file.' > $(1)
+uv pip compile --quiet --no-header --no-annotate $(3) --extra edge --extra demo pyproject.toml >> $(1)
+endef
+
+emulate: setup  ## train sl and sft through a link of RATE=100mbit between two network namespaces; needs root and iproute2
+	$(BIN)/python bench/emulate.py --rate $(RATE) $(ARGS)
+
+clean:  ## delete what the other targets made
+	rm -rf $(VENV) .venv-proto .venv-py38 build dist demo-output output/emulate \
+		.hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
