@@ -75,8 +75,8 @@ class ShapedLink:
             _run("ip", "-netns", name, "address", "add", f"{host}/30", "dev", _DEVICE)
             for device in ("lo", _DEVICE):
                 _run("ip", "-netns", name, "link", "set", device, "up")
-            # 64 KiB let a full-size TCP segment through at once; what waits longer than the latency is dropped.
-            shape = ("root", "tbf", "rate", self.rate, "burst", "64kb", "latency", "100ms")
+            # A bucket smaller than a step's activations, or they would cross at once; what waits longer than latency is dropped.
+            shape = ("root", "tbf", "rate", self.rate, "burst", "8kb", "latency", "100ms")
             _run("tc", "-netns", name, "qdisc", "add", "dev", _DEVICE, *shape)
 
     def _close(self) -> None:

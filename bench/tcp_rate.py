@@ -7,7 +7,7 @@ import sys
 import time
 
 CHUNK_BYTES = 1 << 14
-SKIPPED_BYTES = 1 << 16
+SKIPPED_BYTES = 1 << 14
 """A token bucket lets its fill through at once; counting starts behind it."""
 
 

@@ -4,8 +4,8 @@
 set -eu
 
 limit() {
-  # 64 KiB let a full-size TCP segment through at once; what waits longer than the latency is dropped.
-  tc qdisc replace dev "$1" root tbf rate "$SFT_RATE" burst 64kb latency 100ms
+  # A bucket smaller than a step's activations, or they would cross at once; what waits longer than latency is dropped.
+  tc qdisc replace dev "$1" root tbf rate "$SFT_RATE" burst 8kb latency 100ms
 }
 
 if [ -n "${SFT_RATE:-}" ]; then

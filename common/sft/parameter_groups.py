@@ -82,7 +82,7 @@ def make_optimizer(spec: OptimizerSpec, parameters: Mapping[str, nn.Parameter]) 
             optimizer_class([torch.zeros(1, requires_grad=True)], **group.arguments)
         optimizer: torch.optim.Optimizer = optimizer_class(groups, **(spec.groups[0].arguments if spec.groups else {}))
         return optimizer
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, LookupError) as error:
         raise UsageError(f"optimizer {optimizer_class.__name__}: {error}") from error
 
 

@@ -73,7 +73,9 @@ def sha256_of(tensors: Sequence[StoredTensor]) -> str:
 
 
 def _header(tensors: Sequence[StoredTensor]) -> bytes:
-    entries, offset = {}, 0
+    # Transformers 4.46 opens no file without this.
+    entries: Dict[str, Dict[str, object]] = {"__metadata__": {"format": "pt"}}
+    offset = 0
     for tensor in tensors:
         end = offset + tensor.size()
         entries[tensor.name] = {

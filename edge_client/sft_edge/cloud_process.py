@@ -139,10 +139,12 @@ class CloudProcess:
 
 
 def _serve_command(arguments: Sequence[str]) -> List[str]:
-    if importlib.util.find_spec("sft_cloud") is None:
+    # The cloud's own package comes with every installation; what it stands on does not.
+    needed = ("sft_cloud", "grpc_health", "grpc_reflection")
+    if sys.version_info < (3, 10) or any(importlib.util.find_spec(name) is None for name in needed):
         raise UsageError(
             "training without --server HOST:PORT needs the cloud's part here too: "
-            "pip install 'split-fine-tuning[cloud]'"
+            "Python 3.10 or later, and pip install 'split-fine-tuning[cloud]'"
         )
     fixed = ["--host", "127.0.0.1", "--port", "0", "--exit-with-stdin", "--log-level", "warning"]
     return [sys.executable, "-m", "sft_cloud", "serve", *fixed, *arguments]

@@ -73,9 +73,13 @@ def read_config(path: Path, overrides: Dict[str, Any]) -> PretrainedConfig:
 def read_tokenizer(directory: Path) -> Any:
     """A tokenizer from a directory. Raises CheckpointError."""
     try:
-        return AutoTokenizer.from_pretrained(str(directory))
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(str(directory))
+    except Exception as error:  # of many kinds; the tokenizers package raises this very class
         raise CheckpointError(f"{directory}: no tokenizer can be read from here ({first_line(error)})") from error
+    names = sorted(tokenizer.vocab_files_names.values())
+    if not any((directory / name).is_file() for name in names):  # newer releases make an empty one up
+        raise CheckpointError(f"{directory}: no tokenizer can be read from here (it holds no {' or '.join(names)})")
+    return tokenizer
 
 
 def check_length(config: PretrainedConfig, max_seq_length: int) -> None:

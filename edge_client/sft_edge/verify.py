@@ -198,7 +198,7 @@ def _difference(expected: Dict[str, Tensor], actual: Dict[str, Tensor]) -> float
 
 
 def _worse(a: float, b: float) -> float:
-    return b if not b <= a else a
+    return a if math.isnan(a) or b <= a else b
 
 
 def _source(options: VerifyOptions) -> Source:

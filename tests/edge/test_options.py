@@ -38,7 +38,7 @@ FROZEN = """
 --max-train-samples
 --max-eval-samples
 --dataloader-num-workers 0
---output-dir required
+--output-dir
 --overwrite-output-dir false
 --per-device-train-batch-size 32
 --per-device-eval-batch-size 32
@@ -85,9 +85,9 @@ def test_the_options_of_train_are_frozen(capsys):
 
 
 def test_every_option_is_described():
-    from sft.config import _options
+    from sft.config import options_of
 
-    assert [option.flag for cls in TRAIN_OPTIONS for option in _options(cls) if not option.doc] == []
+    assert [option.flag for cls in TRAIN_OPTIONS for option in options_of(cls) if not option.doc] == []
 
 
 def test_help_needs_neither_torch_nor_transformers():

@@ -24,10 +24,9 @@ class Job:
     train_rows: int
     eval_rows: int
 
-    def flags(self, model: Path, **options: object) -> List[str]:
-        """Arguments of `sft-edge train`; `options` are flags with underscores, and replace what is set here."""
+    def flags(self, **options: object) -> List[str]:
+        """Arguments of `sft-edge train`, without a model; `options` are flags with underscores, and win over these."""
         values: Dict[str, object] = {
-            "model": model,
             "task": self.task,
             "data_dir": self.data_dir,
             "split_layer": 2,
