@@ -75,7 +75,7 @@ class ShapedLink:
             _run("ip", "-netns", name, "address", "add", f"{host}/30", "dev", _DEVICE)
             for device in ("lo", _DEVICE):
                 _run("ip", "-netns", name, "link", "set", device, "up")
-            # A bucket smaller than a step's activations, or they would cross at once; what waits longer than latency is dropped.
+            # A bucket smaller than one step's activations, or they would cross at once; 100 ms of traffic may wait.
             shape = ("root", "tbf", "rate", self.rate, "burst", "8kb", "latency", "100ms")
             _run("tc", "-netns", name, "qdisc", "add", "dev", _DEVICE, *shape)
 

@@ -4,7 +4,7 @@
 set -eu
 
 limit() {
-  # A bucket smaller than a step's activations, or they would cross at once; what waits longer than latency is dropped.
+  # A bucket smaller than one step's activations, or they would cross at once; 100 ms of traffic may wait.
   tc qdisc replace dev "$1" root tbf rate "$SFT_RATE" burst 8kb latency 100ms
 }
 

@@ -51,8 +51,7 @@ def demo(prog: str, argv: List[str]) -> int:
     (options,) = parse((DemoOptions,), argv, prog, demo.__doc__)
     from sft_edge.demo import demo as run_demo
 
-    run_demo(options)
-    return 0
+    return run_demo(options)
 
 
 COMMANDS = {"train": train, "evaluate": evaluate, "predict": predict, "verify": verify, "demo": demo}

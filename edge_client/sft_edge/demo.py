@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, Dict
 
@@ -10,18 +13,15 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from sft.config import parse
 from sft_edge.command_options import DemoOptions
-from sft_edge.options import TRAIN_OPTIONS
 from sft_edge.progress import format_bytes, format_seconds
 from sft_edge.synthetic import write_synthetic
-from sft_edge.train import TrainingRun
 
 _MODES = {"local": "one process", "sl": "plain split learning", "sft": "split fine-tuning"}
 
 
-def demo(options: DemoOptions) -> None:
-    """Writes the data, trains, and prints one table. Raises any SFTError."""
+def demo(options: DemoOptions) -> int:
+    """Writes the data, trains, and prints one table. Returns the exit code: 0, or that of the run that failed."""
     console = Console()
     data_dir = options.output_dir / "data"
     write_synthetic(data_dir, options.seed)
@@ -29,10 +29,14 @@ def demo(options: DemoOptions) -> None:
     results = {}
     for mode, title in _MODES.items():
         console.rule(f"{mode}: {title}")
-        results[mode] = _run(options, mode, data_dir)
+        try:
+            results[mode] = _run(options, mode, data_dir)
+        except subprocess.CalledProcessError as error:
+            return error.returncode  # the run has said why
     console.print(comparison(results))
     example = 'sft-edge predict --model {} --text "the plot is not bad at all"'.format(options.output_dir / "sft")
     console.print(f"ask the trained model: {example}", highlight=False, soft_wrap=True)
+    return 0
 
 
 def comparison(results: Dict[str, Dict[str, Any]]) -> Table:
@@ -47,7 +51,7 @@ def comparison(results: Dict[str, Dict[str, Any]]) -> Table:
         wire = (result["wire_bytes_sent"] + result["wire_bytes_received"]) / result["train_steps"]
         reduction = result["wire_reduction"]
         table.add_row(
-            f"{mode} ({_MODES[mode]})",
+            mode,
             f"{result['eval_accuracy']:.1f}",
             format_bytes(wire) if wire else "-",
             f"{reduction:.1f}x" if reduction else "-",
@@ -58,6 +62,7 @@ def comparison(results: Dict[str, Dict[str, Any]]) -> Table:
 
 
 def _run(options: DemoOptions, mode: str, data_dir: Path) -> Dict[str, Any]:
+    """One run, as anyone would start it: in a process of its own, whose memory is its own, too."""
     output_dir = options.output_dir / mode
     if output_dir.exists():
         shutil.rmtree(str(output_dir))
@@ -77,4 +82,6 @@ def _run(options: DemoOptions, mode: str, data_dir: Path) -> Dict[str, Any]:
         "--output-dir": output_dir,
     }
     argv = [str(part) for flag in flags.items() for part in flag]
-    return TrainingRun(*parse(TRAIN_OPTIONS, argv, "sft-edge demo")).run()
+    subprocess.run([sys.executable, "-m", "sft_edge", "train", *argv], check=True)
+    results: Dict[str, Any] = json.loads((output_dir / "all_results.json").read_text(encoding="utf-8"))
+    return results

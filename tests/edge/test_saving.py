@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 from pathlib import Path
 from typing import Callable, Iterator, List, Optional
 
@@ -116,6 +117,19 @@ def test_a_link_that_breaks_while_saving_leaves_no_model(tmp_path: Path) -> None
     assert not [name for name in os.listdir(str(tmp_path)) if "safetensors" in name or name.startswith(".")]
     with pytest.raises(CheckpointError, match=r"it holds no sft\.json"):
         load_model(tmp_path)
+
+
+def test_a_disk_without_room_for_the_tokenizer(tmp_path: Path) -> None:
+    """The package that writes it raises nothing better than Exception."""
+    net, shard = make_net(), Shard([], [b"small"])
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))  # bytes in a file
+    try:
+        with pytest.raises(StorageError, match=rf"cannot write {tmp_path}: File too large .*; free some space"):
+            save_model(tmp_path, [shard], config_of(net), tiny_tokenizer(), describe())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert os.listdir(str(tmp_path)) == []
 
 
 def test_a_directory_that_cannot_be(tmp_path: Path) -> None:

@@ -314,6 +314,22 @@ def test_the_ledger_counts_what_travelled(source: Source, wire_dtype: str, size:
         assert decode_tensor(packed, CPU).dtype == torch.float32
 
 
+def test_every_byte_is_in_the_ledger(source: Source) -> None:
+    """Of training or of evaluation; a commit that had nothing to ride on counts for the evaluation that sent it."""
+    with split(source) as rig:
+        for step in range(2):
+            rig.system.forward_backward(batch(5, 2), step, 0, 1.0)
+            rig.system.update(step, 1.0)
+        list(rig.system.logits([batch(3), batch(2, 2)], 2))
+        attached, *messages = rig.cloud.received
+        assert attached.HasField("attach")
+        ledger = rig.system.ledger
+        sent = sum(framed_size(message.ByteSize()) for message in messages)
+        assert ledger.traffic.bytes_sent + ledger.evaluation.bytes_sent == sent
+        total = ledger.traffic + ledger.evaluation
+        assert total.payload_bytes_sent == rig.system.link.total.payload_bytes_sent == (7 + 7 + 3 + 4) * 4 * 4
+
+
 def test_the_shards_are_both_halves(source: Source) -> None:
     with split(source) as rig:
         here, there = rig.system.shards()

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.jobs import Job, read_json, sst2
+from support.jobs import STEADY, Job, error_line, read_json, sst2, weights_of
 from support.tiny import make_tiny_model
 
 from sft_cloud.serve import CloudServer
 from sft_edge.cli import main
+from sft_edge.split_system import SplitSystem
+from sft_edge.systems import LocalSystem
 
 
 @pytest.fixture(scope="session")
@@ -66,5 +68,50 @@ def train(cloud: str, tmp_path: Path) -> Callable[..., Path]:
         results = read_json(output_dir / "all_results.json")
         assert results["train_steps"] == read_json(output_dir / "trainer_state.json")["global_step"]
         return output_dir
+
+    return run
+
+
+@pytest.fixture
+def failing(
+    job: Job, model: Path, cloud: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str]]:
+    """Runs `sft-edge train` into `tmp_path / "out"`; gives the exit code and the line of the error."""
+
+    def run(**options: object) -> tuple[int, str]:
+        values = {"model": model, "server": cloud, "output_dir": tmp_path / "out", **STEADY, **options}
+        if values.get("mode") == "local":
+            values["server"] = None
+        code = main(["train", *job.flags(**values)])
+        stderr = capsys.readouterr().err
+        return code, error_line(stderr) if code != 130 else stderr.splitlines()[-1]
+
+    return run
+
+
+@pytest.fixture
+def at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], object]], None]:
+    """`at_step(3, act)` calls `act` on the edge, once, when its step 3, counted from 1, has been taken."""
+
+    def install(step: int, act: Callable[[], object]) -> None:
+        left = [act]
+        for system in (SplitSystem, LocalSystem):
+
+            def update(self, index, scale, update=system.update):
+                update(self, index, scale)
+                if index + 1 == step and left:
+                    left.pop()()
+
+            monkeypatch.setattr(system, "update", update)
+
+    return install
+
+
+@pytest.fixture
+def first_steps(train: Callable[..., Path]) -> Callable[..., dict[str, torch.Tensor]]:
+    """`first_steps(3, job, model=model)`: the weights of a run that is asked for so many steps, and not disturbed."""
+
+    def run(steps: int, job: Job, **options: object) -> dict[str, torch.Tensor]:
+        return weights_of(train(job, **{**STEADY, **options, "max_steps": steps}))
 
     return run

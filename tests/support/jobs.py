@@ -12,6 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 _GOOD, _BAD = ("good", "great", "best"), ("bad", "worst", "no")
+STEADY = {"lr_scheduler_type": "constant", "logging_steps": 1, "max_steps": 50}
+"""Options with which a run of fewer steps is the beginning of a longer one."""
+
 _FILLERS = ["the", "film", "is", "a", "story", "of", "people", "and", "their", "plot", "in", "it", "for", "one"]
 
 

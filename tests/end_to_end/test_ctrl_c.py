@@ -1,0 +1,148 @@
+"""Ctrl-C, wherever it comes: exit code 130, and the model as of the last step that both sides took."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from support.jobs import STEADY, Job, read_json, same_bits, weights_of
+
+from sft_cloud.session import Session
+from sft_edge import link as link_module
+from sft_edge import split_system
+from sft_edge import train as train_module
+from sft_edge.saving import load_model
+
+SECONDS = 60
+
+
+def interrupt() -> None:
+    """Ctrl-C, here and now."""
+    signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("mode", ["local", "sl", "sft"])
+def test_ctrl_c_between_steps(
+    failing: Callable[..., tuple[int, str]],
+    at_step: Callable[[int, Callable[[], object]], None],
+    job: Job,
+    model: Path,
+    first_steps: Callable[..., dict[str, torch.Tensor]],
+    tmp_path: Path,
+    mode: str,
+) -> None:
+    """Inside of the update already: a step is taken on both sides or on neither."""
+    at_step(4, interrupt)
+    code, line = failing(mode=mode)
+    assert (code, line) == (130, "sft-edge train: interrupted")
+    assert read_json(tmp_path / "out" / "trainer_state.json")["global_step"] == 4
+    assert read_json(tmp_path / "out" / "all_results.json")["train_steps"] == 4
+    assert "eval_accuracy" not in read_json(tmp_path / "out" / "all_results.json")
+    load_model(tmp_path / "out")
+    assert same_bits(weights_of(tmp_path / "out"), first_steps(4, job, model=model, mode=mode))
+
+
+@pytest.mark.parametrize("place", ["scale_gradients", "encode_activation", "decode_tensor"])
+def test_ctrl_c_anywhere_in_a_step(
+    failing: Callable[..., tuple[int, str]],
+    job: Job,
+    model: Path,
+    first_steps: Callable[..., dict[str, torch.Tensor]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+) -> None:
+    """After the commit was handed to the link, before a micro-batch is sent, and after it was answered."""
+    real, calls = getattr(split_system, place), iter(range(1, 1000))
+
+    def interrupted(*arguments):
+        if next(calls) == 4:
+            interrupt()
+        return real(*arguments)
+
+    monkeypatch.setattr(split_system, place, interrupted)
+    assert failing()[0] == 130
+    steps = read_json(tmp_path / "out" / "trainer_state.json")["global_step"]
+    assert steps == (4 if place == "scale_gradients" else 3)
+    assert same_bits(weights_of(tmp_path / "out"), first_steps(steps, job, model=model))
+
+
+def test_ctrl_c_while_the_cloud_works(
+    failing: Callable[..., tuple[int, str]],
+    job: Job,
+    model: Path,
+    first_steps: Callable[..., dict[str, torch.Tensor]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The commit of the step before rides on the message that the cloud works on: it must count."""
+    at_work, go_on = threading.Event(), threading.Event()
+    waits = iter(range(1000))
+
+    def handle(self, message, handle=Session.handle):
+        if message.HasField("forward") and message.step == 3 and not at_work.is_set():
+            assert message.HasField("commit")
+            at_work.set()
+            assert go_on.wait(SECONDS), "nobody waits for what is under way"
+        return handle(self, message)
+
+    def result(self, result=link_module.PendingReply.result):
+        wait = next(waits)
+        if wait == 3:
+            assert at_work.wait(SECONDS)
+            interrupt()
+        if wait > 3:
+            go_on.set()
+        return result(self)
+
+    monkeypatch.setattr(Session, "handle", handle)
+    monkeypatch.setattr(link_module.PendingReply, "result", result)
+    assert failing()[0] == 130
+    assert read_json(tmp_path / "out" / "trainer_state.json")["global_step"] == 3
+    assert same_bits(weights_of(tmp_path / "out"), first_steps(3, job, model=model))
+
+
+def test_ctrl_c_in_the_last_evaluation(
+    failing: Callable[..., tuple[int, str]],
+    job: Job,
+    model: Path,
+    first_steps: Callable[..., dict[str, torch.Tensor]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Hours of training are not lost because somebody did not want to wait for the score."""
+
+    def evaluate(*arguments: object) -> None:
+        interrupt()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "evaluate", evaluate)
+        assert failing(max_steps=3)[0] == 130
+    assert same_bits(weights_of(tmp_path / "out"), first_steps(3, job, model=model))
+
+
+def test_ctrl_c_for_a_process(
+    job: Job, model: Path, cloud: str, first_steps: Callable[..., dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    options = {**STEADY, "max_steps": 100_000, "server": cloud, "output_dir": tmp_path / "out", "model": model}
+    command = [sys.executable, "-m", "sft_edge", "train", *job.flags(**options)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as edge:
+        assert edge.stderr is not None
+        lines = iter(edge.stderr)
+        assert any(line.startswith("step 5/") for line in lines)
+        edge.send_signal(signal.SIGINT)
+        told = list(lines)
+        assert edge.wait(SECONDS) == 130
+    assert told[-1] == "sft-edge train: interrupted\n"
+    steps = read_json(tmp_path / "out" / "trainer_state.json")["global_step"]
+    assert f"stopping: saving the model as of step {steps}\n" in told
+    assert 5 <= steps < 100_000
+    assert "Traceback" not in "".join(told)
+    # Learning rates do not tell how long a run was to be.
+    assert same_bits(weights_of(tmp_path / "out"), first_steps(steps, job, model=model))

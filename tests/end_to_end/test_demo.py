@@ -1,0 +1,56 @@
+"""`sft-edge demo`, with a tiny model in MiniLM's place."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from support.jobs import read_json
+from support.tiny import make_tiny_model
+
+from sft_edge.cli import main
+from sft_edge.demo import comparison
+
+
+def figures(**changes: object) -> dict[str, object]:
+    wire = {"wire_bytes_sent": 61_000, "wire_bytes_received": 60_000, "wire_reduction": 48.04}
+    return {
+        "eval_accuracy": 81.25,
+        "train_steps": 10,
+        "train_runtime": 83.0,
+        "edge_peak_memory_bytes": 3e8,
+        **wire,
+        **changes,
+    }
+
+
+def test_the_table_has_a_row_for_every_system() -> None:
+    nothing = {"wire_bytes_sent": 0, "wire_bytes_received": 0, "wire_reduction": None}
+    table = comparison({"local": figures(**nothing), "sft": figures(eval_accuracy=80.0)})
+    screen = io.StringIO()
+    Console(file=screen, width=120).print(table)
+    rows = [line.split("  ") for line in screen.getvalue().splitlines()]
+    cells = [[cell.strip() for cell in row if cell.strip()] for row in rows]
+    assert ["local", "81.2", "-", "-", "1m23s", "300 MB"] in cells
+    assert ["sft", "80.0", "12.1 kB", "48.0x", "1m23s", "300 MB"] in cells
+
+
+@pytest.mark.slow
+def test_it_trains_the_three_side_by_side(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each with a cloud of its own, and once more over what the first demo left."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    model = make_tiny_model(tmp_path / "tiny", layers=3)
+    demo = ["demo", "--output-dir", str(tmp_path / "demo"), "--model", str(model), "--split-layer", "2"]
+    for _ in range(2):
+        assert main([*demo, "--split-rank", "4", "--max-train-samples", "64", "--num-train-epochs", "1"]) == 0
+        told = capsys.readouterr().out
+        for mode in ("local", "sl", "sft"):
+            results = read_json(tmp_path / "demo" / mode / "all_results.json")
+            assert (results["mode"], results["train_samples"], results["eval_samples"]) == (mode, 64, 400)
+        assert "the three systems on the synthetic set" in told
+    assert main(["predict", "--model", str(tmp_path / "demo" / "sft"), "--text", "the plot is not bad at all"]) == 0
+    assert capsys.readouterr().out.split("\t")[0] in ("negative", "positive")
