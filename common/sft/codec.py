@@ -126,7 +126,7 @@ def decode_labels(
             raise ProtocolError(f"class ids must be from 0 to {num_labels - 1}")
         return {"labels": torch.tensor(ids)}
     columns = message.values.columns
-    if columns != (0 if num_labels == 1 else num_labels):
+    if columns != (0 if num_labels == 1 and config.problem_type == "regression" else num_labels):
         raise ProtocolError(f"label rows have {columns} columns, the head has {num_labels} outputs")
     _check_count(len(message.values.values), B * max(columns, 1))
     y = torch.tensor(list(message.values.values), dtype=torch.float32)

@@ -101,10 +101,10 @@ def run(prog: str, commands: Mapping[str, Command], argv: Optional[Sequence[str]
         _settle_stdout()
         return EXIT_BROKEN_PIPE
     except OSError as error:
-        if error.errno not in _DISK_ERRORS:
-            raise
         _settle_stdout()
         where = error.filename or "the output"
+        if error.errno not in _DISK_ERRORS:
+            return _fail(full_name, SFTError(f"{where}: {error.strerror or error}"))
         return _fail(full_name, StorageError(f"cannot write {where}: {error.strerror}; free some space and run again"))
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PretrainedConfig
 
 from sft.checkpoint import Checkpoint
@@ -114,8 +114,3 @@ def _fill_buffers(net: Net) -> None:
     still = [name for name, buffer in net.named_buffers() if buffer.is_meta]
     if still:
         raise AssertionError(f"no value for buffer '{still[0]}'; its family file must say where it comes from")
-
-
-def state_of(net: Net) -> Mapping[str, Tensor]:
-    """Every parameter under its whole-model name, detached, where it is."""
-    return {name: parameter.detach() for name, parameter in net.whole_parameters().items()}

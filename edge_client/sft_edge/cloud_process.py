@@ -53,8 +53,10 @@ class CloudProcess:
 
         Raises UsageError when the cloud's part is not installed, LinkError when the child does not get to serving.
         """
-        if command is None:
-            command = _serve_command(arguments)
+        serve = _serve_command(arguments) if command is None else []
+        # What is uploaded to a cloud of the edge's own is on this machine already: it is not worth keeping.
+        self._state = tempfile.TemporaryDirectory(prefix="sft-cloud-")
+        command = command or [*serve, "--state-dir", self._state.name]
         # A file, not a pipe: nothing has to read along.
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115
         self._child = subprocess.Popen(
@@ -77,6 +79,7 @@ class CloudProcess:
             self._child.kill()
             self._child.wait()
         self._stderr.close()
+        self._state.cleanup()
 
     def __enter__(self) -> CloudProcess:
         return self

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -64,8 +63,6 @@ def comparison(results: Dict[str, Dict[str, Any]]) -> Table:
 def _run(options: DemoOptions, mode: str, data_dir: Path) -> Dict[str, Any]:
     """One run, as anyone would start it: in a process of its own, whose memory is its own, too."""
     output_dir = options.output_dir / mode
-    if output_dir.exists():
-        shutil.rmtree(str(output_dir))
     flags = {
         "--model": options.model,
         "--task": "sst2",
@@ -82,6 +79,6 @@ def _run(options: DemoOptions, mode: str, data_dir: Path) -> Dict[str, Any]:
         "--output-dir": output_dir,
     }
     argv = [str(part) for flag in flags.items() for part in flag]
-    subprocess.run([sys.executable, "-m", "sft_edge", "train", *argv], check=True)
+    subprocess.run([sys.executable, "-m", "sft_edge", "train", *argv, "--overwrite-output-dir"], check=True)
     results: Dict[str, Any] = json.loads((output_dir / "all_results.json").read_text(encoding="utf-8"))
     return results

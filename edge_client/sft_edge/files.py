@@ -51,8 +51,12 @@ def write_json(path: Path, content: Any) -> None:
     """Writes a mapping or a dataclass; NaN and infinity, which JSON lacks, become null. Raises StorageError."""
     if is_dataclass(content) and not isinstance(content, type):
         content = asdict(content)
-    text = json.dumps(_json_ready(content), indent=2, allow_nan=False) + "\n"
-    write_file(path, [text.encode("utf-8")])
+    write_file(path, [json_text(content).encode("utf-8")])
+
+
+def json_text(content: Any) -> str:
+    """A mapping as JSON; NaN and infinity, which JSON lacks, become null."""
+    return json.dumps(_json_ready(content), indent=2, allow_nan=False) + "\n"
 
 
 def _json_ready(value: Any) -> Any:

@@ -1,7 +1,7 @@
 """The edge's end of one session: messages go out through one queue, one thread reads the answers.
 
 Nothing outside this file knows about threads. Both that are needed (the reader here, and the transport's own that takes
-messages from the queue) start with the first message, after a DataLoader has forked its workers.
+messages from the queue) start with the first message, after a DataLoader has forked the workers of the first epoch.
 """
 
 from __future__ import annotations
@@ -160,12 +160,13 @@ class Link:
         Returns at once: several micro-batches may be on their way.
         """
         message = pb.EdgeMessage(step=step, micro_batch=micro_batch, commit=self._held)
-        self._held = None
         # Filled in place: every message given to a constructor is copied, and an activation may be megabytes.
         message.forward.activation.CopyFrom(activation)
         message.forward.labels.CopyFrom(labels)
         message.forward.loss_scale = loss_scale
-        return self._send("result", message, payload_bytes=len(activation.packed.data))
+        pending = self._send("result", message, payload_bytes=len(activation.packed.data))
+        self._held = None  # only now: lost to a Ctrl-C it would be lost for good, sent twice it is applied once
+        return pending
 
     def evaluate(self, step: int, batch_index: int, activation: pb.Activation) -> PendingReply:
         """Logits of one evaluation batch, after a held commit. The reply holds an `Evaluation`. Returns at once."""
@@ -185,8 +186,9 @@ class Link:
         if self._held is None:
             return None
         message = pb.EdgeMessage(step=self._held.step, commit=self._held)
+        pending = self._send("committed", message, payload_bytes=0)
         self._held = None
-        return self._send("committed", message, payload_bytes=0).result()
+        return pending.result()
 
     def weights(self) -> Iterator[bytes]:
         """Net_2's parameters after every commit so far: the bytes of one safetensors file, in chunks."""

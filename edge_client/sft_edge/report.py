@@ -12,7 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from sft.ledger import Ledger
+from sft.ledger import NO_TRAFFIC, PHASES, Ledger
 from sft_edge.progress import format_bytes, format_seconds
 
 _PLAIN_WIDTH = 120
@@ -110,6 +110,16 @@ def peak_memory_bytes(device_bytes: int = 0) -> int:
     # Not ru_maxrss, which a process started by a larger one inherits from it.
     (line,) = [line for line in status.splitlines() if line.startswith("VmHWM:")]
     return device_bytes + int(line.split()[1]) * 1024
+
+
+def ledger_lines(ledger: Ledger) -> Iterator[bytes]:
+    """A CSV file: for every training step its bytes by kind and direction, and its seconds by phase."""
+    columns = ("step", "samples", "plain_bytes", *NO_TRAFFIC.__dict__, *PHASES)
+    yield (",".join(columns) + "\n").encode()
+    for record in ledger:
+        values = {**record.__dict__, **record.traffic.__dict__}
+        cells = (f"{values[name]:.6g}" if name in PHASES else str(values[name]) for name in columns)
+        yield (",".join(cells) + "\n").encode()
 
 
 def print_report(ledger: Ledger, results: Mapping[str, Any], stream: Optional[IO[str]] = None) -> None:

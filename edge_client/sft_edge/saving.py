@@ -19,8 +19,8 @@ from transformers import PretrainedConfig
 
 import sft
 from sft.checkpoint import Checkpoint, index_file, single_file
-from sft.errors import CheckpointError
-from sft.models import Cut, Whole, build_whole
+from sft.errors import CheckpointError, StorageError
+from sft.models import HEADS, Cut, Whole, build_whole
 from sft.weights import fill, shapes
 from sft_edge.files import storage_errors, write_file, write_json
 from sft_edge.source import first_line, read_config, read_tokenizer
@@ -41,6 +41,7 @@ class Description:
     max_seq_length: int
     base_model: str
     mode: str
+    text_fields: Optional[List[str]] = None
     split_layer: Optional[int] = None
     split_rank: Optional[int] = None
     keep_residual: bool = False
@@ -70,16 +71,22 @@ class SavedModel(NamedTuple):
 def save_model(
     directory: Path, shards: List[Shard], config: PretrainedConfig, tokenizer: Any, description: Description
 ) -> None:
-    """Writes the model in place of the one that is there, whole or not at all. Raises StorageError."""
+    """Writes the model in place of the one that is there, whole or not at all. Raises StorageError.
+
+    It is written aside first: what the directory held before stays until then.
+    """
     with storage_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        _remove_model(directory)
-    try:
-        _write_model(directory, shards, config, tokenizer, description)
-    except BaseException:  # Ctrl-C too
+        aside = tempfile.TemporaryDirectory(prefix=".", dir=str(directory))
+    with aside:
+        try:
+            _write_model(Path(aside.name), shards, config, tokenizer, description)
+        except StorageError as error:
+            raise StorageError(str(error).replace(aside.name, str(directory))) from error
         with storage_errors(directory):
             _remove_model(directory)
-        raise
+            for path in sorted(Path(aside.name).iterdir()):
+                os.replace(str(path), str(directory / path.name))
 
 
 def _remove_model(directory: Path) -> None:
@@ -103,22 +110,15 @@ def _write_model(
         write_json(directory / index_file(stem), {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map})
     config = copy.deepcopy(config)
     config.architectures = [type(build_whole(config, description.head).model).__name__]
-    _write_library_files(directory, config, tokenizer)
-    write_json(directory / DESCRIPTION_FILE, asdict(description))
-
-
-def _write_library_files(directory: Path, config: PretrainedConfig, tokenizer: Any) -> None:
-    """What the library writes itself, aside first, so that a full disk leaves none of it torn."""
-    with storage_errors(directory), tempfile.TemporaryDirectory(prefix=".", dir=str(directory)) as aside:
-        config.save_pretrained(aside)
+    with storage_errors(directory.parent):
+        config.save_pretrained(str(directory))
         try:
-            tokenizer.save_pretrained(aside)
+            tokenizer.save_pretrained(str(directory))
         except Exception as error:
             if type(error) is not Exception:
                 raise
             raise OSError(0, first_line(error)) from error  # how the tokenizers package tells of a full disk
-        for path in sorted(Path(aside).iterdir()):
-            os.replace(str(path), str(directory / path.name))
+    write_json(directory / DESCRIPTION_FILE, asdict(description))
 
 
 def load_model(directory: Path) -> SavedModel:
@@ -143,11 +143,18 @@ def read_description(directory: Path) -> Description:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         known = {field.name for field in fields(Description)}
-        return Description(**{name: value for name, value in content.items() if name in known})
+        description = Description(**{name: value for name, value in content.items() if name in known})
+        sizes = (description.max_seq_length, description.split_layer, description.split_rank)
+        if not all(size is None or type(size) is int for size in sizes) or description.head not in HEADS:
+            raise ValueError("a value of the wrong type")
+        return description
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: not the description of a saved model ({error})") from error
 
 
 def task_of(description: Description, data_dir: Optional[Path] = None) -> Task:
     """The task that a saved model was trained for. Raises UsageError and DataError."""
-    return make_task(description.task, data_dir, description.problem_type, description.label_names)
+    task = make_task(description.task, data_dir, description.problem_type, description.label_names)
+    if description.text_fields is not None:
+        task.expect(description.text_fields)
+    return task

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Iterator, Optional
 
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 from sft.checkpoint import Checkpoint, find_model
-from sft.errors import CheckpointError, UsageError
-from sft.models import family_of, max_positions
+from sft.errors import CheckpointError, SFTError, UsageError
+from sft.models import HEADS, build_whole, family_of, max_positions
 from sft_edge.options import ModelOptions
 
 
@@ -61,13 +62,24 @@ def read_config(path: Path, overrides: Dict[str, Any]) -> PretrainedConfig:
     """A transformers configuration from its file. Raises CheckpointError."""
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
-    try:
+    with _blames(path):
         config: PretrainedConfig = AutoConfig.from_pretrained(str(path), **overrides)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{path}: not a model's configuration ({first_line(error)})") from error
+        family_of(config)
+        build_whole(config, HEADS[0])
     if hasattr(config, "auto_map"):
         del config.auto_map  # code that travels with a model is never run
     return config
+
+
+@contextmanager
+def _blames(path: Path) -> Iterator[None]:
+    """What the library raises in the block, which can be almost anything, is the fault of the configuration."""
+    try:
+        yield
+    except SFTError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{path}: not a model's configuration ({first_line(error)})") from error
 
 
 def read_tokenizer(directory: Path) -> Any:

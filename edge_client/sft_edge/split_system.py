@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 import sft
 from sft.batch import Batch
 from sft.codec import DATA_TYPES, decode_tensor, encode_activation, encode_labels, unpack
+from sft.errors import ProtocolError
 from sft.ledger import Ledger, Traffic, plain_split_bytes
 from sft.models import Cut, Net1, build_net_1, build_net_2
 from sft.parameter_groups import OptimizerSpec, make_optimizer, scale_gradients, spec_to_proto, squared_gradient_norm
@@ -74,6 +75,8 @@ class SplitSystem(System):
         result = reply.message.result
         with self._step.phase("edge_backward"):
             gradient_TR = decode_tensor(result.packed_gradient, self.net_1.device)
+            if gradient_TR.shape != tuple(activation.packed.shape):
+                raise ProtocolError(f"the cloud sent a gradient of shape {list(gradient_TR.shape)}")
             a_BSR.backward(unpack(gradient_TR, batch.lengths, a_BSR.shape[1]))
         self._step.add("cloud", reply.cloud_seconds)
         self._step.add("uplink_wait", max(reply.waited_seconds - reply.cloud_seconds, 0.0))
@@ -90,10 +93,10 @@ class SplitSystem(System):
         """Algorithm 1, lines 13 and 14."""
         with self._step.phase("edge_backward"):
             rates = [float(group["lr"]) for group in self.optimizer.param_groups]
-            self.link.commit(step, rates, clip_scale)
             scale_gradients(self.net_1.parameters(), clip_scale)
-            self.optimizer.step()
+            self.optimizer.step()  # before the commit: if it raises, neither half takes the step
             self.optimizer.zero_grad(set_to_none=True)
+            self.link.commit(step, rates, clip_scale)
         self.ledger.add(self._step.record(step, self._traffic, self._plain_bytes))
         self._traffic, self._plain_bytes = Traffic(), 0
 
@@ -124,6 +127,9 @@ class SplitSystem(System):
         reply = pending.result()
         self.ledger.add_evaluation(reply.traffic, len(batch.lengths))
         logits = decode_tensor(reply.message.evaluation.logits, torch.device("cpu"))
+        rows = sum(batch.lengths) if self.net_1.head == "question-answering" else len(batch.lengths)
+        if list(logits.shape) != [rows, self.net_1.model.config.num_labels]:
+            raise ProtocolError(f"the cloud sent logits of shape {list(logits.shape)}")
         if self.net_1.head == "question-answering":
             return unpack(logits, batch.lengths, padded_length)
         return logits

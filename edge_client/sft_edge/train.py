@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
 import sys
@@ -13,7 +14,7 @@ from typing import Any, Dict
 
 import torch
 
-from sft.errors import SFTError, StorageError, TrainingError
+from sft.errors import LinkError, StorageError, TrainingError
 from sft.models import build_whole
 from sft_edge.card import model_card
 from sft_edge.evaluation import EvaluationSet, evaluate
@@ -29,7 +30,7 @@ from sft_edge.options import (
     TrainingOptions,
 )
 from sft_edge.progress import Progress, TensorBoard, open_progress
-from sft_edge.report import all_results, peak_memory_bytes, print_report
+from sft_edge.report import all_results, ledger_lines, peak_memory_bytes, print_report
 from sft_edge.saving import Description, save_model
 from sft_edge.source import Source, open_source
 from sft_edge.systems import System
@@ -71,14 +72,14 @@ class TrainingRun:
         validation = EvaluationSet(eval_rows, task.encode(eval_rows, source.tokenizer, length))
         with ExitStack() as stack:
             progress = stack.enter_context(open_progress(self.logging.logging_steps, self.logging.disable_tqdm))
-            report = None
-            if self.logging.report_to == "tensorboard":
-                directory = self.logging.logging_dir or self.output_dir / "runs"
-                report = stack.enter_context(TensorBoard(directory)).log
             progress.status(self._opening())
             system = stack.enter_context(
                 open_system(source, task.head, self.cutting, self.training, self.optimizing, self.linking)
             )
+            report = None
+            if self.logging.report_to == "tensorboard":
+                directory = self.logging.logging_dir or self.output_dir / "runs"
+                report = stack.enter_context(TensorBoard(directory)).log
             loop = TrainingLoop(
                 system,
                 task,
@@ -104,20 +105,22 @@ class TrainingRun:
         try:
             loop.run()
             evaluation = loop.evaluate()
-        except (KeyboardInterrupt, TrainingError) as error:
-            progress.status(f"stopping: saving the model as of step {loop.state.global_step}")
-            results = self._results(loop, system, {})
-            directory = self._save(loop, system, source, task, results)
+            results = self._results(loop, system, evaluation)
+            progress.status("saving")
+            self._save(loop, system, source, task, results)
+        except (KeyboardInterrupt, TrainingError, OSError, RuntimeError) as error:
+            # The last two: a terminal that has gone, a data-loading worker that died, a device without memory.
+            step = loop.state.global_step
+            with contextlib.suppress(OSError):  # nobody may be there to read it
+                progress.status(f"stopping: saving the model as of step {step}")
+            directory = self._save(loop, system, source, task, self._results(loop, system, {}))
             if isinstance(error, TrainingError):
-                step = loop.state.global_step
                 raise type(error)(f"{error}; the model as of step {step} is in {directory}") from error
             raise
-        except SFTError:
-            write_json(self.output_dir / "trainer_state.json", loop.state)
+        except LinkError:
+            if loop.state.global_step:
+                write_json(self.output_dir / "trainer_state.json", loop.state)
             raise
-        results = self._results(loop, system, evaluation)
-        progress.status("saving")
-        self._save(loop, system, source, task, results)
         progress.stop()
         print_report(system.ledger, results)
         sys.stdout.write(f"saved in {self.output_dir}\n")
@@ -164,11 +167,12 @@ class TrainingRun:
         cut = cut_of(self.cutting)
         description = Description(
             task=task.name,
+            text_fields=list(task.text_fields),
             head=task.head,
             problem_type=task.problem_type,
             label_names=task.label_names,
             max_seq_length=self.modeling.max_seq_length,
-            base_model=source.name,
+            base_model=source.name or ("" if source.checkpoint is None else "a model of the device"),
             mode=self.cutting.mode,
             split_layer=cut.split_layer if cut else None,
             split_rank=cut.split_rank or None if cut else None,
@@ -177,6 +181,7 @@ class TrainingRun:
         save_model(directory, system.shards(), source.config, source.tokenizer, description)
         results["edge_peak_memory_bytes"] = self._peak_memory()  # saving counts too
         write_file(directory / "README.md", [model_card(description, results).encode()])
+        write_file(directory / "ledger.csv", ledger_lines(system.ledger))
         write_json(directory / "all_results.json", results)
         write_json(directory / "trainer_state.json", loop.state)
 

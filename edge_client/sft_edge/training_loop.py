@@ -45,7 +45,8 @@ class TrainingLoop:
         self.system = system
         self.main_metric = f"eval_{task.main_metric}"
         self.seconds = 0.0
-        """Of training, evaluation left out."""
+        """Of training, waiting for data included, evaluation left out."""
+        self._since = time.perf_counter()
         self._order = torch.Generator()
         self._loader: DataLoader[Any] = DataLoader(
             features,  # type: ignore[arg-type]  # a list is a map-style dataset
@@ -81,6 +82,7 @@ class TrainingLoop:
     def run(self) -> None:
         """Takes every step that is left. Raises NonFiniteLossError, before the step in question is taken."""
         self._progress.start(self.state.max_steps)
+        self._since = time.perf_counter()
         for epoch in count():
             self._order.manual_seed(derive_seed(self._training.seed, "order", epoch))
             for group in _groups(self._loader, self._training.gradient_accumulation_steps):
@@ -100,11 +102,12 @@ class TrainingLoop:
         if self.main_metric in results:
             self.state.record_metric(results[self.main_metric])
         self._log(dict(results))
+        self._since = time.perf_counter()
         return results
 
     def _step(self, group: List[Batch]) -> None:
         """One step of Algorithm 1, lines 5 to 14, over the micro-batches of the group."""
-        began, step, sent = time.perf_counter(), self.state.global_step, self.system.ledger.traffic
+        step, sent = self.state.global_step, self.system.ledger.traffic
         rate = float(self.system.optimizer.param_groups[0]["lr"])
         losses = [
             self.system.forward_backward(batch, step, micro_batch, 1 / len(group))
@@ -112,16 +115,16 @@ class TrainingLoop:
         ]
         loss = sum(losses) / len(losses)
         self._check_finite("loss", loss)
-        norm, scale = None, 1.0
+        norm, scale = self.system.gradient_norm(), 1.0
+        self._check_finite("norm of the gradient", norm)
         if self._max_grad_norm > 0:
-            norm = self.system.gradient_norm()
-            self._check_finite("norm of the gradient", norm)
             scale = min(1.0, self._max_grad_norm / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
         with interrupts_deferred():  # half a step could not be taken back
             self.system.update(step, scale)
             self._scheduler.step()
             self.state.global_step += 1
-        self.seconds += time.perf_counter() - began
+        now = time.perf_counter()
+        self.seconds, self._since = self.seconds + now - self._since, now
         self.state.epoch = round(self.state.global_step / self._steps_per_epoch, 4)
         self._losses.add(loss)
         self._all_losses.add(loss)
@@ -130,12 +133,11 @@ class TrainingLoop:
         self._progress.step(self.state.global_step, loss, wire_bytes)
         self._after_step(rate, norm)
 
-    def _after_step(self, rate: float, norm: Optional[float]) -> None:
+    def _after_step(self, rate: float, norm: float) -> None:
         step, is_last = self.state.global_step, self.state.global_step == self.state.max_steps
         if step % self.state.logging_steps == 0 or is_last:
-            entry: Dict[str, Any] = {"loss": self._losses.value, "learning_rate": rate}
+            self._log({"loss": self._losses.value, "learning_rate": rate, "grad_norm": norm}, quiet=True)
             self._losses = _Mean()
-            self._log(entry if norm is None else {**entry, "grad_norm": norm}, quiet=True)
         every = self._training.eval_steps or self.state.logging_steps
         if self._training.eval_strategy == "steps" and step % every == 0 and not is_last:
             self.evaluate()

@@ -7,7 +7,6 @@ off, and see the same batches. After every step their losses and all their param
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from contextlib import ExitStack
@@ -28,6 +27,7 @@ from sft.seeding import derive_seed
 from sft.weights import factor_tensors, fill, pretrained_tensors
 from sft_edge.cloud_process import CloudProcess
 from sft_edge.command_options import VerifyOptions
+from sft_edge.files import json_text
 from sft_edge.grpc_transport import GrpcTransport
 from sft_edge.optimizer_options import OptimizerOptions
 from sft_edge.options import LinkOptions
@@ -67,7 +67,7 @@ def verify_and_report(options: VerifyOptions, optimizing: OptimizerOptions, link
     """Prints what `verify` finds. Raises VerificationError when a difference exceeds the tolerance."""
     report = verify(options, optimizing, linking)
     if options.json:
-        sys.stdout.write(json.dumps({**asdict(report), "passed": report.passed}, indent=2) + "\n")
+        sys.stdout.write(json_text({**asdict(report), "passed": report.passed}))
     else:
         for name, value in asdict(report).items():
             sys.stdout.write(f"{name}: {value}\n")

@@ -109,6 +109,11 @@ def test_activations_that_contradict_themselves(message, says):
             "sequence-classification",
         ),
         (
+            {"labels": torch.tensor([[0.0], [1.0], [1.0]])},
+            config(1, "multi_label_classification"),
+            "sequence-classification",
+        ),
+        (
             {"start_positions": torch.tensor([0, 1, 3]), "end_positions": torch.tensor([0, 2, 3])},
             config(2, None),
             "question-answering",

@@ -70,6 +70,19 @@ def test_a_commit_rides_with_the_first_forward_after_it(link: Link, cloud: Scrip
     assert cloud.received[3].commit == pb.Commit(step=0, learning_rates=[0.1, 0.2], clip_scale=0.75)
 
 
+def test_a_commit_survives_ctrl_c_before_it_is_sent(
+    link: Link, cloud: ScriptedCloud, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link.forward(0, 0, activation(), LABELS, 1).result()
+    link.commit(0, [0.1], 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(link, "_send", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            link.forward(1, 0, activation(), LABELS, 1)
+    assert link.flush() is not None
+    assert kinds(cloud) == [(None, "attach"), (None, "forward"), (0, None)]
+
+
 def test_flush_sends_a_held_commit_alone_and_once(link: Link, cloud: ScriptedCloud) -> None:
     link.forward(0, 0, activation(), LABELS, 1).result()
     link.commit(0, [0.1], 1)

@@ -111,6 +111,10 @@ def test_no_weights_at_all(refused: Callable[..., str], model: Path) -> None:
         ('{"model_type": "nonsense"}', r"config\.json: not a model's configuration"),
         ('{"model_type": "gpt2"}', "models of type 'gpt2' cannot be cut; supported types: bert, "),
         ("[]", r"config\.json: not a model's configuration"),
+        ('{"model_type": "bert", "num_hidden_layers": "six"}', r"config\.json: not a model's configuration"),
+        ('{"model_type": "bert", "vocab_size": null}', r"config\.json: not a model's configuration"),
+        ('{"model_type": "bert", "hidden_size": 10, "num_attention_heads": 3}', r"config\.json: not a model's"),
+        ('{"model_type": "bert", "hidden_act": "nonsense"}', r"config\.json: not a model's configuration"),
     ],
 )
 def test_configurations(refused: Callable[..., str], model: Path, content: object, says: str) -> None:

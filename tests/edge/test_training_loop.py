@@ -159,10 +159,11 @@ def test_what_is_noted(tmp_path: Path) -> None:
     assert rig.screen.getvalue().splitlines()[-1].startswith("step 5/5  loss ")
 
 
-def test_without_clipping_no_norm_is_asked_for(tmp_path: Path) -> None:
+def test_without_clipping_a_gradient_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     rig = Rig(tmp_path, max_grad_norm=0)
-    rig.system.gradient_norm = lambda: pytest.fail("it costs time")  # type: ignore[method-assign]
-    assert "grad_norm" not in rig.run().loop.state.log_history[0]
+    rig.system.gradient_norm = lambda: float("nan")  # type: ignore[method-assign]
+    with pytest.raises(NonFiniteLossError, match="norm of the gradient is nan at step 1"):
+        rig.run()
 
 
 @pytest.mark.parametrize(

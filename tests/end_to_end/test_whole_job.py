@@ -87,6 +87,10 @@ def test_what_a_run_leaves_works_without_a_cloud(
 
     # The results, the state and the card.
     assert results.keys() >= KEYS | METRICS[task]
+    columns, *steps = [line.split(",") for line in (output_dir / "ledger.csv").read_text().splitlines()]
+    assert len(steps) == results["train_steps"]
+    for name in ("payload_bytes_sent", "bytes_received"):
+        assert sum(int(step[columns.index(name)]) for step in steps) == results[f"wire_{name}"]
     assert (results["mode"], results["split_layer"]) == (mode, None if mode == "local" else 2)
     assert results["split_rank"] == (4 if mode == "sft" else None)
     assert results["train_steps"] == 4

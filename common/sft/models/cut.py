@@ -250,6 +250,7 @@ def _build(config: PretrainedConfig, head: str) -> Tuple[Any, Family]:
     if head not in _AUTO_CLASSES:
         raise UnsupportedModelError(f"there is no head '{head}'; supported heads: {', '.join(HEADS)}")
     config = copy.deepcopy(config)
+    config.return_dict = True  # outputs are read by name
     config.chunk_size_feed_forward = 0  # it would cut the feed-forward layer along the sequence; we cut it across
     with torch.device("meta"):
         model = _AUTO_CLASSES[head].from_config(config)

@@ -149,6 +149,10 @@ class Task(ABC):
     ) -> List[Dict[str, object]]:
         """One JSON object a row; `logits` as for `metrics`."""
 
+    def expect(self, text_fields: Sequence[str]) -> None:
+        """Takes the texts of a row to be those that a model was trained on."""
+        self.text_fields = tuple(text_fields)
+
     def row(self, *texts: str) -> Row:
         """A row to predict, made of texts that somebody typed. Raises UsageError for the wrong number of them."""
         if len(texts) != len(self.text_fields):

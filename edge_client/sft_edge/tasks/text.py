@@ -100,6 +100,10 @@ class TextTask(SequenceTask):
         wanted = self._number_of_texts
         return [fields for fields in COMMON_TEXT_FIELDS if wanted is None or len(fields) == wanted]
 
+    def expect(self, text_fields: Sequence[str]) -> None:
+        super().expect(text_fields)
+        self._number_of_texts = len(self.text_fields)
+
     def row(self, *texts: str) -> Row:
         if self._number_of_texts is None and len(texts) == 2 and all(text.strip() for text in texts):
             return Row(texts)
