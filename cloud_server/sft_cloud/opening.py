@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from transformers import CONFIG_MAPPING, PretrainedConfig
 from sft import __version__
 from sft.codec import DATA_TYPES
 from sft.errors import ProtocolError, ServerFullError, UnsupportedModelError
+from sft.lora import LoraSpec, add_lora, is_adapter, lora_from_json
 from sft.models import Cut, Net2, build_net_2, family_of, max_positions
 from sft.parameter_groups import OptimizerSpec, make_optimizer, spec_from_proto
 from sft.protocol import PROTOCOL_VERSION
@@ -24,13 +26,16 @@ from sft.tensor_stream import StoredTensor
 from sft.v1 import split_training_pb2 as pb
 from sft.weights import fill
 from sft_cloud.errors import PreconditionError, is_out_of_memory
+from sft_cloud.half import TransformersHalf
 from sft_cloud.session import Session
 from sft_cloud.store import check_sha256
 
 _HEADS = {
     pb.HEAD_SEQUENCE_CLASSIFICATION: "sequence-classification",
     pb.HEAD_QUESTION_ANSWERING: "question-answering",
+    pb.HEAD_CAUSAL_LM: "causal-lm",
 }
+_RESIDUALS = {pb.RESIDUAL_NONE: "none", pb.RESIDUAL_LOW_RANK: "low-rank"}
 _MODES = {pb.MODE_SFT: "sft", pb.MODE_SL: "sl"}
 _PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
@@ -51,7 +56,7 @@ _IGNORED_SETTINGS = (
 
 _MAX_CONFIG_BYTES = 1 << 20
 _MAX_BLOCKS, _MAX_LABELS, _MAX_POSITIONS = 1024, 1 << 16, 1 << 17
-_COPIES = 2  # net_2's weights and their gradients: less than that cannot train
+_COPIES = 2  # net_2's weights and their gradients: less than that cannot train, but for LoRA
 
 _LIBRARY_ERRORS = (
     ArithmeticError,
@@ -82,14 +87,26 @@ class SessionSpec:
     """Empty for `sl`."""
     optimizer: OptimizerSpec
     data_type: pb.DataType
+    lora: LoraSpec | None
+    """None where net_2 is trained whole."""
 
 
-def check_request(request: pb.OpenSessionRequest) -> SessionSpec:
-    """Raises PreconditionError for another protocol version, ProtocolError for fields that make no sense."""
+def check_version(request: pb.OpenSessionRequest) -> None:
+    """Raises PreconditionError for an edge of another protocol version."""
     if request.protocol_version != PROTOCOL_VERSION:
         raise PreconditionError(
             f"the edge (release {request.package_version[:20]}) speaks protocol version {request.protocol_version}, "
             f"the cloud (release {__version__}) speaks version {PROTOCOL_VERSION}; install the same release on both"
+        )
+
+
+def check_request(request: pb.OpenSessionRequest) -> SessionSpec:
+    """Raises PreconditionError for another protocol version, ProtocolError for fields that make no sense."""
+    check_version(request)
+    if request.cut.layer_name:
+        raise ProtocolError(
+            f"this server builds models of the transformers library; one that is cut at layer "
+            f'"{request.cut.layer_name[:80]}" has to be hosted by the script that makes it, with role="cloud"'
         )
     # An empty name is no hint at all.
     if not re.fullmatch(r"([\w.-]+(/[\w.-]+)?)?", request.model_name, re.ASCII) or ".." in request.model_name:
@@ -98,9 +115,12 @@ def check_request(request: pb.OpenSessionRequest) -> SessionSpec:
         raise ProtocolError(f"unknown head {int(request.head)}")
     if request.cut.mode not in _MODES:
         raise ProtocolError(f"unknown mode {int(request.cut.mode)} of the cut")
+    if request.cut.residual not in _RESIDUALS:
+        raise ProtocolError(f"unknown residual {int(request.cut.residual)} of the cut")
     if request.wire_data_type not in DATA_TYPES.values():
         raise ProtocolError(f"unknown wire_data_type {int(request.wire_data_type)}")
-    cut = Cut(_MODES[request.cut.mode], request.cut.split_layer, request.cut.split_rank)
+    residual = _RESIDUALS[request.cut.residual]
+    cut = Cut(_MODES[request.cut.mode], request.cut.split_layer, request.cut.split_rank, residual)
     if bool(request.factors_sha256) is not (cut.mode == "sft"):
         raise ProtocolError("factors_sha256 must name a blob for mode sft, and be empty for mode sl")
     for sha256 in filter(None, (request.weights_sha256, request.factors_sha256)):
@@ -116,6 +136,7 @@ def check_request(request: pb.OpenSessionRequest) -> SessionSpec:
         factors_sha256=request.factors_sha256,
         optimizer=spec_from_proto(request.optimizer),
         data_type=request.wire_data_type,
+        lora=lora_from_json(request.lora_json) if request.lora_json else None,
     )
 
 
@@ -126,22 +147,39 @@ def build(spec: SessionSpec, device: torch.device) -> Net2:
     """
     with _blames_config():
         net_2 = build_net_2(spec.config, spec.head, spec.cut)
-    needed = _COPIES * sum(4 * parameter.numel() for parameter in net_2.parameters())
+    needed = (_COPIES if spec.lora is None else 1) * sum(4 * parameter.numel() for parameter in net_2.parameters())
     memory = _memory_bytes(device)
     if needed > memory:
         raise ServerFullError(f"training net_2 takes at least {needed} bytes, but {device} has {memory} in all")
     return net_2
 
 
-def make_session(spec: SessionSpec, net_2: Net2, tensors: Sequence[StoredTensor], device: torch.device) -> Session:
-    """Fills net_2 with `tensors` and the seed's draws, and makes its optimizer. Raises ProtocolError and UsageError."""
+def make_session(
+    spec: SessionSpec,
+    net_2: Net2,
+    tensors: Sequence[StoredTensor],
+    device: torch.device,
+    find_blob: Callable[[str], Path | None] = lambda sha256: None,
+) -> Session:
+    """Fills net_2 with `tensors` and the seed's draws, and makes its optimizer. Raises ProtocolError and UsageError.
+
+    Adapters that are among `tensors` are the edge's own: downloads then hold them as they are, and merge nothing.
+    """
     with _blames_config():
         fill(net_2, tensors, spec.seed, device)
+        if spec.lora is not None:
+            add_lora(net_2, spec.lora, spec.seed, values=tensors)
         # One token shows whether the configuration gives a model that runs, before any training is lost on it.
         with torch.no_grad():
             net_2.eval()(torch.zeros(1, 1, net_2.width, device=device), [1], {})
     optimizer = make_optimizer(spec.optimizer, net_2.whole_parameters())
-    return Session(net_2, optimizer, spec.config, spec.head, spec.seed, spec.data_type)
+    trained = {name for group in spec.optimizer.groups for name in group.parameter_names}
+    for name, parameter in net_2.whole_parameters().items():
+        # No gradients, and no part in their norm, for nothing.
+        parameter.requires_grad_(parameter.requires_grad and name in trained)
+    merges = not any(is_adapter(tensor.name) for tensor in tensors)
+    half = TransformersHalf(net_2, spec.config, spec.data_type, merges)
+    return Session(half, optimizer, spec.seed, find_blob)
 
 
 def _parse_config(text: str, head: str) -> PretrainedConfig:

@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,10 +26,12 @@ from sft.errors import SFTError, UsageError
 from sft.protocol import SERVER_OPTIONS
 from sft.v1 import split_training_pb2 as pb
 from sft.v1 import split_training_pb2_grpc as pb_grpc
+from sft_cloud.openers import Opener, TransformersOpener
+from sft_cloud.registry import Entry
 from sft_cloud.service import SplitTrainingService
 from sft_cloud.store import BlobStore
 from sft_cloud.weights import WeightsFinder
-from sft_cloud.worker import DeviceWorker, find_device
+from sft_cloud.worker import DeviceWorker, Worker, find_device
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["SplitTraining"].full_name
 
@@ -53,8 +56,12 @@ class CloudServer:
         model_dir: Path | None,
         max_sessions: int,
         threads: int | None = None,
+        make_opener: Callable[[Worker, BlobStore], Opener] | None = None,
+        on_close: Callable[[Entry, str], None] = lambda entry, reason: None,
     ) -> None:
-        """Binds and starts. `port` 0 takes a free one. Raises UsageError when it cannot bind, StorageError."""
+        """Binds and starts. `port` 0 takes a free one. `make_opener`: for other models than the library's; `on_close`
+        is told of every session that ends, and why. Raises UsageError when it cannot bind, StorageError.
+        """
         _check_bindable(host, port)
         calls = max_sessions + _SPARE_THREADS
         store = BlobStore(state_dir / "blobs")
@@ -71,7 +78,8 @@ class CloudServer:
         self.device = device
         # Each call waits for at most one piece of work, so the queue holds whatever is admitted.
         self._worker = DeviceWorker(device, calls, threads)
-        self.service = SplitTrainingService(self._worker, store, weights, max_sessions)
+        opener = make_opener(self._worker, store) if make_opener else TransformersOpener(self._worker, store, weights)
+        self.service = SplitTrainingService(self._worker, store, opener, max_sessions, on_close=on_close)
         pb_grpc.add_SplitTrainingServicer_to_server(self.service, self._server)
         self._health = health.HealthServicer(
             experimental_non_blocking=True, experimental_thread_pool=ThreadPoolExecutor(1, thread_name_prefix="health")

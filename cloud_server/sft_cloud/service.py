@@ -14,15 +14,14 @@ from torch import Tensor
 
 from sft import __version__
 from sft.errors import ProtocolError, ServerUnavailableError, SFTError
-from sft.tensor_stream import safetensors_chunks
+from sft.tensor_stream import StoredTensor, safetensors_chunks
 from sft.v1 import split_training_pb2 as pb
 from sft.v1 import split_training_pb2_grpc as pb_grpc
 from sft_cloud.errors import PreconditionError, ends_call
-from sft_cloud.opening import build, check_request, make_session
+from sft_cloud.openers import Opener
 from sft_cloud.registry import Entry, Registry
 from sft_cloud.session import Session
 from sft_cloud.store import BlobStore
-from sft_cloud.weights import WeightsFinder
 from sft_cloud.worker import Worker
 
 T = TypeVar("T")
@@ -37,14 +36,18 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
         self,
         worker: Worker,
         store: BlobStore,
-        weights: WeightsFinder,
+        opener: Opener,
         max_sessions: int,
         clock: Callable[[], float] = time.monotonic,
+        on_close: Callable[[Entry, str], None] = lambda entry, reason: None,
     ) -> None:
-        """`clock`: seconds, for how long a session has waited for its stream."""
+        """`store` takes uploads; `clock`: seconds, for how long a session has waited for its stream; `on_close` is told
+        of every session that ends, and why.
+        """
         self._worker = worker
         self._store = store
-        self._weights = weights
+        self._opener = opener
+        self._on_close = on_close
         self._draining = threading.Event()
         self._idle: set[grpc.ServicerContext] = set()
         self.sessions = Registry(max_sessions, self._log_closed, clock)
@@ -63,24 +66,22 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
         response = pb.OpenSessionResponse(package_version=__version__, device=str(self._worker.device))
         with ends_call(context):
             self._check_draining()
-            spec = check_request(request)
             started = time.monotonic()
             with self.sessions.place() as put:
-                net_2 = self._run(lambda: build(spec, self._worker.device))
-                tensors, missing = self._weights.find(spec, net_2)
-                if missing:
-                    response.missing_blobs.extend(missing)
+                opened = self._opener.open(request)
+                if not isinstance(opened, Session):
+                    response.missing_blobs.extend(opened)
                     return response
-                entry = put(self._run(lambda: make_session(spec, net_2, tensors, self._worker.device)))
+                entry = put(opened)
             response.session_id = entry.session_id
             fields = {
                 "session": entry.label,
                 "edge": request.package_version[:20],
-                "model": spec.model_name,
-                "mode": spec.cut.mode,
-                "split_layer": spec.cut.split_layer,
-                "split_rank": spec.cut.split_rank,
-                "optimizer": spec.optimizer.name,
+                "model": request.model_name,
+                "mode": pb.Mode.Name(request.cut.mode).rpartition("_")[2].lower(),
+                "split_layer": request.cut.layer_name or request.cut.split_layer,
+                "split_rank": request.cut.split_rank,
+                "optimizer": request.optimizer.name,
                 "seconds": round(time.monotonic() - started, 3),
             }
             _log.info("session opened", extra={"fields": fields})
@@ -128,12 +129,16 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
         """See the .proto. Tensor by tensor, so the worker is never held for long, but all of one step."""
         with ends_call(context):
             entry = self.sessions.get(request.session_id)
-            step = entry.session.next_step
+            version = entry.session.version
+
+            def listed() -> list[StoredTensor]:
+                session = entry.session
+                return session.stored_optimizer_state() if request.optimizer_state else session.stored_parameters()
 
             def on_worker(read: Callable[[], Tensor]) -> Callable[[], Tensor]:
-                return lambda: self._run(lambda: _read_at(entry.session, step, read))
+                return lambda: self._run(lambda: _read_at(entry.session, version, read))
 
-            stored = [tensor._replace(read=on_worker(tensor.read)) for tensor in entry.session.stored_parameters()]
+            stored = [tensor._replace(read=on_worker(tensor.read)) for tensor in self._run(listed)]
             for data in safetensors_chunks(stored):
                 yield pb.DownloadWeightsResponse(data=data)
 
@@ -178,9 +183,10 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
             "bytes_sent": entry.bytes_sent,
         }
         _log.info("session closed", extra={"fields": fields})
+        self._on_close(entry, reason)
 
 
-def _read_at(session: Session, step: int, read: Callable[[], Tensor]) -> Tensor:
-    if session.next_step != step:
+def _read_at(session: Session, version: int, read: Callable[[], Tensor]) -> Tensor:
+    if session.version != version:
         raise PreconditionError("the session trained on while its weights were read; download them between two steps")
     return read()

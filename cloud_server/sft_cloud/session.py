@@ -1,37 +1,42 @@
 """One edge's net_2 and its state: Algorithm 1, lines 6 to 11 and 14, without a word about the network.
 
-    OPENED --attach--> READY --forward--> ACCUMULATING --forward--> ACCUMULATING
-                         ^                     |
-                         +------- commit ------+
+    OPENED --attach--> READY --forward--> ACCUMULATING --forward, backward--> ACCUMULATING
+                         ^                      |
+                         +------ commit --------+
 
-`evaluate` is answered in READY and ACCUMULATING and changes neither. A message that breaks a rule is refused and
-changes nothing. While a message is worked on the state is FAILED, and stays so if the work does not get through: half a
-step cannot be taken back, so there is no way on.
-
-Shape suffixes: B batch, S padded sequence, T tokens without padding, R width on the wire, C labels.
+`evaluate` is answered in READY and ACCUMULATING and changes neither; nor do weights, gradient scales and `load_state`,
+which is refused while a micro-batch waits. A message that breaks a rule is refused and changes nothing. While a message
+is worked on the state is FAILED, and stays so if the work does not get through: half a step cannot be taken back, so
+there is no way on.
 """
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from transformers import PretrainedConfig
 
-from sft.codec import decode_activation, decode_labels, encode_tensor, pack
 from sft.errors import ProtocolError
-from sft.models import Net2, max_positions
-from sft.parameter_groups import scale_gradients, set_learning_rates, squared_gradient_norm
+from sft.parameter_groups import scale_gradients, set_learning_rates
 from sft.seeding import seeded
 from sft.tensor_stream import StoredTensor
 from sft.v1 import split_training_pb2 as pb
+from sft_cloud.answers import Answers
+from sft_cloud.commits import apply_group_arguments, check_commit
 from sft_cloud.errors import PreconditionError
+from sft_cloud.half import HalfModel
+from sft_cloud.micro_batches import MicroBatches
+from sft_cloud.optimizer_state import stored_state
+from sft_cloud.states import Loader
 
-MAX_PADDED_TOKENS = 1 << 18
-"""Largest B x S of a batch: 512 sequences of 512 tokens. A few bytes of lengths could otherwise ask for any memory."""
+Work = Callable[[pb.CloudMessage], None]
+"""What is left to do for a body that was checked: fills in the answer."""
+
+_AUTOCAST = {pb.DATA_TYPE_BFLOAT16: torch.bfloat16, pb.DATA_TYPE_FLOAT16: torch.float16}
 
 
 class State(enum.Enum):
@@ -48,24 +53,25 @@ class Session:
 
     def __init__(
         self,
-        net_2: Net2,
+        half: HalfModel,
         optimizer: torch.optim.Optimizer,
-        config: PretrainedConfig,
-        head: str,
         seed: int,
-        data_type: pb.DataType,
+        find_blob: Callable[[str], Path | None] = lambda sha256: None,
     ) -> None:
-        """`net_2` filled and on its device, `optimizer` over its parameters, `data_type` of activations on the wire."""
+        """`optimizer` over the parameters of `half`; `find_blob` gives the file of a blob that was uploaded."""
         self.state = State.OPENED
         self.next_step = 0
         """The first step that is not committed."""
-        self._net_2 = net_2
+        self.version = 0
+        """Counts the changes of weights and of the optimizer's state."""
+        self._half = half
         self._optimizer = optimizer
-        self._config = config
-        self._head = head
         self._seed = seed
-        self._data_type = data_type
-        self._results: list[pb.Result] = []  # of the micro-batches of step `next_step`
+        self._loader = Loader(half, optimizer, find_blob)
+        self._micro_batches = MicroBatches(half)
+        self._forwards = 0  # answered in step `next_step`
+        self._answers = Answers()  # of that step
+        self._keeps_gradients = False  # there are some of the step before
 
     def handle(self, message: pb.EdgeMessage) -> pb.CloudMessage:
         """Does what a message asks and returns the answer; one that was answered before is answered from memory.
@@ -74,7 +80,7 @@ class Session:
         is then what it was before.
         """
         answer = pb.CloudMessage(step=message.step, micro_batch=message.micro_batch)
-        body = message.WhichOneof("body")
+        body = message.WhichOneof("body") or ""
         if self.state is State.FAILED:
             raise PreconditionError("an earlier message of this session failed half-way; open a new session")
         if (body == "attach") is not (self.state is State.OPENED):
@@ -84,112 +90,196 @@ class Session:
             answer.attached.next_step = self.next_step
             return answer
         commits = message.HasField("commit") and self._is_new(message.commit)
+        if message.step == self.next_step and not commits and body != "evaluate":
+            known = self._answers.find(body, message.micro_batch)
+            if known is not None:
+                return known
         # All of the message is checked before any of it is done.
-        work = self._check_body(message, 0 if commits else len(self._results), self.next_step + commits)
+        rides = self._check_rides(message, commits)
+        work = self._check_body(message, body, commits)
         self.state = State.FAILED
-        if commits:
-            self._commit(message.commit)
+        if rides:
+            self._ride(message, commits)
         work(answer)
-        self.state = State.ACCUMULATING if self._results else State.READY
+        if body != "evaluate" and message.step == self.next_step:
+            self._answers.keep(body, answer)
+        self.state = State.ACCUMULATING if self._forwards else State.READY
         return answer
 
     def stored_parameters(self) -> list[StoredTensor]:
         """Net_2's parameters under whole-model names, sorted; reading one copies it to the CPU as it is then."""
-        return [
-            StoredTensor(name, parameter.dtype, tuple(parameter.shape), _reader(parameter))
-            for name, parameter in sorted(self._net_2.whole_parameters().items())
-        ]
+        return [_copied(tensor) for tensor in self._half.stored_parameters()]
 
-    def _check_body(self, message: pb.EdgeMessage, answered: int, next_step: int) -> Callable[[pb.CloudMessage], None]:
-        """What is left to do for the body, once the commit is applied.
+    def stored_optimizer_state(self) -> list[StoredTensor]:
+        """The state of net_2's optimizer, see `sft_cloud.optimizer_state`."""
+        return stored_state(self._optimizer, self._half.whole_parameters())
 
-        `answered`: micro-batches of step `next_step` that were answered, both counted after the commit.
-        """
-        body = message.WhichOneof("body")
-        if body == "forward":
-            if message.step != next_step:
-                raise PreconditionError(f"a micro-batch of step {message.step} came, but step {next_step} is next")
-            if message.micro_batch > answered:
-                raise PreconditionError(f"micro-batch {message.micro_batch} came, but micro-batch {answered} is next")
-            if message.micro_batch < answered:
-                return lambda answer: answer.result.CopyFrom(self._results[message.micro_batch])
-            return self._check_forward(message)
-        if body == "evaluate":
-            return self._check_evaluate(message)
-        if not message.HasField("commit"):
-            raise ProtocolError("the message holds neither a commit nor anything else to do")
-        return lambda answer: answer.committed.CopyFrom(pb.Committed(next_step=self.next_step))
-
-    def _check_forward(self, message: pb.EdgeMessage) -> Callable[[pb.CloudMessage], None]:
-        forward = message.forward
-        a_BSR, lengths = self._decode(forward.activation)
-        labels = decode_labels(forward.labels, lengths, a_BSR.shape[1], self._config, self._head)
-        if not (math.isfinite(forward.loss_scale) and forward.loss_scale > 0):
-            raise ProtocolError(f"loss_scale must be a positive number, not {forward.loss_scale}")
-
-        def work(answer: pb.CloudMessage) -> None:
-            a_BSR.requires_grad_()
-            self._net_2.train()
-            with seeded(self._net_2.device, self._seed, "net_2", message.step, message.micro_batch):
-                loss = self._net_2(a_BSR, lengths, labels).loss
-                (loss * forward.loss_scale).backward()
-            # A loss that is not finite is answered as it is: whether to go on is for the edge to decide.
-            answer.result.loss = loss.item()
-            answer.result.packed_gradient.CopyFrom(encode_tensor(pack(_gradient(a_BSR), lengths), self._data_type))
-            answer.result.squared_gradient_norm = squared_gradient_norm(self._net_2.parameters())
-            self._results.append(answer.result)
-
-        return work
-
-    def _check_evaluate(self, message: pb.EdgeMessage) -> Callable[[pb.CloudMessage], None]:
-        a_BSR, lengths = self._decode(message.evaluate.activation)
-
-        def work(answer: pb.CloudMessage) -> None:
-            self._net_2.eval()
-            with torch.no_grad():
-                logits = self._net_2(a_BSR, lengths, {}).logits
-            if self._head == "question-answering":
-                logits = pack(logits, lengths)
-            answer.evaluation.logits.CopyFrom(encode_tensor(logits))
-
-        return work
-
-    def _decode(self, activation: pb.Activation) -> tuple[Tensor, list[int]]:
-        padded_tokens = len(activation.lengths) * activation.padded_length
-        if padded_tokens > MAX_PADDED_TOKENS:
-            raise ProtocolError(f"a batch of {padded_tokens} padded tokens is too large; at most {MAX_PADDED_TOKENS}")
-        return decode_activation(activation, self._net_2.width, max_positions(self._config), self._net_2.device)
+    # What rides on a message.
 
     def _is_new(self, commit: pb.Commit) -> bool:
         """Whether a commit is still to be applied; False for one that was. Raises when it may not be."""
         if commit.step == self.next_step - 1:
             return False
-        if commit.step != self.next_step or not self._results:
+        if commit.step != self.next_step or not (self._forwards or self._keeps_gradients):
             raise PreconditionError(
                 f"a commit of step {commit.step} came, but step {self.next_step} is next, "
-                f"with {len(self._results)} micro-batches so far"
+                f"with {self._forwards} micro-batches so far"
             )
-        groups, rates = len(self._optimizer.param_groups), commit.learning_rates
-        if len(rates) != groups or not all(math.isfinite(rate) and rate >= 0 for rate in rates):
-            raise ProtocolError(
-                f"a commit needs {groups} learning rates, finite and not negative; got {list(rates)[:8]}"
-            )
-        if not (math.isfinite(commit.clip_scale) and commit.clip_scale >= 0):
-            raise ProtocolError(f"clip_scale must be finite and not negative, not {commit.clip_scale}")
+        check_commit(commit, self._optimizer)
         return True
+
+    def _check_rides(self, message: pb.EdgeMessage, commits: bool) -> bool:
+        """Whether what rides on the message is to be done: not when its commit was applied before."""
+        if message.HasField("commit") and not commits:
+            return False
+        if message.HasField("gradient_scale"):
+            if message.WhichOneof("body") in ("evaluate", "load_state"):
+                raise ProtocolError("a gradient_scale rides on a forward or a backward, or comes without a body")
+            if not math.isfinite(message.gradient_scale):
+                raise ProtocolError(f"gradient_scale must be finite, not {message.gradient_scale}")
+        if message.weights:
+            step = message.commit.step if commits else message.step
+            if step != self.next_step:
+                raise PreconditionError(f"weights of step {step} came, but step {self.next_step} is next")
+            self._micro_batches.check_weights(message.weights)
+        return True
+
+    def _ride(self, message: pb.EdgeMessage, commits: bool) -> None:
+        self._micro_batches.weigh(message.weights)
+        for weight in message.weights:
+            self._answers.forget("forward", weight.micro_batch)
+        if commits:
+            self._commit(message.commit)
+        if message.HasField("gradient_scale"):
+            self._micro_batches.scale(message.gradient_scale)
+            self._keeps_gradients &= message.gradient_scale != 0.0
 
     def _commit(self, commit: pb.Commit) -> None:
         set_learning_rates(self._optimizer, list(commit.learning_rates))
-        scale_gradients(self._net_2.parameters(), commit.clip_scale)
+        apply_group_arguments(commit, self._optimizer)
+        scale_gradients(self._half.parameters(), commit.clip_scale)
         self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
-        self._results.clear()
+        self._micro_batches.clear()
+        self._keeps_gradients = commit.keep_gradients
+        if not commit.keep_gradients:
+            self._micro_batches.scale(0.0)
+        self._answers.clear()
+        self._forwards = 0
         self.next_step += 1
+        self.version += 1
+
+    # The body.
+
+    def _check_body(self, message: pb.EdgeMessage, body: str, commits: bool) -> Work:
+        """What is left to do for the body, once what rides on the message is done."""
+        if body == "evaluate":
+            return self._check_evaluate(message)
+        if not body:
+            return self._check_nothing(message, commits)
+        next_step = self.next_step + commits
+        if message.step != next_step:
+            raise PreconditionError(f"a micro-batch of step {message.step} came, but step {next_step} is next")
+        if body == "forward":
+            return self._check_forward(message, commits)
+        if body == "backward":
+            return self._check_backward(message, commits)
+        return self._check_load_state(message, commits)
+
+    def _check_nothing(self, message: pb.EdgeMessage, commits: bool) -> Work:
+        if not (message.HasField("commit") or message.weights or message.HasField("gradient_scale")):
+            raise ProtocolError("the message holds neither a commit nor anything else to do")
+        if not message.HasField("commit") and message.step != self.next_step:
+            raise PreconditionError(f"a message of step {message.step} came, but step {self.next_step} is next")
+        return self._answer_committed
+
+    def _check_forward(self, message: pb.EdgeMessage, commits: bool) -> Work:
+        forward, next_one = message.forward, 0 if commits else self._forwards
+        if message.micro_batch != next_one:
+            raise PreconditionError(f"micro-batch {message.micro_batch} came, but micro-batch {next_one} is next")
+        if not (math.isfinite(forward.loss_scale) and forward.loss_scale >= 0):
+            raise ProtocolError(f"loss_scale must be finite and not negative, not {forward.loss_scale}")
+        _check_autocast(forward.autocast)
+        given, has_labels = self._half.decode(forward.activation), forward.HasField("labels")
+        labels = self._half.decode_labels(forward.labels, given) if has_labels else {}
+        if not has_labels or forward.want_logits:
+            self._half.check_outputs(given)
+        if not commits and not (has_labels and forward.loss_scale):
+            self._micro_batches.check_room(message.weights)
+
+        def work(answer: pb.CloudMessage) -> None:
+            given.a.requires_grad_(not forward.frozen_edge)
+            self._half.train(not forward.eval_mode)
+            with (
+                seeded(self._half.device, self._seed, "net_2", message.step, message.micro_batch),
+                self._precision(forward.autocast),
+            ):
+                outputs = self._half.outputs(given)
+                loss = self._half.loss(outputs, labels, given) if has_labels else None
+            if loss is None:
+                answer.outputs.logits.CopyFrom(self._half.encode_outputs(outputs, given))
+                self._micro_batches.keep_graph(message.micro_batch, given, outputs)
+            else:
+                # A loss that is not finite is answered as it is: whether to go on is for the edge to decide.
+                answer.result.loss = loss.item()
+                if forward.want_logits:
+                    answer.result.logits.CopyFrom(self._half.encode_outputs(outputs, given))
+                if forward.loss_scale:
+                    self._micro_batches.add(given, loss * forward.loss_scale, answer.result)
+                else:
+                    self._micro_batches.keep_gradients(message.micro_batch, given, loss, answer.result)
+            self._forwards += 1
+
+        return work
+
+    def _check_backward(self, message: pb.EdgeMessage, commits: bool) -> Work:
+        if commits:
+            raise PreconditionError("the commit on this message drops the micro-batch that its Backward is for")
+        gradient = self._micro_batches.check_backward(message.micro_batch, message.weights, message.backward.gradient)
+
+        def work(answer: pb.CloudMessage) -> None:
+            self._micro_batches.backward(message.micro_batch, gradient, answer.result)
+            self._answers.forget("forward", message.micro_batch)
+
+        return work
+
+    def _check_evaluate(self, message: pb.EdgeMessage) -> Work:
+        _check_autocast(message.evaluate.autocast)
+        given = self._half.decode(message.evaluate.activation)
+        self._half.check_outputs(given)
+
+        def work(answer: pb.CloudMessage) -> None:
+            self._half.train(False)
+            with torch.no_grad(), self._precision(message.evaluate.autocast):
+                outputs = self._half.outputs(given)
+            answer.evaluation.logits.CopyFrom(self._half.encode_outputs(outputs, given))
+
+        return work
+
+    def _check_load_state(self, message: pb.EdgeMessage, commits: bool) -> Work:
+        if not commits:
+            self._micro_batches.check_nothing_waits(message.weights)
+        load = self._loader.check(message.load_state)
+
+        def work(answer: pb.CloudMessage) -> None:
+            load()
+            self.version += 1
+            self._answer_committed(answer)
+
+        return work
+
+    def _answer_committed(self, answer: pb.CloudMessage) -> None:
+        answer.committed.next_step = self.next_step
+        answer.committed.squared_gradient_norm = self._micro_batches.squared_norm()
+
+    def _precision(self, autocast: pb.DataType) -> contextlib.AbstractContextManager[object]:
+        """That the edge computes in."""
+        return torch.autocast(self._half.device.type, _AUTOCAST[autocast]) if autocast else contextlib.nullcontext()
 
 
-def _gradient(a_BSR: Tensor) -> Tensor:
-    return torch.zeros_like(a_BSR) if a_BSR.grad is None else a_BSR.grad
+def _check_autocast(autocast: pb.DataType) -> None:
+    if autocast and autocast not in _AUTOCAST:
+        raise ProtocolError("autocast must be of type bfloat16 or float16")
 
 
-def _reader(parameter: nn.Parameter) -> Callable[[], Tensor]:
-    return lambda: parameter.detach().to("cpu", copy=True)
+def _copied(tensor: StoredTensor) -> StoredTensor:
+    return tensor._replace(read=lambda: tensor.read().to("cpu", copy=True))

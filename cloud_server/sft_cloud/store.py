@@ -11,6 +11,10 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
 from sft.errors import ProtocolError, StorageError
 
 MAX_BLOB_BYTES = 64 << 30
@@ -24,6 +28,14 @@ def check_sha256(text: str) -> str:
     if not re.fullmatch(r"[0-9a-f]{64}", text):
         raise ProtocolError(f"{text[:80]!r} is not a SHA-256: 64 lower-case hexadecimal digits")
     return text
+
+
+def read_blob(path: Path) -> dict[str, Tensor]:
+    """The tensors of a blob, mapped from the file: they take memory as they are read. Raises ProtocolError."""
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ProtocolError(f"blob {path.stem} is not a safetensors file ({error})") from error
 
 
 class BlobStore:

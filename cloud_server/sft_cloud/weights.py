@@ -7,16 +7,14 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-
 from sft.checkpoint import Checkpoint, find_model
 from sft.errors import CheckpointError, ProtocolError
+from sft.lora import adapter_shapes
 from sft.models import Net2
 from sft.tensor_stream import StoredTensor, in_memory, sha256_of
 from sft.weights import pretrained_tensors, shapes
 from sft_cloud.opening import SessionSpec
-from sft_cloud.store import BlobStore
+from sft_cloud.store import BlobStore, read_blob
 
 _log = logging.getLogger(__name__)
 
@@ -39,6 +37,7 @@ class WeightsFinder:
         """
         wanted = shapes(net_2)
         factor_names = {name for name in wanted if ".ffn2." in name or ".ffn3." in name}
+        adapters = adapter_shapes(net_2, spec.lora) if spec.lora is not None else {}
         tensors: list[StoredTensor] = []
         missing: list[str] = []
         if spec.factors_sha256:
@@ -46,9 +45,12 @@ class WeightsFinder:
             if path is None:
                 missing.append(spec.factors_sha256)
             else:
-                factors = _read_blob(path, {name: wanted[name] for name in factor_names})
-                if len(factors) != len(factor_names):
-                    raise ProtocolError("the blob of factors_sha256 does not hold all of FFN-2 and FFN-3")
+                factors = _read_blob(path, {**{name: wanted[name] for name in factor_names}, **adapters})
+                others = {tensor.name for tensor in factors} ^ factor_names
+                if others and others != adapters.keys():
+                    raise ProtocolError(
+                        "the blob of factors_sha256 must hold all of FFN-2 and FFN-3, and all adapters or none"
+                    )
                 tensors += factors
         if spec.weights_sha256:
             path = self._store.find(spec.weights_sha256)
@@ -89,11 +91,7 @@ class WeightsFinder:
 
 
 def _read_blob(path: Path, wanted: dict[str, tuple[int, ...]]) -> list[StoredTensor]:
-    """The tensors of a blob, mapped from the file: they take memory as they are read."""
-    try:
-        tensors = in_memory(load_file(path))
-    except SafetensorError as error:
-        raise ProtocolError(f"blob {path.stem} is not a safetensors file ({error})") from error
+    tensors = in_memory(read_blob(path))
     for tensor in tensors:
         if tensor.name not in wanted:
             raise ProtocolError(f"blob {path.stem} holds '{tensor.name}', which does not belong there")

@@ -21,8 +21,9 @@ class Batch(NamedTuple):
     """Number of tokens of each sequence; padding follows them."""
 
     labels: Dict[str, Tensor]
-    """As the library's heads take them: `labels` (B,) int64 or float32, or (B, C) float32; or `start_positions` and
-    `end_positions` (B,) int64. Empty where nothing is known, as in prediction."""
+    """As the library's heads take them: `labels` (B,) int64 or float32, or (B, C) float32; `labels` (B, S) int64, not
+    shifted, for a language model; or `start_positions` and `end_positions` (B,) int64. Empty where nothing is known, as
+    in prediction."""
 
 
 def attention_mask(lengths: List[int], padded_length: int) -> Tensor:

@@ -1,6 +1,6 @@
 """Tensors <-> bytes: element types, and the packing away of padding.
 
-Shape suffixes: B batch, S padded sequence, T tokens left after packing, R width on the wire.
+Shape suffixes: B batch, S padded sequence, T tokens left after packing, R width on the wire, C outputs of the head.
 
 Packing is exact: attention ignores padded positions, the loss does not see them, and their gradient is zero.
 """
@@ -8,7 +8,7 @@ Packing is exact: attention ignores padded positions, the loss does not see them
 from __future__ import annotations
 
 import math
-from typing import Dict, List, Tuple
+from typing import Dict, List, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from transformers import PretrainedConfig
 
 from sft.batch import attention_mask
 from sft.errors import ProtocolError
+from sft.losses import IGNORED
 from sft.v1 import split_training_pb2 as pb
 
 DATA_TYPES: Dict[str, pb.DataType] = {
@@ -53,16 +54,44 @@ def decode_tensor(message: pb.Tensor, device: torch.device) -> Tensor:
     return x.to(device, torch.float32)
 
 
-def pack(x_BSR: Tensor, lengths: List[int]) -> Tensor:
+def pack(x_BSR: Tensor, lengths: Sequence[int]) -> Tensor:
     """The rows of tokens, padding left out: (T, R), sequence after sequence."""
-    return x_BSR[attention_mask(lengths, x_BSR.shape[1]).bool().to(x_BSR.device)]
+    return x_BSR[attention_mask(list(lengths), x_BSR.shape[1]).bool().to(x_BSR.device)]
 
 
-def unpack(x_TR: Tensor, lengths: List[int], padded_length: int) -> Tensor:
+def unpack(x_TR: Tensor, lengths: Sequence[int], padded_length: int) -> Tensor:
     """The inverse of `pack`: (B, S, R), zeros at padding."""
     x_BSR = x_TR.new_zeros(len(lengths), padded_length, x_TR.shape[-1])
-    x_BSR[attention_mask(lengths, padded_length).bool().to(x_TR.device)] = x_TR
+    x_BSR[attention_mask(list(lengths), padded_length).bool().to(x_TR.device)] = x_TR
     return x_BSR
+
+
+def is_packed(head: str) -> bool:
+    """Whether the logits of a head are one row a token, so that those of padding do not travel."""
+    return head != "sequence-classification"
+
+
+def encode_logits(logits: Tensor, lengths: Sequence[int], head: str, data_type: pb.DataType) -> pb.Tensor:
+    """Logits, or their gradient: (B, C) as they are, (B, S, C) without padding."""
+    return encode_tensor(pack(logits, lengths) if is_packed(head) else logits, data_type)
+
+
+def decode_logits(
+    message: pb.Tensor, lengths: Sequence[int], padded_length: int, columns: int, head: str, device: torch.device
+) -> Tensor:
+    """The inverse of `encode_logits`, with `columns` C; zeros at padding. Raises ProtocolError for another shape."""
+    rows = sum(lengths) if is_packed(head) else len(lengths)
+    if list(message.shape) != [rows, columns]:
+        raise ProtocolError(
+            f"logits, or their gradient, of shape {list(message.shape)} came; it has to be {[rows, columns]}"
+        )
+    logits = decode_tensor(message, device)
+    return unpack(logits, lengths, padded_length) if is_packed(head) else logits
+
+
+def outputs_of(config: PretrainedConfig, head: str) -> int:
+    """C: how many logits a row has."""
+    return int(config.vocab_size) if head == "causal-lm" else int(config.num_labels or 0)
 
 
 def encode_activation(a_BSR: Tensor, lengths: List[int], data_type: pb.DataType) -> pb.Activation:
@@ -89,12 +118,14 @@ def decode_activation(
     return unpack(decode_tensor(message.packed, device), lengths, padded_length), lengths
 
 
-def encode_labels(labels: Dict[str, Tensor]) -> pb.Labels:
-    """Labels as `sft.batch.Batch` holds them."""
+def encode_labels(labels: Dict[str, Tensor], lengths: Sequence[int] = ()) -> pb.Labels:
+    """Labels as `sft.batch.Batch` holds them; those of a language model, (B, S) int64, need the `lengths`."""
     if "start_positions" in labels:
         spans = pb.Labels.Spans(starts=labels["start_positions"].tolist(), ends=labels["end_positions"].tolist())
         return pb.Labels(spans=spans)
     y = labels["labels"]
+    if y.dtype == torch.int64 and y.dim() == 2:
+        return pb.Labels(tokens=pb.Labels.Tokens(ids=pack(y, lengths).tolist()))
     if y.dtype == torch.int64:
         return pb.Labels(classes=pb.Labels.Classes(ids=y.tolist()))
     columns = y.shape[1] if y.dim() == 2 else 0
@@ -125,6 +156,14 @@ def decode_labels(
         if min(ids) < 0 or max(ids) >= num_labels:
             raise ProtocolError(f"class ids must be from 0 to {num_labels - 1}")
         return {"labels": torch.tensor(ids)}
+    if kind == "tokens":
+        tokens_T = torch.tensor(list(message.tokens.ids))
+        _check_count(len(tokens_T), sum(lengths))
+        if bool(((tokens_T != IGNORED) & ((tokens_T < 0) | (tokens_T >= config.vocab_size))).any()):
+            raise ProtocolError(f"token ids must be from 0 to {config.vocab_size - 1}, or {IGNORED}")
+        labels_BS = torch.full((B, padded_length), IGNORED)
+        labels_BS[attention_mask(lengths, padded_length).bool()] = tokens_T
+        return {"labels": labels_BS}
     columns = message.values.columns
     if columns != (0 if num_labels == 1 and config.problem_type == "regression" else num_labels):
         raise ProtocolError(f"label rows have {columns} columns, the head has {num_labels} outputs")
@@ -138,6 +177,8 @@ def decode_labels(
 def _kind_for(config: PretrainedConfig, head: str) -> str:
     if head == "question-answering":
         return "spans"
+    if head == "causal-lm":
+        return "tokens"
     return "classes" if config.problem_type == "single_label_classification" else "values"
 
 

@@ -1,7 +1,7 @@
 """Bytes and seconds of every step, by direction and phase.
 
-Payload is what the method itself must move: the elements of activations and gradients. Framing is all the rest of a
-message on the wire: shapes, lengths, labels and step numbers, and what gRPC and HTTP/2 wrap around them.
+Payload is what the method itself must move: the elements of activations, logits and gradients. Framing is all the rest
+of a message on the wire: shapes, lengths, labels and step numbers, and what gRPC and HTTP/2 wrap around them.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ class Traffic:
     """Bytes that crossed the wire, as the edge sees the directions. They add up with `+`."""
 
     payload_bytes_sent: int = 0
-    """elements of activations"""
+    """elements of activations; of gradients of logits where labels stay on the edge"""
 
     payload_bytes_received: int = 0
-    """elements of gradients; of logits in evaluation"""
+    """elements of gradients; of logits in evaluation and where labels stay on the edge"""
 
     bytes_sent: int = 0
     """whole messages with their framing"""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Dict, Iterable, List, Mapping, Sequence
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,10 @@ _NEED_MORE = {
     "sparseadam": "it wants sparse gradients",
     "optimizer": "it is the base class",
 }
+
+
+_PIECE = 1 << 20
+"""Elements that are multiplied at once: eight megabytes in double precision."""
 
 
 @dataclass(frozen=True)
@@ -49,15 +53,18 @@ class OptimizerSpec:
 def decay_groups(net: Net, arguments: Mapping[str, Any]) -> List[GroupSpec]:
     """The two groups that transformers' Trainer makes: biases and norms get no weight decay.
 
+    What is frozen is in neither.
+
     `net` may be on the meta device. The other half makes the same split, as it goes by module. `arguments` hold
     `weight_decay` if the optimizer knows it.
     """
     undecayed = set()
     for module_name, module in net.named_modules():
+        is_norm = type(module).__name__.endswith("Norm")  # the library's families have RMS norms of their own
         for name, _ in module.named_parameters(prefix=module_name, recurse=False):
-            if isinstance(module, nn.LayerNorm) or name.endswith("bias"):
-                undecayed.add(net.whole_names[name])
-    names = sorted(net.whole_names.values())
+            if is_norm or name.endswith("bias"):
+                undecayed.add(net.whole_names.get(name))
+    names = sorted(name for name, parameter in net.whole_parameters().items() if parameter.requires_grad)
     without_decay = {"weight_decay": 0.0} if "weight_decay" in arguments else {}  # Rprop, for one, has none
     return [
         GroupSpec([name for name in names if name not in undecayed], dict(arguments)),
@@ -99,8 +106,29 @@ def _optimizer_class(name: str) -> Any:
 
 def squared_gradient_norm(parameters: Iterable[nn.Parameter]) -> float:
     """The sum of squares of every gradient, added in double precision."""
-    norms = [p.grad.norm() for p in parameters if p.grad is not None]
-    return float(torch.stack([norm.double() for norm in norms]).square().sum()) if norms else 0.0
+    return squared_norm(p.grad for p in parameters)
+
+
+def squared_norm(tensors: Iterable[Optional[Tensor]]) -> float:
+    """The sum of squares of all elements, added in double precision."""
+    return _add_products((x, x) for x in tensors)
+
+
+def scalar_product(tensors: Iterable[Optional[Tensor]], others: Iterable[Optional[Tensor]]) -> float:
+    """The sum of products of all elements, added in double precision; None stands for zeros."""
+    return _add_products(zip(tensors, others))
+
+
+def _add_products(pairs: Iterable[Tuple[Optional[Tensor], Optional[Tensor]]]) -> float:
+    # Multiplied in double precision, too: the square of what a gradient scaler makes may be more than float32 holds.
+    # Piece by piece, as the whole of an embedding's gradient would take three times its memory.
+    sums = [
+        (one.double() * other.double()).sum()
+        for x, y in pairs
+        if not (x is None or y is None)
+        for one, other in zip(torch.split(x.detach().reshape(-1), _PIECE), torch.split(y.detach().reshape(-1), _PIECE))
+    ]
+    return float(torch.stack(sums).sum()) if sums else 0.0
 
 
 def scale_gradients(parameters: Iterable[nn.Parameter], scale: float) -> None:
@@ -128,12 +156,15 @@ def spec_to_proto(spec: OptimizerSpec) -> pb.Optimizer:
     return pb.Optimizer(name=spec.name, groups=groups)
 
 
+def arguments_from_proto(arguments: Mapping[str, pb.OptimizerArgument]) -> Dict[str, Any]:
+    """From the wire; arguments without a value are left out."""
+    values = {name: _argument_from_proto(value) for name, value in arguments.items()}
+    return {name: value for name, value in values.items() if value is not None}
+
+
 def spec_from_proto(message: pb.Optimizer) -> OptimizerSpec:
     """From the wire; names and arguments are checked by `make_optimizer`."""
-    groups = []
-    for group in message.groups:
-        arguments = {name: _argument_from_proto(value) for name, value in group.arguments.items()}
-        groups.append(GroupSpec(list(group.parameter_names), {n: v for n, v in arguments.items() if v is not None}))
+    groups = [GroupSpec(list(group.parameter_names), arguments_from_proto(group.arguments)) for group in message.groups]
     return OptimizerSpec(message.name, groups)
 
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import List, Tuple
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 """Raised when a change of the .proto makes old and new sides misunderstand each other."""
 
 MAX_MESSAGE_BYTES = 256 << 20
 """Largest message either side accepts: a full-width activation of 128 x 512 tokens x 1024 floats."""
+
+MAX_WAITING = 64
+"""Micro-batches of a step that may wait for a Weight or a Backward: each takes memory on the cloud, with labels as much
+as net_2's gradients."""
 
 _LIMITS: List[Tuple[str, int]] = [
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),

@@ -13,6 +13,13 @@ _SYSTEMS = {
     "local": "one process",
 }
 
+_RESIDUALS = {"none": "removed", "low-rank": "kept as far as the split rank holds it", "full": "kept"}
+_PIPELINES = {
+    "sequence-classification": "text-classification",
+    "question-answering": "question-answering",
+    "causal-lm": "text-generation",
+}
+
 
 def model_card(description: Description, results: Mapping[str, Any]) -> str:
     """Markdown with the metadata that model hubs read. `results` as in `all_results.json`."""
@@ -21,7 +28,7 @@ def model_card(description: Description, results: Mapping[str, Any]) -> str:
         [
             "---",
             "library_name: split-fine-tuning",
-            f"pipeline_tag: {'question-answering' if 'question' in description.head else 'text-classification'}",
+            f"pipeline_tag: {_PIPELINES[description.head]}",
             f"base_model: {description.base_model or 'none'}",
             "---",
             "",
@@ -42,7 +49,7 @@ def _training(description: Description, results: Mapping[str, Any]) -> Mapping[s
         rows["split layer"] = f"block {description.split_layer}, counted from 1"
     if description.split_rank is not None:
         rows["split rank"] = str(description.split_rank)
-        rows["residual at the split layer"] = "kept" if description.keep_residual else "removed"
+        rows["residual at the split layer"] = _RESIDUALS[description.residual]
     rows["steps"] = str(results["train_steps"])
     rows["training loss"] = f"{results['train_loss']:.4f}"
     return rows

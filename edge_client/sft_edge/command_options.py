@@ -79,8 +79,14 @@ class VerifyOptions:
     split_rank: int = 8
     """rank R of the decomposed layer; sft only"""
 
-    head: Literal["sequence-classification", "question-answering"] = "sequence-classification"
-    """what the model predicts"""
+    residual: Literal["none", "low-rank"] = "none"
+    """the residual around the layer that is decomposed: dropped as in the paper, or kept as far as rank R holds it"""
+
+    freeze_edge: bool = False
+    """train the cloud's half only"""
+
+    head: Literal["sequence-classification", "question-answering", "causal-lm"] = "sequence-classification"
+    """what the model predicts; causal-lm needs --model or --from-config of a decoder, such as GPT-2"""
 
     problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] = (
         "single_label_classification"
@@ -120,6 +126,10 @@ class VerifyOptions:
         above_zero(self, "tolerance")
         if self.model is not None and self.from_config is not None:
             raise UsageError("only one of --model and --from-config may be given")
+        if self.head == "causal-lm" and self.model is None and self.from_config is None:
+            raise UsageError("--head causal-lm needs --from-config or --model of a decoder, such as GPT-2")
+        if self.residual != "none" and self.mode == "sl":
+            raise UsageError(f"--residual {self.residual} needs --mode sft: --mode sl cuts between two blocks")
 
 
 @dataclass

@@ -7,9 +7,10 @@ from typing import Callable, Dict, Iterable, Iterator, List, NamedTuple, Optiona
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 
 from sft.batch import Batch
+from sft.losses import head_loss
 from sft_edge.systems import System
 from sft_edge.tasks import Feature, Row, Task
 
@@ -72,15 +73,8 @@ def mean_loss(task: Task, logits: Sequence[Tensor], batches: Iterable[Batch]) ->
 
 
 def _loss(task: Task, logits: Sequence[Tensor], batch: Batch) -> Tensor:
-    if task.head == "question-answering":
-        losses = []
-        for row, length in enumerate(batch.lengths):
-            for column, name in enumerate(("start_positions", "end_positions")):
-                losses.append(functional.cross_entropy(logits[row][:length, column], batch.labels[name][row]))
-        return torch.stack(losses).mean()
-    scores_BC, y = torch.stack(list(logits)), batch.labels["labels"]
-    if task.problem_type == "regression":
-        return functional.mse_loss(scores_BC.squeeze(-1), y)
-    if task.problem_type == "multi_label_classification":
-        return functional.binary_cross_entropy_with_logits(scores_BC, y)
-    return functional.cross_entropy(scores_BC, y)
+    if task.head == "sequence-classification":
+        return head_loss(task.head, task.problem_type, torch.stack(list(logits)), batch.labels, batch.lengths)
+    # Rows of tokens were padded to the longest of the batch that they were asked in, which is another than this one.
+    rows = [row[:length] for row, length in zip(logits, batch.lengths)]
+    return head_loss(task.head, task.problem_type, pad_sequence(rows, batch_first=True), batch.labels, batch.lengths)

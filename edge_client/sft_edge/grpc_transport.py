@@ -121,10 +121,11 @@ class GrpcTransport(Transport):
         """See Transport. A link that breaks without a word is noticed by gRPC's keepalive."""
         return _GrpcStream(self._train(messages), self._error)
 
-    def download(self, session_id: str) -> Iterator[bytes]:
+    def download(self, session_id: str, optimizer_state: bool = False) -> Iterator[bytes]:
         """See Transport. Raises SessionLostError when no chunk came for the stall time-out."""
         with _StallGuard(self._stall_timeout_seconds) as guard:
-            call = self._stub.DownloadWeights(pb.DownloadWeightsRequest(session_id=session_id))
+            request = pb.DownloadWeightsRequest(session_id=session_id, optimizer_state=optimizer_state)
+            call = self._stub.DownloadWeights(request)
             guard.watch(call.cancel)
             try:
                 for response in call:

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import queue
 import threading
-import time
 from types import TracebackType
-from typing import Callable, Dict, Iterator, Mapping, NamedTuple, Optional, Sequence, Tuple, Type
+from typing import Dict, Iterator, Mapping, Optional, Sequence, Tuple, Type
 
 from google.protobuf.message import DecodeError
 
 from sft.errors import LinkError, ProtocolError, SessionLostError
 from sft.ledger import Traffic, framed_size
 from sft.v1 import split_training_pb2 as pb
+from sft_edge.replies import Blob, PendingReply, Reply
 from sft_edge.transport import Stream, Transport
+
+__all__ = ["Blob", "Link", "PendingReply", "Reply"]
 
 REPLY_TIMEOUT_SECONDS = 600.0
 """How long an answer may take. A link that breaks is noticed long before; this is for a cloud that hangs."""
@@ -26,69 +28,6 @@ CLOSE_TIMEOUT_SECONDS = 5.0
 """How long the cloud may take to end the stream before it is broken off."""
 
 _Key = Tuple[str, int, int]  # kind of the answer, step, micro-batch
-
-
-class Blob(NamedTuple):
-    """A safetensors file that the cloud may ask for."""
-
-    total_bytes: int
-    chunks: Callable[[], Iterator[bytes]]
-    """Its bytes from the start; called in another thread, and only when the cloud has no such file."""
-
-
-class Reply(NamedTuple):
-    """An answer of the cloud and what it cost."""
-
-    message: pb.CloudMessage
-    traffic: Traffic
-    """Of the question, with the commit that rode on it, and of the answer."""
-    round_trip_seconds: float
-    """From handing the question to the stream until the answer was here, queueing included."""
-    waited_seconds: float
-    """The part of it that the caller of `result` spent waiting."""
-    cloud_seconds: float
-    """The part of it that the cloud says it needed."""
-
-
-class PendingReply:
-    """An answer on its way."""
-
-    def __init__(self, sent: Traffic, timeout_seconds: float, give_up: Callable[[LinkError], None]) -> None:
-        self._sent = sent
-        self._timeout_seconds = timeout_seconds
-        self._give_up = give_up
-        self._asked = time.perf_counter()
-        self._answered = self._asked
-        self._settled = threading.Event()
-        self._message: Optional[pb.CloudMessage] = None
-        self._received = Traffic()
-        self._error: Optional[LinkError] = None
-
-    def result(self) -> Reply:
-        """Waits for the answer. Raises the stream's error, and SessionLostError when none came in time."""
-        began = time.perf_counter()
-        if not self._settled.wait(self._timeout_seconds):
-            self._give_up(SessionLostError(f"the cloud did not answer within {self._timeout_seconds:g} s"))
-        waited = time.perf_counter() - began
-        if self._message is None:
-            raise self._error or SessionLostError("the link is closed")
-        return Reply(
-            message=self._message,
-            traffic=self._sent + self._received,
-            round_trip_seconds=self._answered - self._asked,
-            waited_seconds=waited,
-            cloud_seconds=self._message.cloud_seconds,
-        )
-
-    def resolve(self, message: pb.CloudMessage, received: Traffic) -> None:
-        """Called once, by the link: here is the answer."""
-        self._message, self._received, self._answered = message, received, time.perf_counter()
-        self._settled.set()
-
-    def fail(self, error: LinkError) -> None:
-        """Called once, by the link: no answer will come."""
-        self._error = error
-        self._settled.set()
 
 
 class Link:
@@ -111,7 +50,9 @@ class Link:
         self._blobs = blobs
         self._reply_timeout_seconds = reply_timeout_seconds
         self._session_id = ""
-        self._held: Optional[pb.Commit] = None
+        self._held = pb.EdgeMessage()  # weights, commit and gradient_scale of the next message
+        self._step = 0  # that weights and gradients belong to now
+        self._without_body = 0  # messages of that step
         self._outgoing: queue.SimpleQueue[Optional[bytes]] = queue.SimpleQueue()  # None ends the stream
         self._stream: Optional[Stream] = None
         self._reader: Optional[threading.Thread] = None
@@ -137,6 +78,7 @@ class Link:
             self.close()
             raise
         self._session_id = response.session_id
+        self._blobs = {}  # what they read from may be half a model, and whoever offered it may have let go of it
         return response
 
     def _open(self) -> pb.OpenSessionResponse:
@@ -153,55 +95,147 @@ class Link:
         return response
 
     def forward(
-        self, step: int, micro_batch: int, activation: pb.Activation, labels: pb.Labels, loss_scale: float
+        self,
+        step: int,
+        micro_batch: int,
+        activation: pb.Activation,
+        labels: Optional[pb.Labels],
+        loss_scale: float,
+        *,
+        eval_mode: bool = False,
+        want_logits: bool = False,
+        frozen_edge: bool = False,
+        autocast: pb.DataType = pb.DATA_TYPE_UNSPECIFIED,
     ) -> PendingReply:
-        """Algorithm 1, lines 6 to 11, for one micro-batch; a held commit rides along. The reply holds a `Result`.
+        """Algorithm 1, lines 6 to 11, for one micro-batch; what is held rides along.
 
-        Returns at once: several micro-batches may be on their way.
+        With labels the reply holds a `Result`, see `pb.Forward` for what `loss_scale` 0 means. Without labels it holds
+        `Outputs`, and the cloud waits for `backward`. Returns at once: several micro-batches may be on their way.
         """
-        message = pb.EdgeMessage(step=step, micro_batch=micro_batch, commit=self._held)
+        message = self._with_held(step, micro_batch)
         # Filled in place: every message given to a constructor is copied, and an activation may be megabytes.
         message.forward.activation.CopyFrom(activation)
-        message.forward.labels.CopyFrom(labels)
+        if labels is not None:
+            message.forward.labels.CopyFrom(labels)
         message.forward.loss_scale = loss_scale
-        pending = self._send("result", message, payload_bytes=len(activation.packed.data))
-        self._held = None  # only now: lost to a Ctrl-C it would be lost for good, sent twice it is applied once
-        return pending
+        message.forward.eval_mode = eval_mode
+        message.forward.want_logits = want_logits
+        message.forward.frozen_edge = frozen_edge
+        message.forward.autocast = autocast
+        kind = "outputs" if labels is None else "result"
+        return self._send_with_held(kind, message, payload_bytes=len(activation.packed.data))
 
-    def evaluate(self, step: int, batch_index: int, activation: pb.Activation) -> PendingReply:
+    def backward(self, step: int, micro_batch: int, gradient: pb.Tensor) -> PendingReply:
+        """The second half of a `forward` without labels: `gradient` is that of the loss by the outputs it gave.
+
+        What is held rides along. The reply holds a `Result`. Returns at once.
+        """
+        message = self._with_held(step, micro_batch)
+        message.backward.gradient.CopyFrom(gradient)
+        return self._send_with_held("result", message, payload_bytes=len(gradient.data))
+
+    def evaluate(
+        self,
+        step: int,
+        batch_index: int,
+        activation: pb.Activation,
+        autocast: pb.DataType = pb.DATA_TYPE_UNSPECIFIED,
+    ) -> PendingReply:
         """Logits of one evaluation batch, after a held commit. The reply holds an `Evaluation`. Returns at once."""
-        self.flush()
+        if self._held.HasField("commit"):
+            self.flush()
         message = pb.EdgeMessage(step=step, micro_batch=batch_index)
         message.evaluate.activation.CopyFrom(activation)
+        message.evaluate.autocast = autocast
         return self._send("evaluation", message, payload_bytes=len(activation.packed.data))
 
-    def commit(self, step: int, learning_rates: Sequence[float], clip_scale: float) -> None:
-        """Algorithm 1, line 14, for net_2. Held back until the next `forward`, `evaluate`, `weights` or `flush`."""
-        self.flush()
+    def weigh(self, micro_batch: int, weight: float) -> None:
+        """Says what the gradients of a `forward` with `loss_scale` 0 count in the step that is being accumulated.
+
+        Held back like a commit.
+        """
+        self._hold_weight(pb.Weight(micro_batch=micro_batch, weight=weight))
+
+    def drop(self, micro_batch: int) -> None:
+        """Lets go of a `forward`, without labels or with `loss_scale` 0, that nobody will go backward through.
+
+        Held back like a commit.
+        """
+        self._hold_weight(pb.Weight(micro_batch=micro_batch, dropped=True))
+
+    def scale_gradients(self, scale: float) -> None:
+        """Multiplies what the cloud has added up of net_2's gradients, after a held commit; 0 forgets them. Held back.
+
+        Several before one message multiply.
+        """
         self._raise_failure()
-        self._held = pb.Commit(step=step, learning_rates=learning_rates, clip_scale=clip_scale)
+        before = self._held.gradient_scale if self._held.HasField("gradient_scale") else 1.0
+        self._held.gradient_scale = before * scale
+
+    def commit(
+        self,
+        step: int,
+        learning_rates: Sequence[float],
+        clip_scale: float,
+        group_arguments: Sequence[pb.GroupArguments] = (),
+    ) -> None:
+        """Algorithm 1, line 14, for net_2. Held back until the next message; weights that are held go with it."""
+        self._raise_failure()
+        if self._held.HasField("commit") or self._held.HasField("gradient_scale"):
+            self.flush()  # the scale is for gradients of this step, and in one message would come after the commit
+        commit = pb.Commit(
+            step=step, learning_rates=learning_rates, clip_scale=clip_scale, group_arguments=group_arguments
+        )
+        self._held.commit.CopyFrom(commit)
+
+    def keep_gradients(self) -> None:
+        """Net_2's gradients are not forgotten after the commit that is held. Raises ProtocolError when none is."""
+        if not self._held.HasField("commit"):
+            raise ProtocolError("no commit is held that could keep the gradients")
+        self._held.commit.keep_gradients = True
 
     def flush(self) -> Optional[Reply]:
-        """Sends a held commit and waits until it is applied: the reply holds `Committed`. None when none was held."""
-        if self._held is None:
+        """Sends what is held and waits until it is done: the reply holds `Committed`. None when nothing was held."""
+        if not (self._held.weights or self._held.HasField("commit") or self._held.HasField("gradient_scale")):
             return None
-        message = pb.EdgeMessage(step=self._held.step, commit=self._held)
-        pending = self._send("committed", message, payload_bytes=0)
-        self._held = None
+        step = self._held.commit.step if self._held.HasField("commit") else self._step
+        message = self._with_held(step, self._without_body)
+        pending = self._send_with_held("committed", message, payload_bytes=0)
+        self._without_body += 1
         return pending.result()
 
-    def weights(self) -> Iterator[bytes]:
-        """Net_2's parameters after every commit so far: the bytes of one safetensors file, in chunks."""
-        self.flush()
-        with self._lock:
-            waiting = list(self._waiting.values())
-        for pending in waiting:  # a commit may ride on a message whose answer nobody waited for, as after Ctrl-C
-            pending.result()
+    def weights(self, optimizer_state: bool = False) -> Iterator[bytes]:
+        """Net_2's parameters, or the state of its optimizer, after every commit so far.
+
+        The bytes of one safetensors file, in chunks.
+        """
+        self._settle()
+        return self._transport.download(self._session_id, optimizer_state)
+
+    def load_state(self, blob: Blob, sha256: str, optimizer_state: bool) -> None:
+        """Replaces net_2's parameters, or the state of its optimizer, by a file of the form that `weights` gives.
+
+        `sha256` is that of its bytes. Returns when it is done. Gradients added so far stay. Raises ProtocolError while
+        a `forward` waits for its weight or its `backward`, or when the file is not one of this net_2.
+        """
+        self._settle()
+        self._transport.upload(sha256, blob.total_bytes, blob.chunks())
+        message = pb.EdgeMessage(step=self._step, micro_batch=self._without_body)
+        message.load_state.sha256 = sha256
+        message.load_state.optimizer_state = optimizer_state
+        self._without_body += 1
+        self._send("committed", message, payload_bytes=0).result()
+
+    def check(self) -> None:
+        """Raises what ended the session, if it is known to have ended."""
         self._raise_failure()
-        return self._transport.download(self._session_id)
+
+    def abandon(self) -> None:
+        """Ends the session without waiting for anything. For finalizers: it takes no lock and starts no thread."""
+        self._outgoing.put(None)
 
     def close(self) -> None:
-        """Ends the session and closes the transport; no thread is left. A held commit is dropped. Idempotent."""
+        """Ends the session and closes the transport; no thread is left. What is held is dropped. Idempotent."""
         if self._session_id and self._reader is None and self._failure is None:
             self._start()  # the cloud keeps a session for its stream; a stream that ends frees it
         self._outgoing.put(None)
@@ -221,6 +255,36 @@ class Link:
         if error is not None and self._stream is not None:
             self._stream.cancel()  # whatever is under way, nobody waits for it
         self.close()
+
+    def _settle(self) -> None:
+        """Whatever was asked for so far has been done."""
+        self.flush()
+        with self._lock:
+            waiting = list(self._waiting.values())
+        for pending in waiting:  # a commit may ride on a message whose answer nobody waited for, as after Ctrl-C
+            pending.result()
+        self._raise_failure()
+
+    def _hold_weight(self, weight: pb.Weight) -> None:
+        self._raise_failure()
+        if self._held.HasField("commit") or self._held.HasField("gradient_scale"):
+            self.flush()  # in one message, both would come after the weight
+        self._held.weights.append(weight)
+
+    def _with_held(self, step: int, micro_batch: int) -> pb.EdgeMessage:
+        message = pb.EdgeMessage()
+        message.CopyFrom(self._held)
+        message.step, message.micro_batch = step, micro_batch
+        return message
+
+    def _send_with_held(self, kind: str, message: pb.EdgeMessage, payload_bytes: int) -> PendingReply:
+        pending = self._send(kind, message, payload_bytes)
+        # Only now: lost to a Ctrl-C it would be lost for good, sent twice it is done once.
+        self._held = pb.EdgeMessage()
+        step = message.step + (message.HasField("commit") and message.WhichOneof("body") is None)
+        if step != self._step:
+            self._step, self._without_body = step, 0
+        return pending
 
     def _send(self, kind: str, message: pb.EdgeMessage, payload_bytes: int) -> PendingReply:
         """Queues a message that the cloud answers with a `kind` for the same step and micro-batch."""
@@ -299,5 +363,10 @@ class Link:
 
 
 def _payload_bytes(message: pb.CloudMessage) -> int:
-    """Bytes of the gradient or of the logits."""
-    return len(message.result.packed_gradient.data) + len(message.evaluation.logits.data)
+    """Bytes of the gradient, of the logits, or of both."""
+    body = message.WhichOneof("body")
+    if body == "result":
+        return len(message.result.packed_gradient.data) + len(message.result.logits.data)
+    if body == "outputs":
+        return len(message.outputs.logits.data)
+    return len(message.evaluation.logits.data) if body == "evaluation" else 0

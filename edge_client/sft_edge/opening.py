@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import Iterator, Optional
+from typing import Iterator, Optional, Sequence
 
 import torch
 
+from sft.batch import Batch
 from sft.errors import UsageError
+from sft.lora import add_lora
 from sft.models import Cut, build_whole
 from sft.parameter_groups import OptimizerSpec, decay_groups, make_optimizer
 from sft.weights import factor_tensors, fill, pretrained_tensors
+from sft_edge.adapters import half_lora, whole_lora
 from sft_edge.cloud_process import CloudProcess
 from sft_edge.grpc_transport import GrpcTransport
+from sft_edge.lora_options import LoraOptions
 from sft_edge.optimizer_options import OptimizerOptions
 from sft_edge.options import CutOptions, LinkOptions, TrainingOptions
 from sft_edge.source import Source
 from sft_edge.split_system import open_split_system
 from sft_edge.systems import LocalSystem, System
+
+_NO_LORA = LoraOptions()
 
 
 def cut_of(options: CutOptions) -> Optional[Cut]:
@@ -25,7 +31,8 @@ def cut_of(options: CutOptions) -> Optional[Cut]:
     if not options.is_cut:
         return None
     mode = "sl" if options.mode == "sl" else "sft"
-    return Cut(mode, int(options.split_layer or 0), options.split_rank if mode == "sft" else 0)
+    rank = options.split_rank if mode == "sft" else 0
+    return Cut(mode, int(options.split_layer or 0), rank, options.residual)
 
 
 def device_of(name: str) -> torch.device:
@@ -46,23 +53,34 @@ def open_system(
     training: TrainingOptions,
     optimizing: OptimizerOptions,
     linking: LinkOptions,
+    adapting: LoraOptions = _NO_LORA,
+    calibration: Sequence[Batch] = (),
 ) -> Iterator[System]:
     """The system for the block; the session, and a cloud that was started for it, end with the block.
 
+    `calibration`: what a low-rank residual is fitted to.
+
     Raises what building, connecting and opening a session raise: CutError, CheckpointError, UsageError, LinkError.
     """
+    if cutting.freeze_edge and adapting.on_edge:
+        raise UsageError("--freeze-edge trains nothing of the edge's half: leave it out, or add --lora-half cloud")
     cut, device = cut_of(cutting), device_of(training.device)
-    whole = build_whole(source.config, head, cut, cutting.keep_residual)
-    spec = OptimizerSpec(optimizing.optim, decay_groups(whole, optimizing.arguments()))
+    whole = build_whole(source.config, head, cut)
     if cutting.mode == "local":
-        for_edge, for_cloud = (
-            factor_tensors(source.config, head, cut, source.checkpoint, training.seed) if cut else ([], [])
-        )
-        tensors = [*pretrained_tensors(whole, source.checkpoint), *for_edge, *for_cloud]
+        adapters = whole_lora(adapting, whole)
+        tensors = pretrained_tensors(whole, source.checkpoint)
+        if cut is not None:
+            for factors in factor_tensors(source.config, head, cut, source.checkpoint, training.seed, calibration):
+                tensors += factors
         fill(whole, tensors, training.seed, device)
+        if adapters is not None:
+            add_lora(whole, adapters, training.seed)
+        spec = OptimizerSpec(optimizing.optim, decay_groups(whole, optimizing.arguments()))
         yield LocalSystem(whole, make_optimizer(spec, whole.whole_parameters()), training.seed)
         return
     assert cut is not None  # every other mode is cut
+    lora = half_lora(adapting, whole, source.config, cut, training.seed)
+    spec = OptimizerSpec(optimizing.optim, decay_groups(whole, optimizing.arguments()))
     with _server(linking) as address:
         transport = GrpcTransport(address, linking.connect_timeout_seconds)
         system = open_split_system(
@@ -75,6 +93,10 @@ def open_system(
             device,
             transport,
             linking.reply_timeout_seconds,
+            labels=linking.labels,
+            freeze_edge=cutting.freeze_edge,
+            calibration=calibration,
+            lora=lora,
         )
         with system.link:
             yield system

@@ -14,6 +14,7 @@ from typing import Literal, Optional, Tuple
 
 from sft.config import above_zero, at_least
 from sft.errors import CutError, UsageError
+from sft_edge.lora_options import LoraOptions
 from sft_edge.optimizer_options import OptimizerOptions
 
 
@@ -54,18 +55,26 @@ class CutOptions:
     split_rank: int = 8
     """rank R of the decomposed layer, which is the width of the activation on the wire; sft only"""
 
-    keep_residual: bool = False
-    """decompose block --split-layer but keep its residual connection; --mode local only"""
+    residual: Literal["none", "low-rank", "full"] = "none"
+    """the residual around the layer that is decomposed: dropped as in the paper, kept as far as the activation of rank
+    R holds it (fitted to the first training rows), or kept in full, which only --mode local can"""
+
+    freeze_edge: bool = False
+    """train the cloud's half only: no backward pass on the edge, and no gradient comes down; sft and sl only"""
 
     wire_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """type of activations and gradients on the wire"""
 
     def __post_init__(self) -> None:
-        if self.keep_residual and self.mode != "local":
+        if self.residual == "full" and self.mode != "local":
             raise UsageError(
-                "--keep-residual needs --mode local: over a wire the residual would have to cross at full width beside "
-                "the rank-R activation, which is what the cut avoids"
+                "--residual full needs --mode local: over a wire the residual would have to cross at full width beside "
+                "the rank-R activation, which is what the cut avoids; --residual low-rank keeps what fits into that"
             )
+        if self.residual != "none" and self.mode == "sl":
+            raise UsageError(f"--residual {self.residual} needs --mode sft or local: --mode sl cuts between two blocks")
+        if self.freeze_edge and self.mode == "local":
+            raise UsageError("--freeze-edge needs --mode sft or sl: one process has no edge")
         if self.split_layer is None and self.is_cut:
             raise UsageError("--split-layer must be given (a block counted from 1), or --mode local")
         if self.split_layer is not None and self.split_layer < 1:
@@ -76,7 +85,7 @@ class CutOptions:
     @property
     def is_cut(self) -> bool:
         """Whether a block is singled out: everywhere but in plain `--mode local`, which trains the model as it is."""
-        return self.mode != "local" or self.keep_residual
+        return self.mode != "local" or self.residual != "none"
 
 
 @dataclass
@@ -186,6 +195,10 @@ class LinkOptions:
     server: Optional[str] = None
     """HOST:PORT of a running `sft-cloud serve`; without it a cloud is started here and ended with the run"""
 
+    labels: Literal["cloud", "local"] = "cloud"
+    """where the loss is computed: on the cloud, with the labels of training rows beside the activation, or here, so
+    that no label leaves the edge, at the price of a second round trip"""
+
     connect_timeout_seconds: float = 20.0
     """how long to wait for the server at the beginning"""
 
@@ -204,6 +217,7 @@ TRAIN_OPTIONS = (
     DataOptions,
     TrainingOptions,
     OptimizerOptions,
+    LoraOptions,
     LoggingOptions,
     LinkOptions,
 )

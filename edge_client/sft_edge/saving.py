@@ -29,6 +29,8 @@ from sft_edge.tasks import Task, make_task
 
 DESCRIPTION_FILE = "sft.json"
 
+_RESIDUALS = ("none", "low-rank", "full")
+
 
 @dataclass(frozen=True)
 class Description:
@@ -44,7 +46,7 @@ class Description:
     text_fields: Optional[List[str]] = None
     split_layer: Optional[int] = None
     split_rank: Optional[int] = None
-    keep_residual: bool = False
+    residual: str = "none"
     package_version: str = sft.__version__
 
     @property
@@ -52,7 +54,7 @@ class Description:
         """The decomposition that the model kept; None where no layer was decomposed."""
         if self.split_rank is None or self.split_layer is None:
             return None
-        return Cut("sft", self.split_layer, self.split_rank)
+        return Cut("sft", self.split_layer, self.split_rank, self.residual)
 
     @property
     def stem(self) -> str:
@@ -109,6 +111,8 @@ def _write_model(
         weight_map = {tensor: name for name, shard in zip(names, shards) for tensor in shard.names}
         write_json(directory / index_file(stem), {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map})
     config = copy.deepcopy(config)
+    if any("lm_head.weight" in shard.names for shard in shards):
+        config.tie_word_embeddings = False  # the cut untied it
     config.architectures = [type(build_whole(config, description.head).model).__name__]
     with storage_errors(directory.parent):
         config.save_pretrained(str(directory))
@@ -125,7 +129,7 @@ def load_model(directory: Path) -> SavedModel:
     """Reads what `save_model` wrote. Raises CheckpointError."""
     description = read_description(directory)
     config = read_config(directory / "config.json", {})
-    net = build_whole(config, description.head, description.cut, description.keep_residual)
+    net = build_whole(config, description.head, description.cut)
     tensors = Checkpoint(directory, description.stem).tensors(shapes(net), net.model.base_model_prefix)
     held = {tensor.name for tensor in tensors}
     missing = sorted(set(net.whole_names.values()) - held)
@@ -142,11 +146,15 @@ def read_description(directory: Path) -> Description:
         raise CheckpointError(f"{directory}: not a directory that sft-edge train wrote; it holds no {DESCRIPTION_FILE}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        if content.get("keep_residual"):  # of a release that knew nothing else
+            content["residual"] = "full"
         known = {field.name for field in fields(Description)}
         description = Description(**{name: value for name, value in content.items() if name in known})
         sizes = (description.max_seq_length, description.split_layer, description.split_rank)
         if not all(size is None or type(size) is int for size in sizes) or description.head not in HEADS:
             raise ValueError("a value of the wrong type")
+        if description.residual not in _RESIDUALS:
+            raise ValueError(f"unknown residual {description.residual!r}")
         return description
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: not the description of a saved model ({error})") from error

@@ -12,29 +12,36 @@ from transformers import PretrainedConfig
 
 import sft
 from sft.batch import Batch
-from sft.codec import DATA_TYPES, decode_tensor, encode_activation, encode_labels, unpack
+from sft.codec import (
+    DATA_TYPES,
+    decode_logits,
+    decode_tensor,
+    encode_activation,
+    encode_labels,
+    encode_logits,
+    outputs_of,
+    unpack,
+)
 from sft.errors import ProtocolError
 from sft.ledger import Ledger, Traffic, plain_split_bytes
+from sft.lora import add_lora, lora_to_json, merged_tensors
+from sft.losses import head_loss
 from sft.models import Cut, Net1, build_net_1, build_net_2
 from sft.parameter_groups import OptimizerSpec, make_optimizer, scale_gradients, spec_to_proto, squared_gradient_norm
 from sft.protocol import PROTOCOL_VERSION
 from sft.seeding import seeded
-from sft.tensor_stream import StoredTensor, in_memory, safetensors_chunks, safetensors_size, sha256_of
+from sft.tensor_stream import safetensors_chunks
 from sft.v1 import split_training_pb2 as pb
 from sft.weights import factor_tensors, fill, pretrained_tensors
+from sft_edge.adapters import NO_LORA, HalfLora
 from sft_edge.link import Blob, Link, PendingReply
+from sft_edge.offers import HEADS, cut_to_proto, offer
 from sft_edge.source import Source
 from sft_edge.systems import Shard, StepTimer, System
 from sft_edge.transport import Transport
 
 _EVALUATIONS_AHEAD = 2
 """While the cloud works on one evaluation batch, the edge makes the next."""
-
-_MODES = {"sft": pb.MODE_SFT, "sl": pb.MODE_SL}
-_HEADS = {
-    "sequence-classification": pb.HEAD_SEQUENCE_CLASSIFICATION,
-    "question-answering": pb.HEAD_QUESTION_ANSWERING,
-}
 
 
 class SplitSystem(System):
@@ -48,8 +55,13 @@ class SplitSystem(System):
         cloud_names: Sequence[str],
         seed: int,
         wire_dtype: str,
+        labels: str = "cloud",
     ) -> None:
-        """`net_1` filled, `link` open; `cloud_names` are net_2's parameters, under whole-model names."""
+        """`net_1` filled, `link` open; `cloud_names` are net_2's parameters, under whole-model names.
+
+        `labels`: `cloud` where they travel with the activation, `local` where they stay here. Without a parameter of
+        net_1 that is trained there is no backward pass here.
+        """
         self.net_1 = net_1
         self.optimizer = optimizer
         self.link = link
@@ -57,6 +69,8 @@ class SplitSystem(System):
         self._cloud_names = sorted(cloud_names)
         self._seed = seed
         self._data_type = DATA_TYPES[wire_dtype]
+        self._labels_stay = labels == "local"
+        self._frozen = not any(parameter.requires_grad for parameter in net_1.parameters())
         self._model_width = int(net_1.model.config.hidden_size)
         self._step = StepTimer()
         self._traffic = Traffic()
@@ -67,24 +81,62 @@ class SplitSystem(System):
         """Algorithm 1, lines 6 to 12."""
         self.net_1.train()
         with self._step.phase("edge_forward"):
-            with seeded(self.net_1.device, self._seed, "net_1", step, micro_batch):
+            with seeded(self.net_1.device, self._seed, "net_1", step, micro_batch), torch.set_grad_enabled(
+                not self._frozen
+            ):
                 a_BSR = self.net_1(batch.inputs, batch.lengths)
             activation = encode_activation(a_BSR, batch.lengths, self._data_type)
-            labels = encode_labels(batch.labels)
-        reply = self.link.forward(step, micro_batch, activation, labels, loss_scale).result()
-        result = reply.message.result
-        with self._step.phase("edge_backward"):
-            gradient_TR = decode_tensor(result.packed_gradient, self.net_1.device)
-            if gradient_TR.shape != tuple(activation.packed.shape):
-                raise ProtocolError(f"the cloud sent a gradient of shape {list(gradient_TR.shape)}")
-            a_BSR.backward(unpack(gradient_TR, batch.lengths, a_BSR.shape[1]))
-        self._step.add("cloud", reply.cloud_seconds)
-        self._step.add("uplink_wait", max(reply.waited_seconds - reply.cloud_seconds, 0.0))
+        through = self._loss_here if self._labels_stay else self._loss_there
+        loss, result = through(activation, batch, step, micro_batch, loss_scale)
+        if not self._frozen:
+            with self._step.phase("edge_backward"):
+                gradient_TR = decode_tensor(result.packed_gradient, self.net_1.device)
+                if gradient_TR.shape != tuple(activation.packed.shape):
+                    raise ProtocolError(f"the cloud sent a gradient of shape {list(gradient_TR.shape)}")
+                a_BSR.backward(unpack(gradient_TR, batch.lengths, a_BSR.shape[1]))
         self._step.samples += len(batch.lengths)
-        self._traffic = self._traffic + reply.traffic
         self._plain_bytes += plain_split_bytes(len(batch.lengths), a_BSR.shape[1], self._model_width)
         self._cloud_squared_norm = result.squared_gradient_norm
-        return result.loss
+        return loss
+
+    def _loss_there(
+        self, activation: pb.Activation, batch: Batch, step: int, micro_batch: int, loss_scale: float
+    ) -> Tuple[float, pb.Result]:
+        """Labels travel with the activation: one round trip."""
+        labels = encode_labels(batch.labels, batch.lengths)
+        pending = self.link.forward(step, micro_batch, activation, labels, loss_scale, frozen_edge=self._frozen)
+        result = self._answer(pending).result
+        return result.loss, result
+
+    def _loss_here(
+        self, activation: pb.Activation, batch: Batch, step: int, micro_batch: int, loss_scale: float
+    ) -> Tuple[float, pb.Result]:
+        """Labels stay: logits come, their gradient goes."""
+        pending = self.link.forward(step, micro_batch, activation, None, 0.0, frozen_edge=self._frozen)
+        outputs = self._answer(pending).outputs
+        with self._step.phase("edge_backward"):
+            logits = self._decode_logits(outputs.logits, batch.lengths, activation.padded_length, self.net_1.device)
+            logits.requires_grad_()
+            labels = {name: y.to(logits.device) for name, y in batch.labels.items()}
+            config, head = self.net_1.model.config, self.net_1.head
+            loss = head_loss(head, config.problem_type, logits, labels, batch.lengths)
+            (gradient,) = torch.autograd.grad(loss * loss_scale, logits)
+            message = encode_logits(gradient, batch.lengths, head, self._data_type)
+        return float(loss.item()), self._answer(self.link.backward(step, micro_batch, message)).result
+
+    def _answer(self, pending: PendingReply) -> pb.CloudMessage:
+        """Waits, and notes what it took."""
+        reply = pending.result()
+        self._step.add("cloud", reply.cloud_seconds)
+        self._step.add("uplink_wait", max(reply.waited_seconds - reply.cloud_seconds, 0.0))
+        self._traffic = self._traffic + reply.traffic
+        return reply.message
+
+    def _decode_logits(
+        self, message: pb.Tensor, lengths: Sequence[int], padded_length: int, device: torch.device
+    ) -> Tensor:
+        columns = outputs_of(self.net_1.model.config, self.net_1.head)
+        return decode_logits(message, lengths, padded_length, columns, self.net_1.head, device)
 
     def gradient_norm(self) -> float:
         return math.sqrt(squared_gradient_norm(self.net_1.parameters()) + self._cloud_squared_norm)
@@ -117,7 +169,7 @@ class SplitSystem(System):
             yield self._evaluated(*on_their_way.popleft())
 
     def shards(self) -> List[Shard]:
-        here = in_memory(dict(self.net_1.whole_parameters()))
+        here = merged_tensors(self.net_1)
         return [
             Shard([tensor.name for tensor in here], safetensors_chunks(here)),
             Shard(self._cloud_names, self.link.weights()),
@@ -126,13 +178,7 @@ class SplitSystem(System):
     def _evaluated(self, batch: Batch, padded_length: int, pending: PendingReply) -> Tensor:
         reply = pending.result()
         self.ledger.add_evaluation(reply.traffic, len(batch.lengths))
-        logits = decode_tensor(reply.message.evaluation.logits, torch.device("cpu"))
-        rows = sum(batch.lengths) if self.net_1.head == "question-answering" else len(batch.lengths)
-        if list(logits.shape) != [rows, self.net_1.model.config.num_labels]:
-            raise ProtocolError(f"the cloud sent logits of shape {list(logits.shape)}")
-        if self.net_1.head == "question-answering":
-            return unpack(logits, batch.lengths, padded_length)
-        return logits
+        return self._decode_logits(reply.message.evaluation.logits, batch.lengths, padded_length, torch.device("cpu"))
 
 
 def open_split_system(
@@ -145,43 +191,52 @@ def open_split_system(
     device: torch.device,
     transport: Transport,
     reply_timeout_seconds: float,
+    *,
+    labels: str = "cloud",
+    freeze_edge: bool = False,
+    calibration: Sequence[Batch] = (),
+    lora: HalfLora = NO_LORA,
 ) -> SplitSystem:
     """Algorithm 1, lines 1 to 3: cuts the model, fills net_1, and opens a session in which the cloud fills net_2.
 
-    The edge never holds net_2: what the cloud lacks of it is copied from the checkpoint one tensor at a time.
+    The edge never holds net_2: what the cloud lacks of it is copied from the checkpoint one tensor at a time. `labels`
+    as SplitSystem has it; `freeze_edge`: net_1 is not trained; `calibration`: what a low-rank residual is fitted to;
+    `lora`: the adapters of the halves, whose parameters `optimizer_spec` names.
 
     Raises CutError, CheckpointError, UsageError, and what opening a link raises.
     """
     config, checkpoint = source.config, source.checkpoint
     net_1, net_2 = build_net_1(config, head, cut), build_net_2(config, head, cut)
-    for_edge, for_cloud = factor_tensors(config, head, cut, checkpoint, seed)
+    if freeze_edge:
+        net_1.requires_grad_(False)
+    for_edge, for_cloud = factor_tensors(config, head, cut, checkpoint, seed, calibration)
     fill(net_1, [*pretrained_tensors(net_1, checkpoint), *for_edge], seed, device)
-    optimizer = make_optimizer(optimizer_spec.restricted_to(net_1.whole_names.values()), net_1.whole_parameters())
+    if lora.edge is not None:
+        add_lora(net_1, lora.edge, seed)
+    trained_here = [name for name, parameter in net_1.whole_parameters().items() if parameter.requires_grad]
+    optimizer = make_optimizer(optimizer_spec.restricted_to(trained_here), net_1.whole_parameters())
     blobs: Dict[str, Blob] = {}
+    weights_sha256 = offer(pretrained_tensors(net_2, checkpoint), blobs)
+    cloud_names = sorted(set(net_2.whole_names.values()).difference(net_1.whole_names.values()))
+    if lora.cloud is not None:
+        add_lora(net_2, lora.cloud, seed)  # for the names of what is trained there
     request = pb.OpenSessionRequest(
         protocol_version=PROTOCOL_VERSION,
         package_version=sft.__version__,
         model_name=source.name,
         config_json=_config_json(config),
-        head=_HEADS[head],
-        cut=pb.Cut(mode=_MODES[cut.mode], split_layer=cut.split_layer, split_rank=cut.split_rank),
+        head=HEADS[head],
+        cut=cut_to_proto(cut),
         seed=seed,
-        weights_sha256=_offer(pretrained_tensors(net_2, checkpoint), blobs),
-        factors_sha256=_offer(for_cloud, blobs),
+        weights_sha256=weights_sha256,
+        factors_sha256=offer(for_cloud, blobs),
         optimizer=spec_to_proto(optimizer_spec.restricted_to(net_2.whole_names.values())),
         wire_data_type=DATA_TYPES[wire_dtype],
+        lora_json="" if lora.cloud is None else lora_to_json(lora.cloud),
     )
     link = Link(transport, request, blobs, reply_timeout_seconds)
     link.open()
-    return SplitSystem(net_1, optimizer, link, list(net_2.whole_names.values()), seed, wire_dtype)
-
-
-def _offer(tensors: List[StoredTensor], blobs: Dict[str, Blob]) -> str:
-    if not tensors:
-        return ""
-    sha256 = sha256_of(tensors)
-    blobs[sha256] = Blob(safetensors_size(tensors), lambda: safetensors_chunks(tensors))
-    return sha256
+    return SplitSystem(net_1, optimizer, link, cloud_names, seed, wire_dtype, labels)
 
 
 def _config_json(config: PretrainedConfig) -> str:

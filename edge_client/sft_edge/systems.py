@@ -16,10 +16,11 @@ from torch import Tensor
 
 from sft.batch import Batch
 from sft.ledger import NO_TRAFFIC, PHASES, Ledger, StepRecord, Traffic
+from sft.lora import merged_tensors
 from sft.models import Whole
 from sft.parameter_groups import scale_gradients, squared_gradient_norm
 from sft.seeding import seeded
-from sft.tensor_stream import in_memory, safetensors_chunks
+from sft.tensor_stream import safetensors_chunks
 
 
 class Shard(NamedTuple):
@@ -61,7 +62,7 @@ class System(ABC):
 
     @abstractmethod
     def shards(self) -> List[Shard]:
-        """All parameters as they are now: what is here, and what is on the cloud."""
+        """All parameters as they are now, adapters merged: what is here, and what is on the cloud."""
 
 
 class LocalSystem(System):
@@ -101,7 +102,7 @@ class LocalSystem(System):
                 yield self.net(batch.inputs, batch.lengths, {}).logits.cpu()
 
     def shards(self) -> List[Shard]:
-        tensors = in_memory(dict(self.net.whole_parameters()))
+        tensors = merged_tensors(self.net)
         return [Shard([tensor.name for tensor in tensors], safetensors_chunks(tensors))]
 
 

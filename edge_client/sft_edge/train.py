@@ -10,15 +10,17 @@ import tempfile
 from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Dict, List
 
 import torch
 
+from sft.batch import Batch
 from sft.errors import LinkError, StorageError, TrainingError
 from sft.models import build_whole
 from sft_edge.card import model_card
-from sft_edge.evaluation import EvaluationSet, evaluate
+from sft_edge.evaluation import EvaluationSet, batches_of, evaluate
 from sft_edge.files import write_file, write_json
+from sft_edge.lora_options import LoraOptions
 from sft_edge.opening import cut_of, device_of, open_system
 from sft_edge.optimizer_options import OptimizerOptions
 from sft_edge.options import (
@@ -34,8 +36,11 @@ from sft_edge.report import all_results, ledger_lines, peak_memory_bytes, print_
 from sft_edge.saving import Description, save_model
 from sft_edge.source import Source, open_source
 from sft_edge.systems import System
-from sft_edge.tasks import Task, make_task
+from sft_edge.tasks import Feature, Task, make_task
 from sft_edge.training_loop import TrainingLoop
+
+CALIBRATION_ROWS = 256
+"""How many of the first training rows a low-rank residual is fitted to."""
 
 
 class TrainingRun:
@@ -48,11 +53,12 @@ class TrainingRun:
         reading: DataOptions,
         training: TrainingOptions,
         optimizing: OptimizerOptions,
+        adapting: LoraOptions,
         logging: LoggingOptions,
         linking: LinkOptions,
     ) -> None:
         self.modeling, self.cutting, self.reading, self.training = modeling, cutting, reading, training
-        self.optimizing, self.logging, self.linking = optimizing, logging, linking
+        self.optimizing, self.adapting, self.logging, self.linking = optimizing, adapting, logging, linking
         unnamed = Path("runs") / f"{reading.task}-{cutting.mode}-{datetime.now():%Y%m%d-%H%M%S}"
         self.output_dir = training.output_dir or unnamed
 
@@ -74,7 +80,16 @@ class TrainingRun:
             progress = stack.enter_context(open_progress(self.logging.logging_steps, self.logging.disable_tqdm))
             progress.status(self._opening())
             system = stack.enter_context(
-                open_system(source, task.head, self.cutting, self.training, self.optimizing, self.linking)
+                open_system(
+                    source,
+                    task.head,
+                    self.cutting,
+                    self.training,
+                    self.optimizing,
+                    self.linking,
+                    self.adapting,
+                    self._calibration(task, features),
+                )
             )
             report = None
             if self.logging.report_to == "tensorboard":
@@ -93,6 +108,12 @@ class TrainingRun:
                 report,
             )
             return self._train(loop, system, source, task, progress)
+
+    def _calibration(self, task: Task, features: List[Feature]) -> List[Batch]:
+        """The same for every system, so that all decompose alike."""
+        if self.cutting.residual != "low-rank":
+            return []
+        return list(batches_of(task, features[:CALIBRATION_ROWS], self.training.per_device_train_batch_size))
 
     def _opening(self) -> str:
         if self.cutting.mode == "local":
@@ -176,7 +197,7 @@ class TrainingRun:
             mode=self.cutting.mode,
             split_layer=cut.split_layer if cut else None,
             split_rank=cut.split_rank or None if cut else None,
-            keep_residual=self.cutting.keep_residual,
+            residual=self.cutting.residual,
         )
         save_model(directory, system.shards(), source.config, source.tokenizer, description)
         results["edge_peak_memory_bytes"] = self._peak_memory()  # saving counts too
@@ -187,7 +208,7 @@ class TrainingRun:
 
     def _check_room(self, source: Source, task: Task) -> None:
         """Raises StorageError now where the disk could not hold the result hours later."""
-        whole = build_whole(source.config, task.head, cut_of(self.cutting), self.cutting.keep_residual)
+        whole = build_whole(source.config, task.head, cut_of(self.cutting))
         needed = sum(4 * math.prod(parameter.shape) for parameter in whole.parameters())
         place = self.output_dir
         while not place.exists():

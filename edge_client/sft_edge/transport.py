@@ -56,8 +56,8 @@ class Transport(ABC):
         stream properly. It is iterated in another thread."""
 
     @abstractmethod
-    def download(self, session_id: str) -> Iterator[bytes]:
-        """Net_2's parameters as they are now: the bytes of one safetensors file."""
+    def download(self, session_id: str, optimizer_state: bool = False) -> Iterator[bytes]:
+        """Net_2's parameters, or the state of its optimizer, as they are now: the bytes of one safetensors file."""
 
     @abstractmethod
     def close(self) -> None:

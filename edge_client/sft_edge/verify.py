@@ -11,18 +11,19 @@ import math
 import sys
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Dict, Iterator, List, Optional, Union
 
 import torch
 from safetensors.torch import load
 from torch import Tensor
 from transformers import BertConfig, PretrainedConfig
 
-from sft.batch import Batch
+from sft.batch import Batch, attention_mask
 from sft.checkpoint import Checkpoint, find_model
 from sft.errors import UsageError, VerificationError
-from sft.models import Cut, build_whole, max_positions
-from sft.parameter_groups import OptimizerSpec, decay_groups, make_optimizer
+from sft.losses import IGNORED
+from sft.models import Cut, build_net_1, build_whole, max_positions
+from sft.parameter_groups import OptimizerSpec, decay_groups, make_optimizer, squared_norm
 from sft.seeding import derive_seed
 from sft.weights import factor_tensors, fill, pretrained_tensors
 from sft_edge.cloud_process import CloudProcess
@@ -83,7 +84,8 @@ def verify(options: VerifyOptions, optimizing: OptimizerOptions, linking: LinkOp
     """Trains both ways and compares. Sets torch to one thread: sums in another order have other last bits."""
     torch.set_num_threads(1)
     source = _source(options)
-    cut = Cut(options.mode, options.split_layer, options.split_rank if options.mode == "sft" else 0)
+    rank = options.split_rank if options.mode == "sft" else 0
+    cut = Cut(options.mode, options.split_layer, rank, options.residual)
     reference = _OneProcess(source, options, cut, optimizing)
     with ExitStack() as stack:
         address = linking.server or stack.enter_context(CloudProcess(["--device", "cpu", "--threads", "1"])).address
@@ -97,6 +99,9 @@ def verify(options: VerifyOptions, optimizing: OptimizerOptions, linking: LinkOp
             _CPU,
             GrpcTransport(address, linking.connect_timeout_seconds),
             linking.reply_timeout_seconds,
+            labels=linking.labels,
+            freeze_edge=options.freeze_edge,
+            calibration=_calibration(options, source.config),
         )
         stack.enter_context(system.link)
         return _compare(options, cut, optimizing, reference, system)
@@ -142,8 +147,14 @@ class _OneProcess:
     def __init__(self, source: Source, options: VerifyOptions, cut: Cut, optimizing: OptimizerOptions) -> None:
         self.config = source.config
         self._net = build_whole(source.config, options.head, cut)
-        for_edge, for_cloud = factor_tensors(source.config, options.head, cut, source.checkpoint, options.seed)
-        fill(self._net, [*pretrained_tensors(self._net, source.checkpoint), *for_edge, *for_cloud], options.seed)
+        if options.freeze_edge:
+            of_edge = build_net_1(source.config, options.head, cut).whole_names.values()
+            for name, parameter in self._net.whole_parameters().items():
+                parameter.requires_grad_(parameter.requires_grad and name not in of_edge)
+        tensors, calibration = pretrained_tensors(self._net, source.checkpoint), _calibration(options, source.config)
+        for factors in factor_tensors(source.config, options.head, cut, source.checkpoint, options.seed, calibration):
+            tensors += factors
+        fill(self._net, tensors, options.seed)
         self.optimizer_spec = OptimizerSpec(optimizing.optim, decay_groups(self._net, optimizing.arguments()))
         self._optimizer = make_optimizer(self.optimizer_spec, self._net.whole_parameters())
         self._scheduler = optimizing.scheduler(self._optimizer, options.steps)
@@ -170,7 +181,7 @@ class _OneProcess:
         to go another way: it divides gradients that are nothing but rounding (those of the keys' biases) by themselves.
         """
         gradients = [parameter.grad for parameter in self._net.parameters() if parameter.grad is not None]
-        norm = math.sqrt(sum(gradient.norm().item() ** 2 for gradient in gradients))
+        norm = math.sqrt(squared_norm(gradients))
         for gradient in gradients:
             gradient.mul_(min(1.0, self._max_grad_norm / (norm + 1e-6)))
 
@@ -206,6 +217,8 @@ def _source(options: VerifyOptions) -> Source:
     overrides: Dict[str, Any] = {"num_labels": labels, "problem_type": options.problem_type}
     if options.head == "question-answering":
         overrides = {"num_labels": 2}
+    elif options.head == "causal-lm":
+        overrides = {}
     name, checkpoint = "", None
     if options.model is not None:
         directory = find_model(options.model)
@@ -230,11 +243,16 @@ def _source(options: VerifyOptions) -> Source:
 
 def _switch_dropout_off(config: PretrainedConfig) -> None:
     for name, value in config.to_dict().items():
-        if "dropout" in name and isinstance(value, float):
+        if "drop" in name and isinstance(value, float):  # GPT-2 has resid_pdrop, OPT layerdrop
             setattr(config, name, 0.0)
 
 
-def _batches(options: VerifyOptions, config: PretrainedConfig, step: int) -> Iterator[Batch]:
+def _calibration(options: VerifyOptions, config: PretrainedConfig) -> List[Batch]:
+    """What a low-rank residual is fitted to; nothing where there is none."""
+    return list(_batches(options, config, "calibration")) if options.residual == "low-rank" else []
+
+
+def _batches(options: VerifyOptions, config: PretrainedConfig, step: Union[int, str]) -> Iterator[Batch]:
     """Random tokens, lengths and labels of one step, the same for the same seed."""
     generator = torch.Generator().manual_seed(derive_seed(options.seed, "batches", step))
     B = options.per_device_train_batch_size
@@ -244,7 +262,18 @@ def _batches(options: VerifyOptions, config: PretrainedConfig, step: int) -> Ite
         ids_BS = torch.randint(4, config.vocab_size, (B, S), generator=generator)
         for row, length in enumerate(lengths):
             ids_BS[row, length:] = config.pad_token_id or 0
-        yield Batch({"input_ids": ids_BS}, lengths, _labels(options, config, lengths, generator))
+        labels = {"labels": _next_tokens(ids_BS, lengths, generator)}
+        if options.head != "causal-lm":
+            labels = _labels(options, config, lengths, generator)
+        yield Batch({"input_ids": ids_BS}, lengths, labels)
+
+
+def _next_tokens(ids_BS: Tensor, lengths: List[int], generator: torch.Generator) -> Tensor:
+    """The tokens themselves, some of which are not to be learned; padding is not."""
+    mask_BS = attention_mask(lengths, ids_BS.shape[1]).bool()
+    learned_BS = mask_BS & (torch.rand(ids_BS.shape, generator=generator) < 0.8)
+    learned_BS[max(range(len(lengths)), key=lengths.__getitem__), 1:] = True  # of the longest, or there is no loss
+    return ids_BS.masked_fill(~learned_BS, IGNORED)
 
 
 def _labels(

@@ -7,10 +7,12 @@ import torch
 
 from sft.errors import CutError, ProtocolError, ServerFullError, SFTError, UnsupportedModelError, UsageError
 from sft.models import Cut
+from sft.protocol import PROTOCOL_VERSION
 from sft.v1 import split_training_pb2 as pb
 from sft_cloud import opening
 from sft_cloud.errors import PreconditionError
 from sft_cloud.opening import build, check_request, make_session
+from sft_edge.offers import cut_to_proto
 
 CPU = torch.device("cpu")
 
@@ -34,8 +36,9 @@ def test_a_sound_request(edge):
 
 
 def test_another_version_is_refused_with_both_named(edge):
-    with pytest.raises(PreconditionError, match=r"release 9\.9\) speaks protocol version 2, .* speaks version 1"):
-        check_request(edge.request(protocol_version=2, package_version="9.9"))
+    says = rf"release 9\.9\) speaks protocol version 1, .* speaks version {PROTOCOL_VERSION};"
+    with pytest.raises(PreconditionError, match=says):
+        check_request(edge.request(protocol_version=1, package_version="9.9"))
 
 
 @pytest.mark.parametrize(
@@ -53,7 +56,9 @@ def test_model_names_that_could_be_paths(edge, name):
         ({"cut": pb.Cut(split_layer=1)}, "unknown mode 0"),
         ({"wire_data_type": pb.DATA_TYPE_UNSPECIFIED}, "unknown wire_data_type 0"),
         ({"factors_sha256": ""}, "factors_sha256 must name a blob"),
-        ({"cut": pb.Cut(mode=pb.MODE_SL, split_layer=2)}, "be empty for mode sl"),
+        ({"cut": pb.Cut(mode=pb.MODE_SFT, split_layer=1)}, "unknown residual 0"),
+        ({"cut": pb.Cut(mode=pb.MODE_SL, split_layer=2, residual=pb.RESIDUAL_NONE)}, "be empty for mode sl"),
+        ({"cut": pb.Cut(mode=pb.MODE_SFT, layer_name="blocks.5.mlp.fc2")}, r'"blocks\.5\.mlp\.fc2" .* role="cloud"'),
         ({"factors_sha256": "../secret"}, "is not a SHA-256"),
         ({"weights_sha256": "A" * 64}, "is not a SHA-256"),
         ({"config_json": ""}, "config_json does not describe a model"),
@@ -113,6 +118,17 @@ def test_question_answering_has_two_outputs(make_edge):
         check_request(edge.request(config_json=wrong))
 
 
+def test_a_low_rank_residual_has_a_bias_of_its_own(make_edge):
+    edge = make_edge(cut=Cut("sft", 2, 4, "low-rank"))
+    assert check_request(edge.request()).cut == edge.cut
+    assert "bert.encoder.layer.1.output.dense.ffn3.bias" in {t.name for t in try_to_open(edge).stored_parameters()}
+
+
+def test_a_language_model_needs_a_decoder(edge):
+    with pytest.raises(UnsupportedModelError, match="not trained with head 'causal-lm'"):
+        build(check_request(edge.request(head=pb.HEAD_CAUSAL_LM)), CPU)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -135,9 +151,11 @@ def test_settings_that_only_the_cloud_decides_are_ignored(edge, changes):
         assert torch.equal(mine.read(), other.read()), mine.name
 
 
-@pytest.mark.parametrize("cut", [Cut("sft", 0, 4), Cut("sft", 4, 4), Cut("sft", 2, 0), Cut("sft", 2, 33)])
+@pytest.mark.parametrize(
+    "cut", [Cut("sft", 0, 4), Cut("sft", 4, 4), Cut("sft", 2, 0), Cut("sft", 2, 33), Cut("sft", 2, 33, "low-rank")]
+)
 def test_cuts_that_the_model_does_not_have(edge, cut):
-    wire = pb.Cut(mode=pb.MODE_SFT, split_layer=cut.split_layer, split_rank=cut.split_rank)
+    wire = cut_to_proto(cut)
     with pytest.raises(CutError):
         build(check_request(edge.request(cut=wire)), CPU)
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from support.tiny import make_tiny_model
 
-from sft.errors import ProtocolError
+from sft.errors import ProtocolError, SFTError
+from sft.lora import LoraSpec, lora_to_json
 from sft.models import Cut
 from sft.tensor_stream import in_memory, safetensors_chunks, sha256_of
 from sft_cloud.opening import build, check_request
@@ -123,7 +124,7 @@ def other_blob(edge, **tensors):
         ({"bert.embeddings.word_embeddings.weight": torch.zeros(2, 2)}, "does not belong there"),
         ({"classifier.weight": torch.zeros(3, 32)}, "does not belong there"),
         ({"bert.encoder.layer.1.output.dense.ffn2.weight": torch.zeros(4, 5)}, "has shape"),
-        ({"bert.encoder.layer.1.output.dense.ffn2.weight": None}, "does not hold all"),
+        ({"bert.encoder.layer.1.output.dense.ffn2.weight": None}, "must hold all"),
     ],
     ids=str,
 )
@@ -134,6 +135,37 @@ def test_blobs_that_hold_something_else(store, tmp_path, edge, change, says):
     store.add(sha256, len(content), [content])
     with pytest.raises(ProtocolError, match=says):
         find(WeightsFinder(store, tmp_path / "no-models"), edge, factors_sha256=sha256)
+
+
+QUERY = "bert.encoder.layer.2.attention.self.query"
+ADAPTER = {f"{QUERY}.lora_A.default.weight": torch.ones(2, 32), f"{QUERY}.lora_B.default.weight": torch.ones(32, 2)}
+
+
+@pytest.mark.parametrize(
+    ("adapters", "module", "says"),
+    [
+        (ADAPTER, QUERY, None),
+        ({}, QUERY, None),
+        ({f"{QUERY}.lora_A.default.weight": torch.ones(2, 32)}, QUERY, "all adapters or none"),
+        ({**ADAPTER, f"{QUERY}.lora_A.default.weight": torch.ones(3, 32)}, QUERY, "has shape"),
+        (ADAPTER, QUERY.replace("query", "value"), "does not belong there"),
+        (ADAPTER, "bert.embeddings.word_embeddings", "this half has no module"),
+    ],
+)
+def test_adapters_beside_the_factors(store, tmp_path, edge, adapters, module, says):
+    blob = other_blob(edge, **adapters)
+    content, sha256 = b"".join(safetensors_chunks(blob)), sha256_of(blob)
+    store.add(sha256, len(content), [content])
+    lora = LoraSpec(2, 8, 0.0, False, True, [module])
+    finder = WeightsFinder(store, tmp_path / "no-models")
+    request = {"weights_sha256": "", "factors_sha256": sha256, "lora_json": lora_to_json(lora)}
+    if says is None:
+        tensors, missing = find(finder, edge, **request)
+        assert missing == []
+        assert values(tensors).keys() == values(edge.factors).keys() | adapters.keys()
+    else:
+        with pytest.raises(SFTError, match=says):
+            find(finder, edge, **request)
 
 
 def test_blobs_that_are_no_tensors(store, tmp_path, edge):

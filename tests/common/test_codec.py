@@ -6,10 +6,13 @@ from sft.codec import (
     DATA_TYPES,
     decode_activation,
     decode_labels,
+    decode_logits,
     decode_tensor,
     encode_activation,
     encode_labels,
+    encode_logits,
     encode_tensor,
+    outputs_of,
     pack,
     unpack,
 )
@@ -18,6 +21,7 @@ from sft.v1 import split_training_pb2 as pb
 
 CPU = torch.device("cpu")
 LENGTHS = [3, 1, 2]
+DECODER = AutoConfig.for_model("gpt2", vocab_size=100)
 
 
 def config(num_labels=3, problem_type="single_label_classification"):
@@ -99,6 +103,32 @@ def test_activations_that_contradict_themselves(message, says):
 
 
 @pytest.mark.parametrize(
+    ("head", "shape", "rows"),
+    [
+        ("sequence-classification", (3, 5), 3),
+        ("question-answering", (3, 4, 5), 6),
+        ("causal-lm", (3, 4, 5), 6),
+    ],
+)
+def test_logits_round_trip(head, shape, rows):
+    """Where every token has a row, padding does not travel, and comes back as zeros."""
+    logits = torch.randn(shape)
+    message = encode_logits(logits, LENGTHS, head, pb.DATA_TYPE_FLOAT32)
+    assert list(message.shape) == [rows, 5]
+    back = decode_logits(message, LENGTHS, 4, 5, head, CPU)
+    expected = logits if logits.dim() == 2 else unpack(pack(logits, LENGTHS), LENGTHS, 4)
+    assert torch.equal(back, expected)
+    for wrong in (torch.zeros(rows, 4), torch.zeros(rows + 1, 5), torch.zeros(shape).unsqueeze(0)):
+        with pytest.raises(ProtocolError, match=rf"it has to be \[{rows}, 5\]"):
+            decode_logits(encode_tensor(wrong), LENGTHS, 4, 5, head, CPU)
+
+
+def test_a_language_model_has_an_output_for_every_token():
+    assert outputs_of(config(), "sequence-classification") == 3
+    assert outputs_of(AutoConfig.for_model("gpt2", vocab_size=77), "causal-lm") == 77
+
+
+@pytest.mark.parametrize(
     ("labels", "configuration", "head"),
     [
         ({"labels": torch.tensor([0, 2, 1])}, config(), "sequence-classification"),
@@ -118,14 +148,30 @@ def test_activations_that_contradict_themselves(message, says):
             config(2, None),
             "question-answering",
         ),
+        (
+            {"labels": torch.tensor([[5, -100, 7, -100], [0, -100, -100, -100], [-100, 9, -100, -100]])},
+            DECODER,
+            "causal-lm",
+        ),
     ],
 )
 def test_labels_round_trip(labels, configuration, head):
-    back = decode_labels(encode_labels(labels), LENGTHS, 4, configuration, head)
+    back = decode_labels(encode_labels(labels, LENGTHS), LENGTHS, 4, configuration, head)
     assert back.keys() == labels.keys()
     for name, y in labels.items():
         assert back[name].dtype == y.dtype
         assert torch.equal(back[name], y)
+
+
+def test_labels_of_padding_do_not_travel():
+    message = encode_labels({"labels": torch.arange(12).reshape(3, 4)}, LENGTHS)
+    assert list(message.tokens.ids) == [0, 1, 2, 4, 8, 9]
+    back = decode_labels(message, LENGTHS, 4, DECODER, "causal-lm")["labels"]
+    assert back.tolist() == [[0, 1, 2, -100], [4, -100, -100, -100], [8, 9, -100, -100]]
+
+
+def tokens(*ids):
+    return pb.Labels(tokens=pb.Labels.Tokens(ids=ids))
 
 
 def classes(*ids):
@@ -156,6 +202,12 @@ def spans(starts, ends):
         (spans([0, 0, 4], [1, 1, 1]), config(2), "question-answering", "beyond the padded length"),
         (spans([0, 0], [1, 1, 1]), config(2), "question-answering", "3 labels expected, 2 came"),
         (spans([0, 0, 0], [1, 1]), config(2), "question-answering", "3 labels expected, 2 came"),
+        (classes(0, 1, 2), AutoConfig.for_model("gpt2"), "causal-lm", "learns from tokens"),
+        (tokens(0, 1, 2, 3, 4, 5), config(), "sequence-classification", "learns from classes"),
+        (tokens(0, 1, 2, 3, 4), DECODER, "causal-lm", "6 labels expected, 5 came"),
+        (tokens(0, 1, 2, 3, 4, 100), DECODER, "causal-lm", "token ids must be from 0 to 99, or -100"),
+        (tokens(0, 1, 2, 3, 4, -1), DECODER, "causal-lm", "token ids must be from 0 to 99, or -100"),
+        (tokens(), DECODER, "causal-lm", "6 labels expected, 0 came"),
     ],
 )
 def test_labels_that_do_not_fit(message, configuration, head, says):

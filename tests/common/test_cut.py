@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from support.tiny import make_tiny_model
+from support.tiny import make_tiny_model, tiny_config
 from transformers import AutoConfig
 
 from sft.batch import Batch
 from sft.checkpoint import Checkpoint
 from sft.codec import decode_activation, decode_labels, encode_activation, encode_labels
-from sft.decompose import decompose
-from sft.errors import CutError, UnsupportedModelError
+from sft.decompose import decompose, decompose_with_residual
+from sft.errors import CutError, UnsupportedModelError, UsageError
 from sft.models import Cut, build_net_1, build_net_2, build_whole
 from sft.v1 import split_training_pb2 as pb
 from sft.weights import factor_tensors, fill, pretrained_tensors
@@ -39,18 +39,27 @@ def make_batch(kind="one label"):
     return Batch({"input_ids": ids_BS}, lengths, LABELS[kind])
 
 
-def build(directory, kind, cut, keep_residual=False):
+def build(directory, kind, cut):
     """net_1, net_2 and the same model in one piece, from one checkpoint and one seed."""
     head, overrides = HEADS[kind]
     config = AutoConfig.from_pretrained(directory, **overrides)
     checkpoint = Checkpoint(directory)
     for_edge, for_cloud = factor_tensors(config, head, cut, checkpoint, seed=3)
     net_1, net_2 = build_net_1(config, head, cut), build_net_2(config, head, cut)
-    whole = build_whole(config, head, cut, keep_residual)
+    whole = build_whole(config, head, cut)
     fill(net_1, [*pretrained_tensors(net_1, checkpoint), *for_edge], seed=3)
     fill(net_2, [*pretrained_tensors(net_2, checkpoint), *for_cloud], seed=3)
     fill(whole, [*pretrained_tensors(whole, checkpoint), *for_edge, *for_cloud], seed=3)
     return net_1.eval(), net_2.eval(), whole.eval(), config
+
+
+def build_whole_of(directory, cut):
+    head, overrides = HEADS["one label"]
+    config, checkpoint = AutoConfig.from_pretrained(directory, **overrides), Checkpoint(directory)
+    whole = build_whole(config, head, cut)
+    factors = factor_tensors(config, head, cut, checkpoint, seed=3)
+    fill(whole, [*pretrained_tensors(whole, checkpoint), *factors[0], *factors[1]], seed=3)
+    return whole.eval()
 
 
 def across_the_wire(a_BSR, batch, net_2, config, head):
@@ -104,8 +113,7 @@ def test_every_block_can_be_the_split_layer(tmp_path, family):
 def test_full_rank_with_residual_is_the_undecomposed_model(tmp_path, family):
     directory = make_tiny_model(tmp_path, family)
     config = AutoConfig.from_pretrained(directory, **HEADS["one label"][1])
-    cut = Cut("sft", 2, split_rank=min(config.hidden_size, 64))
-    decomposed = build(directory, "one label", cut, keep_residual=True)[2]
+    decomposed = build_whole_of(directory, Cut("sft", 2, min(config.hidden_size, 64), "full"))
     plain = build_whole(config, "sequence-classification")
     fill(plain, pretrained_tensors(plain, Checkpoint(directory)), seed=3)
     batch = make_batch()
@@ -124,7 +132,7 @@ def test_token_types_count_where_the_model_has_them(tmp_path, family):
 
 def test_removing_the_residual_changes_the_model(tmp_path):
     directory = make_tiny_model(tmp_path, "bert")
-    with_residual, without = (build(directory, "one label", Cut("sft", 2, 4), keep)[2] for keep in (True, False))
+    with_residual, without = (build_whole_of(directory, Cut("sft", 2, 4, residual)) for residual in ("full", "none"))
     batch = make_batch()
     assert not torch.allclose(with_residual(*batch).logits, without(*batch).logits, atol=1e-4)
 
@@ -161,6 +169,21 @@ def test_each_side_holds_only_its_own(tmp_path, mode):
     assert of_block_2 == (factors | norm if mode == "sft" else set())
 
 
+@pytest.mark.parametrize("build_half", [build_net_1, build_net_2])
+@pytest.mark.parametrize(
+    ("cut", "says"),
+    [
+        (Cut("sft", 2, 4, "full"), "only one process can keep it: choose residual none or low-rank"),
+        (Cut("sft", 2, 33, "low-rank"), "ranks 1 to 32"),
+        (Cut("sft", 2, 4, "half"), "the residual can be none, low-rank, full, not 'half'"),
+        (Cut("sl", 2, 0, "low-rank"), "mode sl cuts between two blocks"),
+    ],
+)
+def test_residuals_that_halves_cannot_have(build_half, cut, says):
+    with pytest.raises(CutError, match=says):
+        build_half(tiny_config(), "sequence-classification", cut)
+
+
 def test_decompose_full_rank_gives_the_matrix_back():
     w_FD = torch.randn(12, 7, generator=torch.Generator().manual_seed(0))
     u_FR, s_RR, v_RD = decompose(w_FD, 7)
@@ -182,6 +205,48 @@ def test_decompose_runs_in_float32(dtype):
     factors = decompose(w_FD, 4)
     assert {factor.dtype for factor in factors} == {torch.float32}
     torch.testing.assert_close(factors.u_FR @ factors.s_RR @ factors.v_RD, w_FD.float(), atol=1e-5, rtol=0)
+
+
+def sums(rows=400):
+    """A layer with its input and the residual that is added to it; the moments of the sum."""
+    generator = torch.Generator().manual_seed(0)
+    w_FD, b_D = torch.randn(12, 7, generator=generator), torch.randn(7, generator=generator)
+    x_TF = torch.randn(rows, 12, generator=generator)
+    r_TD = 3 * torch.randn(rows, 7, generator=generator) @ torch.randn(7, 7, generator=generator) + 5
+    y_TD = (x_TF @ w_FD + b_D + r_TD).double()
+    return w_FD, b_D, x_TF, r_TD, y_TD, y_TD.mean(0), torch.cov(y_TD.T, correction=0)
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("split_rank", [1, 3, 7])
+def test_the_residual_is_kept_as_well_as_a_rank_allows(split_rank, with_bias):
+    w_FD, b_D, x_TF, r_TD, y_TD, mean_D, covariance_DD = sums()
+    if not with_bias:
+        y_TD, mean_D, b_D = y_TD - b_D, mean_D - b_D, None
+    (u, s_RR, v_RD), c_D = decompose_with_residual(w_FD, b_D, mean_D, covariance_DD, split_rank)
+    a_TR = torch.cat([x_TF, r_TD], 1) @ u
+    lost = (y_TD - (a_TR @ s_RR @ v_RD + c_D)).norm()
+    expected = torch.linalg.svdvals(y_TD - mean_D)[split_rank:].norm()  # Eckart and Young
+    torch.testing.assert_close(lost, expected, atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(a_TR.var(0, unbiased=False), torch.ones(split_rank), atol=1e-3, rtol=0)
+
+
+def test_components_without_spread_stay_finite():
+    w_FD, b_D, x_TF, r_TD, y_TD, mean_D, covariance_DD = sums(rows=3)
+    (u, s_RR, v_RD), c_D = decompose_with_residual(w_FD, b_D, mean_D, covariance_DD, 7)
+    y = torch.cat([x_TF, r_TD], 1) @ u @ s_RR @ v_RD + c_D
+    torch.testing.assert_close(y, y_TD.float(), atol=1e-3, rtol=1e-4)
+    constant, _ = decompose_with_residual(w_FD, b_D, mean_D, torch.zeros(7, 7), 2)
+    assert all(bool(torch.isfinite(factor).all()) for factor in constant)
+
+
+def test_residuals_that_cannot_be_kept():
+    w_FD, b_D, _, _, _, mean_D, covariance_DD = sums()
+    for split_rank in (0, 8):
+        with pytest.raises(CutError, match="1 to 7"):
+            decompose_with_residual(w_FD, b_D, mean_D, covariance_DD, split_rank)
+    with pytest.raises(UsageError, match="NaN or infinite"):
+        decompose_with_residual(w_FD, b_D, mean_D, covariance_DD * float("nan"), 2)
 
 
 @pytest.mark.parametrize("split_rank", [0, -1, 8])

@@ -3,6 +3,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
+from sft import parameter_groups
 from sft.errors import UsageError
 from sft.models import Cut, build_net_1, build_net_2, build_whole
 from sft.parameter_groups import (
@@ -10,11 +11,13 @@ from sft.parameter_groups import (
     OptimizerSpec,
     decay_groups,
     make_optimizer,
+    scalar_product,
     scale_gradients,
     set_learning_rates,
     spec_from_proto,
     spec_to_proto,
     squared_gradient_norm,
+    squared_norm,
 )
 
 
@@ -49,6 +52,51 @@ def test_the_halves_share_the_groups():
     for group, at_edge, at_cloud in zip(spec.groups, halves[0].groups, halves[1].groups):
         assert sorted(group.parameter_names) == sorted(at_edge.parameter_names + at_cloud.parameter_names)
         assert group.arguments == at_edge.arguments == at_cloud.arguments
+
+
+def test_what_is_frozen_is_in_no_group():
+    config = AutoConfig.for_model("bert", num_hidden_layers=2, hidden_size=32, num_attention_heads=2)
+    whole = build_whole(config, "sequence-classification", Cut("sft", 1, 4))
+    whole.model.bert.embeddings.requires_grad_(False)
+    names = [name for group in decay_groups(whole, {"lr": 1e-3}) for name in group.parameter_names]
+    assert not [name for name in names if "embeddings" in name]
+    assert "classifier.weight" in names
+
+
+def test_norms_of_every_kind_do_not_decay():
+    config = AutoConfig.for_model("llama", num_hidden_layers=2, hidden_size=32, num_attention_heads=2, vocab_size=50)
+    whole = build_whole(config, "causal-lm")
+    _, undecayed = decay_groups(whole, {"lr": 1e-3, "weight_decay": 0.1})
+    assert sorted(undecayed.parameter_names) == [
+        *(f"model.layers.{i}.{name}_layernorm.weight" for i in range(2) for name in ("input", "post_attention")),
+        "model.norm.weight",
+    ]
+
+
+def test_sums_over_tensors():
+    one = [torch.tensor([3.0, 4.0]), None, torch.tensor([[2.0]])]
+    other = [torch.tensor([1.0, -1.0]), torch.ones(5), torch.tensor([[10.0]])]
+    assert squared_norm(one) == 29.0
+    assert scalar_product(one, other) == 19.0
+    assert (squared_norm([None]), scalar_product([None], one)) == (0.0, 0.0)
+    many = [torch.full((10_000,), 1e-4)] * 100  # in single precision such sums lose digits
+    assert scalar_product(many, many) == pytest.approx(1e6 * float(many[0][0]) ** 2, rel=1e-7)
+
+
+def test_sums_of_squares_that_single_precision_cannot_hold():
+    """A gradient scaler may bring them about; and those that are next to nothing count, too."""
+    huge, tiny = torch.full((3,), 2.0**100), torch.full((2, 2), 2.0**-100)
+    assert squared_norm([huge]) == 3 * 2.0**200
+    assert squared_norm([tiny.t()]) == 4 * 2.0**-200
+    assert scalar_product([huge, tiny], [-huge, tiny]) == -3 * 2.0**200
+    assert squared_norm([torch.tensor([float("inf")]), tiny]) == float("inf")
+
+
+def test_sums_over_more_than_one_piece(monkeypatch):
+    monkeypatch.setattr(parameter_groups, "_PIECE", 4)
+    x = torch.arange(30.0).reshape(5, 6)
+    assert squared_norm([x.t(), torch.empty(0)]) == sum(i * i for i in range(30))
+    assert scalar_product([x], [torch.ones(6, 5).t()]) == sum(range(30))
 
 
 ARGUMENTS = {"lr": 1e-3, "betas": (0.9, 0.99), "amsgrad": True, "eps": 1e-6, "weight_decay": 0.0}

@@ -1,9 +1,12 @@
+import pytest
 import torch
-from support.tiny import make_tiny_model
-from transformers import AutoConfig
+from support.tiny import ARCHITECTURES, make_tiny_model, tiny_config
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
+from sft.batch import Batch
 from sft.checkpoint import Checkpoint
-from sft.models import Cut, build_net_1, build_net_2, build_whole
+from sft.errors import UsageError
+from sft.models import Cut, build_net_1, build_net_2, build_whole, matrix_of
 from sft.seeding import derive_seed, seeded
 from sft.weights import factor_tensors, fill, pretrained_tensors
 
@@ -35,6 +38,83 @@ def test_drawn_factors_are_those_of_the_drawn_layer(tmp_path):
     torch.testing.assert_close(
         ffn3 @ ffn2 @ ffn1, plain.model.bert.encoder.layer[1].output.dense.weight.detach(), atol=1e-6, rtol=0
     )
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_a_low_rank_residual_is_fitted_to_the_blocks_output(tmp_path, family):
+    """On the calibration tokens no R numbers a token say more: what is lost is the variance of the other components."""
+    directory, layer = make_tiny_model(tmp_path, family, layers=3), {"bert": "encoder.layer.1", "gpt2": "h.1"}[family]
+    config = AutoConfig.from_pretrained(directory, num_labels=2)
+    batches = [make_batch(0), make_batch(1)]
+    whole = build_whole(config, HEAD)
+    fill(whole, pretrained_tensors(whole, Checkpoint(directory)), seed=5)
+    y_TD = sums_of(whole.eval(), layer, batches)
+    for_edge, for_cloud = factor_tensors(config, HEAD, Cut("sft", 2, 4, "low-rank"), Checkpoint(directory), 5, batches)
+    moments = torch.cov(y_TD.T, correction=0)
+    ffn2, ffn3, bias = (find(for_cloud, name) for name in ("ffn2.weight", "ffn3.weight", "ffn3.bias"))
+    torch.testing.assert_close(ffn2.diagonal().square(), torch.linalg.eigvalsh(moments).flip(0)[:4])
+    kept_DD = ffn3 @ ffn3.T
+    torch.testing.assert_close(kept_DD @ moments, moments @ kept_DD, atol=1e-5, rtol=0)  # whole components
+    ffn1 = find(for_edge, "ffn1.weight")
+    assert ffn1.shape == (4, 64 + 32)
+    torch.testing.assert_close(ffn1[:, 64:], torch.linalg.inv(ffn2) @ ffn3.T)
+    w, b = matrix_of(whole.model.base_model.get_submodule(layer_w(layer))), layer_bias(whole, layer)
+    torch.testing.assert_close(ffn1[:, :64], torch.linalg.inv(ffn2) @ ffn3.T @ w.T.detach(), atol=1e-5, rtol=1e-4)
+    mean_D = y_TD.mean(0)
+    torch.testing.assert_close(bias, mean_D + kept_DD @ (b - mean_D), atol=1e-5, rtol=1e-4)
+
+
+def layer_w(layer):
+    return {"encoder.layer.1": "encoder.layer.1.output.dense", "h.1": "h.1.mlp.c_proj"}[layer]
+
+
+def layer_bias(whole, layer):
+    return whole.model.base_model.get_submodule(layer_w(layer)).bias.detach()
+
+
+def find(tensors, ending):
+    (tensor,) = (tensor for tensor in tensors if tensor.name.endswith(ending))
+    return tensor.read()
+
+
+def make_batch(seed):
+    ids_BS = torch.randint(5, 40, (3, 7), generator=torch.Generator().manual_seed(seed))
+    return Batch({"input_ids": ids_BS}, [7, 3, 5], {})
+
+
+def sums_of(whole, layer, batches):
+    """What block 2 adds up, of tokens: a post-norm block's last norm takes it, a pre-norm block returns it."""
+    seen, block = [], whole.model.base_model.get_submodule(layer)
+    if layer == "h.1":
+        block.register_forward_hook(lambda _, __, out: seen.append(out[0] if isinstance(out, tuple) else out))
+    else:
+        block.output.LayerNorm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        for batch in batches:
+            whole(*batch)
+    return torch.cat([row[:n] for y, batch in zip(seen, batches) for row, n in zip(y, batch.lengths)])
+
+
+@pytest.mark.parametrize("calibration", [(), []])
+def test_a_low_rank_residual_wants_data(calibration):
+    config = tiny_config(layers=2)
+    with pytest.raises(UsageError, match="give batches to calibrate with"):
+        factor_tensors(config, HEAD, Cut("sft", 1, 4, "low-rank"), None, 0, calibration)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_drawn_weights_are_numbers(name):
+    """Of every module, those among them that older releases leave to their constructors."""
+    config = tiny_config(name, layers=2)
+    net = build_whole(config, HEAD)
+    fill(net, [], seed=0)
+    library = AutoModelForSequenceClassification.from_config(config)
+    for one, parameter in net.whole_parameters().items():
+        assert bool(torch.isfinite(parameter).all()), one
+        if parameter.ndim == 1:  # norms and biases: ones and zeros
+            assert torch.equal(parameter, library.get_parameter(one)), one
+    for one, buffer in net.model.named_buffers():
+        assert torch.equal(buffer, library.get_buffer(one)), one
 
 
 def test_seed_decides_the_head(tmp_path):

@@ -53,6 +53,17 @@ def test_task_cut_rank_metric_and_bytes() -> None:
     assert "runtime" not in text
 
 
+@pytest.mark.parametrize(
+    ("residual", "says"), [("low-rank", "kept as far as the split rank holds it"), ("full", "kept")]
+)
+def test_the_residual_is_told(residual: str, says: str) -> None:
+    description = Description(
+        "sst2", "sequence-classification", None, None, 128, "minilm", "local", None, 5, 8, residual=residual
+    )
+    results = {"train_steps": 4, "train_loss": 0.5, "wire_bytes_sent": 0}
+    assert f"| residual at the split layer | {says} |\n" in model_card(description, results)
+
+
 def test_what_a_system_does_not_have_is_left_out() -> None:
     text = card("local", eval_accuracy=82.5)
     assert "wire" not in text

@@ -112,6 +112,52 @@ def test_a_commit_without_a_forward_in_between_is_not_lost(link: Link, cloud: Sc
     assert kinds(cloud) == [(None, "attach"), (0, None), (1, None)]
 
 
+def test_labels_that_stay_take_two_round_trips(link: Link, cloud: ScriptedCloud) -> None:
+    outputs = link.forward(0, 0, activation(), None, 0.0).result()
+    assert outputs.message.outputs.logits.data == bytes(24)
+    gradient = pb.Tensor(data_type=pb.DATA_TYPE_FLOAT32, shape=[1], data=bytes(4))
+    result = link.backward(0, 0, gradient).result()
+    assert result.message.result.packed_gradient == gradient
+    assert kinds(cloud) == [(None, "attach"), (None, "forward"), (None, "backward")]
+    assert not cloud.received[1].forward.HasField("labels")
+    assert cloud.received[2].backward.gradient == gradient
+    sizes = [(reply.traffic.payload_bytes_sent, reply.traffic.payload_bytes_received) for reply in (outputs, result)]
+    assert sizes == [(24, 24), (4, 4)]
+
+
+def test_a_forward_says_all_that_it_is_told(link: Link, cloud: ScriptedCloud) -> None:
+    link.forward(
+        0,
+        0,
+        activation(),
+        LABELS,
+        0.0,
+        eval_mode=True,
+        want_logits=True,
+        frozen_edge=True,
+        autocast=pb.DATA_TYPE_BFLOAT16,
+    ).result()
+    sent = cloud.received[1].forward
+    assert (sent.loss_scale, sent.eval_mode, sent.want_logits, sent.frozen_edge) == (0.0, True, True, True)
+    assert sent.autocast == pb.DATA_TYPE_BFLOAT16
+    link.forward(0, 1, activation(), LABELS, 1.0).result()
+    plain = cloud.received[2].forward
+    assert (plain.eval_mode, plain.want_logits, plain.frozen_edge, plain.autocast) == (False, False, False, 0)
+
+
+def test_a_session_can_be_asked_whether_it_is_over(link: Link, cloud: ScriptedCloud) -> None:
+    link.check()
+    link.close()
+    with pytest.raises(SessionLostError):
+        link.check()
+
+
+def test_a_session_can_be_given_up_without_waiting(link: Link, cloud: ScriptedCloud) -> None:
+    link.forward(0, 0, activation(), LABELS, 1).result()
+    link.abandon()
+    assert cloud.ended.wait(TIMEOUT_SECONDS)
+
+
 def test_replies_say_what_they_cost(link: Link, cloud: ScriptedCloud) -> None:
     first = link.forward(0, 0, activation(bytes(48_000)), LABELS, 1).result()
     link.commit(0, [0.1] * 1000, 1)
@@ -171,6 +217,7 @@ def test_an_error_in_the_block_breaks_the_stream_off(cloud: ScriptedCloud) -> No
         link = Link(GrpcTransport(address), pb.OpenSessionRequest(), {})
         link.open()
         pending = link.forward(0, 0, activation(), LABELS, 1)
+        assert cloud.hanging.wait(TIMEOUT_SECONDS)  # a stream that has not reached the cloud leaves no trace there
         with pytest.raises(ZeroDivisionError), link:
             raise ZeroDivisionError
         assert cloud.ended.wait(TIMEOUT_SECONDS)

@@ -225,7 +225,12 @@ def fails(link: Link, calls: list, expected: Type[SFTError]) -> str:
     later: list[Callable[[], object]] = [
         lambda: link.forward(9, 0, ACTIVATION, LABELS, 1),
         lambda: link.evaluate(9, 0, ACTIVATION),
+        lambda: link.backward(9, 0, pb.Tensor()),
         lambda: link.commit(9, [0.1], 1),
+        lambda: link.weigh(0, 1.0),
+        lambda: link.scale_gradients(0.5),
+        lambda: link.load_state(blob(b"state"), "0" * 64, True),
+        lambda: link.check(),
         lambda: link.weights(),
     ]
     errors = []

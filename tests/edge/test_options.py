@@ -30,7 +30,8 @@ FROZEN = """
 --mode sft
 --split-layer
 --split-rank 8
---keep-residual false
+--residual none
+--freeze-edge false
 --wire-dtype float32
 --task required
 --data-dir
@@ -61,11 +62,18 @@ FROZEN = """
 --lr-scheduler-kwargs {}
 --warmup-steps 0
 --warmup-ratio 0.0
+--lora-r 0
+--lora-alpha 8
+--lora-dropout 0.0
+--lora-target-modules
+--use-rslora false
+--lora-half both
 --logging-steps 50
 --report-to none
 --logging-dir
 --disable-tqdm false
 --server
+--labels cloud
 --connect-timeout-seconds 20.0
 --reply-timeout-seconds 600.0
 """
@@ -124,9 +132,12 @@ def test_every_mode_takes_the_same_flags(mode):
         (lambda: ModelOptions("minilm", max_seq_length=0), "--max-seq-length must be 1 or more, not 0"),
         (lambda: CutOptions(), "--split-layer must be given"),
         (lambda: CutOptions("sl"), "--split-layer must be given"),
-        (lambda: CutOptions("local", keep_residual=True), "--split-layer must be given"),
-        (lambda: CutOptions("sft", 3, keep_residual=True), "--keep-residual needs --mode local: .* full width"),
-        (lambda: CutOptions("sl", 3, keep_residual=True), "--keep-residual needs --mode local"),
+        (lambda: CutOptions("local", residual="full"), "--split-layer must be given"),
+        (lambda: CutOptions("local", residual="low-rank"), "--split-layer must be given"),
+        (lambda: CutOptions("sft", 3, residual="full"), "--residual full needs --mode local: .* full width"),
+        (lambda: CutOptions("sl", 3, residual="full"), "--residual full needs --mode local"),
+        (lambda: CutOptions("sl", 3, residual="low-rank"), "--residual low-rank needs --mode sft or local"),
+        (lambda: CutOptions("local", freeze_edge=True), "--freeze-edge needs --mode sft or sl"),
         (lambda: DataOptions("sst2", max_train_samples=0), "--max-train-samples must be 1 or more"),
         (lambda: DataOptions("sst2", dataloader_num_workers=-1), "--dataloader-num-workers must be 0 or more"),
         (lambda: LoggingOptions(logging_steps=0), "--logging-steps must be 1 or more"),
@@ -147,7 +158,8 @@ def test_a_cut_outside_of_any_model_is_a_cut_error(layer, rank, flag):
 
 def test_only_the_plain_local_mode_has_no_cut():
     assert not CutOptions("local").is_cut
-    assert CutOptions("local", 3, keep_residual=True).is_cut
+    assert CutOptions("local", 3, residual="full").is_cut
+    assert CutOptions("local", 3, residual="low-rank").is_cut
     assert CutOptions("sl", 3).is_cut
 
 

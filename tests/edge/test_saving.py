@@ -60,7 +60,7 @@ def save(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "electra", "distilbert"])
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", HEADS[:2])
 @pytest.mark.parametrize(("cut", "count"), [(None, 1), (None, 2), (CUT, 1), (CUT, 2)])
 def test_a_round_trip(save: Callable[..., Path], family: str, head: str, cut: Optional[Cut], count: int) -> None:
     net = make_net(cut, head, family)
@@ -189,6 +189,24 @@ def test_a_later_release_may_describe_more(save: Callable[..., Path]) -> None:
     content = json.loads((directory / "sft.json").read_text())
     (directory / "sft.json").write_text(json.dumps({**content, "adapters": 3}))
     assert read_description(directory) == describe()
+
+
+@pytest.mark.parametrize("residual", ["none", "low-rank", "full"])
+def test_the_residual_is_remembered(save: Callable[..., Path], residual: str) -> None:
+    cut = Cut("sft", 2, 4, residual)
+    directory = save(make_net(cut), describe(cut, residual=residual))
+    assert load_model(directory).description.cut == cut
+    content = json.loads((directory / "sft.json").read_text())
+    assert content["residual"] == residual
+
+
+def test_a_model_of_an_earlier_release_keeps_its_residual(save: Callable[..., Path]) -> None:
+    directory = save(make_net(), describe())
+    content = json.loads((directory / "sft.json").read_text())
+    del content["residual"]
+    for kept, residual in ((True, "full"), (False, "none")):
+        (directory / "sft.json").write_text(json.dumps({**content, "keep_residual": kept}))
+        assert load_model(directory).description.cut == Cut("sft", 2, 4, residual)
 
 
 def test_the_task_of_a_description() -> None:

@@ -10,7 +10,7 @@ import pytest
 from support.tiny import make_tiny_model, tiny_config, tiny_tokenizer
 
 from sft.checkpoint import Checkpoint
-from sft.errors import CheckpointError, UsageError
+from sft.errors import CheckpointError, UnsupportedModelError, UsageError
 from sft_edge.options import ModelOptions
 from sft_edge.source import open_source, public_name, read_config, read_tokenizer
 
@@ -41,10 +41,10 @@ def test_a_shape(tmp_path: Path) -> None:
     assert (source.name, source.checkpoint, source.config.num_hidden_layers) == ("", None, 5)
 
 
-@pytest.mark.parametrize(("family", "longest"), [("bert", 128), ("roberta", 128), ("distilbert", 128)])
-def test_the_longest_sequence(tmp_path: Path, family: str, longest: int) -> None:
-    """RoBERTa has 130 positions, of which two are no token's."""
-    model = str(make_tiny_model(tmp_path / "tiny", family, layers=1))
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "deberta-v2", "gpt2", "opt", "llama"])
+def test_the_longest_sequence(tmp_path: Path, family: str) -> None:
+    """RoBERTa has 130 positions, of which two are no token's; where positions are relative, the configuration says."""
+    model, longest = str(make_tiny_model(tmp_path / "tiny", family, layers=1)), 128
     open_source(ModelOptions(model=model, max_seq_length=longest), {})
     with pytest.raises(UsageError, match="--max-seq-length 129 is more than this model's 128 positions"):
         open_source(ModelOptions(model=model, max_seq_length=longest + 1), {})
@@ -93,6 +93,12 @@ def test_what_is_no_configuration(tmp_path: Path, content: Optional[str]) -> Non
         read_config(tmp_path / "config.json", {})
     assert str(caught.value).startswith(str(tmp_path / "config.json"))
     assert "\n" not in str(caught.value)
+
+
+def test_a_member_of_a_family_that_cannot_be_cut(tmp_path: Path) -> None:
+    model = make_tiny_model(tmp_path / "tiny", "opt", layers=1, do_layer_norm_before=False)
+    with pytest.raises(UnsupportedModelError, match="type 'opt' cannot be cut: its blocks end in a norm"):
+        open_source(ModelOptions(model=str(model)), {})
 
 
 def test_what_is_no_tokenizer(tmp_path: Path) -> None:

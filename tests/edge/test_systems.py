@@ -14,6 +14,7 @@ from support.tiny import make_tiny_model
 
 from sft.batch import Batch
 from sft.codec import decode_activation, decode_tensor, encode_tensor
+from sft.errors import ProtocolError
 from sft.ledger import framed_size
 from sft.models import Cut, Whole, build_whole
 from sft.parameter_groups import OptimizerSpec, decay_groups, make_optimizer
@@ -159,13 +160,21 @@ class Rig:
 
 
 @contextmanager
-def split(source: Source, mode: str = "sft", wire_dtype: str = "float32", **arguments: object) -> Iterator[Rig]:
+def split(
+    source: Source,
+    mode: str = "sft",
+    wire_dtype: str = "float32",
+    labels: str = "cloud",
+    freeze_edge: bool = False,
+    **arguments: object,
+) -> Iterator[Rig]:
     cut = Cut(mode, 2, 4 if mode == "sft" else 0)
     cloud = ScriptedCloud()
     cloud.change_answer = _with_norm
     spec = OptimizerSpec("SGD", decay_groups(build_whole(source.config, HEAD, cut), {"lr": 0.1, **arguments}))
     with serving(cloud) as address:
-        system = open_split_system(source, HEAD, cut, spec, 11, wire_dtype, CPU, GrpcTransport(address), 20.0)
+        told = {"labels": labels, "freeze_edge": freeze_edge}
+        system = open_split_system(source, HEAD, cut, spec, 11, wire_dtype, CPU, GrpcTransport(address), 20.0, **told)
         with system.link:
             yield Rig(system, cloud)
 
@@ -356,3 +365,26 @@ def test_no_pretrained_weights_nothing_but_factors_to_offer(source: Source) -> N
         (request,) = rig.cloud.requests
         assert (request.model_name, request.weights_sha256) == ("", "")
         assert request.factors_sha256
+
+
+def test_labels_that_stay_are_in_no_message(source: Source) -> None:
+    """The scripted cloud answers with the activation, which is no row of logits a sequence."""
+    with split(source, labels="local") as rig:
+        with pytest.raises(ProtocolError, match=r"of shape \[7, 4\] came; it has to be \[2, 2\]"):
+            rig.system.forward_backward(batch(5, 2), 0, 0, 1.0)
+        (message,) = rig.messages("forward")
+        assert not message.forward.HasField("labels")
+        assert not rig.messages("backward")
+
+
+def test_a_frozen_edge_has_nothing_to_step(source: Source) -> None:
+    with split(source, freeze_edge=True) as rig:
+        system = rig.system
+        before = {name: x.detach().clone() for name, x in system.net_1.named_parameters()}
+        assert [len(group["params"]) for group in system.optimizer.param_groups] == [0, 0]
+        for step in range(2):
+            system.forward_backward(batch(5, 2), step, 0, 1.0)
+            assert system.gradient_norm() == 3.0, "the cloud's alone"
+            system.update(step, 1.0)
+        assert all(message.forward.frozen_edge for message in rig.messages("forward"))
+        assert all(x.equal(before[name]) and x.grad is None for name, x in system.net_1.named_parameters())

@@ -105,10 +105,22 @@ def test_batches_are_of_the_seed_and_the_step(head: Any, problem_type: Any) -> N
     assert one[0].lengths != one[1].lengths
 
 
-def test_dropout_is_switched_off_wherever_it_is() -> None:
-    config = tiny_config("distilbert", qa_dropout=0.1, seq_classif_dropout=0.2)
+def test_batches_of_a_language_model() -> None:
+    options = VerifyOptions(head="causal-lm", from_config=Path("gpt2.json"), max_seq_length=9)
+    (batch,) = verify_module._batches(options, tiny_config("gpt2"), 0)
+    y_BS = batch.labels["labels"]
+    assert y_BS.shape == batch.inputs["input_ids"].shape
+    learned = y_BS != -100
+    assert y_BS[learned].equal(batch.inputs["input_ids"][learned])
+    assert not any(bool(learned[row, length:].any()) for row, length in enumerate(batch.lengths))
+    assert not bool(learned[torch.arange(9)[None, : y_BS.shape[1]] < torch.tensor(batch.lengths)[:, None]].all())
+
+
+@pytest.mark.parametrize("family", ["distilbert", "gpt2", "opt", "deberta-v2"])
+def test_dropout_is_switched_off_wherever_it_is(family: str) -> None:
+    config = tiny_config(family)
     verify_module._switch_dropout_off(config)
-    left = {name: value for name, value in config.to_dict().items() if "dropout" in name}
+    left = {name: value for name, value in config.to_dict().items() if "drop" in name}
     assert left
     assert set(left.values()) == {0.0}
 
@@ -119,6 +131,11 @@ def test_dropout_is_switched_off_wherever_it_is() -> None:
         ({"split_layer": 9}, 2, "split_layer is 9, but this model has blocks 1 to 2"),
         ({"split_rank": 33}, 2, "split_rank is 33, but this layer has ranks 1 to 32"),
         ({"max_seq_length": 129}, 2, "--max-seq-length must be at most 128 for this model"),
+        ({"model": None, "head": "causal-lm"}, 2, "--head causal-lm needs --from-config or --model of a decoder"),
+        ({"head": "causal-lm"}, 4, "models of type 'bert' are not trained with head 'causal-lm'"),
+        ({"mode": "sl", "residual": "low-rank"}, 2, "--residual low-rank needs --mode sft"),
+        ({"residual": "full"}, 2, "--residual"),
+        ({"labels": "nowhere"}, 2, "--labels"),
         ({"from_config": "x.json"}, 2, "only one of --model and --from-config may be given"),
         ({"model": "/nowhere/at/all"}, 4, "'/nowhere/at/all': no such directory"),
         ({"tolerance": 0}, 2, "--tolerance must be above 0"),

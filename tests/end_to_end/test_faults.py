@@ -48,10 +48,10 @@ def test_a_full_server(
 
 
 def test_another_version(failing: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(split_system, "PROTOCOL_VERSION", 2)
+    monkeypatch.setattr(split_system, "PROTOCOL_VERSION", 1)
     code, line = failing()
     assert code == 5
-    assert re.search(r"refuses: the edge \(release .*\) speaks protocol version 2, the cloud .* speaks version 1", line)
+    assert re.search(r"refuses: the edge \(release .*\) speaks protocol version 1, the cloud .* speaks version 2", line)
 
 
 def test_a_server_that_is_killed(

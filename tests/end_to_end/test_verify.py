@@ -66,6 +66,17 @@ def verify(cloud: str, model: Path, capsys: pytest.CaptureFixture[str]) -> Calla
             {"optim": name}
             for name in ("Adam", "Adamax", "Adadelta", "Adagrad", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop")
         ],
+        {"labels": "local"},
+        {"labels": "local", "mode": "sl"},
+        {"labels": "local", "problem_type": "regression"},
+        {"labels": "local", "problem_type": "multi_label_classification"},
+        {"labels": "local", "head": "question-answering"},
+        {**MOMENTUM, **ALL_AT_ONCE, "labels": "local"},
+        {"residual": "low-rank"},
+        {**ALL_AT_ONCE, "residual": "low-rank", "labels": "local"},
+        {"freeze_edge": True},
+        {"freeze_edge": True, "mode": "sl", "labels": "local"},
+        {**MOMENTUM, **ALL_AT_ONCE, "freeze_edge": True},
         {"optim": "AdamW", "optim_args": "amsgrad=true"},
         {"optim": "RMSprop", "optim_args": "momentum=0.5,centered=true"},
     ],
@@ -90,6 +101,26 @@ def test_split_training_is_one_process_training(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family(verify: Callable[..., tuple[int, dict, str]], tmp_path: Path, family: str) -> None:
     code, report, _ = verify(model=make_tiny_model(tmp_path / family, family, layers=3), split_layer=3)
+    assert (code, report["max_loss_difference"], report["max_parameter_difference"]) == (0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("labels", ["cloud", "local"])
+@pytest.mark.parametrize("head", ["causal-lm", "sequence-classification"])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_decoders(
+    verify: Callable[..., tuple[int, dict, str]], tmp_path: Path, family: str, head: str, labels: str
+) -> None:
+    tiny_config(family, layers=3).save_pretrained(tmp_path)
+    residual = "none" if labels == "local" else "low-rank"
+    options = {"model": None, "from_config": tmp_path / "config.json", "head": head, "residual": residual}
+    code, report, _ = verify(**options, labels=labels, steps=3, gradient_accumulation_steps=2)
+    assert (code, report["max_parameter_difference"]) == (0, 0.0)
+    assert report["max_loss_difference"] == pytest.approx(0.0, abs=1e-7)
+
+
+def test_what_both_halves_hold_is_downloaded_once(verify: Callable[..., tuple[int, dict, str]], tmp_path: Path) -> None:
+    """DeBERTa's relative positions: every parameter of the model is in one of the two files."""
+    code, report, _ = verify(model=make_tiny_model(tmp_path / "deberta", "deberta-v2", layers=3), steps=2)
     assert (code, report["max_loss_difference"], report["max_parameter_difference"]) == (0, 0.0, 0.0)
 
 
@@ -195,8 +226,8 @@ def test_half_precision_is_found_out(
     """What float32 on the wire promises, sixteen bits do not hold."""
     from sft_edge import verify as verify_module
 
-    def open_in_half_precision(*arguments, open_split_system=verify_module.open_split_system):
-        return open_split_system(*["bfloat16" if one == "float32" else one for one in arguments])
+    def open_in_half_precision(*arguments, open_split_system=verify_module.open_split_system, **named):
+        return open_split_system(*["bfloat16" if one == "float32" else one for one in arguments], **named)
 
     monkeypatch.setattr(verify_module, "open_split_system", open_in_half_precision)
     code, report, _ = verify()

@@ -217,19 +217,42 @@ def test_weights_drawn_from_the_seed(job: Job, model: Path, train: Callable[...,
     assert read_json(train(job, mode="sft", **{**shape, "max_steps": 2}) / "all_results.json")["train_steps"] == 2
 
 
-def test_a_decomposed_layer_in_one_process(job: Job, model: Path, train: Callable[..., Path]) -> None:
-    """`--keep-residual`, Fig. 2: the residual makes a difference, and asking the saved model knows of it."""
-    kept = train(job, model=model, mode="local", keep_residual=True, max_steps=2)
+@pytest.mark.parametrize("residual", ["full", "low-rank"])
+def test_a_decomposed_layer_in_one_process(job: Job, model: Path, train: Callable[..., Path], residual: str) -> None:
+    """`--residual`, Fig. 2: the residual makes a difference, and asking the saved model knows of it."""
+    kept = train(job, model=model, mode="local", residual=residual, max_steps=2)
     saved = load_model(kept)
-    assert saved.description.keep_residual
+    assert saved.description.residual == residual
     assert "ffn1" in " ".join(weights_of(kept))
-    the_task = task_of(saved.description, job.data_dir)
-    features = the_task.encode(the_task.read("validation"), saved.tokenizer, 64)
-    with_residual = ask(saved, the_task, features, 8)
-    text = (kept / "sft.json").read_text()
-    (kept / "sft.json").write_text(text.replace('"keep_residual": true', '"keep_residual": false'))
-    without = ask(load_model(kept), the_task, features, 8)
-    assert not any(one.equal(other) for one, other in zip(with_residual, without, strict=True))
+    if residual == "full":  # a low-rank residual changes shapes, too
+        the_task = task_of(saved.description, job.data_dir)
+        features = the_task.encode(the_task.read("validation"), saved.tokenizer, 64)
+        with_residual = ask(saved, the_task, features, 8)
+        text = (kept / "sft.json").read_text()
+        (kept / "sft.json").write_text(text.replace('"residual": "full"', '"residual": "none"'))
+        without = ask(load_model(kept), the_task, features, 8)
+        assert not any(one.equal(other) for one, other in zip(with_residual, without, strict=True))
+
+
+def test_every_system_decomposes_alike(job: Job, model: Path, train: Callable[..., Path]) -> None:
+    """A low-rank residual is fitted to the same rows wherever the model is trained."""
+    still = {"model": model, "residual": "low-rank", "learning_rate": 0, "max_steps": 1}
+    one, split = (weights_of(train(job, mode=mode, **still)) for mode in ("local", "sft"))
+    assert same_bits(one, split)
+    dropped = weights_of(train(job, mode="sft", **{**still, "residual": "none"}))
+    (name,) = (name for name in one if name.endswith("ffn1.weight"))
+    assert one[name].shape == (4, 96)
+    assert dropped[name].shape == (4, 64)
+
+
+def test_what_both_halves_hold_is_saved_once(job: Job, train: Callable[..., Path], tmp_path: Path) -> None:
+    """DeBERTa's relative positions, which neither half trains."""
+    deberta = make_tiny_model(tmp_path / "deberta", "deberta-v2", layers=3)
+    output_dir = train(job, model=deberta, mode="sft", max_steps=2, learning_rate=1e-2)
+    name = "deberta.encoder.rel_embeddings.weight"
+    trained, before = weights_of(output_dir), weights_of(deberta)  # weights_of finds no tensor in two files
+    assert trained[name].equal(before[name.partition(".")[2]])
+    assert load_model(output_dir).net.whole_parameters()[name].equal(trained[name])
 
 
 @pytest.mark.parametrize("wire_dtype", ["bfloat16", "float16"])

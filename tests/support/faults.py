@@ -47,8 +47,8 @@ class FaultyTransport(Transport):
     def stream(self, messages: Iterator[bytes]) -> Stream:
         return _FaultyStream(self._inner, messages, self._faults)
 
-    def download(self, session_id: str) -> Iterator[bytes]:
-        return self._inner.download(session_id)
+    def download(self, session_id: str, optimizer_state: bool = False) -> Iterator[bytes]:
+        return self._inner.download(session_id, optimizer_state)
 
     def close(self) -> None:
         self._inner.close()

@@ -34,8 +34,9 @@ class InMemoryTransport(Transport):
     def stream(self, messages: Iterator[bytes]) -> Stream:
         return _InMemoryStream(self._opened(), messages)
 
-    def download(self, session_id: str) -> Iterator[bytes]:
-        return safetensors_chunks(self._opened().stored_parameters())
+    def download(self, session_id: str, optimizer_state: bool = False) -> Iterator[bytes]:
+        session = self._opened()
+        return safetensors_chunks(session.stored_optimizer_state() if optimizer_state else session.stored_parameters())
 
     def close(self) -> None:
         self.session = None

@@ -17,6 +17,7 @@ from sft.v1.split_training_pb2_grpc import SplitTrainingServicer, add_SplitTrain
 TIMEOUT_SECONDS = 20.0
 
 WEIGHTS = [b"net_2, ", b"as it is"]
+OPTIMIZER_STATE = [b"moments"]
 
 
 class ScriptedCloud(SplitTrainingServicer):
@@ -39,6 +40,8 @@ class ScriptedCloud(SplitTrainingServicer):
         """A stream was ended by the edge, in order."""
         self.ended = threading.Event()
         """A stream was ended by the edge, in order or not."""
+        self.hanging = threading.Event()
+        """A script hangs."""
         self.released = threading.Event()
         """Set when the test is over; scripts that hang wait for it."""
 
@@ -77,12 +80,13 @@ class ScriptedCloud(SplitTrainingServicer):
     def DownloadWeights(
         self, request: pb.DownloadWeightsRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.DownloadWeightsResponse]:
-        for data in WEIGHTS:
+        for data in OPTIMIZER_STATE if request.optimizer_state else WEIGHTS:
             yield pb.DownloadWeightsResponse(data=data)
 
     def hang(self, message: pb.EdgeMessage, context: grpc.ServicerContext) -> None:
         """A script: no training message is answered before the test is over."""
         if message.WhichOneof("body") != "attach":
+            self.hanging.set()
             self.released.wait(TIMEOUT_SECONDS)
 
 
@@ -91,6 +95,10 @@ def _answer(message: pb.EdgeMessage) -> pb.CloudMessage:
     body = message.WhichOneof("body")
     if body == "attach":
         answer.attached.next_step = 0
+    elif body == "forward" and not message.forward.HasField("labels"):
+        answer.outputs.logits.CopyFrom(message.forward.activation.packed)
+    elif body == "backward":
+        answer.result.packed_gradient.CopyFrom(message.backward.gradient)
     elif body == "forward":
         answer.result.loss = float(message.step)
         answer.result.packed_gradient.CopyFrom(message.forward.activation.packed)

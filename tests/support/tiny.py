@@ -9,8 +9,10 @@ from typing import Dict, List, Optional
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     PretrainedConfig,
@@ -18,6 +20,14 @@ from transformers import (
 )
 
 FAMILIES = ("bert", "roberta", "electra", "distilbert")
+"""Encoders of which whole jobs are tested."""
+
+DECODERS = tuple(
+    name for name in ("gpt2", "opt", "llama", "qwen2", "qwen3", "mistral", "gemma") if name in CONFIG_MAPPING
+)
+"""Those that the installed release has: Qwen3 is younger than the oldest one."""
+
+ARCHITECTURES = (*FAMILIES, "xlm-roberta", "deberta-v2", *DECODERS)
 
 _WORDS = (
     "an and are bad best but by did do every film for from good great had has he her his how in is it its like many "
@@ -36,7 +46,7 @@ def tiny_vocabulary(special_tokens: List[str]) -> Dict[str, int]:
 
 def tiny_tokenizer(family: str = "bert", max_length: int = 128) -> PreTrainedTokenizerFast:
     """A WordPiece tokenizer with the special tokens of the family; only BERT and ELECTRA make token types."""
-    if family == "roberta":  # <pad> is 1, as in the real one: RoBERTa counts positions from there
+    if family.endswith("roberta"):  # <pad> is 1, as in the real one: RoBERTa counts positions from there
         begin, pad, end, unknown, mask = specials = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
     else:
         pad, unknown, begin, end, mask = specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -71,12 +81,26 @@ def tiny_config(family: str = "bert", layers: int = 4, **overrides: object) -> P
     values: Dict[str, object] = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
     if family == "distilbert":
         values.update(dim=32, hidden_dim=64, n_heads=2, n_layers=layers, max_position_embeddings=128)
+    elif family == "gpt2":
+        values.update(n_embd=32, n_inner=64, n_head=2, n_layer=layers, n_positions=128)
     else:
         values.update(hidden_size=32, intermediate_size=64, num_attention_heads=2, num_hidden_layers=layers)
         # RoBERTa's first position is pad_token_id + 1.
-        values.update(max_position_embeddings=130 if family == "roberta" else 128)
+        values.update(max_position_embeddings=130 if family.endswith("roberta") else 128)
     if family == "electra":
         values.update(embedding_size=16)
+    if family == "deberta-v2":  # as v3: relative positions alone, in buckets
+        values.update(relative_attention=True, position_buckets=8, norm_rel_ebd="layer_norm", share_att_key=True)
+        values.update(pos_att_type=["p2c", "c2p"], position_biased_input=False, type_vocab_size=0)
+        values.update(pooler_hidden_size=32)
+    if family == "opt":
+        values.update(ffn_dim=64, word_embed_proj_dim=32)
+    if family in ("llama", "mistral", "qwen2", "qwen3", "gemma"):
+        values.update(num_key_value_heads=1)
+    if family in ("qwen3", "gemma"):
+        values.update(head_dim=16)
+    if family in DECODERS:
+        values.update(bos_token_id=tokenizer.cls_token_id, eos_token_id=tokenizer.sep_token_id)
     values.update(overrides)
     return AutoConfig.for_model(family, **values)
 
@@ -92,13 +116,15 @@ def make_tiny_model(
 ) -> Path:
     """Write config, random float32 safetensors and tokenizer into `directory`, as a download from the hub would be.
 
-    Without `head` it holds the base model alone, under names without a prefix; with "sequence-classification" or
-    "question-answering" the whole model. A small `max_shard_size`, such as "20KB", makes a sharded checkpoint.
+    Without `head` it holds the base model alone, under names without a prefix; with "sequence-classification",
+    "question-answering" or "causal-lm" the whole model. A small `max_shard_size`, such as "20KB", makes a sharded
+    checkpoint.
     """
     classes = {
         None: AutoModel,
         "sequence-classification": AutoModelForSequenceClassification,
         "question-answering": AutoModelForQuestionAnswering,
+        "causal-lm": AutoModelForCausalLM,
     }
     config = tiny_config(family, layers, **overrides)
     with torch.random.fork_rng(devices=[]):

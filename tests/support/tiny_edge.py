@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Dict, List, Optional, Tuple
 
 import torch
+from torch import Tensor
 from transformers import PretrainedConfig
 
 from sft import __version__
+from sft.batch import Batch
 from sft.checkpoint import Checkpoint
-from sft.codec import encode_activation, encode_labels
+from sft.codec import encode_activation, encode_labels, encode_tensor
 from sft.models import Cut, build_net_2
 from sft.parameter_groups import GroupSpec, OptimizerSpec, decay_groups, spec_to_proto
 from sft.protocol import PROTOCOL_VERSION
@@ -19,11 +21,11 @@ from sft.seeding import derive_seed
 from sft.tensor_stream import StoredTensor, safetensors_chunks, sha256_of
 from sft.v1 import split_training_pb2 as pb
 from sft.weights import factor_tensors, pretrained_tensors
+from sft_edge.offers import HEADS, cut_to_proto
 
 SEQUENCES = "sequence-classification"
 QUESTIONS = "question-answering"
-WIRE_HEADS = {SEQUENCES: pb.HEAD_SEQUENCE_CLASSIFICATION, QUESTIONS: pb.HEAD_QUESTION_ANSWERING}
-WIRE_MODES = {"sft": pb.MODE_SFT, "sl": pb.MODE_SL}
+TOKENS = "causal-lm"
 
 
 @dataclass
@@ -43,7 +45,11 @@ class TinyEdge:
         net_2 = build_net_2(self.config, self.head, self.cut)
         checkpoint = Checkpoint(self.directory)
         self.weights: List[StoredTensor] = pretrained_tensors(net_2, checkpoint)
-        self.factors: List[StoredTensor] = factor_tensors(self.config, self.head, self.cut, checkpoint, self.seed)[1]
+        generator = torch.Generator().manual_seed(self.seed)
+        ids_BS = torch.randint(5, self.config.vocab_size, (8, 16), generator=generator)
+        calibration = [Batch({"input_ids": ids_BS}, [16] * 8, {})] if self.cut.residual == "low-rank" else []
+        factors = factor_tensors(self.config, self.head, self.cut, checkpoint, self.seed, calibration)
+        self.factors: List[StoredTensor] = factors[1]
         self.groups: List[GroupSpec] = decay_groups(net_2, {"lr": self.learning_rate, "weight_decay": 0.1})
         self.width: int = net_2.width
 
@@ -54,10 +60,8 @@ class TinyEdge:
             package_version=__version__,
             model_name="tiny",
             config_json=self.config.to_json_string(use_diff=False),
-            head=WIRE_HEADS[self.head],
-            cut=pb.Cut(
-                mode=WIRE_MODES[self.cut.mode], split_layer=self.cut.split_layer, split_rank=self.cut.split_rank
-            ),
+            head=HEADS[self.head],
+            cut=cut_to_proto(self.cut),
             seed=self.seed,
             weights_sha256=sha256_of(self.weights),
             factors_sha256=sha256_of(self.factors) if self.factors else "",
@@ -80,10 +84,22 @@ class TinyEdge:
         a_BSR = torch.randn(len(self.lengths), max(self.lengths), self.width, generator=generator)
         return encode_activation(a_BSR, list(self.lengths), pb.DATA_TYPE_FLOAT32)
 
-    def forward(self, step: int, micro_batch: int = 0, commit: Optional[pb.Commit] = None) -> pb.EdgeMessage:
-        """A training micro-batch; the same numbers give the same message."""
-        forward = pb.Forward(activation=self.activation(step, micro_batch), labels=self.labels(), loss_scale=0.5)
+    def forward(
+        self, step: int, micro_batch: int = 0, commit: Optional[pb.Commit] = None, **fields: object
+    ) -> pb.EdgeMessage:
+        """A training micro-batch with labels; the same numbers give the same message. `fields` are the Forward's."""
+        values = {"activation": self.activation(step, micro_batch), "labels": self.labels(), "loss_scale": 0.5}
+        forward = pb.Forward(**{**values, **fields})
         return pb.EdgeMessage(step=step, micro_batch=micro_batch, forward=forward, commit=commit)
+
+    def unlabelled(self, step: int, micro_batch: int = 0, **values: object) -> pb.EdgeMessage:
+        """As `forward`, with labels that stay here."""
+        return self.forward(step, micro_batch, labels=None, loss_scale=0.0, **values)
+
+    def backward(self, step: int, micro_batch: int, gradient: Tensor) -> pb.EdgeMessage:
+        """The second half of it: the gradient of outputs, packed as these are."""
+        body = pb.Backward(gradient=encode_tensor(gradient))
+        return pb.EdgeMessage(step=step, micro_batch=micro_batch, backward=body)
 
     def evaluate(self, batch: int = 0, commit: Optional[pb.Commit] = None) -> pb.EdgeMessage:
         """An evaluation batch."""
@@ -96,6 +112,8 @@ class TinyEdge:
         if self.head == QUESTIONS:
             positions = torch.arange(B)
             return encode_labels({"start_positions": positions, "end_positions": positions + 1})
+        if self.head == TOKENS:
+            return encode_labels({"labels": torch.arange(B * max(self.lengths)).reshape(B, -1)}, self.lengths)
         kind = self.config.problem_type
         if kind == "single_label_classification":
             return encode_labels({"labels": torch.arange(B) % C})

@@ -1,33 +1,36 @@
 """Cutting a transformers model at block l: `cut` has the algorithm, one small file per family the names of modules."""
 
-from sft.models.cut import (
-    HEADS,
-    Cut,
-    Net,
-    Net1,
-    Net2,
-    Output,
-    Whole,
-    build_net_1,
-    build_net_2,
-    build_whole,
-    family_of,
-    ffn_out_name,
-    max_positions,
-)
+from sft.models.calibration import Moments, output_moments
+from sft.models.catalogue import HEADS, family_of, head_of, max_positions
+from sft.models.cut import Cut, build_net_1, build_net_2, build_whole, ffn_out_name, matrix_of, name_of_w
+from sft.models.live import check_live, cut_live, layer_to_cut, live_parameters, whole_name
+from sft.models.nets import Net, Net1, Net2, Output, TiedHead, Whole
+from sft.models.split_layer import RESIDUALS
 
 __all__ = [
     "HEADS",
+    "RESIDUALS",
     "Cut",
+    "Moments",
     "Net",
     "Net1",
     "Net2",
     "Output",
+    "TiedHead",
     "Whole",
     "build_net_1",
     "build_net_2",
     "build_whole",
+    "check_live",
+    "cut_live",
     "family_of",
     "ffn_out_name",
+    "head_of",
+    "layer_to_cut",
+    "live_parameters",
+    "matrix_of",
     "max_positions",
+    "name_of_w",
+    "output_moments",
+    "whole_name",
 ]

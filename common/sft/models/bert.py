@@ -6,8 +6,8 @@ BERT = Family(
     model_types=("bert", "electra"),
     blocks="encoder.layer",
     embeddings="embeddings",
-    after_embeddings=("embeddings_project",),  # ELECTRA's, where embeddings are narrower than the model
     ffn_out="output.dense",
     ffn_dropout="output.dropout",
     ffn_norm="output.LayerNorm",
+    after_embeddings=("embeddings_project",),  # ELECTRA's, where embeddings are narrower than the model
 )

@@ -6,8 +6,8 @@ DISTILBERT = Family(
     model_types=("distilbert",),
     blocks="transformer.layer",
     embeddings="embeddings",
-    after_embeddings=(),
     ffn_out="ffn.lin2",
     ffn_dropout="ffn.dropout",
     ffn_norm="output_layer_norm",
+    ffn_width="hidden_dim",
 )

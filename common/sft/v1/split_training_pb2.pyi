@@ -18,12 +18,19 @@ class Head(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     HEAD_UNSPECIFIED: _ClassVar[Head]
     HEAD_SEQUENCE_CLASSIFICATION: _ClassVar[Head]
     HEAD_QUESTION_ANSWERING: _ClassVar[Head]
+    HEAD_CAUSAL_LM: _ClassVar[Head]
 
 class Mode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     MODE_UNSPECIFIED: _ClassVar[Mode]
     MODE_SFT: _ClassVar[Mode]
     MODE_SL: _ClassVar[Mode]
+
+class Residual(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    RESIDUAL_UNSPECIFIED: _ClassVar[Residual]
+    RESIDUAL_NONE: _ClassVar[Residual]
+    RESIDUAL_LOW_RANK: _ClassVar[Residual]
 DATA_TYPE_UNSPECIFIED: DataType
 DATA_TYPE_FLOAT32: DataType
 DATA_TYPE_BFLOAT16: DataType
@@ -31,9 +38,13 @@ DATA_TYPE_FLOAT16: DataType
 HEAD_UNSPECIFIED: Head
 HEAD_SEQUENCE_CLASSIFICATION: Head
 HEAD_QUESTION_ANSWERING: Head
+HEAD_CAUSAL_LM: Head
 MODE_UNSPECIFIED: Mode
 MODE_SFT: Mode
 MODE_SL: Mode
+RESIDUAL_UNSPECIFIED: Residual
+RESIDUAL_NONE: Residual
+RESIDUAL_LOW_RANK: Residual
 
 class Tensor(_message.Message):
     __slots__ = ("data_type", "shape", "data")
@@ -46,14 +57,18 @@ class Tensor(_message.Message):
     def __init__(self, data_type: _Optional[_Union[DataType, str]] = ..., shape: _Optional[_Iterable[int]] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class Cut(_message.Message):
-    __slots__ = ("mode", "split_layer", "split_rank")
+    __slots__ = ("mode", "split_layer", "split_rank", "residual", "layer_name")
     MODE_FIELD_NUMBER: _ClassVar[int]
     SPLIT_LAYER_FIELD_NUMBER: _ClassVar[int]
     SPLIT_RANK_FIELD_NUMBER: _ClassVar[int]
+    RESIDUAL_FIELD_NUMBER: _ClassVar[int]
+    LAYER_NAME_FIELD_NUMBER: _ClassVar[int]
     mode: Mode
     split_layer: int
     split_rank: int
-    def __init__(self, mode: _Optional[_Union[Mode, str]] = ..., split_layer: _Optional[int] = ..., split_rank: _Optional[int] = ...) -> None: ...
+    residual: Residual
+    layer_name: str
+    def __init__(self, mode: _Optional[_Union[Mode, str]] = ..., split_layer: _Optional[int] = ..., split_rank: _Optional[int] = ..., residual: _Optional[_Union[Residual, str]] = ..., layer_name: _Optional[str] = ...) -> None: ...
 
 class OptimizerArgument(_message.Message):
     __slots__ = ("number", "integer", "flag", "text", "numbers")
@@ -98,7 +113,7 @@ class Optimizer(_message.Message):
     def __init__(self, name: _Optional[str] = ..., groups: _Optional[_Iterable[_Union[ParameterGroup, _Mapping]]] = ...) -> None: ...
 
 class OpenSessionRequest(_message.Message):
-    __slots__ = ("protocol_version", "package_version", "model_name", "config_json", "head", "cut", "seed", "weights_sha256", "factors_sha256", "optimizer", "wire_data_type")
+    __slots__ = ("protocol_version", "package_version", "model_name", "config_json", "head", "cut", "seed", "weights_sha256", "factors_sha256", "optimizer", "wire_data_type", "lora_json")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     PACKAGE_VERSION_FIELD_NUMBER: _ClassVar[int]
     MODEL_NAME_FIELD_NUMBER: _ClassVar[int]
@@ -110,6 +125,7 @@ class OpenSessionRequest(_message.Message):
     FACTORS_SHA256_FIELD_NUMBER: _ClassVar[int]
     OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
     WIRE_DATA_TYPE_FIELD_NUMBER: _ClassVar[int]
+    LORA_JSON_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     package_version: str
     model_name: str
@@ -121,7 +137,8 @@ class OpenSessionRequest(_message.Message):
     factors_sha256: str
     optimizer: Optimizer
     wire_data_type: DataType
-    def __init__(self, protocol_version: _Optional[int] = ..., package_version: _Optional[str] = ..., model_name: _Optional[str] = ..., config_json: _Optional[str] = ..., head: _Optional[_Union[Head, str]] = ..., cut: _Optional[_Union[Cut, _Mapping]] = ..., seed: _Optional[int] = ..., weights_sha256: _Optional[str] = ..., factors_sha256: _Optional[str] = ..., optimizer: _Optional[_Union[Optimizer, _Mapping]] = ..., wire_data_type: _Optional[_Union[DataType, str]] = ...) -> None: ...
+    lora_json: str
+    def __init__(self, protocol_version: _Optional[int] = ..., package_version: _Optional[str] = ..., model_name: _Optional[str] = ..., config_json: _Optional[str] = ..., head: _Optional[_Union[Head, str]] = ..., cut: _Optional[_Union[Cut, _Mapping]] = ..., seed: _Optional[int] = ..., weights_sha256: _Optional[str] = ..., factors_sha256: _Optional[str] = ..., optimizer: _Optional[_Union[Optimizer, _Mapping]] = ..., wire_data_type: _Optional[_Union[DataType, str]] = ..., lora_json: _Optional[str] = ...) -> None: ...
 
 class OpenSessionResponse(_message.Message):
     __slots__ = ("session_id", "missing_blobs", "package_version", "device")
@@ -150,10 +167,12 @@ class UploadBlobResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class DownloadWeightsRequest(_message.Message):
-    __slots__ = ("session_id",)
+    __slots__ = ("session_id", "optimizer_state")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    OPTIMIZER_STATE_FIELD_NUMBER: _ClassVar[int]
     session_id: str
-    def __init__(self, session_id: _Optional[str] = ...) -> None: ...
+    optimizer_state: bool
+    def __init__(self, session_id: _Optional[str] = ..., optimizer_state: bool = ...) -> None: ...
 
 class DownloadWeightsResponse(_message.Message):
     __slots__ = ("data",)
@@ -162,7 +181,7 @@ class DownloadWeightsResponse(_message.Message):
     def __init__(self, data: _Optional[bytes] = ...) -> None: ...
 
 class Labels(_message.Message):
-    __slots__ = ("classes", "values", "spans")
+    __slots__ = ("classes", "values", "spans", "tokens")
     class Classes(_message.Message):
         __slots__ = ("ids",)
         IDS_FIELD_NUMBER: _ClassVar[int]
@@ -175,6 +194,11 @@ class Labels(_message.Message):
         values: _containers.RepeatedScalarFieldContainer[float]
         columns: int
         def __init__(self, values: _Optional[_Iterable[float]] = ..., columns: _Optional[int] = ...) -> None: ...
+    class Tokens(_message.Message):
+        __slots__ = ("ids",)
+        IDS_FIELD_NUMBER: _ClassVar[int]
+        ids: _containers.RepeatedScalarFieldContainer[int]
+        def __init__(self, ids: _Optional[_Iterable[int]] = ...) -> None: ...
     class Spans(_message.Message):
         __slots__ = ("starts", "ends")
         STARTS_FIELD_NUMBER: _ClassVar[int]
@@ -185,10 +209,12 @@ class Labels(_message.Message):
     CLASSES_FIELD_NUMBER: _ClassVar[int]
     VALUES_FIELD_NUMBER: _ClassVar[int]
     SPANS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
     classes: Labels.Classes
     values: Labels.Values
     spans: Labels.Spans
-    def __init__(self, classes: _Optional[_Union[Labels.Classes, _Mapping]] = ..., values: _Optional[_Union[Labels.Values, _Mapping]] = ..., spans: _Optional[_Union[Labels.Spans, _Mapping]] = ...) -> None: ...
+    tokens: Labels.Tokens
+    def __init__(self, classes: _Optional[_Union[Labels.Classes, _Mapping]] = ..., values: _Optional[_Union[Labels.Values, _Mapping]] = ..., spans: _Optional[_Union[Labels.Spans, _Mapping]] = ..., tokens: _Optional[_Union[Labels.Tokens, _Mapping]] = ...) -> None: ...
 
 class Activation(_message.Message):
     __slots__ = ("packed", "lengths", "padded_length")
@@ -207,46 +233,105 @@ class Attach(_message.Message):
     def __init__(self, session_id: _Optional[str] = ...) -> None: ...
 
 class Forward(_message.Message):
-    __slots__ = ("activation", "labels", "loss_scale")
+    __slots__ = ("activation", "labels", "loss_scale", "eval_mode", "want_logits", "frozen_edge", "autocast")
     ACTIVATION_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
     LOSS_SCALE_FIELD_NUMBER: _ClassVar[int]
+    EVAL_MODE_FIELD_NUMBER: _ClassVar[int]
+    WANT_LOGITS_FIELD_NUMBER: _ClassVar[int]
+    FROZEN_EDGE_FIELD_NUMBER: _ClassVar[int]
+    AUTOCAST_FIELD_NUMBER: _ClassVar[int]
     activation: Activation
     labels: Labels
     loss_scale: float
-    def __init__(self, activation: _Optional[_Union[Activation, _Mapping]] = ..., labels: _Optional[_Union[Labels, _Mapping]] = ..., loss_scale: _Optional[float] = ...) -> None: ...
+    eval_mode: bool
+    want_logits: bool
+    frozen_edge: bool
+    autocast: DataType
+    def __init__(self, activation: _Optional[_Union[Activation, _Mapping]] = ..., labels: _Optional[_Union[Labels, _Mapping]] = ..., loss_scale: _Optional[float] = ..., eval_mode: bool = ..., want_logits: bool = ..., frozen_edge: bool = ..., autocast: _Optional[_Union[DataType, str]] = ...) -> None: ...
+
+class Backward(_message.Message):
+    __slots__ = ("gradient",)
+    GRADIENT_FIELD_NUMBER: _ClassVar[int]
+    gradient: Tensor
+    def __init__(self, gradient: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
+
+class Weight(_message.Message):
+    __slots__ = ("micro_batch", "weight", "dropped")
+    MICRO_BATCH_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    DROPPED_FIELD_NUMBER: _ClassVar[int]
+    micro_batch: int
+    weight: float
+    dropped: bool
+    def __init__(self, micro_batch: _Optional[int] = ..., weight: _Optional[float] = ..., dropped: bool = ...) -> None: ...
+
+class LoadState(_message.Message):
+    __slots__ = ("sha256", "optimizer_state")
+    SHA256_FIELD_NUMBER: _ClassVar[int]
+    OPTIMIZER_STATE_FIELD_NUMBER: _ClassVar[int]
+    sha256: str
+    optimizer_state: bool
+    def __init__(self, sha256: _Optional[str] = ..., optimizer_state: bool = ...) -> None: ...
 
 class Evaluate(_message.Message):
-    __slots__ = ("activation",)
+    __slots__ = ("activation", "autocast")
     ACTIVATION_FIELD_NUMBER: _ClassVar[int]
+    AUTOCAST_FIELD_NUMBER: _ClassVar[int]
     activation: Activation
-    def __init__(self, activation: _Optional[_Union[Activation, _Mapping]] = ...) -> None: ...
+    autocast: DataType
+    def __init__(self, activation: _Optional[_Union[Activation, _Mapping]] = ..., autocast: _Optional[_Union[DataType, str]] = ...) -> None: ...
+
+class GroupArguments(_message.Message):
+    __slots__ = ("arguments",)
+    class ArgumentsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: OptimizerArgument
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[OptimizerArgument, _Mapping]] = ...) -> None: ...
+    ARGUMENTS_FIELD_NUMBER: _ClassVar[int]
+    arguments: _containers.MessageMap[str, OptimizerArgument]
+    def __init__(self, arguments: _Optional[_Mapping[str, OptimizerArgument]] = ...) -> None: ...
 
 class Commit(_message.Message):
-    __slots__ = ("step", "learning_rates", "clip_scale")
+    __slots__ = ("step", "learning_rates", "clip_scale", "group_arguments", "keep_gradients")
     STEP_FIELD_NUMBER: _ClassVar[int]
     LEARNING_RATES_FIELD_NUMBER: _ClassVar[int]
     CLIP_SCALE_FIELD_NUMBER: _ClassVar[int]
+    GROUP_ARGUMENTS_FIELD_NUMBER: _ClassVar[int]
+    KEEP_GRADIENTS_FIELD_NUMBER: _ClassVar[int]
     step: int
     learning_rates: _containers.RepeatedScalarFieldContainer[float]
     clip_scale: float
-    def __init__(self, step: _Optional[int] = ..., learning_rates: _Optional[_Iterable[float]] = ..., clip_scale: _Optional[float] = ...) -> None: ...
+    group_arguments: _containers.RepeatedCompositeFieldContainer[GroupArguments]
+    keep_gradients: bool
+    def __init__(self, step: _Optional[int] = ..., learning_rates: _Optional[_Iterable[float]] = ..., clip_scale: _Optional[float] = ..., group_arguments: _Optional[_Iterable[_Union[GroupArguments, _Mapping]]] = ..., keep_gradients: bool = ...) -> None: ...
 
 class EdgeMessage(_message.Message):
-    __slots__ = ("step", "micro_batch", "commit", "attach", "forward", "evaluate")
+    __slots__ = ("step", "micro_batch", "weights", "commit", "gradient_scale", "attach", "forward", "backward", "evaluate", "load_state")
     STEP_FIELD_NUMBER: _ClassVar[int]
     MICRO_BATCH_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     COMMIT_FIELD_NUMBER: _ClassVar[int]
+    GRADIENT_SCALE_FIELD_NUMBER: _ClassVar[int]
     ATTACH_FIELD_NUMBER: _ClassVar[int]
     FORWARD_FIELD_NUMBER: _ClassVar[int]
+    BACKWARD_FIELD_NUMBER: _ClassVar[int]
     EVALUATE_FIELD_NUMBER: _ClassVar[int]
+    LOAD_STATE_FIELD_NUMBER: _ClassVar[int]
     step: int
     micro_batch: int
+    weights: _containers.RepeatedCompositeFieldContainer[Weight]
     commit: Commit
+    gradient_scale: float
     attach: Attach
     forward: Forward
+    backward: Backward
     evaluate: Evaluate
-    def __init__(self, step: _Optional[int] = ..., micro_batch: _Optional[int] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., attach: _Optional[_Union[Attach, _Mapping]] = ..., forward: _Optional[_Union[Forward, _Mapping]] = ..., evaluate: _Optional[_Union[Evaluate, _Mapping]] = ...) -> None: ...
+    load_state: LoadState
+    def __init__(self, step: _Optional[int] = ..., micro_batch: _Optional[int] = ..., weights: _Optional[_Iterable[_Union[Weight, _Mapping]]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., gradient_scale: _Optional[float] = ..., attach: _Optional[_Union[Attach, _Mapping]] = ..., forward: _Optional[_Union[Forward, _Mapping]] = ..., backward: _Optional[_Union[Backward, _Mapping]] = ..., evaluate: _Optional[_Union[Evaluate, _Mapping]] = ..., load_state: _Optional[_Union[LoadState, _Mapping]] = ...) -> None: ...
 
 class Attached(_message.Message):
     __slots__ = ("next_step",)
@@ -255,14 +340,26 @@ class Attached(_message.Message):
     def __init__(self, next_step: _Optional[int] = ...) -> None: ...
 
 class Result(_message.Message):
-    __slots__ = ("loss", "packed_gradient", "squared_gradient_norm")
+    __slots__ = ("loss", "packed_gradient", "squared_gradient_norm", "logits", "own_squared_norm", "gradient_product")
     LOSS_FIELD_NUMBER: _ClassVar[int]
     PACKED_GRADIENT_FIELD_NUMBER: _ClassVar[int]
     SQUARED_GRADIENT_NORM_FIELD_NUMBER: _ClassVar[int]
+    LOGITS_FIELD_NUMBER: _ClassVar[int]
+    OWN_SQUARED_NORM_FIELD_NUMBER: _ClassVar[int]
+    GRADIENT_PRODUCT_FIELD_NUMBER: _ClassVar[int]
     loss: float
     packed_gradient: Tensor
     squared_gradient_norm: float
-    def __init__(self, loss: _Optional[float] = ..., packed_gradient: _Optional[_Union[Tensor, _Mapping]] = ..., squared_gradient_norm: _Optional[float] = ...) -> None: ...
+    logits: Tensor
+    own_squared_norm: float
+    gradient_product: float
+    def __init__(self, loss: _Optional[float] = ..., packed_gradient: _Optional[_Union[Tensor, _Mapping]] = ..., squared_gradient_norm: _Optional[float] = ..., logits: _Optional[_Union[Tensor, _Mapping]] = ..., own_squared_norm: _Optional[float] = ..., gradient_product: _Optional[float] = ...) -> None: ...
+
+class Outputs(_message.Message):
+    __slots__ = ("logits",)
+    LOGITS_FIELD_NUMBER: _ClassVar[int]
+    logits: Tensor
+    def __init__(self, logits: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
 
 class Evaluation(_message.Message):
     __slots__ = ("logits",)
@@ -271,13 +368,15 @@ class Evaluation(_message.Message):
     def __init__(self, logits: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
 
 class Committed(_message.Message):
-    __slots__ = ("next_step",)
+    __slots__ = ("next_step", "squared_gradient_norm")
     NEXT_STEP_FIELD_NUMBER: _ClassVar[int]
+    SQUARED_GRADIENT_NORM_FIELD_NUMBER: _ClassVar[int]
     next_step: int
-    def __init__(self, next_step: _Optional[int] = ...) -> None: ...
+    squared_gradient_norm: float
+    def __init__(self, next_step: _Optional[int] = ..., squared_gradient_norm: _Optional[float] = ...) -> None: ...
 
 class CloudMessage(_message.Message):
-    __slots__ = ("step", "micro_batch", "cloud_seconds", "attached", "result", "evaluation", "committed")
+    __slots__ = ("step", "micro_batch", "cloud_seconds", "attached", "result", "evaluation", "committed", "outputs")
     STEP_FIELD_NUMBER: _ClassVar[int]
     MICRO_BATCH_FIELD_NUMBER: _ClassVar[int]
     CLOUD_SECONDS_FIELD_NUMBER: _ClassVar[int]
@@ -285,6 +384,7 @@ class CloudMessage(_message.Message):
     RESULT_FIELD_NUMBER: _ClassVar[int]
     EVALUATION_FIELD_NUMBER: _ClassVar[int]
     COMMITTED_FIELD_NUMBER: _ClassVar[int]
+    OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     step: int
     micro_batch: int
     cloud_seconds: float
@@ -292,4 +392,5 @@ class CloudMessage(_message.Message):
     result: Result
     evaluation: Evaluation
     committed: Committed
-    def __init__(self, step: _Optional[int] = ..., micro_batch: _Optional[int] = ..., cloud_seconds: _Optional[float] = ..., attached: _Optional[_Union[Attached, _Mapping]] = ..., result: _Optional[_Union[Result, _Mapping]] = ..., evaluation: _Optional[_Union[Evaluation, _Mapping]] = ..., committed: _Optional[_Union[Committed, _Mapping]] = ...) -> None: ...
+    outputs: Outputs
+    def __init__(self, step: _Optional[int] = ..., micro_batch: _Optional[int] = ..., cloud_seconds: _Optional[float] = ..., attached: _Optional[_Union[Attached, _Mapping]] = ..., result: _Optional[_Union[Result, _Mapping]] = ..., evaluation: _Optional[_Union[Evaluation, _Mapping]] = ..., committed: _Optional[_Union[Committed, _Mapping]] = ..., outputs: _Optional[_Union[Outputs, _Mapping]] = ...) -> None: ...

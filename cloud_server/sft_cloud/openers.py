@@ -1,0 +1,48 @@
+"""What opens sessions: for edges with any model of the library, here; a script's host has an opener of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol, TypeVar
+
+from sft.v1 import split_training_pb2 as pb
+from sft_cloud.opening import build, check_request, make_session
+from sft_cloud.session import Session
+from sft_cloud.store import BlobStore
+from sft_cloud.weights import WeightsFinder
+from sft_cloud.worker import Worker
+
+T = TypeVar("T")
+
+
+class Opener(Protocol):
+    """Makes sessions; called in any thread."""
+
+    def open(self, request: pb.OpenSessionRequest) -> Session | list[str]:
+        """A session as the request wants it, or the hashes of the blobs that are missing for it.
+
+        Every field is checked here, since anybody may have written it: raises PreconditionError for an edge of another
+        protocol version and other SFTErrors for fields that make no sense.
+        """
+
+
+class TransformersOpener:
+    """For any model that `sft.models` can cut."""
+
+    def __init__(self, worker: Worker, store: BlobStore, weights: WeightsFinder) -> None:
+        """What touches the device runs on `worker`."""
+        self._worker = worker
+        self._store = store
+        self._weights = weights
+
+    def open(self, request: pb.OpenSessionRequest) -> Session | list[str]:
+        """See Opener."""
+        spec, device = check_request(request), self._worker.device
+        net_2 = self._run(lambda: build(spec, device))
+        tensors, missing = self._weights.find(spec, net_2)
+        if missing:
+            return missing
+        return self._run(lambda: make_session(spec, net_2, tensors, device, self._store.find))
+
+    def _run(self, work: Callable[[], T]) -> T:
+        return self._worker.submit(work).result()

@@ -1,0 +1,1 @@
+"""`SFTOptimizer` on the cloud: a script's own model, cut in place to net_2, and served to one edge."""

@@ -1,0 +1,127 @@
+"""Any module of a script, cut at a named `nn.Linear`. Labels stay on the edge."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from sft.codec import decode_tensor, encode_tensor
+from sft.errors import CutError, ProtocolError, UsageError
+from sft.graph_cut import GraphCut, cut
+from sft.protocol import MAX_MESSAGE_BYTES
+from sft.tensor_stream import StoredTensor, in_memory
+from sft.v1 import split_training_pb2 as pb
+from sft_cloud.half import Given, HalfModel
+from sft_cloud.script.hosted import HostedModel, check_same_cut, replace_forward
+
+
+class GraphHost(HostedModel):
+    """A module that torch.fx can trace down to the layer."""
+
+    def __init__(self, model: nn.Module, layer_name: str, split_rank: int, residual: str) -> None:
+        """Cuts the model. Raises CutError and UsageError; the model is then as it was."""
+        if residual != "none":
+            raise CutError(f"residual={residual!r} is for transformers models; a module of a script is cut without")
+        if "forward" in vars(model):
+            raise UsageError(f"the forward of this {type(model).__name__} was replaced, or the model is cut already")
+        self.layer_name = layer_name
+        self._cut: GraphCut = cut(model, layer_name, split_rank)
+        self.factor_names = self._cut.factor_names
+        self.tensors = self._cut.upper_tensors()
+        ffn_2, ffn_3 = self._cut.keep_net_2()
+        named = {"ffn2": ffn_2, "ffn3": ffn_3}
+        self.factors = {
+            f"{layer_name}.{factor}.{own}": parameter
+            for factor, linear in named.items()
+            for own, parameter in linear.named_parameters()
+        }
+        replace_forward(model, self._cut.run_net_2)
+
+    def make_half(self, request: pb.OpenSessionRequest) -> HalfModel:
+        """See HostedModel."""
+        own = pb.Cut(
+            mode=pb.MODE_SFT,
+            layer_name=self.layer_name,
+            split_rank=self._cut.split_rank,
+            residual=pb.RESIDUAL_NONE,
+        )
+        check_same_cut(request, own)
+        return GraphHalf(self._cut, {**self.tensors, **self.factors}, request.wire_data_type)
+
+
+class GraphHalf:
+    """Net_2 of a module, as a session takes it."""
+
+    def __init__(self, graph_cut: GraphCut, tensors: dict[str, Tensor], data_type: pb.DataType) -> None:
+        """`graph_cut` of a model that is net_2 already; `tensors` that a download holds."""
+        self._cut = graph_cut
+        self._tensors = tensors
+        self._data_type = data_type
+
+    @property
+    def device(self) -> torch.device:
+        """See HalfModel."""
+        return next(self._cut.model.parameters()).device
+
+    def train(self, mode: bool) -> object:
+        """See HalfModel."""
+        return self._cut.model.train(mode)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """See HalfModel."""
+        return self._cut.model.parameters()
+
+    def whole_parameters(self) -> dict[str, nn.Parameter]:
+        """See HalfModel: buffers, too, such as a norm's statistics."""
+        return cast("dict[str, nn.Parameter]", dict(self._tensors))
+
+    def stored_parameters(self) -> Sequence[StoredTensor]:
+        """See HalfModel."""
+        return in_memory(self._tensors)
+
+    def decode(self, activation: pb.Activation) -> Given:
+        """See HalfModel."""
+        shape, rank = list(activation.packed.shape), self._cut.split_rank
+        if activation.lengths or activation.padded_length:
+            raise ProtocolError("the activation of a script's module has no lengths")
+        if len(shape) < 2 or shape[-1] != rank or 0 in shape:
+            raise ProtocolError(f"the activation has shape {shape}; its last dimension must be the rank, {rank}")
+        return Given(decode_tensor(activation.packed, self.device), [])
+
+    def outputs(self, given: Given) -> Tensor:
+        """See HalfModel. Raises ProtocolError when the model gives something that does not cross."""
+        y: Any = self._cut.run_net_2(given.a)
+        if not isinstance(y, Tensor) or not y.is_floating_point():
+            kind = f"a tensor of {y.dtype}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
+            raise ProtocolError(f"the model's output is {kind}; one floating-point tensor can cross")
+        if 4 * y.numel() > MAX_MESSAGE_BYTES:
+            raise ProtocolError(f"the output of shape {list(y.shape)} is too large for a message; send smaller batches")
+        return y
+
+    def check_outputs(self, given: Given) -> None:
+        """See HalfModel. How large they are is known once they are computed."""
+
+    def encode_outputs(self, outputs: Tensor, given: Given) -> pb.Tensor:
+        """See HalfModel."""
+        return encode_tensor(outputs)
+
+    def encode_gradient(self, gradient: Tensor, given: Given) -> pb.Tensor:
+        """See HalfModel."""
+        return encode_tensor(gradient, self._data_type)
+
+    def decode_output_gradient(self, message: pb.Tensor, outputs: Tensor, given: Given) -> Tensor:
+        """See HalfModel."""
+        if list(message.shape) != list(outputs.shape):
+            raise ProtocolError(f"the gradient has shape {list(message.shape)}, the output {list(outputs.shape)}")
+        return decode_tensor(message, self.device).to(outputs.dtype)
+
+    def decode_labels(self, message: pb.Labels, given: Given) -> dict[str, Tensor]:
+        """Refused: what a script's own criterion makes of labels is not known here."""
+        raise ProtocolError("the labels of a script's module stay on the edge; send the activation alone")
+
+    def loss(self, outputs: Tensor, labels: dict[str, Tensor], given: Given) -> Tensor:
+        """Refused."""
+        raise ProtocolError("the loss of a script's module is computed on the edge")

@@ -1,0 +1,111 @@
+"""Opens the session of a script's model, when an edge comes that has cut the same one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from sft.codec import DATA_TYPES
+from sft.errors import ProtocolError
+from sft.tensor_stream import in_memory, sha256_of
+from sft.v1 import split_training_pb2 as pb
+from sft_cloud.opening import check_version
+from sft_cloud.script.hosted import ADVICE, HostedModel
+from sft_cloud.session import Session
+from sft_cloud.store import BlobStore, check_sha256, read_blob
+from sft_cloud.worker import Worker
+
+T = TypeVar("T")
+
+
+class ScriptOpener:
+    """One model and the script's own optimizer over it; see `sft_cloud.openers.Opener`."""
+
+    def __init__(
+        self,
+        hosted: HostedModel,
+        optimizer: torch.optim.Optimizer,
+        groups: Sequence[Sequence[str]],
+        worker: Worker,
+        store: BlobStore,
+    ) -> None:
+        """`groups`: names of the parameters that each group of `optimizer` trains."""
+        self._hosted = hosted
+        self._optimizer = optimizer
+        self._groups = groups
+        self._worker = worker
+        self._store = store
+
+    def open(self, request: pb.OpenSessionRequest) -> Session | list[str]:
+        """See Opener. The model has the edge's weights from then on."""
+        check_version(request)
+        if request.wire_data_type not in DATA_TYPES.values():
+            raise ProtocolError(f"unknown wire_data_type {int(request.wire_data_type)}")
+        half = self._run(lambda: self._hosted.make_half(request))
+        self._check_groups(request.optimizer)
+        tensors: dict[str, Tensor] = {}
+        missing = self._find(request.factors_sha256, self._hosted.factors, tensors)
+        # The model's own weights count if they are the edge's, to the last bit.
+        if request.weights_sha256 != self._run(lambda: self._hash()):
+            missing += self._find(request.weights_sha256, self._hosted.tensors, tensors)
+        if missing:
+            return missing
+        self._run(lambda: self._load(tensors))
+        return Session(half, self._optimizer, request.seed, self._store.find)
+
+    def _check_groups(self, theirs: pb.Optimizer) -> None:
+        ours = type(self._optimizer).__name__
+        if theirs.name != ours:
+            raise ProtocolError(f"the edge's script trains with {theirs.name[:80]}, the cloud's with {ours}; {ADVICE}")
+        if len(theirs.groups) != len(self._groups):
+            raise ProtocolError(
+                f"the edge's optimizer has {len(theirs.groups)} parameter groups, the cloud's {len(self._groups)}; "
+                f"each takes its learning rate from the edge's: {ADVICE}"
+            )
+        for index, (group, own) in enumerate(zip(theirs.groups, self._groups, strict=True)):
+            differing = sorted(set(group.parameter_names) ^ set(own))
+            if differing:
+                has, lacks = ("edge", "cloud") if differing[0] not in own else ("cloud", "edge")
+                raise ProtocolError(
+                    f"parameter '{differing[0][:200]}' is trained in group {index} of the {has}'s optimizer, but not "
+                    f"of the {lacks}'s; {ADVICE}"
+                )
+
+    def _find(self, sha256: str, wanted: Mapping[str, Tensor], found: dict[str, Tensor]) -> list[str]:
+        """Adds a blob's tensors to `found`; returns its hash if it is missing. Raises ProtocolError."""
+        if not wanted and not sha256:
+            return []
+        path = self._store.find(check_sha256(sha256))
+        if path is None:
+            return [sha256]
+        tensors = read_blob(path)
+        odd = sorted(tensors.keys() ^ wanted.keys())
+        if odd:
+            where = "the cloud's model lacks" if odd[0] in tensors else "the edge's model lacks"
+            raise ProtocolError(f"{where} '{odd[0][:200]}' above the cut; {ADVICE}")
+        for name, tensor in tensors.items():
+            if tensor.shape != wanted[name].shape:
+                raise ProtocolError(
+                    f"'{name}' has shape {list(tensor.shape)} on the edge, {list(wanted[name].shape)} on the cloud; "
+                    f"{ADVICE}"
+                )
+        found.update(tensors)
+        return []
+
+    def _hash(self) -> str:
+        tensors = in_memory(dict(self._hosted.tensors))
+        return sha256_of(tensors) if tensors else ""
+
+    def _load(self, tensors: Mapping[str, Tensor]) -> None:
+        trained = {name for names in self._groups for name in names}
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                {**self._hosted.tensors, **self._hosted.factors}[name].copy_(tensor)
+        for name, parameter in self._hosted.parameters.items():
+            parameter.requires_grad_(name in trained)  # no gradients, and no part in their norm, for nothing
+
+    def _run(self, work: Callable[[], T]) -> T:
+        return self._worker.submit(work).result()

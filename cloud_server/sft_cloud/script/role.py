@@ -1,0 +1,145 @@
+"""Role cloud: a script's model cut in place to net_2, its optimizer over that, and the service for one edge."""
+
+from __future__ import annotations
+
+import signal
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from sft.errors import LinkError, SessionLostError, UsageError
+from sft.optimizer import Role, SplitOptions
+from sft_cloud.registry import Entry
+from sft_cloud.script.graph_host import GraphHost
+from sft_cloud.script.groups import names_of, swap
+from sft_cloud.script.hosted import HostedModel
+from sft_cloud.script.opener import ScriptOpener
+from sft_cloud.script.transformers_host import TransformersHost
+from sft_cloud.serve import CloudServer
+from sft_cloud.session import State
+
+_TERMINATED = 128 + signal.SIGTERM
+
+
+class CloudRole(Role):
+    """Algorithm 1 on the cloud, with a model and an optimizer that are somebody else's."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module, options: SplitOptions) -> None:
+        """Cuts the model. Raises UsageError, CutError, UnsupportedModelError; model and optimizer are then as before.
+
+        What of the options is for the edge is left unread, so that a script can give both roles the same.
+        """
+        names = names_of(optimizer, model)
+        self._hosted = _cut(model, options)
+        self._groups = swap(optimizer, names, self._hosted)
+        self.optimizer = optimizer
+        self._has_served = False
+        where = "split_layer" if options.split_layer is not None else "split_at"
+        self._title = f"role='cloud', {where}={getattr(options, where)!r}, split_rank={options.split_rank}"
+
+    def serve(self, address: str, on_ready: Callable[[str], None] | None = None) -> None:
+        """See Role. `on_ready` is told the address, in which port 0 has become a free one.
+
+        Ctrl-C and SIGTERM end it in order, as KeyboardInterrupt and SystemExit. Raises UsageError for an address that
+        makes no sense, SFTError for one that is taken, LinkError when the session ends because something went wrong.
+        """
+        if self._has_served:
+            raise UsageError(
+                "this model was trained with an edge already; make model and optimizer anew to serve again"
+            )
+        host, port = _parse(address)
+        done = threading.Event()
+        ends: list[LinkError | None] = []
+
+        def on_close(entry: Entry, reason: str) -> None:
+            if entry.attached:
+                failed = entry.session.state is State.FAILED
+                ends.append(SessionLostError(f"the session did not get through: {reason}") if failed else None)
+                done.set()
+
+        with tempfile.TemporaryDirectory(prefix="sft-cloud-") as state_dir, _terminable():
+            server = CloudServer(
+                host,
+                port,
+                self._hosted.device,
+                Path(state_dir),
+                model_dir=None,
+                max_sessions=1,
+                make_opener=lambda worker, store: ScriptOpener(
+                    self._hosted, self.optimizer, self._groups, worker, store
+                ),
+                on_close=on_close,
+            )
+            try:
+                if on_ready is not None:
+                    on_ready(server.address)
+                done.wait()
+                self._has_served = True
+            finally:
+                server.stop()
+        if ends[0] is not None:
+            raise ends[0]
+
+    def step(self, closure: Callable[[], Any] | None) -> NoReturn:
+        """Refused, as everything that the edge does."""
+        raise UsageError("role 'cloud' is driven by the edge: call serve(), which returns when the edge is done")
+
+    def zero_grad(self, set_to_none: bool) -> None:
+        """Nothing: gradients come and go with the edge's steps."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of this half's optimizer."""
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refused."""
+        raise UsageError("the state of both halves is loaded on the edge, with its load_state_dict")
+
+    def close(self) -> None:
+        """Nothing: the session is over when `serve` returns."""
+
+    def describe(self) -> str:
+        """See Role."""
+        return self._title
+
+
+def _cut(model: nn.Module, options: SplitOptions) -> HostedModel:
+    kind = type(model).__name__
+    if isinstance(model, PreTrainedModel):
+        if options.split_at is not None or options.split_layer is None:
+            raise UsageError("a transformers model is cut at a block: give split_layer=1 or higher, not split_at")
+        return TransformersHost(model, options.split_layer, options.split_rank, options.residual)
+    if options.split_layer is not None or options.split_at is None:
+        raise UsageError(f"a {kind} is cut at a layer: give split_at='NAME', the name of an nn.Linear, not split_layer")
+    return GraphHost(model, options.split_at, options.split_rank, options.residual)
+
+
+def _parse(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isascii() or not port.isdecimal() or int(port) > 65535 or (":" in host) != (host[0] == "["):
+        raise UsageError(f"{address!r} is no address to listen on: give HOST:PORT, such as '0.0.0.0:50051'")
+    return host.strip("[]"), int(port)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends the block as Ctrl-C does, where nobody else has taken it and Python can."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+
+    def end(*_: object) -> NoReturn:
+        raise SystemExit(_TERMINATED)
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -1,0 +1,238 @@
+"""The graph of a script's module, with the modules around one layer opened up and all others closed.
+
+What a module that does not contain the layer does inside is its own affair: it is one node. So only the forward methods
+of modules on the way to the layer have to be traceable by torch.fx.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import itertools
+import random
+import warnings
+from contextlib import contextmanager
+from typing import Any, Callable, Dict, FrozenSet, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor, fx, nn
+
+from sft.errors import CutError
+
+_FACTORIES = ("arange", "empty", "full", "linspace", "ones", "rand", "randn", "zeros")
+"""Functions of torch whose arguments may be sizes of the input; older releases do not trace them by themselves."""
+
+_MOST_OPTIONAL = 3
+"""Up to so many optional inputs every combination is traced; of more, none, each alone, and all."""
+
+
+class Traced(NamedTuple):
+    """What a module computes, given some of its optional inputs."""
+
+    graphs: Mapping[bool, fx.Graph]
+    """By `training`: functional dropout, for one, is fixed when it is traced."""
+
+    constants: Dict[str, Tensor]
+    """Tensors that are neither parameters nor buffers; the graphs read them from attributes of the module."""
+
+
+class Inputs:
+    """The arguments of a module's forward method."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.signature = inspect.signature(type(model).forward)
+        named = list(self.signature.parameters.values())[1:]
+        named = [p for p in named if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        self.required: List[str] = [p.name for p in named if p.default is p.empty]
+        self.defaults: Dict[str, Any] = {p.name: p.default for p in named if p.default is not p.empty}
+
+    def variants(self) -> List[FrozenSet[str]]:
+        """Sets of optional inputs that a call may give, from none of them up."""
+        optional = [name for name, default in self.defaults.items() if default is None]
+        counts: Sequence[int] = range(len(optional) + 1)
+        if len(optional) > _MOST_OPTIONAL:
+            counts = (0, 1, len(optional))
+        return [frozenset(some) for count in counts for some in itertools.combinations(optional, count)]
+
+    def bind(self, model: nn.Module, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Dict[str, Any]:
+        """The inputs of a call that are given, by name; TypeError as from the forward method itself.
+
+        Raises CutError for an argument that was fixed when the model was cut.
+        """
+        given = {}
+        for name, value in self.signature.bind(model, *args, **kwargs).arguments.items():
+            if name in self.required:
+                given[name] = value
+            elif name in self.defaults and (value is self.defaults[name] or _equal(value, self.defaults[name])):
+                continue
+            elif name in self.defaults and self.defaults[name] is None:
+                given[name] = value
+            elif name in self.defaults:
+                raise CutError(f"the argument {name} was fixed at {self.defaults[name]!r} when the model was cut")
+            elif name != next(iter(self.signature.parameters)) and value:
+                raise CutError(
+                    f"the arguments in {name} cannot be given to a model that is cut; name them in forward()"
+                )
+        return given
+
+
+def trace(model: nn.Module, layer_name: str, inputs: Inputs, given: FrozenSet[str]) -> Traced:
+    """Traces a model twice, in training and in evaluation. It is left as it was. Raises CutError."""
+    on_the_way = _modules_on_the_way(model, layer_name)
+    before, flags = set(model.__dict__), [module.training for module in on_the_way]
+    graphs, constants = {}, {}
+    try:
+        for training in (True, False):
+            for module in on_the_way:
+                module.training = training
+            graphs[training] = _trace(model, on_the_way, inputs, given, layer_name)
+    finally:
+        for module, flag in zip(on_the_way, flags):
+            module.training = flag
+        made = {name: model.__dict__.pop(name) for name in set(model.__dict__) - before}
+    tensors = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    for node in (node for graph in graphs.values() for node in graph.nodes):
+        if node.op == "get_attr" and node.target not in tensors:
+            # Made while tracing, or an attribute that is no buffer. By what it is, all graphs read the same one.
+            tensor = made[node.target] if node.target in made else attribute_of(model, node.target)
+            node.target = _constant_name(tensor)
+            constants[node.target] = tensor
+    return Traced(graphs, constants)
+
+
+def _trace(
+    model: nn.Module, on_the_way: Sequence[nn.Module], inputs: Inputs, given: FrozenSet[str], layer_name: str
+) -> fx.Graph:
+    states = torch.get_rng_state(), random.getstate()
+    try:
+        with warnings.catch_warnings(), _traceable_factories():
+            warnings.simplefilter("ignore")  # about what is run with stand-ins for tensors
+            graph = _Tracer(on_the_way, inputs, given).trace(model)
+        if not torch.get_rng_state().equal(states[0]) or random.getstate() != states[1]:
+            raise ValueError("it draws random numbers itself, which would be the same ones ever after")
+        return graph
+    except Exception as error:  # whatever a forward method raises that is given stand-ins for tensors
+        reason = " ".join(str(error).split())[:200]
+        raise CutError(
+            f"what leads to '{layer_name}' in this {type(model).__name__} cannot be traced by torch.fx "
+            f"({type(error).__name__}: {reason}): move what decides by values of tensors, or draws, into a module that "
+            "does not contain the layer, which is not looked into"
+        ) from error
+    finally:
+        torch.set_rng_state(states[0])
+        random.setstate(states[1])
+
+
+def _encoder_layer(
+    layer: Any,
+    src: Tensor,
+    src_mask: Optional[Tensor] = None,
+    src_key_padding_mask: Optional[Tensor] = None,
+    is_causal: bool = False,
+) -> Tensor:
+    """`nn.TransformerEncoderLayer` by the book."""
+    x = src
+    if layer.norm_first:
+        x = x + layer._sa_block(layer.norm1(x), src_mask, src_key_padding_mask, is_causal=False)
+        return x + layer._ff_block(layer.norm2(x))  # type: ignore[no-any-return]
+    x = layer.norm1(x + layer._sa_block(x, src_mask, src_key_padding_mask, is_causal=False))
+    return layer.norm2(x + layer._ff_block(x))  # type: ignore[no-any-return]
+
+
+def _encoder(
+    encoder: Any,
+    src: Tensor,
+    mask: Optional[Tensor] = None,
+    src_key_padding_mask: Optional[Tensor] = None,
+    is_causal: Optional[bool] = None,
+) -> Tensor:
+    """`nn.TransformerEncoder` by the book. `is_causal` is but a hint about the mask."""
+    x = src
+    for layer in encoder.layers:
+        x = layer(x, src_mask=mask, src_key_padding_mask=src_key_padding_mask)
+    return x if encoder.norm is None else encoder.norm(x)
+
+
+_PLAIN: Dict[type, Callable[..., Any]] = {nn.TransformerEncoderLayer: _encoder_layer, nn.TransformerEncoder: _encoder}
+
+
+class _Tracer(fx.Tracer):
+    proxy_buffer_attributes = True
+
+    def __init__(self, on_the_way: Sequence[nn.Module], inputs: Inputs, given: FrozenSet[str]) -> None:
+        super().__init__()
+        self._open = {id(module) for module in on_the_way}
+        self._inputs = inputs
+        self._given = given
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Every module is one node but those that lead to the layer."""
+        return id(m) not in self._open
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: Tuple[Any, ...], kwargs: Dict[str, Any]
+    ) -> Any:
+        """Torch's own encoders without their inference kernels, which look at shapes and values of tensors."""
+        plain = _PLAIN.get(type(m))
+        if plain is not None and id(m) in self._open:
+            return plain(m, *args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> Tuple[Any, List[Any]]:
+        """What is not given keeps its default, where fx would take it for a tensor."""
+        root_fn = _PLAIN.get(type(self.root), root_fn)
+        names = [*self._inputs.required, *(name for name in self._inputs.defaults if name in self._given)]
+        fixed = {name: value for name, value in self._inputs.defaults.items() if name not in self._given}
+
+        def forward(root: nn.Module, *proxies: Any) -> Any:
+            return root_fn(root, **dict(zip(names, proxies)), **fixed)
+
+        return forward, [self.root, *(self.create_proxy("placeholder", name, (), {}) for name in names)]
+
+
+@contextmanager
+def _traceable_factories() -> Iterator[None]:
+    originals = {name: getattr(torch, name) for name in _FACTORIES}
+    for name, original in originals.items():
+        setattr(torch, name, _traceable(original))
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(torch, name, original)
+
+
+def _traceable(factory: Callable[..., Any]) -> Callable[..., Any]:
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        proxies: List[Any] = []
+        fx.node.map_aggregate((args, kwargs), lambda one: proxies.append(one) if isinstance(one, fx.Proxy) else None)
+        if not proxies:
+            return factory(*args, **kwargs)
+        return proxies[0].tracer.create_proxy("call_function", factory, args, kwargs)
+
+    return traced
+
+
+def attribute_of(model: nn.Module, name: str) -> Any:
+    """An attribute by its dotted name."""
+    parent, _, own = name.rpartition(".")
+    return getattr(model.get_submodule(parent), own)
+
+
+def _modules_on_the_way(model: nn.Module, layer_name: str) -> List[nn.Module]:
+    parts = layer_name.split(".")
+    return [model, *(model.get_submodule(".".join(parts[:count])) for count in range(1, len(parts)))]
+
+
+def _equal(value: Any, default: Any) -> bool:
+    return not isinstance(value, Tensor) and type(value) is type(default) and bool(value == default)
+
+
+def _constant_name(tensor: Tensor) -> str:
+    data = tensor.detach().to("cpu").contiguous().reshape(-1)
+    digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} {tensor.device}".encode())
+    if data.numel():
+        digest.update(data.view(torch.uint8).numpy().tobytes())
+    return f"_constant_{digest.hexdigest()[:16]}"

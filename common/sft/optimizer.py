@@ -1,0 +1,292 @@
+"""`SFTOptimizer`: two lines in a script of anybody's, and its model trains across edge and cloud.
+
+    optim = torch.optim.AdamW(model.parameters(), lr=5e-5)
+    optim = SFTOptimizer(optim, role="edge", model=model, server="host:50051", split_layer=11, split_rank=8)
+
+Here is the face, a `torch.optim.Optimizer`; what it does is its role's. A side's package registers its role under the
+entry point group `sft.roles`, so nothing here imports a side.
+"""
+
+from __future__ import annotations
+
+import sys
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from dataclasses import dataclass
+from importlib import metadata
+from types import TracebackType
+from typing import Any, Callable, Dict, Iterable, List, NoReturn, Optional, Type
+
+import torch
+from torch import nn
+
+from sft.errors import UsageError
+
+ROLES_GROUP = "sft.roles"
+"""Entry point group in which a side's package registers its role."""
+
+_INSTALL = {
+    "edge": "pip install 'split-fine-tuning[edge]'",
+    "cloud": "pip install 'split-fine-tuning[cloud]' (Python 3.10 or newer)",
+}
+
+
+@dataclass(frozen=True)
+class SplitOptions:
+    """How a script's model is split; what `SFTOptimizer` was given."""
+
+    server: Optional[str] = None
+    """HOST:PORT of the cloud; only role edge has it."""
+
+    split_layer: Optional[int] = None
+    """For a transformers model: the paper's l, counted from 1."""
+
+    split_rank: int = 8
+    """The paper's R: width of what crosses the wire."""
+
+    split_at: Optional[str] = None
+    """For any other module: the name of the `nn.Linear` that is cut, when the script runs on both sides."""
+
+    residual: str = "none"
+    """What becomes of the residual around the layer that is cut: `none` as in the paper, or `low-rank`."""
+
+    calibration: Optional[Iterable[Dict[str, torch.Tensor]]] = None
+    """For `residual="low-rank"`: a few batches as the model takes them, to which the low rank is fitted."""
+
+    wire_dtype: str = "float32"
+    """Type of activations and gradients on the wire: `float32`, `bfloat16` or `float16`."""
+
+    connect_timeout_seconds: float = 20.0
+    """How long to look for the server."""
+
+    reply_timeout_seconds: float = 600.0
+    """How long an answer of the cloud may take."""
+
+    seed: Optional[int] = None
+    """Of the cloud's dropout; None is `torch.initial_seed()`."""
+
+    transport: Any = None
+    """A `sft_edge.transport.Transport` to use instead of gRPC to `server`."""
+
+
+class Role(ABC):
+    """One side of a split model behind an `SFTOptimizer`. Its class is called with (optimizer, model, options)."""
+
+    optimizer: torch.optim.Optimizer
+    """The script's own, which holds the parameters of this side's half."""
+
+    step_was_skipped: bool = False
+    """Whether the last step was not taken, on neither side."""
+
+    @abstractmethod
+    def step(self, closure: Optional[Callable[[], Any]]) -> Any:
+        """As in `torch.optim.Optimizer`, for both halves; returns what the closure returned."""
+
+    @abstractmethod
+    def zero_grad(self, set_to_none: bool) -> None:
+        """As in `torch.optim.Optimizer`, for both halves."""
+
+    @abstractmethod
+    def state_dict(self) -> Dict[str, Any]:
+        """The state of the optimizer of both halves."""
+
+    @abstractmethod
+    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+        """Takes back what `state_dict` gave; raises what torch's own raises when it does not fit."""
+
+    @abstractmethod
+    def serve(self, address: str, on_ready: Optional[Callable[[str], None]] = None) -> None:
+        """Role cloud: serves one edge at `address` and returns when it is done. Role edge raises UsageError."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Ends the session. Idempotent."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """For `repr`: role and cut."""
+
+
+class SFTOptimizer(torch.optim.Optimizer):
+    """Wraps the optimizer of a training script, and trains its model split between an edge and a cloud.
+
+    A `torch.optim.Optimizer` like the one it wraps: schedulers, gradient scalers, `clip_grad_norm_`, hooks and
+    frameworks take it for one. `docs/optimizer.md` says what they see of the cloud's half.
+
+    A context manager; the session ends with the block, with `close`, or when optimizer and model are garbage.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        role: str,
+        *,
+        model: nn.Module,
+        server: Optional[str] = None,
+        split_layer: Optional[int] = None,
+        split_rank: int = 8,
+        split_at: Optional[str] = None,
+        residual: str = "none",
+        calibration: Optional[Iterable[Dict[str, torch.Tensor]]] = None,
+        wire_dtype: str = "float32",
+        connect_timeout_seconds: float = 20.0,
+        reply_timeout_seconds: float = 600.0,
+        seed: Optional[int] = None,
+        transport: Any = None,
+    ) -> None:
+        """Cuts `model` in place and swaps the parameter groups of `optimizer` for those of this side's half.
+
+        `optimizer`: one of torch.optim's over parameters of `model`, fresh: before its first step. `role`: `edge` or
+        `cloud`. Everything else is a field of `SplitOptions`.
+
+        Raises UsageError (CutError among them) when arguments, model and optimizer do not fit together,
+        UnsupportedModelError, and LinkError when the cloud cannot be had; model and optimizer are then as they were.
+        """
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise UsageError(f"optimizer must be a torch.optim.Optimizer, not {type(optimizer).__name__}")
+        if isinstance(optimizer, SFTOptimizer):
+            raise UsageError("this optimizer is an SFTOptimizer already; wrap a model and its optimizer once")
+        if not isinstance(model, nn.Module):
+            raise UsageError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+        options = SplitOptions(
+            server=server,
+            split_layer=split_layer,
+            split_rank=split_rank,
+            split_at=split_at,
+            residual=residual,
+            calibration=calibration,
+            wire_dtype=wire_dtype,
+            connect_timeout_seconds=connect_timeout_seconds,
+            reply_timeout_seconds=reply_timeout_seconds,
+            seed=seed,
+            transport=transport,
+        )
+        self._role: Role = _find_role(role)(optimizer, model, options)
+        # Not Optimizer.__init__, which would make groups and state of its own. What its methods need besides:
+        self._optimizer_step_pre_hooks = OrderedDict()
+        self._optimizer_step_post_hooks = OrderedDict()
+        self._optimizer_state_dict_pre_hooks = OrderedDict()
+        self._optimizer_state_dict_post_hooks = OrderedDict()
+        self._optimizer_load_state_dict_pre_hooks = OrderedDict()
+        self._optimizer_load_state_dict_post_hooks = OrderedDict()
+        self._patch_step_function()  # has `step` run the hooks
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The script's own optimizer; it holds this side's half."""
+        return self._role.optimizer
+
+    @property
+    def param_groups(self) -> List[Dict[str, Any]]:
+        """Of the script's own optimizer. Settings in them hold on both sides; parameters are this side's."""
+        return self._role.optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: List[Dict[str, Any]]) -> None:
+        self._role.optimizer.param_groups = groups
+
+    @property
+    def state(self) -> Any:
+        """Of the script's own optimizer: this side's half."""
+        return self._role.optimizer.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self._role.optimizer.state = state
+
+    @property
+    def defaults(self) -> Dict[str, Any]:
+        """Of the script's own optimizer."""
+        return self._role.optimizer.defaults
+
+    @defaults.setter
+    def defaults(self, defaults: Dict[str, Any]) -> None:
+        self._role.optimizer.defaults = defaults
+
+    @property
+    def step_was_skipped(self) -> bool:
+        """Whether the last `step` raised before it was taken: then neither side took it."""
+        return self._role.step_was_skipped
+
+    def step(self, closure: Optional[Callable[[], Any]] = None) -> Any:
+        """One step on both sides. `closure` evaluates the model again and returns the loss; it is called once.
+
+        Raises LinkError when the cloud cannot take the step, UsageError when there is nothing to take it with, and
+        NonFiniteLossError when the cloud's gradients are not finite.
+        """
+        return self._role.step(closure)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forgets the gradients of both halves."""
+        self._role.zero_grad(set_to_none)
+
+    def add_param_group(self, param_group: Dict[str, Any]) -> None:
+        """Refused: the cloud made its optimizer with the groups that there were. Raises UsageError."""
+        raise UsageError("the model is cut already; add every parameter group before SFTOptimizer wraps the optimizer")
+
+    def state_dict(self) -> Dict[str, Any]:
+        """The state of both halves, that of the cloud under the key `cloud`, on the CPU."""
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        state_dict = self._role.state_dict()
+        for after in self._optimizer_state_dict_post_hooks.values():
+            changed = after(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        return state_dict
+
+    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+        """What `state_dict` gave, of this session or another one of the same model, cut and groups."""
+        state_dict = dict(state_dict)
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = before(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        self._role.load_state_dict(state_dict)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    def serve(self, address: str, on_ready: Optional[Callable[[str], None]] = None) -> None:
+        """Role cloud: hosts this script's half at HOST:PORT for one edge, and returns when that is done.
+
+        `on_ready` is called with the address once edges can connect; port 0 has become a free one there.
+        """
+        self._role.serve(address, on_ready)
+
+    def close(self) -> None:
+        """Ends the session: the cloud forgets its half, the model does not run any more. Idempotent."""
+        self._role.close()
+
+    def __enter__(self) -> SFTOptimizer:
+        return self
+
+    def __exit__(
+        self, kind: Optional[Type[BaseException]], error: Optional[BaseException], traceback: Optional[TracebackType]
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"SFTOptimizer({self._role.describe()}, {self._role.optimizer!r})"
+
+    def __getstate__(self) -> NoReturn:
+        raise UsageError("an SFTOptimizer cannot be pickled or copied: it holds a session; save its state_dict()")
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        self.__getstate__()
+
+
+def _find_role(name: str) -> Callable[[torch.optim.Optimizer, nn.Module, SplitOptions], Role]:
+    if name not in _INSTALL:
+        raise UsageError(f"role must be 'edge' or 'cloud', not {name!r}")
+    for entry_point in _entry_points():
+        if entry_point.name == name:
+            try:
+                role: Callable[[torch.optim.Optimizer, nn.Module, SplitOptions], Role] = entry_point.load()
+            except (ImportError, SyntaxError) as error:  # SyntaxError: the cloud's code under the edge's old Python
+                raise UsageError(f"role {name!r} cannot be had here ({error}): {_INSTALL[name]}") from error
+            return role
+    raise UsageError(f"role {name!r} is not installed: {_INSTALL[name]}")
+
+
+def _entry_points() -> Iterable[Any]:
+    if sys.version_info >= (3, 10):
+        return metadata.entry_points(group=ROLES_GROUP)
+    return metadata.entry_points().get(ROLES_GROUP, ())

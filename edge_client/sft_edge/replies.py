@@ -1,0 +1,74 @@
+"""What goes through a link beside messages: files for the cloud, and answers on their way."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Callable, Iterator, NamedTuple, Optional
+
+from sft.errors import LinkError, SessionLostError
+from sft.ledger import Traffic
+from sft.v1 import split_training_pb2 as pb
+
+
+class Blob(NamedTuple):
+    """A safetensors file that the cloud may ask for."""
+
+    total_bytes: int
+    chunks: Callable[[], Iterator[bytes]]
+    """Its bytes from the start; called in another thread, and only when the cloud has no such file."""
+
+
+class Reply(NamedTuple):
+    """An answer of the cloud and what it cost."""
+
+    message: pb.CloudMessage
+    traffic: Traffic
+    """Of the question, with what rode on it, and of the answer."""
+    round_trip_seconds: float
+    """From handing the question to the stream until the answer was here, queueing included."""
+    waited_seconds: float
+    """The part of it that the caller of `result` spent waiting."""
+    cloud_seconds: float
+    """The part of it that the cloud says it needed."""
+
+
+class PendingReply:
+    """An answer on its way."""
+
+    def __init__(self, sent: Traffic, timeout_seconds: float, give_up: Callable[[LinkError], None]) -> None:
+        self._sent = sent
+        self._timeout_seconds = timeout_seconds
+        self._give_up = give_up
+        self._asked = time.perf_counter()
+        self._answered = self._asked
+        self._settled = threading.Event()
+        self._message: Optional[pb.CloudMessage] = None
+        self._received = Traffic()
+        self._error: Optional[LinkError] = None
+
+    def result(self) -> Reply:
+        """Waits for the answer. Raises the stream's error, and SessionLostError when none came in time."""
+        began = time.perf_counter()
+        if not self._settled.wait(self._timeout_seconds):
+            self._give_up(SessionLostError(f"the cloud did not answer within {self._timeout_seconds:g} s"))
+        waited = time.perf_counter() - began
+        if self._message is None:
+            raise self._error or SessionLostError("the link is closed")
+        return Reply(
+            message=self._message,
+            traffic=self._sent + self._received,
+            round_trip_seconds=self._answered - self._asked,
+            waited_seconds=waited,
+            cloud_seconds=self._message.cloud_seconds,
+        )
+
+    def resolve(self, message: pb.CloudMessage, received: Traffic) -> None:
+        """Called once, by the link: here is the answer."""
+        self._message, self._received, self._answered = message, received, time.perf_counter()
+        self._settled.set()
+
+    def fail(self, error: LinkError) -> None:
+        """Called once, by the link: no answer will come."""
+        self._error = error
+        self._settled.set()

@@ -1,0 +1,314 @@
+"""The way through the cloud: one autograd function, and the bookkeeping of a step's micro-batches around it.
+
+    labels travel                                    labels stay
+    forward   Forward(labels)   -> Result            Forward            -> Outputs
+    backward  Weight, held until the next message    Backward(gradient) -> Result
+
+Every forward in a step is a micro-batch of its own. The cloud is told of one whose result is gone, so that nobody can
+go backward through it any more.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections import deque
+from typing import Any, Callable, Deque, NoReturn, Optional, Sequence, Set, Tuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sft.codec import decode_tensor, encode_tensor
+from sft.errors import NonFiniteLossError, ProtocolError, SessionLostError, UsageError
+from sft.protocol import MAX_WAITING
+from sft.v1 import split_training_pb2 as pb
+from sft_edge.link import Link
+from sft_edge.script.autocast import autocast_type
+from sft_edge.script.cut_model import Cross, Crossed
+from sft_edge.script.gradients import CloudGradients
+
+
+class LinkCross(Cross):
+    """Crosses a link that is open."""
+
+    def __init__(self, link: Link, data_type: pb.DataType, device: torch.device) -> None:
+        """`data_type` on the wire; `device` of the script's model."""
+        self.link = link
+        self.gradients = CloudGradients(link, device)
+        self.step = 0
+        """The step that forwards belong to now; so many were taken before."""
+        self.forwards = 0
+        """How many of that step were sent."""
+        self.is_closed = False
+        """Whether the script has ended the session."""
+        self._data_type = data_type
+        self._backwards = 0
+        self._evaluations = 0
+        self._waiting: Set[int] = set()  # micro-batches of that step of which the cloud keeps something
+        self._dropped: Deque[Tuple[int, int]] = deque()  # (step, micro-batch); filled by whoever collects garbage
+
+    def __call__(
+        self,
+        activation: Tensor,
+        lengths: Sequence[int] = (),
+        padded_length: int = 0,
+        *,
+        training: bool,
+        labels: Optional[pb.Labels] = None,
+        want_outputs: bool = True,
+    ) -> Crossed:
+        """See Cross."""
+        packed = pb.Activation(
+            packed=encode_tensor(activation, self._data_type), lengths=lengths, padded_length=padded_length
+        )
+        if not torch.is_grad_enabled() and not training:
+            return Crossed(self._evaluate(packed, activation.device), None)
+
+        def ask() -> _Question:
+            return self._ask(packed, activation, labels, training, want_outputs)
+
+        loss, outputs = _ThroughCloud.apply(  # type: ignore[no-untyped-call]
+            activation, self.gradients.parameter, ask
+        )
+        return Crossed(outputs, loss)
+
+    def ready(self) -> float:
+        """The clip scale with which the cloud can take a step now.
+
+        Raises UsageError when there is nothing to take it with, NonFiniteLossError, and LinkError when the session is
+        over.
+        """
+        self._check_open()
+        if self._backwards == 0:
+            raise UsageError("step() without a backward() since the last step")
+        return self.gradients.clip_scale()
+
+    def commit(
+        self, learning_rates: Sequence[float], clip_scale: float, group_arguments: Sequence[pb.GroupArguments]
+    ) -> None:
+        """The step is taken here: the cloud is to take it, too, and hears of it with the next message."""
+        self.link.commit(self.step, learning_rates, clip_scale, group_arguments)
+        self.gradients.committed()
+        self.step, self.forwards, self._backwards = self.step + 1, 0, 0
+        self._waiting.clear()  # a commit has the cloud drop them itself
+
+    def catch_up(self) -> None:
+        """Tells the link what has happened since the last message; to be called before every message."""
+        self._check_open()
+        while self._dropped:
+            step, micro_batch = self._dropped.popleft()
+            if step == self.step and micro_batch in self._waiting:
+                self.link.drop(micro_batch)
+                self._waiting.discard(micro_batch)
+        self.gradients.tell()
+
+    def drop_waiting(self) -> None:
+        """Nobody can go backward any more through a forward so far: a state is loaded, which the cloud wants alone."""
+        self._dropped.extend((self.step, micro_batch) for micro_batch in sorted(self._waiting))
+        self.catch_up()
+
+    def check_backward(self, step: int, micro_batch: int) -> None:
+        """Called before a backward. Raises UsageError when it is too late for that."""
+        if step != self.step:
+            raise UsageError("backward() through a forward of an earlier step: the cloud has stepped since")
+        self.catch_up()
+        if micro_batch not in self._waiting:
+            raise UsageError("backward() through a forward from before a state was loaded; call the model again")
+
+    def begin_backward(self, micro_batch: int) -> None:
+        """Called when nothing is left that could be wrong: from here on the cloud may have added the gradients."""
+        self._waiting.discard(micro_batch)
+        self._backwards += 1
+        self.gradients.begin()
+
+    def end_backward(self, squared_norm: float) -> None:
+        """A backward has left the cloud's gradients with this squared norm."""
+        # A sum of squares that were rounded may come out below nothing.
+        self.gradients.show(math.sqrt(max(squared_norm, 0.0)) if squared_norm == squared_norm else math.nan)
+
+    def _check_open(self) -> None:
+        if self.is_closed:
+            raise SessionLostError("the session is over: close() was called, or the `with` block has ended")
+        self.link.check()
+
+    def _evaluate(self, packed: pb.Activation, device: torch.device) -> Tensor:
+        self.catch_up()
+        self._evaluations += 1
+        reply = self.link.evaluate(self.step, self._evaluations, packed, autocast_type(device)).result()
+        return decode_tensor(reply.message.evaluation.logits, device)
+
+    def _ask(
+        self,
+        packed: pb.Activation,
+        activation: Tensor,
+        labels: Optional[pb.Labels],
+        training: bool,
+        want_outputs: bool,
+    ) -> _Question:
+        self.catch_up()
+        if len(self._waiting) >= MAX_WAITING:
+            raise UsageError(
+                f"{MAX_WAITING} results of the model wait for a backward(): use torch.no_grad() where none will "
+                "follow, and detach() what is kept, such as a loss to be printed"
+            )
+        generation, micro_batch = self.gradients.generation, self.forwards
+        pending = self.link.forward(
+            self.step,
+            micro_batch,
+            packed,
+            labels,
+            0.0,
+            eval_mode=not training,
+            want_logits=labels is not None and want_outputs,
+            frozen_edge=not activation.requires_grad,
+            autocast=autocast_type(activation.device),
+        )
+        self.forwards += 1
+        self._waiting.add(micro_batch)
+        kind = _Labelled if labels is not None else _Unlabelled
+        try:
+            question = kind(self, self.step, micro_batch, generation, activation, pending.result().message)
+            question.answered = weakref.finalize(question, self._dropped.append, (self.step, micro_batch))
+            question.answered.atexit = False
+        except BaseException:  # Ctrl-C: the cloud answers all the same
+            self._dropped.append((self.step, micro_batch))
+            raise
+        return question
+
+    def encode_gradient(self, gradient: Tensor) -> pb.Tensor:
+        """For the wire."""
+        return encode_tensor(gradient, self._data_type)
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise UsageError("a model that is cut cannot be copied or pickled: it holds a session; use its state_dict()")
+
+
+class _Question:
+    """A forward that nobody has gone backward through yet."""
+
+    answered: Any
+    """The finalizer that has a question that was never answered dropped."""
+
+    def __init__(
+        self,
+        cross: LinkCross,
+        step: int,
+        micro_batch: int,
+        generation: int,
+        activation: Tensor,
+        message: pb.CloudMessage,
+    ) -> None:
+        self.cross = cross
+        self.step = step
+        self.micro_batch = micro_batch
+        self.generation = generation
+        self.shape = tuple(activation.shape)
+        self.dtype = activation.dtype
+        self.device = activation.device
+        self.is_frozen = not activation.requires_grad
+        self.message = message  # emptied as soon as it is not needed any more
+
+    def answer(self) -> Tuple[Optional[Tensor], Optional[Tensor]]:
+        """Loss and outputs."""
+        raise NotImplementedError
+
+    def backward(self, grad_loss: Optional[Tensor], grad_outputs: Optional[Tensor]) -> Optional[Tensor]:
+        """The gradient by the activation; None for a frozen edge."""
+        if not self.answered.alive:
+            raise UsageError("backward() went through this forward before; call the model again")
+        self.cross.check_backward(self.step, self.micro_batch)
+        return self._backward(grad_loss, grad_outputs)
+
+    def _begin(self) -> None:
+        self.answered.detach()
+        self.cross.begin_backward(self.micro_batch)
+
+    def _backward(self, grad_loss: Optional[Tensor], grad_outputs: Optional[Tensor]) -> Optional[Tensor]:
+        raise NotImplementedError
+
+    def _gradient(self, result: pb.Result) -> Optional[Tensor]:
+        if self.is_frozen:
+            return None
+        gradient = decode_tensor(result.packed_gradient, self.device)
+        if tuple(gradient.shape) != self.shape:
+            raise ProtocolError(f"the cloud sent a gradient of shape {list(gradient.shape)}")
+        return gradient
+
+
+class _Labelled(_Question):
+    """The cloud has computed the loss and its gradients; how much they count is known when backward comes."""
+
+    def answer(self) -> Tuple[Optional[Tensor], Optional[Tensor]]:
+        result = self.message.result
+        outputs = decode_tensor(result.logits, self.device) if result.HasField("logits") else None
+        result.ClearField("logits")
+        return torch.tensor(result.loss, dtype=torch.float32, device=self.device), outputs
+
+    def _backward(self, grad_loss: Optional[Tensor], grad_outputs: Optional[Tensor]) -> Optional[Tensor]:
+        if grad_outputs is not None:
+            raise UsageError(
+                "backward() through logits whose loss the cloud has computed: call the model without labels to compute "
+                "a loss of your own"
+            )
+        weight = 0.0 if grad_loss is None else float(grad_loss)
+        if not math.isfinite(weight):
+            raise NonFiniteLossError(f"the loss is to be multiplied by {weight} in backward()")
+        cross, result = self.cross, self.message.result
+        gradient = self._gradient(result)
+        was_first, unchanged = cross.gradients.is_empty, cross.gradients.generation == self.generation
+        self._begin()
+        cross.link.weigh(self.micro_batch, weight)
+        if was_first or unchanged:
+            before = 0.0 if was_first else result.squared_gradient_norm + 2.0 * weight * result.gradient_product
+            squared_norm = before + weight * weight * result.own_squared_norm
+        else:  # other gradients were added since the forward: only the cloud knows
+            reply = cross.link.flush()
+            assert reply is not None  # the weight was held
+            squared_norm = reply.message.committed.squared_gradient_norm
+        cross.end_backward(squared_norm)
+        self.message.Clear()
+        return None if gradient is None else gradient.mul_(weight).to(self.dtype)
+
+
+class _Unlabelled(_Question):
+    """The cloud has kept the graph and waits for the gradient of its outputs."""
+
+    def answer(self) -> Tuple[Optional[Tensor], Optional[Tensor]]:
+        outputs = decode_tensor(self.message.outputs.logits, self.device)
+        self.message.Clear()
+        self.outputs_shape = outputs.shape
+        return None, outputs
+
+    def _backward(self, grad_loss: Optional[Tensor], grad_outputs: Optional[Tensor]) -> Optional[Tensor]:
+        if grad_outputs is None:
+            grad_outputs = torch.zeros(self.outputs_shape)
+        cross = self.cross
+        message = cross.encode_gradient(grad_outputs)
+        self._begin()
+        result = cross.link.backward(self.step, self.micro_batch, message).result().message.result
+        gradient = self._gradient(result)
+        cross.end_backward(result.squared_gradient_norm)
+        return None if gradient is None else gradient.to(self.dtype)
+
+
+class _ThroughCloud(torch.autograd.Function):
+    """Loss and outputs of an activation.
+
+    The parameter `cloud_gradients` is an input so that a graph is recorded, and backward comes here, although nothing
+    below the cut is trained. Its gradient is shown directly: autograd would add to it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, activation: Tensor, _: Tensor, ask: Callable[[], _Question]
+    ) -> Tuple[Optional[Tensor], Optional[Tensor]]:
+        ctx.set_materialize_grads(False)
+        ctx.question = ask()
+        answer: Tuple[Optional[Tensor], Optional[Tensor]] = ctx.question.answer()
+        return answer
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Optional[Tensor]) -> Tuple[Optional[Tensor], None, None]:
+        return ctx.question.backward(*gradients), None, None

@@ -1,0 +1,123 @@
+"""The cloud's gradients as the script sees them: one number, the norm, as the gradient of one scalar parameter.
+
+The parameter `cloud_gradients` belongs to the script's model and to the first group of its optimizer. After every
+backward its `.grad` is the L2 norm of net_2's gradients, so whatever takes the norm of all gradients takes it of both
+halves. Whatever a script does to gradients, it does to this one, too, and the cloud is told before it needs to know:
+
+    clip_grad_norm_, GradScaler.unscale_    .grad multiplied     all of net_2's gradients are multiplied by as much
+    zero_grad of optimizer or model         .grad None or 0      net_2's gradients are forgotten
+
+While a backward is under way, and after one that was broken off, nobody here knows what the cloud has: `.grad` is NaN.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import contextmanager
+from typing import Iterator, Optional
+
+import torch
+from torch import nn
+
+from sft.errors import NonFiniteLossError, UsageError
+from sft_edge.link import Link
+
+PARAMETER_NAME = "cloud_gradients"
+"""Of the scalar parameter, in the script's model."""
+
+
+class CloudGradients:
+    """Keeps the parameter and the cloud in agreement."""
+
+    def __init__(self, link: Link, device: torch.device) -> None:
+        self.parameter = nn.Parameter(torch.zeros((), device=device))
+        """Its value means nothing and never changes; its `.grad` is what counts."""
+        self.generation = 0
+        """Changes whenever the gradients that the cloud has added up change."""
+        self._link = link
+        self._norm: Optional[float] = None  # what .grad was last known to be; None where the cloud has none
+        self._committed = False  # a commit is held: the cloud will forget its gradients, unless it is told to keep them
+        self._stays_unknown = False  # what the backward that is under way adds to was not known before
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the cloud has no gradients, as of the last `tell`."""
+        return self._norm is None
+
+    def begin(self) -> None:
+        """A backward is about to add to the cloud's gradients; whether it has is known with `show`. After `tell`."""
+        self._stays_unknown = self._norm is not None and math.isnan(self._norm)
+        self._set(math.nan)
+
+    def show(self, norm: float) -> None:
+        """A backward has added to the cloud's gradients, and this is their norm now. After `begin`."""
+        self._set(math.nan if self._stays_unknown else norm)
+
+    def _set(self, norm: float) -> None:
+        self.generation += 1
+        # One that is too large becomes infinity.
+        self.parameter.grad = torch.tensor(norm, dtype=self.parameter.dtype, device=self.parameter.device)
+        self._norm = float(self.parameter.grad)  # as rounded
+
+    def tell(self) -> None:
+        """Tells the link what the script has done with gradients since; to be called before every message."""
+        if self._norm is None:
+            return
+        left = self._left()
+        if left is None:
+            if not self._committed:
+                self._link.scale_gradients(0.0)
+            self._norm = None
+            self.generation += 1
+        else:
+            if self._committed:
+                self._link.keep_gradients()
+            scale = _quotient(left, self._norm)
+            if scale != 1.0:
+                self._link.scale_gradients(scale)
+                self.generation += 1
+            self._norm = left
+        self._committed = False
+
+    def clip_scale(self) -> float:
+        """What the cloud has to multiply its gradients by before it takes a step with them.
+
+        Raises UsageError when the script has zeroed them, NonFiniteLossError when they are not finite.
+        """
+        if self._norm is None or self.parameter.grad is None:
+            raise UsageError("step() without gradients: they were zeroed after the last backward()")
+        left = float(self.parameter.grad)  # 0 where a script has made zeros of them, and steps with these
+        if not (math.isfinite(self._norm) and math.isfinite(left)):
+            raise NonFiniteLossError(
+                "the gradients on the cloud are not finite, or a backward() was broken off; neither side has taken the "
+                "step: zero_grad() drops them"
+            )
+        return _quotient(left, self._norm)
+
+    def committed(self) -> None:
+        """A commit with `clip_scale` is held."""
+        if self.parameter.grad is not None:
+            self._norm = float(self.parameter.grad)
+        self._committed = True
+
+    @contextmanager
+    def hidden(self) -> Iterator[None]:
+        """No gradient for the block, in which the script's optimizer takes its step."""
+        grad, self.parameter.grad = self.parameter.grad, None
+        try:
+            yield
+        finally:
+            self.parameter.grad = grad
+
+    def _left(self) -> Optional[float]:
+        """What the script has left of the norm; None where it zeroed the gradients."""
+        if self.parameter.grad is None:
+            return None
+        left = float(self.parameter.grad)
+        return None if left == 0.0 and self._norm != 0.0 else left
+
+
+def _quotient(left: float, norm: float) -> float:
+    if norm == 0.0 or not (math.isfinite(left) and math.isfinite(norm)):
+        return 1.0  # nothing that can be scaled
+    return left / norm

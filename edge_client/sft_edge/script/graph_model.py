@@ -1,0 +1,77 @@
+"""Any module of a script, cut at a named `nn.Linear`; the same script with `role="cloud"` has the other half.
+
+Labels always stay on the edge: the loss is the script's own.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Dict, List
+
+from torch import Tensor, nn
+
+from sft.decompose import decompose
+from sft.errors import CutError, UsageError
+from sft.graph_cut import GraphCut, cut
+from sft.tensor_stream import StoredTensor, in_memory
+from sft.v1 import split_training_pb2 as pb
+from sft_edge.script.cut_model import Cross, CutModel
+from sft_edge.script.forward import replace_forward
+
+
+class GraphModel(CutModel):
+    """A module that torch.fx can trace down to the layer."""
+
+    def __init__(self, model: nn.Module, layer_name: str, split_rank: int, residual: str = "none") -> None:
+        """Raises CutError and UsageError; the model is as it was."""
+        if residual != "none":
+            raise CutError(
+                f"a module of a script is cut without its residual, as in the paper; residual={residual!r} is "
+                "for transformers models"
+            )
+        if "forward" in vars(model):
+            raise UsageError(
+                f"the forward of this {type(model).__name__} was replaced; wrap it before anything else does"
+            )
+        self._model = model
+        self._cut: GraphCut = cut(model, layer_name, split_rank)
+        layer = self._cut.layer
+        factors = decompose(layer.weight.T, split_rank)
+        self._u_FR = factors.u_FR
+        cloud: Dict[str, Tensor] = {
+            f"{layer_name}.ffn2.weight": factors.s_RR.T.contiguous(),
+            f"{layer_name}.ffn3.weight": factors.v_RD.T.contiguous(),
+        }
+        if layer.bias is not None:
+            cloud[f"{layer_name}.ffn3.bias"] = layer.bias.detach().clone()
+        self.cloud_factors: List[StoredTensor] = list(in_memory(cloud))
+        self.cloud_tensors: List[StoredTensor] = list(in_memory(self._cut.upper_tensors()))
+        self.cloud_names = sorted([*cloud, *self._cut.upper_names])
+        self.factor_names = self._cut.factor_names
+
+    def request_fields(self) -> Dict[str, Any]:
+        """See CutModel."""
+        return {
+            "cut": pb.Cut(
+                mode=pb.MODE_SFT,
+                layer_name=self._cut.layer_name,
+                split_rank=self._cut.split_rank,
+                residual=pb.RESIDUAL_NONE,
+            )
+        }
+
+    def describe(self) -> str:
+        """See CutModel."""
+        return f"split_at={self._cut.layer_name!r}, split_rank={self._cut.split_rank}"
+
+    def install(self, cross: Cross) -> Dict[str, nn.Parameter]:
+        """See CutModel."""
+        ffn_1 = self._cut.keep_net_1()
+        ffn_1.weight.data.copy_(self._u_FR.T)
+        self.cloud_tensors, self.cloud_factors = [], []  # what the model does not hold any more nobody shall
+
+        def forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            activation = self._cut.run_net_1(args, kwargs)
+            return cross(activation, training=model.training).outputs
+
+        replace_forward(self._model, forward)
+        return dict(self._model.named_parameters())

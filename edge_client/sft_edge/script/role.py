@@ -1,0 +1,199 @@
+"""Role edge: a script's model cut in place, its optimizer over net_1, and a session in which the cloud has net_2."""
+
+from __future__ import annotations
+
+import atexit
+import math
+import weakref
+from contextlib import contextmanager, suppress
+from typing import Any, Callable, Dict, Iterator, List, Optional
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+import sft
+from sft.codec import DATA_TYPES
+from sft.errors import LinkError, UsageError
+from sft.optimizer import Role, SplitOptions
+from sft.parameter_groups import GroupSpec, OptimizerSpec, spec_to_proto
+from sft.protocol import PROTOCOL_VERSION
+from sft.v1 import split_training_pb2 as pb
+from sft_edge.grpc_transport import GrpcTransport
+from sft_edge.link import Blob, Link
+from sft_edge.offers import offer
+from sft_edge.script.adapters import without_peft
+from sft_edge.script.crossing import LinkCross
+from sft_edge.script.cut_model import CutModel
+from sft_edge.script.gradients import PARAMETER_NAME
+from sft_edge.script.groups import ScriptGroups, arguments_of, has_stepped
+from sft_edge.script.state import CloudState, check_state
+from sft_edge.script.transformers_model import TransformersModel
+
+
+class EdgeRole(Role):
+    """Algorithm 1 on the edge, driven by somebody else's loop."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module, options: SplitOptions) -> None:
+        """Opens the session and then cuts the model. Raises UsageError, CutError, UnsupportedModelError, LinkError."""
+        _check(options)
+        if hasattr(model, PARAMETER_NAME):
+            raise UsageError("this model is cut already; load it again to cut it again")
+        groups = ScriptGroups(optimizer, model)
+        cut_model = _cut_model(model, options)
+        spec = groups.spec(cut_model)
+        shapes = {tensor.name: tensor.shape for tensor in (*cut_model.cloud_tensors, *cut_model.cloud_factors)}
+        blobs: Dict[str, Blob] = {}
+        request = pb.OpenSessionRequest(
+            protocol_version=PROTOCOL_VERSION,
+            package_version=sft.__version__,
+            seed=torch.initial_seed() if options.seed is None else options.seed,
+            weights_sha256=offer(cut_model.cloud_tensors, blobs),
+            factors_sha256=offer(cut_model.cloud_factors, blobs),
+            optimizer=spec_to_proto(spec),
+            wire_data_type=DATA_TYPES[options.wire_dtype],
+            **cut_model.request_fields(),
+        )
+        transport = options.transport or GrpcTransport(str(options.server), options.connect_timeout_seconds)
+        link = Link(transport, request, blobs, options.reply_timeout_seconds)
+        link.open()  # from here on nothing is left that could be wrong
+        try:
+            self._cross = LinkCross(link, DATA_TYPES[options.wire_dtype], next(model.parameters()).device)
+            parameters = cut_model.install(self._cross)
+            model.register_parameter(PARAMETER_NAME, self._cross.gradients.parameter)
+            groups.swap(parameters, self._cross.gradients.parameter)
+        except BaseException:
+            link.close()
+            raise
+        weakref.finalize(self._cross, link.abandon)  # both model and optimizer hold it
+        atexit.register(_close, weakref.ref(self))  # a script in the form of Listing 1 just ends
+        self.optimizer = optimizer
+        self._state = CloudState(
+            self._cross, {name: shapes[name] for name in cut_model.cloud_names}, cut_model.script_name
+        )
+        self._state.follow(model)
+        self._on_cloud = arguments_of(optimizer)
+        self._title = f"role='edge', server={options.server!r}, {cut_model.describe()}"
+
+    def step(self, closure: Optional[Callable[[], Any]]) -> Any:
+        """Algorithm 1, lines 13 and 14. The edge's half first: if that raises, neither half takes the step."""
+        self.step_was_skipped = True
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        clip_scale = self._cross.ready()
+        arguments = arguments_of(self.optimizer)
+        rates = [float(own["lr"]) for own in arguments]
+        if not all(math.isfinite(rate) and rate >= 0 for rate in rates):
+            raise UsageError(f"learning rates must be finite and not negative; they are {rates}")
+        with self._cross.gradients.hidden():
+            self.optimizer.step()
+        self._cross.commit(rates, clip_scale, _changed(arguments, self._on_cloud))
+        self._on_cloud = arguments
+        self.step_was_skipped = False
+        return loss
+
+    def zero_grad(self, set_to_none: bool) -> None:
+        """See Role. The cloud's are forgotten with the parameter that stands for them."""
+        self.optimizer.zero_grad(set_to_none)
+
+    def state_dict(self) -> Dict[str, Any]:
+        """See Role. Without the key `cloud` before the first step."""
+        with self._without_cloud_gradients():
+            state_dict = self.optimizer.state_dict()
+        cloud = self._state.optimizer_state()
+        return {**state_dict, "cloud": cloud} if cloud else state_dict
+
+    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+        """See Role. Where the cloud's part cannot be loaded, the edge's is what it was."""
+        state_dict = dict(state_dict)
+        cloud = state_dict.pop("cloud", {})
+        of_edge = state_dict.get("state", {})
+        self._state.check_optimizer_state(cloud, any(map(has_stepped, of_edge.values())))
+        with self._without_cloud_gradients():
+            before = self.optimizer.state_dict()
+            self.optimizer.load_state_dict(state_dict)
+            try:
+                check_state(self.optimizer)
+                self._state.load_optimizer_state(cloud)
+            except BaseException:
+                self.optimizer.load_state_dict(before)
+                raise
+
+    def serve(self, address: str, on_ready: Optional[Callable[[str], None]] = None) -> None:
+        """Refused."""
+        raise UsageError("role 'edge' does not serve; call serve() in the script that runs with role='cloud'")
+
+    def close(self) -> None:
+        """See Role. The cloud takes the last step, too, if it has not heard of it yet: its script may keep its half."""
+        if not self._cross.is_closed:
+            with suppress(LinkError):  # then there is no session left to end
+                self._cross.catch_up()
+                self._cross.link.flush()
+        self._cross.is_closed = True
+        self._cross.link.close()
+
+    def describe(self) -> str:
+        """See Role."""
+        return self._title
+
+    @contextmanager
+    def _without_cloud_gradients(self) -> Iterator[None]:
+        """States are those of real parameters."""
+        parameter = self._cross.gradients.parameter
+        self.optimizer.param_groups[0]["params"].pop()
+        try:
+            yield
+        finally:
+            self.optimizer.param_groups[0]["params"].append(parameter)
+
+
+def _close(role: weakref.ReferenceType[EdgeRole]) -> None:
+    still = role()
+    if still is not None:
+        still.close()
+
+
+def _check(options: SplitOptions) -> None:
+    if options.server is None and options.transport is None:
+        raise UsageError("role 'edge' needs the cloud's address: server='HOST:PORT'")
+    if options.wire_dtype not in DATA_TYPES:
+        raise UsageError(f"wire_dtype must be {', '.join(DATA_TYPES)}, not {options.wire_dtype!r}")
+    if options.seed is not None and not 0 <= options.seed < 1 << 64:
+        raise UsageError(f"seed must be from 0 to 2**64 - 1, not {options.seed}")
+    for name in ("connect_timeout_seconds", "reply_timeout_seconds"):
+        if not getattr(options, name) > 0:
+            raise UsageError(f"{name} must be above 0, not {getattr(options, name)}")
+    if options.calibration is not None and options.residual != "low-rank":
+        raise UsageError("calibration is for residual='low-rank'; leave it out")
+
+
+def _cut_model(model: nn.Module, options: SplitOptions) -> CutModel:
+    if isinstance(without_peft(model), PreTrainedModel):
+        if options.split_at is not None:
+            raise UsageError("a transformers model is cut at a block: give split_layer=1 or higher, not split_at")
+        if options.split_layer is None:
+            raise UsageError("split_layer must be given: the block, counted from 1, in which the model is cut")
+        return TransformersModel(
+            model, options.split_layer, options.split_rank, options.residual, options.calibration or ()
+        )
+    from sft_edge.script.graph_model import GraphModel
+
+    if options.split_layer is not None:
+        raise UsageError(f"split_layer is for transformers models; cut a {type(model).__name__} with split_at='NAME'")
+    if options.split_at is None:
+        raise UsageError("split_at must be given: the name of the nn.Linear that is cut, such as 'blocks.5.mlp.fc2'")
+    return GraphModel(model, options.split_at, options.split_rank, options.residual)
+
+
+def _changed(arguments: List[Dict[str, Any]], before: List[Dict[str, Any]]) -> List[pb.GroupArguments]:
+    """What each group's settings have become since `before`, learning rates aside; nothing where nothing has."""
+    changes = [
+        {name: value for name, value in now.items() if name != "lr" and value != then.get(name)}
+        for now, then in zip(arguments, before)
+    ]
+    if not any(changes):
+        return []
+    spec = OptimizerSpec("", [GroupSpec([], change) for change in changes])
+    return [pb.GroupArguments(arguments=dict(group.arguments)) for group in spec_to_proto(spec).groups]

@@ -1,0 +1,222 @@
+"""A transformers model of a script, cut at a block; `sft-cloud serve` has the other half.
+
+Shape suffixes: B batch, S padded sequence, T tokens without padding, R split rank, C labels.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any, Dict, Iterable, List, Optional
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from sft.batch import Batch
+from sft.codec import encode_labels, is_packed, outputs_of, pack, unpack
+from sft.errors import ProtocolError, UsageError
+from sft.lora import LoraSpec, adapter_shapes, lora_to_json
+from sft.losses import head_loss
+from sft.models import (
+    Cut,
+    Net1,
+    Net2,
+    build_net_2,
+    cut_live,
+    family_of,
+    head_of,
+    layer_to_cut,
+    live_parameters,
+    name_of_w,
+    whole_name,
+)
+from sft.tensor_stream import in_memory
+from sft.weights import live_factors, live_tensors
+from sft_edge.offers import HEADS, cut_to_proto
+from sft_edge.script.adapters import adapters_of, adapters_of_cloud, without_peft
+from sft_edge.script.arguments import count_learned, lengths_of, problem_type, read_call
+from sft_edge.script.cut_model import Cross, CutModel
+from sft_edge.script.forward import replace_forward
+from sft_edge.script.outputs import make_output, output_class
+from sft_edge.source import public_name
+
+
+class TransformersModel(CutModel):
+    """Any model that `sft.models` can cut, with LoRA's adapters of peft or without."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        split_layer: int,
+        split_rank: int,
+        residual: str = "none",
+        calibration: Iterable[Dict[str, Tensor]] = (),
+    ) -> None:
+        """`model` may be a PeftModel around the library's; `calibration`: batches as the model takes them.
+
+        Raises UsageError, CutError, UnsupportedModelError.
+        """
+        adapters = adapters_of(model)
+        self._script_names = {whole_name(name): name for name, _ in model.named_parameters(remove_duplicate=False)}
+        self._prefix = "" if isinstance(model, PreTrainedModel) else "base_model.model."
+        library: Any = without_peft(model)
+        self._model = library
+        self._head = head_of(library)
+        name = name_of_w(library, family_of(library.config), split_layer)
+        if ".modules_to_save." in self._script_names.get(f"{name}.weight", ""):
+            raise UsageError(
+                f"modules_to_save holds '{name}', the layer that is cut: leave it out, its factors are trained anyway"
+            )
+        self._cut = Cut("sft", split_layer, split_rank, residual)
+        self._config = copy.deepcopy(library.config)
+        if self._head == "sequence-classification":
+            self._config.update({"problem_type": problem_type(self._config)})
+        self._edge_factors, self.cloud_factors = live_factors(
+            library, self._head, self._cut, [_calibration_batch(batch) for batch in calibration]
+        )
+        net_2 = build_net_2(self._config, self._head, self._cut)
+        self.cloud_tensors = live_tensors(library, net_2)
+        self.frozen_names = [name for name, p in net_2.whole_parameters().items() if not p.requires_grad]
+        self.cloud_names = sorted(set(net_2.whole_names.values()).difference(self.frozen_names))
+        _, w = layer_to_cut(library, self._cut)
+        weights = [f"{name}.{factor}.weight" for factor in ("ffn1", "ffn2", "ffn3")]
+        bias = [f"{name}.ffn3.bias"]
+        if w.bias is None:  # a fitted low rank brings one along
+            self.factor_names = {f"{name}.weight": weights + bias}
+        else:
+            self.factor_names = {f"{name}.weight": weights, f"{name}.bias": bias}
+        self._lora_json = ""
+        if adapters is not None:
+            self.trained_factors = weights + bias
+            self._take(adapters, net_2)
+
+    def _take(self, adapters: LoraSpec, net_2: Net2) -> None:
+        live = live_parameters(self._model)
+        of_cloud = adapters_of_cloud(adapters, net_2, live)
+        if of_cloud is not None:
+            self._lora_json = lora_to_json(of_cloud)
+            names = adapter_shapes(net_2, of_cloud)
+            # Not with the other weights: those the cloud may have of another session, or of its own.
+            self.cloud_factors = [*self.cloud_factors, *in_memory({name: live[name] for name in names})]
+            self.cloud_factors.sort(key=lambda tensor: tensor.name)
+            self.cloud_names = sorted([*self.cloud_names, *names])
+
+    def whole_name(self, name: str) -> str:
+        """See CutModel."""
+        return whole_name(name)
+
+    def script_name(self, name: str) -> str:
+        """See CutModel."""
+        return self._script_names.get(name, self._prefix + name)  # a factor is no parameter of it yet
+
+    def request_fields(self) -> Dict[str, Any]:
+        """See CutModel."""
+        return {
+            "model_name": public_name(str(self._config._name_or_path)),
+            "config_json": str(self._config.to_json_string(use_diff=False)),
+            "head": HEADS[self._head],
+            "cut": cut_to_proto(self._cut),
+            "lora_json": self._lora_json,
+        }
+
+    def describe(self) -> str:
+        """See CutModel."""
+        cut = self._cut
+        return f"split_layer={cut.split_layer}, split_rank={cut.split_rank}, residual={cut.residual!r}"
+
+    def install(self, cross: Cross) -> Dict[str, nn.Parameter]:
+        """See CutModel."""
+        model = self._model
+        device = next(model.parameters()).device
+        forward = _CutForward(model, self._head, problem_type(self._config), cross)
+        net_1 = cut_live(model, self._head, self._cut)
+        self.cloud_tensors, self.cloud_factors = [], []  # what the model does not hold any more nobody shall
+        parameters = {whole_name(name): parameter for name, parameter in net_1.whole_parameters().items()}
+        for factor in self._edge_factors:
+            own = next(own for own, whole in net_1.whole_names.items() if whole == factor.name)
+            parent, _, child = own.rpartition(".")
+            is_trained = parameters[factor.name].requires_grad or factor.name in self.trained_factors
+            parameters[factor.name] = nn.Parameter(factor.read().to(device), requires_grad=is_trained)
+            setattr(net_1.get_submodule(parent), child, parameters[factor.name])
+        forward.net_1 = net_1
+        replace_forward(model, forward)
+        model.accepts_loss_kwargs = False  # Trainer then divides the loss by its accumulation steps itself
+        return parameters
+
+
+class _CutForward:
+    """Stands where the model's forward was."""
+
+    net_1: Net1
+
+    def __init__(self, model: Any, head: str, problem_type: str, cross: Cross) -> None:
+        """`model` not cut yet."""
+        self._head = head
+        self._problem_type = problem_type
+        self._cross = cross
+        self._signature = inspect.signature(type(model).forward)
+        self._output_class = output_class(model, head)
+
+    def __call__(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        call = read_call(self._named(model, *args, **kwargs), model.config, self._head)
+        inputs, lengths, labels = call.batch
+        a_BSR = self.net_1(inputs, lengths)
+        travelling = encode_labels(labels, lengths) if labels and torch.is_grad_enabled() else None
+        is_language_model = self._head == "causal-lm"
+        crossed = self._cross(
+            pack(a_BSR, lengths),
+            lengths,
+            a_BSR.shape[1],
+            training=model.training,
+            labels=travelling,
+            want_outputs=not is_language_model,  # a row of the vocabulary for every token: far more than all the rest
+        )
+        logits, loss = crossed.outputs, crossed.loss
+        if logits is not None:
+            logits = self._logits(logits, model.config, lengths, a_BSR.shape[1])
+        if labels and loss is None:
+            assert logits is not None  # nothing travelled that could have made them unwanted
+            labels = {name: y.to(logits.device) for name, y in labels.items()}
+            loss = head_loss(self._head, self._problem_type, logits, labels, lengths)
+        if loss is not None and call.items_in_batch is not None:
+            learned = count_learned(labels["labels"])
+            # Their mean is NaN where there are none; their sum is 0.
+            loss = (loss if learned else loss.nan_to_num(0.0)) * (learned / call.items_in_batch)
+        as_dict = model.config.return_dict if call.return_dict is None else call.return_dict
+        return make_output(self._output_class, self._head, loss, logits, as_dict)
+
+    def _named(self, *args: Any, **kwargs: Any) -> Dict[str, Any]:
+        """All arguments by name. Raises TypeError as the model's own forward would."""
+        named: Dict[str, Any] = {}
+        bound = self._signature.bind(*args, **kwargs).arguments
+        for name, value in list(bound.items())[1:]:  # the first is the model
+            more = self._signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
+            named.update(value if more else {name: value})
+        return named
+
+    def _logits(self, logits: Tensor, config: Any, lengths: List[int], padded_length: int) -> Tensor:
+        """As `head_loss` takes them, from what the wire brought."""
+        rows = sum(lengths) if is_packed(self._head) else len(lengths)
+        if list(logits.shape) != [rows, outputs_of(config, self._head)]:
+            raise ProtocolError(f"the cloud sent logits of shape {list(logits.shape)}")
+        if not is_packed(self._head):
+            return logits
+        unpacked = unpack(logits, lengths, padded_length)
+        if self._head == "question-answering":
+            # No answer begins or ends in padding, whatever the script makes of these.
+            padding_BS = torch.arange(padded_length)[None, :] >= torch.tensor(lengths)[:, None]
+            lowest = torch.finfo(unpacked.dtype).min
+            unpacked = unpacked.masked_fill(padding_BS[:, :, None].to(unpacked.device), lowest)
+        return unpacked
+
+
+def _calibration_batch(batch: Dict[str, Tensor]) -> Batch:
+    if "input_ids" not in batch:
+        raise UsageError("a calibration batch is a dict of what the model takes, input_ids at least")
+    input_ids: Tensor = batch["input_ids"]
+    token_types: Optional[Tensor] = batch.get("token_type_ids")
+    inputs = {"input_ids": input_ids}
+    if token_types is not None:
+        inputs["token_type_ids"] = token_types
+    return Batch(inputs, lengths_of(batch.get("attention_mask"), input_ids), {})

@@ -1,0 +1,156 @@
+"""Heads, architectures and residuals through `SFTOptimizer`: the one machine's weights, the library's outputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support.script import adamw, assert_same_training, batches, sgd, tiny_model, wrap
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
+from transformers.modeling_outputs import (
+    CausalLMOutputWithCrossAttentions,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+    SequenceClassifierOutputWithPast,
+)
+
+
+def travelling(model: Any, optimizer: Any) -> None:
+    for batch in batches(4, model):
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("residual", ["none", "low-rank"])
+@pytest.mark.parametrize(
+    ("family", "head"),
+    [
+        ("roberta", "sequence-classification"),
+        ("electra", "sequence-classification"),
+        ("distilbert", "question-answering"),
+        ("deberta-v2", "sequence-classification"),
+        ("gpt2", "sequence-classification"),
+        ("gpt2", "causal-lm"),
+        ("llama", "sequence-classification"),
+        ("llama", "causal-lm"),
+    ],
+)
+def test_labels_travel(family: str, head: str, residual: str) -> None:
+    model = tiny_model(family, head)
+    calibration = batches(2, model, labels=False) if residual == "low-rank" else []
+    assert_same_training(travelling, sgd, model, tolerance=1e-5, calibration=calibration, residual=residual)
+
+
+def test_spans_whose_positions_stay() -> None:
+    def script(model: Any, optimizer: Any) -> None:
+        for batch in batches(4, model):
+            start, end = batch.pop("start_positions"), batch.pop("end_positions")
+            optimizer.zero_grad()
+            output = model(**batch)
+            padding = batch["attention_mask"] == 0
+            loss = cross_entropy(output.start_logits.masked_fill(padding, -1e9), start)
+            loss = loss + cross_entropy(output.end_logits.masked_fill(padding, -1e9), end)
+            (loss / 2).backward()
+            optimizer.step()
+
+    assert_same_training(script, sgd, tiny_model("bert", "question-answering"))
+
+
+def test_tokens_that_stay() -> None:
+    def script(model: Any, optimizer: Any) -> None:
+        for batch in batches(4, model):
+            y = batch.pop("labels")
+            optimizer.zero_grad()
+            logits = model(**batch).logits
+            cross_entropy(logits[:, :-1].flatten(0, 1), y[:, 1:].flatten()).backward()
+            optimizer.step()
+
+    assert_same_training(script, sgd, tiny_model("gpt2", "causal-lm"))
+
+
+def test_regression() -> None:
+    assert_same_training(travelling, sgd, tiny_model(num_labels=1))
+
+
+def test_several_labels() -> None:
+    assert_same_training(travelling, adamw, tiny_model(problem_type="multi_label_classification"))
+
+    def staying(model: Any, optimizer: Any) -> None:
+        for batch in batches(4, model):
+            y = batch.pop("labels")
+            optimizer.zero_grad()
+            binary_cross_entropy_with_logits(model(**batch).logits, y).backward()
+            optimizer.step()
+
+    assert_same_training(staying, adamw, tiny_model(problem_type="multi_label_classification"))
+
+
+@pytest.mark.parametrize(
+    ("family", "head", "kind"),
+    [
+        ("bert", "sequence-classification", SequenceClassifierOutput),
+        ("gpt2", "sequence-classification", SequenceClassifierOutputWithPast),
+        ("bert", "question-answering", QuestionAnsweringModelOutput),
+        ("gpt2", "causal-lm", CausalLMOutputWithCrossAttentions),
+    ],
+)
+def test_the_output_is_of_the_librarys_class(family: str, head: str, kind: type) -> None:
+    model = tiny_model(family, head)
+    (batch,) = batches(1, model)
+    with wrap(model, adamw(model)):
+        assert type(model(**batch)) is kind
+        as_tuple = model(**batch, return_dict=False)
+        assert isinstance(as_tuple, tuple)
+        assert as_tuple[0].equal(model(**batch).loss)
+
+
+def test_logits_come_with_the_loss_but_not_those_of_a_vocabulary() -> None:
+    for family, head in (("bert", "sequence-classification"), ("gpt2", "causal-lm")):
+        model = tiny_model(family, head)
+        (batch,) = batches(1, model)
+        with wrap(model, adamw(model)):
+            assert (model(**batch).logits is None) is (head == "causal-lm")
+            model.eval()
+            with torch.no_grad():
+                assert model(**batch).logits is not None
+
+
+def test_spans_never_lie_in_padding() -> None:
+    model = tiny_model("bert", "question-answering")
+    (batch,) = batches(1, model, labels=False)
+    with wrap(model, adamw(model)):
+        probabilities = model(**batch).start_logits.softmax(-1)
+    assert probabilities[batch["attention_mask"] == 0].eq(0).all()
+
+
+@pytest.mark.parametrize("travels", [True, False])
+def test_a_micro_batch_that_a_language_model_learns_nothing_from(travels: bool) -> None:
+    model = tiny_model("gpt2", "causal-lm")
+    one, other = batches(2, model)
+    other["labels"] = torch.full_like(other["labels"], -100)
+    ends = []
+    for disturbed in (False, True):
+        model = tiny_model("gpt2", "causal-lm")
+        with wrap(model, sgd(model)) as optimizer:
+            model(**one, num_items_in_batch=20).loss.backward()
+            if disturbed:
+                with torch.set_grad_enabled(travels):
+                    loss = model(**other, num_items_in_batch=20).loss
+                assert loss.item() == 0.0
+                if travels:
+                    loss.backward()
+            optimizer.step()
+            ends.append(model.state_dict())
+    assert all(ends[1][name].equal(tensor) for name, tensor in ends[0].items())
+
+
+def test_a_language_models_loss_by_the_number_of_items() -> None:
+    model = tiny_model("llama", "causal-lm")
+    (batch,) = batches(1, model)
+    learned = int((batch["labels"][:, 1:] != -100).sum())
+    with wrap(model, adamw(model)):
+        model.eval()
+        mean = model(**batch).loss
+        torch.testing.assert_close(model(**batch, num_items_in_batch=2 * learned).loss, mean / 2)
