@@ -14,7 +14,7 @@ SFTError                        1
 ├── TrainingError               6   the optimizer or the loss cannot go on
 │   └── NonFiniteLossError      6   NaN or infinity
 ├── StorageError                7   a full or read-only disk
-└── VerificationError           8   `sft-edge verify` found a difference
+└── VerificationError           8   `sft-edge verify` or `export` found a difference
 """
 
 from __future__ import annotations
@@ -91,6 +91,6 @@ class StorageError(SFTError):
 
 
 class VerificationError(SFTError):
-    """Split training and one-process training differ by more than the tolerance."""
+    """Split and one-process training, or a model and its export, differ by more than the tolerance."""
 
     exit_code = 8

@@ -6,6 +6,7 @@ from typing import List, Optional
 
 from sft.config import parse, run
 from sft_edge.command_options import DemoOptions, EvaluateOptions, PredictOptions, VerifyOptions
+from sft_edge.export_options import ExportOptions
 from sft_edge.optimizer_options import OptimizerOptions
 from sft_edge.options import TRAIN_OPTIONS, LinkOptions
 
@@ -37,6 +38,15 @@ def predict(prog: str, argv: List[str]) -> int:
     return 0
 
 
+def export(prog: str, argv: List[str]) -> int:
+    """make a trained model one that transformers opens without this package"""
+    (options,) = parse((ExportOptions,), argv, prog, export.__doc__)
+    from sft_edge.export import export as export_and_report
+
+    export_and_report(options)
+    return 0
+
+
 def verify(prog: str, argv: List[str]) -> int:
     """show that split training computes what one process computes"""
     options = parse((VerifyOptions, OptimizerOptions, LinkOptions), argv, prog, verify.__doc__)
@@ -54,7 +64,14 @@ def demo(prog: str, argv: List[str]) -> int:
     return run_demo(options)
 
 
-COMMANDS = {"train": train, "evaluate": evaluate, "predict": predict, "verify": verify, "demo": demo}
+COMMANDS = {
+    "train": train,
+    "evaluate": evaluate,
+    "predict": predict,
+    "export": export,
+    "verify": verify,
+    "demo": demo,
+}
 
 
 def main(argv: Optional[List[str]] = None) -> int:

@@ -1,0 +1,1 @@
+"""Code that runs where this package is not installed."""

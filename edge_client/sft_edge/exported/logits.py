@@ -1,0 +1,42 @@
+"""A program: opens exported models with transformers alone, asks them, and writes what they say.
+
+Its standard input is a JSON list of objects: `model` (a directory), `auto_class`, `trust_remote_code`, `texts` (a list
+of columns, one text each or the two of a pair) and `answers` (the safetensors file to write: input_ids,
+attention_mask and logits).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any, Dict
+
+HIDDEN = ("sft", "sft_edge", "sft_cloud")
+
+
+def main() -> None:
+    """Answers the questions of standard input."""
+    modules: Dict[str, Any] = sys.modules
+    for name in HIDDEN:
+        modules[name] = None  # which makes importing it an error: most machines do not have it
+    import torch
+    import transformers
+    from safetensors.torch import save_file
+
+    for question in json.load(sys.stdin):
+        trust = {"trust_remote_code": question["trust_remote_code"]}
+        tokenizer = transformers.AutoTokenizer.from_pretrained(question["model"], **trust)
+        model = getattr(transformers, question["auto_class"]).from_pretrained(question["model"], **trust).eval()
+        encoding = tokenizer(*question["texts"], truncation=True, padding=True, return_tensors="pt")
+        with torch.no_grad():
+            output = model(**encoding)
+        if hasattr(output, "start_logits"):
+            logits = torch.stack([output.start_logits, output.end_logits], dim=-1)
+        else:
+            logits = output.logits
+        answers = {"input_ids": encoding["input_ids"], "attention_mask": encoding["attention_mask"], "logits": logits}
+        save_file({name: x.contiguous() for name, x in answers.items()}, question["answers"])
+
+
+if __name__ == "__main__":
+    main()
