@@ -1,7 +1,9 @@
 # `make` lists the targets. A clean clone needs Python 3.10 or later and a package index, nothing else.
 SHELL := bash
 PYTHON ?= python3
-PYTHON38 ?= python3.8
+# The first of these that runs: pyenv may have a python3.8 on PATH that only says that it is not chosen.
+PYTHON38 ?= $(shell for python in python3.8 "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.8*/bin/python; do \
+	"$$python" -c "" 2>/dev/null && echo "$$python" && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
 PROTO_BIN := .venv-proto/bin
@@ -14,10 +16,10 @@ SLOW ?= 0
 RATE ?= 100mbit
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format proto test-py38 lock emulate clean
+.PHONY: help setup demo test check format proto test-jetpack lock emulate clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.installed  ## install everything into .venv, at the versions of constraints.txt
 
@@ -63,10 +65,11 @@ define generate
 $(PROTO_BIN)/python -m grpc_tools.protoc -Iproto --python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1) $(PROTO)
 endef
 
-test-py38: .venv-py38/.installed  ## run the tests of common and edge_client on the edge's oldest stack; needs python3.8
-	.venv-py38/bin/pytest tests/common tests/edge
+test-jetpack: setup .venv-py38/.installed  ## test common and edge_client on JetPack 5's stack, then against a cloud of .venv; needs Python 3.8
+	.venv-py38/bin/python tests/jetpack/run.py $(BIN)/python tests/common tests/edge tests/jetpack
 
 .venv-py38/.installed: pyproject.toml edge_client/constraints-py38.txt
+	@[[ -n "$(PYTHON38)" ]] || { echo "Python 3.8 is needed: apt install python3.8-venv, pyenv install 3.8, or make PYTHON38=PATH" >&2; exit 1; }
 	$(PYTHON38) -m venv .venv-py38
 	.venv-py38/bin/pip install --quiet --disable-pip-version-check -c edge_client/constraints-py38.txt torch==2.1.0 -e ".[edge,demo,test]"
 	@touch $@
