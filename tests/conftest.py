@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 from pathlib import Path
 
 import pytest
+
+# A shell ignores Ctrl-C for what it runs in the background, and children inherit that: tests that send it would wait
+# for ever.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before the first import of transformers: no test may reach for the hub, nor fork behind a tokenizer's threads.
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -127,12 +127,12 @@ def test_spans_never_lie_in_padding() -> None:
 
 @pytest.mark.parametrize("travels", [True, False])
 def test_a_micro_batch_that_a_language_model_learns_nothing_from(travels: bool) -> None:
-    model = tiny_model("gpt2", "causal-lm")
+    model = tiny_model("llama", "causal-lm")
     one, other = batches(2, model)
     other["labels"] = torch.full_like(other["labels"], -100)
     ends = []
     for disturbed in (False, True):
-        model = tiny_model("gpt2", "causal-lm")
+        model = tiny_model("llama", "causal-lm")
         with wrap(model, sgd(model)) as optimizer:
             model(**one, num_items_in_batch=20).loss.backward()
             if disturbed:
