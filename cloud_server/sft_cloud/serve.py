@@ -58,11 +58,14 @@ class CloudServer:
         threads: int | None = None,
         make_opener: Callable[[Worker, BlobStore], Opener] | None = None,
         on_close: Callable[[Entry, str], None] = lambda entry, reason: None,
+        has_flags: bool = True,
     ) -> None:
         """Binds and starts. `port` 0 takes a free one. `make_opener`: for other models than the library's; `on_close`
-        is told of every session that ends, and why. Raises UsageError when it cannot bind, StorageError.
+        is told of every session that ends, and why; `has_flags`: whether host and port came from a command line, of
+        which errors then speak. Raises UsageError when it cannot bind, StorageError.
         """
-        _check_bindable(host, port)
+        dashes = "--" if has_flags else ""
+        _check_bindable(host, port, dashes)
         calls = max_sessions + _SPARE_THREADS
         store = BlobStore(state_dir / "blobs")
         # Without a model directory, names are still not looked up as paths: they come from edges.
@@ -72,7 +75,9 @@ class CloudServer:
         try:
             self.port = self._server.add_insecure_port(_address(host, port))
         except RuntimeError as error:
-            raise UsageError(f"cannot listen on {_address(host, port)}; choose another --host or --port") from error
+            raise UsageError(
+                f"cannot listen on {_address(host, port)}; choose another {dashes}host or {dashes}port"
+            ) from error
         self.address = _address(host, self.port)
         """`host:port`, with the port that was taken."""
         self.device = device
@@ -147,7 +152,7 @@ def _address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def _check_bindable(host: str, port: int) -> None:
+def _check_bindable(host: str, port: int, dashes: str) -> None:
     """Tries the address with a plain socket, whose errors say more than gRPC's."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -157,7 +162,8 @@ def _check_bindable(host: str, port: int) -> None:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
     except socket.gaierror as error:
-        raise UsageError(f"--host {host}: {error.strerror}") from error
+        raise UsageError(f"{dashes}host {host}: {error.strerror}") from error
     except OSError as error:
-        advice = "choose another --port, or 0 for a free one" if error.errno == errno.EADDRINUSE else "choose another"
+        taken = error.errno == errno.EADDRINUSE
+        advice = f"choose another {dashes}port, or 0 for a free one" if taken else "choose another"
         raise SFTError(f"cannot listen on {_address(host, port)}: {error.strerror}; {advice}") from error

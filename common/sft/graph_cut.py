@@ -5,8 +5,8 @@ With W = u S v in the layer, and the bias with v,
     net_1 (edge)                                 net_2 (cloud)
     all that leads to the layer, u   -- a -->    v, S, all that comes after it
 
-A value from before the cut that is added after it is a residual connection around the layer, and is dropped as in the
-paper. Anything else would have to cross beside the activation, and is refused.
+The residual connection around the layer, added to its very output, is dropped as in the paper. Anything else would have
+to cross beside the activation, and is refused.
 
 Both halves are cut out of the module itself: what is left of it keeps its objects, its names and its modes.
 """
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from sft.errors import CutError, UsageError
 from sft.graph_split import Half, split
-from sft.graph_trace import Inputs, trace
+from sft.graph_trace import Inputs, has_hooks, trace
 
 FACTORS = ("ffn1", "ffn2", "ffn3")
 """What stands in the place of the layer, on either side."""
@@ -40,10 +40,15 @@ class GraphCut:
     """By the optional inputs that a call gives; those that cannot be given are missing."""
     net_2: Half
     dropped: Tuple[str, ...]
-    """Residual connections around the layer, in words."""
+    """The residual connection around the layer, in words, if there is one."""
     upper_names: FrozenSet[str] = field(default=frozenset())
     """Parameters and buffers of net_2 without the factors, by names in the whole model; buffers only if its
     `state_dict` has them."""
+
+    def __str__(self) -> str:
+        """Where, and what is not computed any more."""
+        without = f", without {' and '.join(self.dropped)}" if self.dropped else ""
+        return f"{type(self.model).__name__} cut at '{self.layer_name}', rank {self.split_rank}{without}"
 
     @property
     def layer(self) -> nn.Linear:
@@ -163,6 +168,13 @@ def _check_layer(model: nn.Module, name: str, split_rank: int) -> nn.Linear:
         raise CutError(f"'{name}' is a {type(layer).__name__}, not an nn.Linear; {_near(name, linears)}")
     if "weight" not in layer._parameters:
         raise CutError(f"the weight of '{name}' is computed (a parametrization), and cannot be decomposed; remove that")
+    if type(layer).forward is not nn.Linear.forward or "forward" in vars(layer):
+        raise CutError(
+            f"'{name}' is a {type(layer).__name__} with a forward method of its own, which the factors would not have; "
+            "cut at a plain nn.Linear"
+        )
+    if has_hooks(layer) or any(parameter._backward_hooks for parameter in layer.parameters()):
+        raise CutError(f"'{name}' has hooks, which the factors would not have; remove them, or cut at another layer")
     for own in ("weight", "bias"):
         aliases = [n for n, p in model.named_parameters(remove_duplicate=False) if p is getattr(layer, own)]
         if len(aliases) > 1:

@@ -12,10 +12,26 @@ import torch
 from torch import Tensor, fx, nn
 
 from sft.errors import CutError
-from sft.graph_trace import Traced, attribute_of
+from sft.graph_trace import Traced, attribute_of, describe, function_of
 
 _ADDITIONS = (operator.add, operator.iadd, torch.add)
-_IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
+_IN_PLACE = (
+    operator.setitem, operator.iadd, operator.iand, operator.ifloordiv, operator.ilshift, operator.imatmul,
+    operator.imod, operator.imul, operator.ior, operator.ipow, operator.irshift, operator.isub, operator.itruediv,
+    operator.ixor,
+)  # fmt: skip
+_KEEPING_FUNCTIONS = (
+    nn.functional.dropout, nn.functional.alpha_dropout, torch.dropout, torch.flatten, torch.permute, torch.reshape,
+    torch.squeeze, torch.transpose, torch.unsqueeze,
+)  # fmt: skip
+_KEEPING_METHODS = (
+    "clone", "contiguous", "flatten", "permute", "reshape", "squeeze", "transpose", "unflatten", "unsqueeze", "view",
+)  # fmt: skip
+_KEEPING_MODULES = (nn.Identity, nn.Dropout, nn.AlphaDropout, nn.Dropout1d, nn.Dropout2d, nn.Flatten, nn.Unflatten)
+_KEEPING_NAMES = ("DropPath", "StochasticDepth")
+"""What may stand between a layer and the addition that closes its block."""
+
+_SIZES = ("dim", "numel", "size", "stride")
 
 
 @dataclass(frozen=True)
@@ -59,10 +75,14 @@ class Halves(NamedTuple):
 def split(model: nn.Module, layer_name: str, traced: Traced) -> Halves:
     """Splits a model's graph at its layer. Raises CutError when more than the activation would have to cross."""
     parts = {training: _Splitter(model, graph, layer_name) for training, graph in traced.graphs.items()}
+    lower = {training: part.lower() for training, part in parts.items()}
+    upper = {training: part.upper() for training, part in parts.items()}
+    for part in parts.values():
+        part.check_nothing_lost()
     return Halves(
-        _half({training: part.lower() for training, part in parts.items()}, layer_name, traced.constants),
-        _half({training: part.upper() for training, part in parts.items()}, layer_name, traced.constants),
-        tuple(parts[True].dropped),
+        _half(lower, layer_name, traced.constants),
+        _half(upper, layer_name, traced.constants),
+        tuple(dict.fromkeys(what for part in parts.values() for what in part.dropped)),
     )
 
 
@@ -71,6 +91,7 @@ class _Splitter:
 
     def __init__(self, model: nn.Module, graph: fx.Graph, layer_name: str) -> None:
         self._graph = graph
+        self._model = model
         self._name = layer_name
         self._layer = model.get_submodule(layer_name)
         self._cut = self._find_layer(model)
@@ -82,6 +103,8 @@ class _Splitter:
             if node is self._cut or any(one in self._above for one in node.all_input_nodes):
                 self._above.add(node)
         self._output = next(node for node in graph.nodes if node.op == "output")
+        self._kept: Set[fx.Node] = set()  # by either half
+        self._residual = self._find_residual()
         self.dropped: List[str] = []
 
     def lower(self) -> fx.Graph:
@@ -89,7 +112,8 @@ class _Splitter:
         (x,) = self._cut.all_input_nodes
         nodes = list(self._graph.nodes)
         below = [node for node in nodes[: nodes.index(self._cut)] if node not in self._above]
-        wanted = _needed({x}, below, lambda node: node.all_input_nodes)
+        wanted = _needed({x, *filter(_asserts, below)}, below, lambda node: node.all_input_nodes)
+        self._kept |= wanted
         graph = fx.Graph()
         copies: Dict[fx.Node, fx.Node] = {}
         for node in below:
@@ -103,13 +127,14 @@ class _Splitter:
         y = self._output.args[0]
         if not isinstance(y, fx.Node) or y not in self._above:
             kind = type(y).__name__.replace("immutable_", "")  # fx's own lists and dicts
-            what = f"{_describe(y)}, which comes from below it" if isinstance(y, fx.Node) else f"a {kind}"
+            what = f"{describe(y)}, which comes from below it" if isinstance(y, fx.Node) else f"a {kind}"
             raise CutError(
                 f"'{self._name}' cannot be cut: the model has to return one tensor, computed from that layer's output "
                 f"without changing others in place; it returns {what}"
             )
         above = [node for node in self._graph.nodes if node in self._above and node is not self._output]
-        wanted = _needed({y}, above, self._needs)
+        wanted = _needed({y, *filter(_asserts, above)}, above, self._needs)
+        self._kept |= wanted
         graph = fx.Graph()
         copies: Dict[fx.Node, fx.Node] = {}
         activation = graph.placeholder("activation")
@@ -126,15 +151,32 @@ class _Splitter:
         for node in above:
             if node is self._cut or node not in wanted:
                 continue
-            residual = self._residual(node)
-            if residual is None:
-                copies[node] = graph.node_copy(node, value)
-            else:
+            if self._residual is not None and self._residual[0] is node:
+                residual = self._residual[1]
                 (kept,) = (one for one in node.all_input_nodes if one is not residual)
                 copies[node] = value(kept)
-                self.dropped.append(f"{_describe(residual)}, added in {_where(node)}")
+                self.dropped.append(f"{describe(residual)}, added in {_where(node)}")
+            else:
+                copies[node] = graph.node_copy(node, value)
         graph.output(copies[y])
         return graph
+
+    def check_nothing_lost(self) -> None:
+        """Raises CutError when something is in neither half that may be there for what it changes."""
+        for node in self._graph.nodes:
+            if node in self._kept or node.op in ("placeholder", "output"):
+                continue
+            module = self._model.get_submodule(str(node.target)) if node.op == "call_module" else None
+            if module is not None and not node.users:
+                what = f"the model calls '{node.target}' without using what it returns"
+            elif _is_in_place(node) or getattr(module, "inplace", False):
+                what = f"{_where(node)} changes a part of a value, or what no half returns, in place"
+            else:
+                continue
+            raise CutError(
+                f"'{self._name}' cannot be cut: {what}, which would be lost: go on with what it returns, compute a new "
+                "value in the place of the change, or move it into a module that does not contain the layer"
+            )
 
     def _find_layer(self, model: nn.Module) -> fx.Node:
         calls = [
@@ -154,30 +196,69 @@ class _Splitter:
         return call
 
     def _needs(self, node: fx.Node) -> List[fx.Node]:
-        residual = self._residual(node)
+        residual = self._residual[1] if self._residual is not None and self._residual[0] is node else None
         return [one for one in node.all_input_nodes if one in self._above and one is not residual]
 
-    def _residual(self, node: fx.Node) -> Optional[fx.Node]:
-        """What an addition adds that comes around the layer, from the inputs that lead to it."""
-        is_addition = node.op == "call_function" and node.target in _ADDITIONS
-        is_addition |= node.op == "call_method" and node.target in ("add", "add_")
-        if not is_addition or len(node.args) != 2 or node.kwargs:
-            return None
-        around = [one for one in node.all_input_nodes if one not in self._above]
-        if len(around) != 1 or len(node.all_input_nodes) != 2 or not self._inputs[around[0]]:
-            return None
-        return around[0] if self._inputs[around[0]] <= self._inputs[self._cut] else None
+    def _find_residual(self) -> Optional[Tuple[fx.Node, fx.Node]]:
+        """The addition that closes the block of the layer, and what it adds that comes around the layer."""
+        value = self._cut
+        while len(value.users) == 1:
+            (user,) = value.users
+            if not _is_addition(user):
+                if user.args[:1] != (value,) or not self._keeps(user):
+                    return None
+                value = user
+                continue
+            around = [one for one in user.all_input_nodes if one is not value]
+            return (user, around[0]) if around and self._leads_here(around[0]) else None
+        return None
+
+    def _keeps(self, node: fx.Node) -> bool:
+        """Whether a value stays what it is but for its shape and dropout."""
+        if any(one in self._above for one in node.all_input_nodes[1:]):
+            return False
+        if node.op == "call_module":
+            module = self._model.get_submodule(str(node.target))
+            return type(module) in _KEEPING_MODULES or type(module).__name__ in _KEEPING_NAMES
+        if node.op == "call_method":
+            return node.target in _KEEPING_METHODS
+        return node.op == "call_function" and node.target in _KEEPING_FUNCTIONS
+
+    def _leads_here(self, node: fx.Node) -> bool:
+        """Whether the layer's input is computed from this value, and but for masks and sizes from nothing else."""
+        while node.op != "placeholder" and node.args and self._keeps(node):
+            node = node.all_input_nodes[0]
+        if node in self._above or not self._inputs[node] or _is_size(node):
+            return False
+        from_it, seen = {node}, {node}
+        beside: Set[fx.Node] = set()
+        waiting = list(self._cut.all_input_nodes)
+        while waiting:
+            one = waiting.pop()
+            if one not in seen:
+                seen.add(one)
+                waiting.extend(one.all_input_nodes)
+        for one in self._graph.nodes:
+            if one in seen and one is not node:
+                (from_it if any(i in from_it for i in one.all_input_nodes) else beside).add(one)
+        if self._cut.all_input_nodes[0] not in from_it:
+            return False
+        if any(one.op == "call_module" for one in _ancestors(node)):
+            return not any(one.op == "call_module" and self._inputs[one] for one in beside)
+        return not any(one.op == "placeholder" for one in beside)
 
     def _crossing(self, node: fx.Node) -> CutError:
         users = [user for user in node.users if user in self._above]
         where = _where(users[0]) if users else "the part above"
-        what = _describe(node)
+        what = describe(node)
         if node.op == "placeholder":
             advice = "cut higher, where only layers below need it"
         elif node.target in ("size", "dim") or node.target is getattr or node.target is operator.getitem:
             advice = "take sizes from a value that comes after the layer, or cut elsewhere"
         else:
             advice = "cut elsewhere, or compute it from what comes after the layer"
+        if users and _is_addition(users[0]):
+            advice += " (what is added is dropped only where it is the residual connection around this very layer)"
         return CutError(
             f"{what} is used above the cut at '{self._name}', in {where}, but only the layer's output crosses to the "
             f"cloud: {advice}"
@@ -228,30 +309,42 @@ def _needed(ends: Set[fx.Node], nodes: List[fx.Node], needs: Callable[[fx.Node],
 
 def _changes(node: fx.Node) -> Optional[fx.Node]:
     """What a node changes in place."""
-    if node.op == "call_method":
-        is_in_place = str(node.target).endswith("_") and not str(node.target).endswith("__")
-    else:
-        name = getattr(node.target, "__name__", "")
-        is_in_place = node.op == "call_function" and (
-            node.target in _IN_PLACE or (name.endswith("_") and not name.startswith("_")) or "inplace" in node.kwargs
-        )
-    changed = node.args[0] if is_in_place and node.args else None
+    if not _is_in_place(node):
+        return None
+    changed = node.kwargs.get("out", node.args[0] if node.args else node.kwargs.get("input"))
     return changed if isinstance(changed, fx.Node) else None
 
 
-def _describe(node: fx.Node) -> str:
-    if node.op == "placeholder":
-        return f"the input '{node.target}'"
-    if node.op == "call_module":
-        return f"the output of '{node.target}'"
-    return f"'{node.name}' ({_function(node)})"
+def _is_in_place(node: fx.Node) -> bool:
+    if node.op not in ("call_method", "call_function"):
+        return False
+    name = str(node.target if node.op == "call_method" else getattr(node.target, "__name__", ""))
+    by_name = name.endswith("_") and not name.endswith("__")
+    return by_name or node.target in _IN_PLACE or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
+
+
+def _is_addition(node: fx.Node) -> bool:
+    """Of two values as they are."""
+    is_addition = node.op == "call_function" and node.target in _ADDITIONS
+    is_addition |= node.op == "call_method" and node.target in ("add", "add_")
+    return is_addition and len(node.args) == 2 and len(node.all_input_nodes) == 2 and not node.kwargs
+
+
+def _is_size(node: fx.Node) -> bool:
+    if node.op == "call_method":
+        return node.target in _SIZES
+    if node.target is operator.getitem:
+        return _is_size(node.all_input_nodes[0])
+    return node.target is getattr
+
+
+def _asserts(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target is torch._assert
+
+
+def _ancestors(node: fx.Node) -> Set[fx.Node]:
+    return _needed({node}, [], lambda one: one.all_input_nodes)
 
 
 def _where(node: fx.Node) -> str:
-    return f"'{node.target}'" if node.op == "call_module" else f"'{node.name}' ({_function(node)})"
-
-
-def _function(node: fx.Node) -> str:
-    if node.op == "call_method":
-        return f"Tensor.{node.target}"
-    return str(getattr(node.target, "__name__", node.target))
+    return f"'{node.target}'" if node.op == "call_module" else f"'{node.name}' ({function_of(node)})"

@@ -6,16 +6,22 @@ of modules on the way to the layer have to be traceable by torch.fx.
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import inspect
 import itertools
+import linecache
+import operator
 import random
+import sys
+import threading
 import warnings
 from contextlib import contextmanager
 from typing import Any, Callable, Dict, FrozenSet, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sft.errors import CutError
 
@@ -24,6 +30,12 @@ _FACTORIES = ("arange", "empty", "full", "linspace", "ones", "rand", "randn", "z
 
 _MOST_OPTIONAL = 3
 """Up to so many optional inputs every combination is traced; of more, none, each alone, and all."""
+
+_TRIES = 3
+"""Python's random numbers are the whole process's: another thread that draws now and then is no reason to refuse."""
+
+_LOCK = threading.RLock()
+"""Around whatever is replaced for the whole process while tracing."""
 
 
 class Traced(NamedTuple):
@@ -103,24 +115,43 @@ def trace(model: nn.Module, layer_name: str, inputs: Inputs, given: FrozenSet[st
 def _trace(
     model: nn.Module, on_the_way: Sequence[nn.Module], inputs: Inputs, given: FrozenSet[str], layer_name: str
 ) -> fx.Graph:
-    states = torch.get_rng_state(), random.getstate()
+    start = random.getstate()
     try:
-        with warnings.catch_warnings(), _traceable_factories():
+        with _LOCK, warnings.catch_warnings(), torch.set_grad_enabled(torch.is_grad_enabled()), _traceable_factories():
             warnings.simplefilter("ignore")  # about what is run with stand-ins for tensors
-            graph = _Tracer(on_the_way, inputs, given).trace(model)
-        if not torch.get_rng_state().equal(states[0]) or random.getstate() != states[1]:
-            raise ValueError("it draws random numbers itself, which would be the same ones ever after")
-        return graph
+            for _ in range(_TRIES):
+                before = random.getstate()
+                with _Draws():
+                    graph = _Tracer(on_the_way, inputs, given).trace(model)
+                if random.getstate() == before:
+                    return graph
+            raise ValueError(_DRAWS)
+    except CutError:
+        raise
     except Exception as error:  # whatever a forward method raises that is given stand-ins for tensors
+        random.setstate(start)
         reason = " ".join(str(error).split())[:200]
         raise CutError(
             f"what leads to '{layer_name}' in this {type(model).__name__} cannot be traced by torch.fx "
-            f"({type(error).__name__}: {reason}): move what decides by values of tensors, or draws, into a module that "
-            "does not contain the layer, which is not looked into"
+            f"({type(error).__name__}: {reason}): move what decides by values or sizes of tensors, or draws, into a "
+            "module that does not contain the layer, which is not looked into; of assertions about sizes those of "
+            "plain comparisons in one line can stay"
         ) from error
-    finally:
-        torch.set_rng_state(states[0])
-        random.setstate(states[1])
+
+
+_DRAWS = "it draws random numbers itself, which would be the same ones ever after"
+
+
+class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Raises ValueError before this thread draws random numbers of torch's."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise ValueError(_DRAWS)
+        return func(*args, **(kwargs or {}))
 
 
 def _encoder_layer(
@@ -156,6 +187,25 @@ def _encoder(
 _PLAIN: Dict[type, Callable[..., Any]] = {nn.TransformerEncoderLayer: _encoder_layer, nn.TransformerEncoder: _encoder}
 
 
+def _in_place(function: Callable[..., Any]) -> Callable[[fx.Proxy, Any], fx.Proxy]:
+    return lambda left, right: left.tracer.create_proxy("call_function", function, (left, right), {})
+
+
+class _Proxy(fx.Proxy):
+    """`h += 1` changes h under its other names, too; fx takes it for `h = h + 1`."""
+
+    __iadd__ = _in_place(operator.iadd)
+    __iand__ = _in_place(operator.iand)
+    __ifloordiv__ = _in_place(operator.ifloordiv)
+    __imod__ = _in_place(operator.imod)
+    __imul__ = _in_place(operator.imul)
+    __ior__ = _in_place(operator.ior)
+    __ipow__ = _in_place(operator.ipow)
+    __isub__ = _in_place(operator.isub)
+    __itruediv__ = _in_place(operator.itruediv)
+    __ixor__ = _in_place(operator.ixor)
+
+
 class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
@@ -164,6 +214,40 @@ class _Tracer(fx.Tracer):
         self._open = {id(module) for module in on_the_way}
         self._inputs = inputs
         self._given = given
+        self._thread = threading.get_ident()
+        self._context = _context()
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """Refuses what is computed within a context that a graph does not hold."""
+        node = super().create_node(*args, **kwargs)
+        changed = [what for what, value in _context().items() if value != self._context[what]]
+        if changed:
+            raise CutError(
+                f"{describe(node)} is computed with {changed[0]} switched on or off in a forward method next to the "
+                "layer: put it, with the `with` statement, into a module of its own that does not contain the layer"
+            )
+        return node
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """A stand-in for a tensor."""
+        return _Proxy(node, self)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """What is asserted holds while tracing; the halves assert it again."""
+        frame = sys._getframe(1)
+        while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("torch.fx"):
+            frame = frame.f_back
+        line = linecache.getline(frame.f_code.co_filename, frame.f_lineno, frame.f_globals).strip()
+        if not _is_plain_assertion(line):
+            return super().to_bool(obj)
+        self.create_proxy("call_function", torch._assert, (obj, line), {})
+        return True
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Dict[str, Any]) -> Any:
+        """Other threads may run modules meanwhile."""
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Every module is one node but those that lead to the layer."""
@@ -173,7 +257,9 @@ class _Tracer(fx.Tracer):
         self, m: nn.Module, forward: Callable[..., Any], args: Tuple[Any, ...], kwargs: Dict[str, Any]
     ) -> Any:
         """Torch's own encoders without their inference kernels, which look at shapes and values of tensors."""
-        plain = _PLAIN.get(type(m))
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        plain = None if has_hooks(m) else _PLAIN.get(type(m))
         if plain is not None and id(m) in self._open:
             return plain(m, *args, **kwargs)
         return super().call_module(m, forward, args, kwargs)
@@ -190,6 +276,31 @@ class _Tracer(fx.Tracer):
             return root_fn(root, **dict(zip(names, proxies)), **fixed)
 
         return forward, [self.root, *(self.create_proxy("placeholder", name, (), {}) for name in names)]
+
+
+def _is_plain_assertion(line: str) -> bool:
+    """Whether whatever is asked for its truth in this line has to be true."""
+    try:
+        (statement,) = ast.parse(line).body
+    except (SyntaxError, ValueError):
+        return False
+    if not isinstance(statement, ast.Assert):
+        return False
+    other = (ast.Or, ast.Not, ast.In, ast.NotIn, ast.IfExp, ast.Lambda, ast.comprehension)
+    return not any(
+        isinstance(part, other) or (isinstance(part, ast.Call) and isinstance(part.func, ast.Name))  # any(), max()
+        for part in ast.walk(statement.test)
+    )
+
+
+def _context() -> Dict[str, Any]:
+    return {
+        "torch.no_grad or the like": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
+        "torch.autocast": (
+            torch.is_autocast_enabled() and torch.get_autocast_gpu_dtype(),
+            torch.is_autocast_cpu_enabled() and torch.get_autocast_cpu_dtype(),
+        ),
+    }
 
 
 @contextmanager
@@ -219,6 +330,28 @@ def attribute_of(model: nn.Module, name: str) -> Any:
     """An attribute by its dotted name."""
     parent, _, own = name.rpartition(".")
     return getattr(model.get_submodule(parent), own)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something else than its forward method runs when it does, or on the way back."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, kind, None) for kind in kinds)
+
+
+def describe(node: fx.Node) -> str:
+    """A value, in words."""
+    if node.op == "placeholder":
+        return f"the input '{node.target}'"
+    if node.op == "call_module":
+        return f"the output of '{node.target}'"
+    return f"'{node.name}' ({function_of(node)})"
+
+
+def function_of(node: fx.Node) -> str:
+    """What a node calls."""
+    if node.op == "call_method":
+        return f"Tensor.{node.target}"
+    return str(getattr(node.target, "__name__", node.target))
 
 
 def _modules_on_the_way(model: nn.Module, layer_name: str) -> List[nn.Module]:

@@ -280,10 +280,19 @@ def _find_role(name: str) -> Callable[[torch.optim.Optimizer, nn.Module, SplitOp
         if entry_point.name == name:
             try:
                 role: Callable[[torch.optim.Optimizer, nn.Module, SplitOptions], Role] = entry_point.load()
-            except (ImportError, SyntaxError) as error:  # SyntaxError: the cloud's code under the edge's old Python
-                raise UsageError(f"role {name!r} cannot be had here ({error}): {_INSTALL[name]}") from error
+            except (ImportError, SyntaxError) as error:
+                advice = f": {_INSTALL[name]}" if _is_not_installed(error) else ""
+                raise UsageError(f"role {name!r} cannot be had here ({error}){advice}") from error
             return role
     raise UsageError(f"role {name!r} is not installed: {_INSTALL[name]}")
+
+
+def _is_not_installed(error: Exception) -> bool:
+    """Whether what is missing is another's package; or the cloud's code was read by the edge's old Python."""
+    if not isinstance(error, ModuleNotFoundError):
+        return isinstance(error, SyntaxError)
+    package = (error.name or "").partition(".")[0]
+    return package not in ("", "sft", "sft_edge", "sft_cloud")
 
 
 def _entry_points() -> Iterable[Any]:

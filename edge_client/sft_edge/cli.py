@@ -8,12 +8,13 @@ from sft.config import parse, run
 from sft_edge.command_options import DemoOptions, EvaluateOptions, PredictOptions, VerifyOptions
 from sft_edge.export_options import ExportOptions
 from sft_edge.optimizer_options import OptimizerOptions
-from sft_edge.options import TRAIN_OPTIONS, LinkOptions
+from sft_edge.options import TRAIN_OPTIONS, CutOptions, LinkOptions, check_together
 
 
 def train(prog: str, argv: List[str]) -> int:
     """fine-tune a model across this machine and a cloud"""
     options = parse(TRAIN_OPTIONS, argv, prog, train.__doc__)
+    check_together(options[TRAIN_OPTIONS.index(CutOptions)], options[TRAIN_OPTIONS.index(LinkOptions)])
     from sft_edge.train import TrainingRun
 
     TrainingRun(*options).run()

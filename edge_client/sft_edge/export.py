@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 import sys
@@ -90,11 +91,21 @@ def _compare(report: Report, directory: Path, model: Path) -> None:
     expected = ask_here(load_model(model), texts)
     report.logits_compared = sum(x.numel() for x in expected.logits)
     report.max_logit_difference = largest_difference(expected, answer)
-    if not report.max_logit_difference <= report.tolerance:  # NaN is no less
+    if not math.isfinite(report.max_logit_difference):
+        raise VerificationError(
+            f"nothing was exported: logits are not finite, so they cannot be compared; the weights in {model} are not "
+            "finite, or too large"
+        )
+    if report.max_logit_difference > report.tolerance:
         instead = "; --factored rounds nothing" if report.form == DENSE else ""
         raise VerificationError(
             f"nothing was exported: a logit differs from the trained model's by {report.max_logit_difference:.3g}, "
             f"over {report.tolerance:g}{instead}"
+        )
+    if not answer.base_difference <= report.tolerance:  # NaN is no less
+        raise VerificationError(
+            "nothing was exported: a hidden state of the base model, as AutoModel opens it, differs from that inside "
+            f"{report.architecture} by {answer.base_difference:.3g}, over {report.tolerance:g}"
         )
 
 

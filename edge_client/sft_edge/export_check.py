@@ -43,6 +43,8 @@ class Answer(NamedTuple):
     tokens: List[List[int]]
     logits: List[Tensor]
     """Each (C,); or (length, 2) for question answering and (length, V) for a language model."""
+    base_difference: float = 0.0
+    """Where code travels: the largest of a last hidden state of what `AutoModel` opens from that inside the model."""
 
 
 def texts_for(description: Description) -> List[List[str]]:
@@ -110,7 +112,8 @@ def largest_difference(one: Answer, other: Answer) -> float:
 def _answer(tensors: Dict[str, Tensor]) -> Answer:
     mask_BS = tensors["attention_mask"].bool()
     tokens = [ids_S[mask_S].tolist() for ids_S, mask_S in zip(tensors["input_ids"], mask_BS)]
-    return Answer(tokens, _without_padding(tensors["logits"], [len(row) for row in tokens]))
+    logits = _without_padding(tensors["logits"], [len(row) for row in tokens])
+    return Answer(tokens, logits, float(tensors["base_difference"]))
 
 
 def _reason(stderr: str) -> str:

@@ -45,3 +45,8 @@ def model_type(model: Any) -> str:
 def config_name(model: Any) -> str:
     """The class of the configuration."""
     return f"Split{type(model.config).__name__}"
+
+
+def base_name(model: Any) -> str:
+    """The class of the base model."""
+    return f"Split{type(model.base_model).__name__}"

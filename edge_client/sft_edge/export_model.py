@@ -14,7 +14,7 @@ from sft.errors import UsageError
 from sft.models import Cut, build_whole, ffn_out_name
 from sft.models.catalogue import AUTO_CLASSES
 from sft.tensor_stream import StoredTensor, in_memory, safetensors_chunks, safetensors_size
-from sft_edge.export_code import CODE_FILE, config_name, model_type, modeling_code
+from sft_edge.export_code import CODE_FILE, base_name, config_name, model_type, modeling_code
 from sft_edge.files import storage_errors, write_file, write_json
 from sft_edge.saving import SavedModel
 from sft_edge.source import first_line
@@ -125,6 +125,7 @@ class Export:
             content["model_type"] = model_type(self._net.model)
             content["auto_map"] = {
                 "AutoConfig": f"{module}.{config_name(self._net.model)}",
+                "AutoModel": f"{module}.{base_name(self._net.model)}",
                 self.auto_class: f"{module}.{self.architecture}",
             }
             content["sft"] = self._split

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +31,7 @@ class ExportOptions:
     def __post_init__(self) -> None:
         if self.dense and self.factored:
             raise UsageError("only one of --dense and --factored may be given")
-        if self.to.exists() and not self.to.is_dir():
+        if os.path.lexists(str(self.to)) and not self.to.is_dir():  # a link to nothing is no directory either
             raise UsageError(f"--to {self.to} is not a directory")
         if self.to.is_dir() and any(self.to.iterdir()):
             raise UsageError(f"--to {self.to} is not empty; name another")

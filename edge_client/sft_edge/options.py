@@ -75,6 +75,8 @@ class CutOptions:
             raise UsageError(f"--residual {self.residual} needs --mode sft or local: --mode sl cuts between two blocks")
         if self.freeze_edge and self.mode == "local":
             raise UsageError("--freeze-edge needs --mode sft or sl: one process has no edge")
+        if self.wire_dtype != "float32" and self.mode == "local":
+            raise UsageError(f"--wire-dtype {self.wire_dtype} needs --mode sft or sl: one process has no wire")
         if self.split_layer is None and self.is_cut:
             raise UsageError("--split-layer must be given (a block counted from 1), or --mode local")
         if self.split_layer is not None and self.split_layer < 1:
@@ -222,6 +224,16 @@ TRAIN_OPTIONS = (
     LinkOptions,
 )
 """What `sft-edge train` takes, in the order of its help."""
+
+
+def check_together(cutting: CutOptions, linking: LinkOptions) -> None:
+    """Raises UsageError where options of the link would do nothing, as there is none."""
+    if cutting.mode != "local":
+        return
+    if linking.server is not None:
+        raise UsageError(f"--server {linking.server} needs --mode sft or sl: one process has no cloud")
+    if linking.labels == "local":
+        raise UsageError("--labels local needs --mode sft or sl: in one process labels are local as it is")
 
 
 def split_address(server: str) -> Tuple[str, int]:

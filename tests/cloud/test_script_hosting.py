@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +20,15 @@ from torch import Tensor, nn
 
 from sft import SFTOptimizer
 from sft.errors import CutError, LinkError, ProtocolError, ServerFullError, SFTError, UsageError
+from sft.protocol import PROTOCOL_VERSION
+from sft.tensor_stream import in_memory, safetensors_chunks
+from sft.v1 import split_training_pb2 as pb
+from sft_cloud.script.graph_host import GraphHost
+from sft_cloud.script.opener import ScriptOpener
+from sft_cloud.serve import CloudServer
+from sft_cloud.session import Session
+from sft_cloud.store import BlobStore
+from sft_cloud.worker import DeviceWorker
 
 RANK, AT = 4, "3"
 
@@ -152,8 +163,108 @@ def test_a_second_edge_finds_no_room() -> None:
             train(edge, optimizer)
 
 
-def sgd(model: Any) -> Any:
-    return torch.optim.SGD(model.parameters(), lr=0.1)
+def test_an_edge_that_comes_after_the_first_has_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its weights do not take the place of those that were trained."""
+    refused: list[BaseException] = []
+
+    def stop(server: CloudServer, stop: Any = CloudServer.stop) -> None:
+        assert len(server.service.sessions) == 0, "there is a place"
+        late = make_model(seed=1)
+        try:
+            SFTOptimizer(adamw(late), role="edge", model=late, split_at=AT, split_rank=RANK, server=server.address)
+        except ServerFullError as error:
+            refused.append(error)
+        stop(server)
+
+    monkeypatch.setattr(CloudServer, "stop", stop)
+    with host() as cloud:
+        edge = make_model()
+        with wrap(edge, cloud) as optimizer:
+            train(edge, optimizer)
+            both = edge.state_dict()
+    assert cloud.error is None
+    assert len(refused) == 1
+    assert "the cloud's script trains with one edge, and that has come already" in str(refused[0])
+    assert all(tensor.equal(both[name]) for name, tensor in cloud.model.state_dict().items())
+
+
+class OneModel:
+    """An opener with what it stands on, and edges that have uploaded what they begin with."""
+
+    def __init__(self, place: Path, is_over: Callable[[], bool] = lambda: False) -> None:
+        self.model = make_model()
+        self.hosted = GraphHost(self.model, AT, RANK, "none")
+        self.names = [*self.hosted.parameters]
+        self.worker = DeviceWorker(torch.device("cpu"), 4)
+        self.store = BlobStore(place)
+        self.opener = ScriptOpener(self.hosted, adamw(self.model), [self.names], self.worker, self.store, is_over)
+
+    def request(self, value: float) -> pb.OpenSessionRequest:
+        """Of an edge all of whose numbers are `value`."""
+        hashes = []
+        for tensors in (self.hosted.tensors, self.hosted.factors):
+            stored = in_memory({name: torch.full_like(tensor, value) for name, tensor in tensors.items()})
+            data = b"".join(safetensors_chunks(stored))
+            hashes.append(hashlib.sha256(data).hexdigest())
+            self.store.add(hashes[-1], len(data), [data])
+        return pb.OpenSessionRequest(
+            protocol_version=PROTOCOL_VERSION,
+            cut=pb.Cut(mode=pb.MODE_SFT, layer_name=AT, split_rank=RANK, residual=pb.RESIDUAL_NONE),
+            wire_data_type=pb.DATA_TYPE_FLOAT32,
+            optimizer=pb.Optimizer(name="AdamW", groups=[pb.ParameterGroup(parameter_names=self.names)]),
+            weights_sha256=hashes[0],
+            factors_sha256=hashes[1],
+        )
+
+    @property
+    def value(self) -> float:
+        return float(self.model.get_submodule("6").weight.detach()[0, 0])
+
+
+def test_only_a_session_that_nobody_attached_to_makes_room(tmp_path: Path) -> None:
+    one = OneModel(tmp_path)
+    assert isinstance(one.opener.open(one.request(1.0)), Session)
+    second = one.opener.open(one.request(2.0))
+    assert isinstance(second, Session)
+    assert one.value == 2.0
+    second.handle(pb.EdgeMessage(attach=pb.Attach(session_id="x")))
+    with pytest.raises(ServerFullError, match="trains with one edge"):
+        one.opener.open(one.request(3.0))
+    assert one.value == 2.0
+    one.worker.shutdown()
+
+
+def test_an_edge_that_comes_while_another_is_looked_at(tmp_path: Path) -> None:
+    """What an opener has found on the way in may no longer hold when it loads."""
+    one = OneModel(tmp_path, is_over=iter([False, False, False, True]).__next__)
+    one.opener.open(one.request(1.0))
+    with pytest.raises(ServerFullError, match="trains with one edge"):
+        one.opener.open(one.request(2.0))
+    assert one.value == 1.0
+    one.worker.shutdown()
+
+
+def test_an_optimizer_of_a_class_of_the_clouds_own() -> None:
+    class Sign(torch.optim.Optimizer):
+        """Goes one learning rate along the sign of the gradient."""
+
+        def __init__(self, parameters: Any) -> None:
+            super().__init__(parameters, {"lr": 0.1})
+
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            with torch.no_grad():
+                for group in self.param_groups:
+                    for parameter in group["params"]:
+                        parameter -= group["lr"] * parameter.grad.sign()
+
+    with host(make=lambda model: Sign(model.parameters())) as cloud:
+        before = {name: parameter.detach().clone() for name, parameter in cloud.model.named_parameters()}
+        edge = make_model()
+        with wrap(edge, cloud, lambda model: torch.optim.SGD(model.parameters(), lr=0.25)) as optimizer:
+            train(edge, optimizer, steps=1)
+    assert cloud.error is None
+    moved = cloud.model.get_submodule("6").weight - before["6.weight"]
+    torch.testing.assert_close(moved.abs(), torch.full_like(moved, 0.25))
 
 
 def in_two_groups(model: Any) -> Any:
@@ -170,7 +281,6 @@ def without_last_bias(model: Any) -> Any:
     [
         (make_model, adamw, {"split_rank": 5}, "the edge's script has split_rank 5, the cloud's 4"),
         (make_model, adamw, {"split_at": "6", "split_rank": 3}, "the edge's script has split_at '6', the cloud's '3'"),
-        (make_model, sgd, {}, "the edge's script trains with SGD, the cloud's with AdamW; run the same script on"),
         (make_model, in_two_groups, {}, "the edge's optimizer has 2 parameter groups, the cloud's 1"),
         (make_model, without_last_bias, {}, "'6.bias' is trained in group 0 of the cloud's optimizer, but not"),
         (lambda: make_model(width=12), adamw, {}, r"has shape \[12\] on the edge, \[16\] on the cloud"),
@@ -250,8 +360,15 @@ def test_a_port_that_is_taken() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        with pytest.raises(SFTError, match=r"cannot listen on .*Address already in use"):
+        with pytest.raises(SFTError, match=r"cannot listen on .*Address already in use; choose another port, or 0 for"):
             optimizer.serve(f"127.0.0.1:{taken.getsockname()[1]}")
+
+
+def test_a_host_that_is_none() -> None:
+    model = make_model()
+    optimizer = SFTOptimizer(adamw(model), role="cloud", model=model, split_at=AT, split_rank=RANK)
+    with pytest.raises(UsageError, match=r"^host no\.such\.invalid: "):
+        optimizer.serve("no.such.invalid:0")
 
 
 @pytest.mark.parametrize(

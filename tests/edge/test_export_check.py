@@ -41,8 +41,8 @@ KINDS = list(kinds())
 
 
 @pytest.fixture(scope="module")
-def differences(tmp_path_factory: pytest.TempPathFactory) -> Dict[Kind, float]:
-    """Of the logits of each export from those of its model; all are opened in one process."""
+def differences(tmp_path_factory: pytest.TempPathFactory) -> Dict[Kind, Tuple[float, float]]:
+    """Of each export's logits from its model's, and of its base model opened alone; all are opened in one process."""
     questions: List[Question] = []
     expected: List[Answer] = []
     for kind in KINDS:
@@ -57,12 +57,15 @@ def differences(tmp_path_factory: pytest.TempPathFactory) -> Dict[Kind, float]:
         questions.append(Question(to, exported.auto_class, exported.has_code, texts))
         expected.append(ask_here(saved, texts))
     answers = ask_elsewhere(questions)
-    return {kind: largest_difference(*pair) for kind, *pair in zip(KINDS, expected, answers)}
+    return {
+        kind: (largest_difference(one, other), other.base_difference)
+        for kind, one, other in zip(KINDS, expected, answers)
+    }
 
 
 @pytest.mark.parametrize("kind", KINDS, ids="-".join)
-def test_it_says_what_the_trained_model_says(differences: Dict[Kind, float], kind: Kind) -> None:
-    assert differences[kind] <= TOLERANCES[kind[3]]
+def test_it_says_what_the_trained_model_says(differences: Dict[Kind, Tuple[float, float]], kind: Kind) -> None:
+    assert max(differences[kind]) <= TOLERANCES[kind[3]]
 
 
 def question(directory: Path, **other: object) -> Question:
@@ -86,6 +89,17 @@ def test_this_package_cannot_be_imported_there(exported: Path, package: str) -> 
     with pytest.raises(VerificationError, match=f"cannot open the exported model: .*{package}") as caught:
         ask_elsewhere([question(exported)])
     assert "\n" not in str(caught.value)
+
+
+def test_a_base_model_that_is_another_is_noticed(exported: Path) -> None:
+    code = exported / "modeling_sft.py"
+    (answer,) = ask_elsewhere([question(exported)])
+    assert answer.base_difference == pytest.approx(0, abs=1e-6)
+    text = code.read_text()
+    start, end = text.index("        split(self, **{**config.sft"), text.index("class BertForSequenceClassification")
+    code.write_text(text[:start] + text[end:])
+    (answer,) = ask_elsewhere([question(exported)])
+    assert answer.base_difference > 1e-3
 
 
 def test_code_that_may_not_run(exported: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from sft.config import parse
 from sft.errors import CutError, UsageError
+from sft_edge.cli import main
 from sft_edge.options import (
     TRAIN_OPTIONS,
     CutOptions,
@@ -18,6 +19,7 @@ from sft_edge.options import (
     ModelOptions,
     TrainingOptions,
     check_output_dir,
+    check_together,
     split_address,
 )
 
@@ -138,6 +140,10 @@ def test_every_mode_takes_the_same_flags(mode):
         (lambda: CutOptions("sl", 3, residual="full"), "--residual full needs --mode local"),
         (lambda: CutOptions("sl", 3, residual="low-rank"), "--residual low-rank needs --mode sft or local"),
         (lambda: CutOptions("local", freeze_edge=True), "--freeze-edge needs --mode sft or sl"),
+        (
+            lambda: CutOptions("local", wire_dtype="bfloat16"),
+            "--wire-dtype bfloat16 needs --mode sft or sl: one process",
+        ),
         (lambda: DataOptions("sst2", max_train_samples=0), "--max-train-samples must be 1 or more"),
         (lambda: DataOptions("sst2", dataloader_num_workers=-1), "--dataloader-num-workers must be 0 or more"),
         (lambda: LoggingOptions(logging_steps=0), "--logging-steps must be 1 or more"),
@@ -148,6 +154,27 @@ def test_every_mode_takes_the_same_flags(mode):
 def test_what_makes_no_sense_is_named(make, message):
     with pytest.raises(UsageError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("linking", "message"),
+    [
+        (LinkOptions("cloud.example:50051"), "--server cloud.example:50051 needs --mode sft or sl: one process has no"),
+        (LinkOptions(labels="local"), "--labels local needs --mode sft or sl: in one process"),
+    ],
+)
+def test_what_one_process_has_no_use_for_is_named(linking, message):
+    with pytest.raises(UsageError, match=message):
+        check_together(CutOptions("local"), linking)
+    check_together(CutOptions("sl", 3, wire_dtype="float16"), linking)
+    check_together(CutOptions("local"), LinkOptions())
+
+
+@pytest.mark.parametrize("flags", ["--labels local", "--server localhost:50051", "--wire-dtype float16"])
+def test_the_command_has_no_use_for_it_either(capsys, flags):
+    argv = f"train --mode local --model minilm --task sst2 {flags}"
+    assert main(argv.split()) == 2
+    assert f"error: {flags} needs --mode sft or sl: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("layer", "rank", "flag"), [(0, 8, "--split-layer"), (3, 0, "--split-rank")])

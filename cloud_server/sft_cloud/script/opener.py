@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from sft.codec import DATA_TYPES
-from sft.errors import ProtocolError
+from sft.errors import ProtocolError, ServerFullError
 from sft.tensor_stream import in_memory, sha256_of
 from sft.v1 import split_training_pb2 as pb
 from sft_cloud.opening import check_version
 from sft_cloud.script.hosted import ADVICE, HostedModel
-from sft_cloud.session import Session
+from sft_cloud.session import Session, State
 from sft_cloud.store import BlobStore, check_sha256, read_blob
 from sft_cloud.worker import Worker
 
@@ -31,17 +31,26 @@ class ScriptOpener:
         groups: Sequence[Sequence[str]],
         worker: Worker,
         store: BlobStore,
+        is_over: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`groups`: names of the parameters that each group of `optimizer` trains."""
+        """`groups`: names of the parameters that each group of `optimizer` trains; `is_over`: whether an edge has been
+        here and gone.
+        """
         self._hosted = hosted
         self._optimizer = optimizer
         self._groups = groups
         self._worker = worker
         self._store = store
+        self._is_over = is_over
+        self._session: Session | None = None
 
     def open(self, request: pb.OpenSessionRequest) -> Session | list[str]:
-        """See Opener. The model has the edge's weights from then on."""
+        """See Opener. The model has the edge's weights from then on.
+
+        Raises ServerFullError once an edge has begun: what the model has learned from it is not overwritten.
+        """
         check_version(request)
+        self._check_free()
         if request.wire_data_type not in DATA_TYPES.values():
             raise ProtocolError(f"unknown wire_data_type {int(request.wire_data_type)}")
         half = self._run(lambda: self._hosted.make_half(request))
@@ -53,13 +62,20 @@ class ScriptOpener:
             missing += self._find(request.weights_sha256, self._hosted.tensors, tensors)
         if missing:
             return missing
-        self._run(lambda: self._load(tensors))
-        return Session(half, self._optimizer, request.seed, self._store.find)
+
+        def begin() -> Session:
+            self._check_free()  # once more: messages are handled on this thread, too, so none comes in between
+            self._load(tensors)
+            self._session = Session(half, self._optimizer, request.seed, self._store.find)
+            return self._session
+
+        return self._run(begin)
+
+    def _check_free(self) -> None:
+        if self._is_over() or (self._session is not None and self._session.state is not State.OPENED):
+            raise ServerFullError("the cloud's script trains with one edge, and that has come already")
 
     def _check_groups(self, theirs: pb.Optimizer) -> None:
-        ours = type(self._optimizer).__name__
-        if theirs.name != ours:
-            raise ProtocolError(f"the edge's script trains with {theirs.name[:80]}, the cloud's with {ours}; {ADVICE}")
         if len(theirs.groups) != len(self._groups):
             raise ProtocolError(
                 f"the edge's optimizer has {len(theirs.groups)} parameter groups, the cloud's {len(self._groups)}; "

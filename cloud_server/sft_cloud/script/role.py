@@ -73,9 +73,10 @@ class CloudRole(Role):
                 model_dir=None,
                 max_sessions=1,
                 make_opener=lambda worker, store: ScriptOpener(
-                    self._hosted, self.optimizer, self._groups, worker, store
+                    self._hosted, self.optimizer, self._groups, worker, store, done.is_set
                 ),
                 on_close=on_close,
+                has_flags=False,
             )
             try:
                 if on_ready is not None:

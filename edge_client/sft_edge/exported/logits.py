@@ -2,7 +2,7 @@
 
 Its standard input is a JSON list of objects: `model` (a directory), `auto_class`, `trust_remote_code`, `texts` (a list
 of columns, one text each or the two of a pair) and `answers` (the safetensors file to write: input_ids,
-attention_mask and logits).
+attention_mask, logits and base_difference, see `_base_difference`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,21 @@ def main() -> None:
         else:
             logits = output.logits
         answers = {"input_ids": encoding["input_ids"], "attention_mask": encoding["attention_mask"], "logits": logits}
+        # Code that travels has a base model of its own.
+        is_own = question["trust_remote_code"]
+        answers["base_difference"] = _base_difference(model, question["model"], encoding) if is_own else torch.zeros(())
         save_file({name: x.contiguous() for name, x in answers.items()}, question["answers"])
+
+
+def _base_difference(model: Any, directory: str, encoding: Any) -> Any:
+    """The largest of a last hidden state of what `AutoModel` opens from that of the base model inside `model`."""
+    import torch
+    import transformers
+
+    base = transformers.AutoModel.from_pretrained(directory, trust_remote_code=True).eval()
+    with torch.no_grad():
+        inside, alone = (one(**encoding).last_hidden_state for one in (model.base_model, base))
+    return (inside - alone)[encoding["attention_mask"].bool()].abs().max()
 
 
 if __name__ == "__main__":

@@ -45,9 +45,15 @@ class SplitLayer(nn.Sequential):
         return x
 
 
+_NAMES = ("layer", "dropout")
+"""Which of split's arguments name a module or an attribute."""
+
+
 def split(model: nn.Module, form: str, layer: str, residual: str, rank: int, dropout: Optional[str]) -> None:
-    """Puts a `SplitLayer` into a model of the library's; the arguments are `sft` in config.json."""
+    """Puts a `SplitLayer` into a model of the library's, once; the arguments are `sft` in config.json."""
     w: Any = model.get_submodule(layer)
+    if isinstance(w, SplitLayer):
+        return
     D, F = w.weight.shape if isinstance(w, nn.Linear) else reversed(w.weight.shape)  # GPT-2 holds the transpose
     low_rank = residual == "low-rank"
     width, bias = F + D if low_rank else F, low_rank or w.bias is not None
@@ -78,9 +84,14 @@ class SplitBertConfig(transformers.BertConfig):
 
 
 class SplitBertModel(transformers.BertModel):
-    """The library's base model, for this configuration: some of the library's models ask `AutoModel` for theirs."""
+    """The library's base model with its layer split; some of the library's models ask `AutoModel` for theirs."""
 
     config_class = SplitBertConfig
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        start = len(f"{self.base_model_prefix}.")  # names in config.json are those in the model with a head
+        split(self, **{**config.sft, **{key: config.sft[key] and config.sft[key][start:] for key in _NAMES}})
 
 
 class BertForSequenceClassification(transformers.BertForSequenceClassification):
@@ -96,4 +107,5 @@ class BertForSequenceClassification(transformers.BertForSequenceClassification):
 transformers.AutoModel.register(SplitBertConfig, SplitBertModel)
 # So that save_pretrained writes this file, too.
 SplitBertConfig.register_for_auto_class()
+SplitBertModel.register_for_auto_class("AutoModel")
 BertForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")

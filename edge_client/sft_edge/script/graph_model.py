@@ -61,7 +61,7 @@ class GraphModel(CutModel):
 
     def describe(self) -> str:
         """See CutModel."""
-        return f"split_at={self._cut.layer_name!r}, split_rank={self._cut.split_rank}"
+        return str(self._cut)
 
     def install(self, cross: Cross) -> Dict[str, nn.Parameter]:
         """See CutModel."""

@@ -1,0 +1,64 @@
+"""`SFTOptimizer` finds the side that its role names, and says what is in the way."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import List
+
+import pytest
+import torch
+from torch import nn
+
+from sft import SFTOptimizer, optimizer
+from sft.errors import UsageError
+
+
+class EntryPoint:
+    """Of role cloud; loading it runs `code`."""
+
+    name = "cloud"
+
+    def __init__(self, code: str) -> None:
+        self._code = code
+
+    def load(self) -> object:
+        exec(self._code, {})
+        raise AssertionError("the code was to fail")
+
+
+def refusal(monkeypatch: pytest.MonkeyPatch, entry_points: List[EntryPoint]) -> str:
+    monkeypatch.setattr(optimizer, "_entry_points", lambda: entry_points)
+    model = nn.Linear(2, 2)
+    with pytest.raises(UsageError) as caught:
+        SFTOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), role="cloud", model=model, split_at="", split_rank=1)
+    return str(caught.value)
+
+
+ADVICE = ": pip install 'split-fine-tuning[cloud]' (Python 3.10 or newer)"
+
+
+@pytest.mark.parametrize("code", ["import grpc_nowhere.health", "a b"])
+def test_what_an_installation_mends(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+    said = refusal(monkeypatch, [EntryPoint(code)])
+    assert said.startswith("role 'cloud' cannot be had here (")
+    assert said.endswith(ADVICE)
+    assert refusal(monkeypatch, []) == f"role 'cloud' is not installed{ADVICE}"
+
+
+@pytest.mark.parametrize(
+    ("code", "says"),
+    [
+        ("raise ImportError('libcudart.so.12: cannot open shared object file')", "libcudart.so.12: cannot open shared"),
+        ("import sft.nowhere", "No module named 'sft.nowhere'"),
+        ("from sft.errors import Nowhere", "cannot import name 'Nowhere'"),
+        ("import mine", "mine needs a GPU"),
+    ],
+)
+def test_what_it_does_not_mend(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: str, says: str) -> None:
+    (tmp_path / "mine.py").write_text("raise ImportError('mine needs a GPU')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    said = refusal(monkeypatch, [EntryPoint(code)])
+    assert said.startswith(f"role 'cloud' cannot be had here ({says}")
+    assert "pip install" not in said
+    assert "mine" not in sys.modules
