@@ -124,7 +124,7 @@ def decoder(settings: Settings, task: Task) -> None:
     shape = {"n_layer": 6, "n_embd": 256, "n_inner": 1024, "n_head": 4, "n_positions": LONGEST}
     ends = {"bos_token_id": tokenizer.cls_token_id, "eos_token_id": tokenizer.sep_token_id}
     config = AutoConfig.for_model("gpt2", vocab_size=len(tokenizer), **ends, **shape)
-    features = task.encode(task.read("train"), tokenizer, LONGEST)
+    features = task.encode(task.read("train", settings.rows), tokenizer, LONGEST)
     validation = task.encode(task.read("validation"), tokenizer, LONGEST)
 
     def train_on(net: Whole, steps: int, learning_rate: float, epoch_seed: int) -> None:
@@ -178,7 +178,7 @@ def read_settings(arguments: Sequence[str] | None = None) -> Settings:
     parser.add_argument("--kind", choices=["encoder", "decoder"], default="encoder")
     parser.add_argument("--split-layers", type=int, nargs="+", default=[1, 2, 3, 5])
     parser.add_argument("--split-ranks", type=int, nargs="+", default=[8, 32])
-    parser.add_argument("--rows", type=int, default=6400, help="training rows of the encoder")
+    parser.add_argument("--rows", type=int, default=6400, help="training rows")
     parser.add_argument("--pretraining-steps", type=int, default=2000, help="of the decoder, before the cut")
     parser.add_argument("--steps", type=int, default=300, help="of the decoder, after the cut")
     parser.add_argument("--seed", type=int, default=0)
