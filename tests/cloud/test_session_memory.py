@@ -2,14 +2,12 @@
 
 import pytest
 import torch
+from support.session_parts import DROPPED, gradients_of, rides_on, same_bits, weigh, weights_of
 
 from sft.errors import ProtocolError
-from sft.v1 import split_training_pb2 as pb
 from sft_cloud import answers
 from sft_cloud.errors import PreconditionError
 from sft_cloud.session import State
-
-DROPPED = "dropped"
 
 
 @pytest.fixture
@@ -17,34 +15,8 @@ def session(open_session, edge):
     return open_session(edge)
 
 
-def weights_of(session):
-    return {tensor.name: tensor.read() for tensor in session.stored_parameters()}
-
-
-def gradients_of(session):
-    return {name: p.grad.clone() for name, p in session._half.whole_parameters().items() if p.grad is not None}
-
-
-def same_bits(one, other):
-    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
-
-
 def remembered(session):
     return list(session._answers._answers)
-
-
-def weigh(step, *weights, **fields):
-    """A message without a body, unless `fields` have one."""
-    return rides_on(pb.EdgeMessage(step=step, **fields), *weights)
-
-
-def rides_on(message, *weights):
-    for micro_batch, weight in weights:
-        if weight is DROPPED:
-            message.weights.add(micro_batch=micro_batch, dropped=True)
-        else:
-            message.weights.add(micro_batch=micro_batch, weight=weight)
-    return message
 
 
 def test_a_repeated_forward_is_answered_from_memory(session, open_session, edge):

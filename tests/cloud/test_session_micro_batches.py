@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from support.session_parts import DROPPED, gradients_of, rides_on, same_bits, weigh, weights_of
 from support.tiny import make_tiny_model
 from support.tiny_edge import QUESTIONS, TOKENS, TinyEdge
 from transformers import AutoConfig
@@ -17,7 +18,6 @@ from sft_cloud import half, micro_batches
 from sft_cloud.errors import PreconditionError
 
 CPU = torch.device("cpu")
-DROPPED = "dropped"
 EDGES = [
     {},
     {"cut": Cut("sl", 2)},
@@ -47,32 +47,6 @@ def any_edge(make_edge, decoder):
 @pytest.fixture
 def session(open_session, edge):
     return open_session(edge)
-
-
-def weights_of(session):
-    return {tensor.name: tensor.read() for tensor in session.stored_parameters()}
-
-
-def gradients_of(session):
-    return {name: p.grad.clone() for name, p in session._half.whole_parameters().items() if p.grad is not None}
-
-
-def same_bits(one, other):
-    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
-
-
-def weigh(step, *weights, **fields):
-    """A message without a body, unless `fields` have one."""
-    return rides_on(pb.EdgeMessage(step=step, **fields), *weights)
-
-
-def rides_on(message, *weights):
-    for micro_batch, weight in weights:
-        if weight is DROPPED:
-            message.weights.add(micro_batch=micro_batch, dropped=True)
-        else:
-            message.weights.add(micro_batch=micro_batch, weight=weight)
-    return message
 
 
 def edge_loss(edge, outputs):

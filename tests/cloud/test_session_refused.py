@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from support.session_parts import DROPPED, gradients_of, rides_on, same_bits, weigh, weights_of
 
 from sft.errors import ProtocolError
 from sft.v1 import split_training_pb2 as pb
@@ -11,38 +12,10 @@ from sft_cloud import half, micro_batches
 from sft_cloud.errors import PreconditionError
 from sft_cloud.session import State
 
-DROPPED = "dropped"
-
 
 @pytest.fixture
 def session(open_session, edge):
     return open_session(edge)
-
-
-def weights_of(session):
-    return {tensor.name: tensor.read() for tensor in session.stored_parameters()}
-
-
-def gradients_of(session):
-    return {name: p.grad.clone() for name, p in session._half.whole_parameters().items() if p.grad is not None}
-
-
-def same_bits(one, other):
-    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
-
-
-def weigh(step, *weights, **fields):
-    """A message without a body, unless `fields` have one."""
-    return rides_on(pb.EdgeMessage(step=step, **fields), *weights)
-
-
-def rides_on(message, *weights):
-    for micro_batch, weight in weights:
-        if weight is DROPPED:
-            message.weights.add(micro_batch=micro_batch, dropped=True)
-        else:
-            message.weights.add(micro_batch=micro_batch, weight=weight)
-    return message
 
 
 REFUSED = {
