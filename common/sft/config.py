@@ -36,6 +36,7 @@ from typing import (
 )
 
 from sft import __version__
+from sft.durations import Duration
 from sft.errors import SFTError, StorageError, UsageError
 
 Command = Callable[[str, List[str]], int]
@@ -161,7 +162,9 @@ class Option:
     def metavar(self) -> str:
         if self.choices:
             return "{" + ",".join(self.choices) + "}"
-        return {bool: "true|false", int: "N", float: "X", Path: "PATH", str: "TEXT"}.get(self.type, "JSON")
+        return {bool: "true|false", int: "N", float: "X", Duration: "TIME", Path: "PATH", str: "TEXT"}.get(
+            self.type, "JSON"
+        )
 
     @property
     def help(self) -> str:
@@ -300,7 +303,8 @@ def _convert_one(option: Option, raw: object, where: str) -> Any:
     try:
         return option.type(raw)
     except ValueError:
-        kind = {int: "a whole number", float: "a number"}[option.type]
+        kinds = {int: "a whole number", float: "a number", Duration: "a duration such as 30s, 1m30s or 2h"}
+        kind = kinds[option.type]
         raise UsageError(f"{where}: {raw!r} is not {kind}") from None
 
 

@@ -9,10 +9,13 @@ SFTError                        1
 ├── LinkError                   5   the cloud, or the way to it
 │   ├── ServerUnavailableError  5   nobody answers
 │   ├── ServerFullError         5   no room for another session
+│   ├── AccessError             5   the other side does not know us, or we not it: token, certificate, limits of a token
 │   ├── ProtocolError           5   not ours, another version, or a message that breaks the rules
+│   ├── StreamBrokenError       5   the stream ended; the session may be there still
 │   └── SessionLostError        5   the session ended before the run did
 ├── TrainingError               6   the optimizer or the loss cannot go on
-│   └── NonFiniteLossError      6   NaN or infinity
+│   ├── NonFiniteLossError      6   NaN or infinity
+│   └── CloudMemoryError        6   the cloud's device had no memory for a step, which neither side took
 ├── StorageError                7   a full or read-only disk
 └── VerificationError           8   `sft-edge verify` or `export` found a difference
 """
@@ -66,8 +69,16 @@ class ServerFullError(LinkError):
     """The server has no room for another session, or its queue is full."""
 
 
+class AccessError(LinkError):
+    """One side does not accept who the other says it is, or what it asks for is not for it."""
+
+
 class ProtocolError(LinkError):
     """The other side is not ours, speaks another version, or broke the protocol."""
+
+
+class StreamBrokenError(LinkError):
+    """The stream ended before its time; another may go on with the session."""
 
 
 class SessionLostError(LinkError):
@@ -82,6 +93,10 @@ class TrainingError(SFTError):
 
 class NonFiniteLossError(TrainingError):
     """The loss became NaN or infinite."""
+
+
+class CloudMemoryError(TrainingError):
+    """The cloud's device had no memory for a step; it is undone on the cloud, and the edge takes it no more than it."""
 
 
 class StorageError(SFTError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import List, Tuple
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 """Raised when a change of the .proto makes old and new sides misunderstand each other."""
 
 MAX_MESSAGE_BYTES = 256 << 20

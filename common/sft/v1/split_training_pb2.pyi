@@ -113,7 +113,7 @@ class Optimizer(_message.Message):
     def __init__(self, name: _Optional[str] = ..., groups: _Optional[_Iterable[_Union[ParameterGroup, _Mapping]]] = ...) -> None: ...
 
 class OpenSessionRequest(_message.Message):
-    __slots__ = ("protocol_version", "package_version", "model_name", "config_json", "head", "cut", "seed", "weights_sha256", "factors_sha256", "optimizer", "wire_data_type", "lora_json")
+    __slots__ = ("protocol_version", "package_version", "model_name", "config_json", "head", "cut", "seed", "weights_sha256", "factors_sha256", "optimizer", "wire_data_type", "lora_json", "request_id", "run_id", "resume_from", "only_check")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     PACKAGE_VERSION_FIELD_NUMBER: _ClassVar[int]
     MODEL_NAME_FIELD_NUMBER: _ClassVar[int]
@@ -126,6 +126,10 @@ class OpenSessionRequest(_message.Message):
     OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
     WIRE_DATA_TYPE_FIELD_NUMBER: _ClassVar[int]
     LORA_JSON_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    RESUME_FROM_FIELD_NUMBER: _ClassVar[int]
+    ONLY_CHECK_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     package_version: str
     model_name: str
@@ -138,19 +142,35 @@ class OpenSessionRequest(_message.Message):
     optimizer: Optimizer
     wire_data_type: DataType
     lora_json: str
-    def __init__(self, protocol_version: _Optional[int] = ..., package_version: _Optional[str] = ..., model_name: _Optional[str] = ..., config_json: _Optional[str] = ..., head: _Optional[_Union[Head, str]] = ..., cut: _Optional[_Union[Cut, _Mapping]] = ..., seed: _Optional[int] = ..., weights_sha256: _Optional[str] = ..., factors_sha256: _Optional[str] = ..., optimizer: _Optional[_Union[Optimizer, _Mapping]] = ..., wire_data_type: _Optional[_Union[DataType, str]] = ..., lora_json: _Optional[str] = ...) -> None: ...
+    request_id: str
+    run_id: str
+    resume_from: _containers.RepeatedCompositeFieldContainer[CheckpointId]
+    only_check: bool
+    def __init__(self, protocol_version: _Optional[int] = ..., package_version: _Optional[str] = ..., model_name: _Optional[str] = ..., config_json: _Optional[str] = ..., head: _Optional[_Union[Head, str]] = ..., cut: _Optional[_Union[Cut, _Mapping]] = ..., seed: _Optional[int] = ..., weights_sha256: _Optional[str] = ..., factors_sha256: _Optional[str] = ..., optimizer: _Optional[_Union[Optimizer, _Mapping]] = ..., wire_data_type: _Optional[_Union[DataType, str]] = ..., lora_json: _Optional[str] = ..., request_id: _Optional[str] = ..., run_id: _Optional[str] = ..., resume_from: _Optional[_Iterable[_Union[CheckpointId, _Mapping]]] = ..., only_check: bool = ...) -> None: ...
+
+class CheckpointId(_message.Message):
+    __slots__ = ("step", "sha256")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    SHA256_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    sha256: str
+    def __init__(self, step: _Optional[int] = ..., sha256: _Optional[str] = ...) -> None: ...
 
 class OpenSessionResponse(_message.Message):
-    __slots__ = ("session_id", "missing_blobs", "package_version", "device")
+    __slots__ = ("session_id", "missing_blobs", "package_version", "device", "next_step", "session_timeout_seconds")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     MISSING_BLOBS_FIELD_NUMBER: _ClassVar[int]
     PACKAGE_VERSION_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
+    NEXT_STEP_FIELD_NUMBER: _ClassVar[int]
+    SESSION_TIMEOUT_SECONDS_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     missing_blobs: _containers.RepeatedScalarFieldContainer[str]
     package_version: str
     device: str
-    def __init__(self, session_id: _Optional[str] = ..., missing_blobs: _Optional[_Iterable[str]] = ..., package_version: _Optional[str] = ..., device: _Optional[str] = ...) -> None: ...
+    next_step: int
+    session_timeout_seconds: float
+    def __init__(self, session_id: _Optional[str] = ..., missing_blobs: _Optional[_Iterable[str]] = ..., package_version: _Optional[str] = ..., device: _Optional[str] = ..., next_step: _Optional[int] = ..., session_timeout_seconds: _Optional[float] = ...) -> None: ...
 
 class UploadBlobRequest(_message.Message):
     __slots__ = ("sha256", "total_bytes", "data")
@@ -274,6 +294,20 @@ class LoadState(_message.Message):
     optimizer_state: bool
     def __init__(self, sha256: _Optional[str] = ..., optimizer_state: bool = ...) -> None: ...
 
+class SaveCheckpoint(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class KeepCheckpoints(_message.Message):
+    __slots__ = ("steps",)
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    steps: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, steps: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Close(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class Evaluate(_message.Message):
     __slots__ = ("activation", "autocast")
     ACTIVATION_FIELD_NUMBER: _ClassVar[int]
@@ -310,7 +344,7 @@ class Commit(_message.Message):
     def __init__(self, step: _Optional[int] = ..., learning_rates: _Optional[_Iterable[float]] = ..., clip_scale: _Optional[float] = ..., group_arguments: _Optional[_Iterable[_Union[GroupArguments, _Mapping]]] = ..., keep_gradients: bool = ...) -> None: ...
 
 class EdgeMessage(_message.Message):
-    __slots__ = ("step", "micro_batch", "weights", "commit", "gradient_scale", "attach", "forward", "backward", "evaluate", "load_state")
+    __slots__ = ("step", "micro_batch", "weights", "commit", "gradient_scale", "attach", "forward", "backward", "evaluate", "load_state", "save_checkpoint", "keep_checkpoints", "close", "number", "answered")
     STEP_FIELD_NUMBER: _ClassVar[int]
     MICRO_BATCH_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
@@ -321,6 +355,11 @@ class EdgeMessage(_message.Message):
     BACKWARD_FIELD_NUMBER: _ClassVar[int]
     EVALUATE_FIELD_NUMBER: _ClassVar[int]
     LOAD_STATE_FIELD_NUMBER: _ClassVar[int]
+    SAVE_CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    KEEP_CHECKPOINTS_FIELD_NUMBER: _ClassVar[int]
+    CLOSE_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    ANSWERED_FIELD_NUMBER: _ClassVar[int]
     step: int
     micro_batch: int
     weights: _containers.RepeatedCompositeFieldContainer[Weight]
@@ -331,13 +370,20 @@ class EdgeMessage(_message.Message):
     backward: Backward
     evaluate: Evaluate
     load_state: LoadState
-    def __init__(self, step: _Optional[int] = ..., micro_batch: _Optional[int] = ..., weights: _Optional[_Iterable[_Union[Weight, _Mapping]]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., gradient_scale: _Optional[float] = ..., attach: _Optional[_Union[Attach, _Mapping]] = ..., forward: _Optional[_Union[Forward, _Mapping]] = ..., backward: _Optional[_Union[Backward, _Mapping]] = ..., evaluate: _Optional[_Union[Evaluate, _Mapping]] = ..., load_state: _Optional[_Union[LoadState, _Mapping]] = ...) -> None: ...
+    save_checkpoint: SaveCheckpoint
+    keep_checkpoints: KeepCheckpoints
+    close: Close
+    number: int
+    answered: int
+    def __init__(self, step: _Optional[int] = ..., micro_batch: _Optional[int] = ..., weights: _Optional[_Iterable[_Union[Weight, _Mapping]]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., gradient_scale: _Optional[float] = ..., attach: _Optional[_Union[Attach, _Mapping]] = ..., forward: _Optional[_Union[Forward, _Mapping]] = ..., backward: _Optional[_Union[Backward, _Mapping]] = ..., evaluate: _Optional[_Union[Evaluate, _Mapping]] = ..., load_state: _Optional[_Union[LoadState, _Mapping]] = ..., save_checkpoint: _Optional[_Union[SaveCheckpoint, _Mapping]] = ..., keep_checkpoints: _Optional[_Union[KeepCheckpoints, _Mapping]] = ..., close: _Optional[_Union[Close, _Mapping]] = ..., number: _Optional[int] = ..., answered: _Optional[int] = ...) -> None: ...
 
 class Attached(_message.Message):
-    __slots__ = ("next_step",)
+    __slots__ = ("next_step", "last_number")
     NEXT_STEP_FIELD_NUMBER: _ClassVar[int]
+    LAST_NUMBER_FIELD_NUMBER: _ClassVar[int]
     next_step: int
-    def __init__(self, next_step: _Optional[int] = ...) -> None: ...
+    last_number: int
+    def __init__(self, next_step: _Optional[int] = ..., last_number: _Optional[int] = ...) -> None: ...
 
 class Result(_message.Message):
     __slots__ = ("loss", "packed_gradient", "squared_gradient_norm", "logits", "own_squared_norm", "gradient_product")
@@ -367,6 +413,20 @@ class Evaluation(_message.Message):
     logits: Tensor
     def __init__(self, logits: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
 
+class CheckpointSaved(_message.Message):
+    __slots__ = ("id", "total_bytes")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    id: CheckpointId
+    total_bytes: int
+    def __init__(self, id: _Optional[_Union[CheckpointId, _Mapping]] = ..., total_bytes: _Optional[int] = ...) -> None: ...
+
+class StepSkipped(_message.Message):
+    __slots__ = ("reason",)
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    reason: str
+    def __init__(self, reason: _Optional[str] = ...) -> None: ...
+
 class Committed(_message.Message):
     __slots__ = ("next_step", "squared_gradient_norm")
     NEXT_STEP_FIELD_NUMBER: _ClassVar[int]
@@ -376,7 +436,7 @@ class Committed(_message.Message):
     def __init__(self, next_step: _Optional[int] = ..., squared_gradient_norm: _Optional[float] = ...) -> None: ...
 
 class CloudMessage(_message.Message):
-    __slots__ = ("step", "micro_batch", "cloud_seconds", "attached", "result", "evaluation", "committed", "outputs")
+    __slots__ = ("step", "micro_batch", "cloud_seconds", "attached", "result", "evaluation", "committed", "outputs", "checkpoint_saved", "step_skipped", "number", "stopping")
     STEP_FIELD_NUMBER: _ClassVar[int]
     MICRO_BATCH_FIELD_NUMBER: _ClassVar[int]
     CLOUD_SECONDS_FIELD_NUMBER: _ClassVar[int]
@@ -385,6 +445,10 @@ class CloudMessage(_message.Message):
     EVALUATION_FIELD_NUMBER: _ClassVar[int]
     COMMITTED_FIELD_NUMBER: _ClassVar[int]
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_SAVED_FIELD_NUMBER: _ClassVar[int]
+    STEP_SKIPPED_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    STOPPING_FIELD_NUMBER: _ClassVar[int]
     step: int
     micro_batch: int
     cloud_seconds: float
@@ -393,4 +457,82 @@ class CloudMessage(_message.Message):
     evaluation: Evaluation
     committed: Committed
     outputs: Outputs
-    def __init__(self, step: _Optional[int] = ..., micro_batch: _Optional[int] = ..., cloud_seconds: _Optional[float] = ..., attached: _Optional[_Union[Attached, _Mapping]] = ..., result: _Optional[_Union[Result, _Mapping]] = ..., evaluation: _Optional[_Union[Evaluation, _Mapping]] = ..., committed: _Optional[_Union[Committed, _Mapping]] = ..., outputs: _Optional[_Union[Outputs, _Mapping]] = ...) -> None: ...
+    checkpoint_saved: CheckpointSaved
+    step_skipped: StepSkipped
+    number: int
+    stopping: bool
+    def __init__(self, step: _Optional[int] = ..., micro_batch: _Optional[int] = ..., cloud_seconds: _Optional[float] = ..., attached: _Optional[_Union[Attached, _Mapping]] = ..., result: _Optional[_Union[Result, _Mapping]] = ..., evaluation: _Optional[_Union[Evaluation, _Mapping]] = ..., committed: _Optional[_Union[Committed, _Mapping]] = ..., outputs: _Optional[_Union[Outputs, _Mapping]] = ..., checkpoint_saved: _Optional[_Union[CheckpointSaved, _Mapping]] = ..., step_skipped: _Optional[_Union[StepSkipped, _Mapping]] = ..., number: _Optional[int] = ..., stopping: bool = ...) -> None: ...
+
+class StatusRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class SessionStatus(_message.Message):
+    __slots__ = ("label", "owner", "model_name", "next_step", "age_seconds", "idle_seconds", "bytes_received", "bytes_sent", "attached", "split_rank")
+    LABEL_FIELD_NUMBER: _ClassVar[int]
+    OWNER_FIELD_NUMBER: _ClassVar[int]
+    MODEL_NAME_FIELD_NUMBER: _ClassVar[int]
+    NEXT_STEP_FIELD_NUMBER: _ClassVar[int]
+    AGE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    IDLE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_RECEIVED_FIELD_NUMBER: _ClassVar[int]
+    BYTES_SENT_FIELD_NUMBER: _ClassVar[int]
+    ATTACHED_FIELD_NUMBER: _ClassVar[int]
+    SPLIT_RANK_FIELD_NUMBER: _ClassVar[int]
+    label: str
+    owner: str
+    model_name: str
+    next_step: int
+    age_seconds: float
+    idle_seconds: float
+    bytes_received: int
+    bytes_sent: int
+    attached: bool
+    split_rank: int
+    def __init__(self, label: _Optional[str] = ..., owner: _Optional[str] = ..., model_name: _Optional[str] = ..., next_step: _Optional[int] = ..., age_seconds: _Optional[float] = ..., idle_seconds: _Optional[float] = ..., bytes_received: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., attached: bool = ..., split_rank: _Optional[int] = ...) -> None: ...
+
+class StatusResponse(_message.Message):
+    __slots__ = ("package_version", "protocol_version", "device", "unix_seconds", "uptime_seconds", "caller", "sessions", "max_sessions", "open_sessions", "session_timeout_seconds", "token_expires_unix_seconds", "stopping")
+    PACKAGE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    UNIX_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    UPTIME_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    CALLER_FIELD_NUMBER: _ClassVar[int]
+    SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    MAX_SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    OPEN_SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    SESSION_TIMEOUT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_EXPIRES_UNIX_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    STOPPING_FIELD_NUMBER: _ClassVar[int]
+    package_version: str
+    protocol_version: int
+    device: str
+    unix_seconds: float
+    uptime_seconds: float
+    caller: str
+    sessions: _containers.RepeatedCompositeFieldContainer[SessionStatus]
+    max_sessions: int
+    open_sessions: int
+    session_timeout_seconds: float
+    token_expires_unix_seconds: float
+    stopping: bool
+    def __init__(self, package_version: _Optional[str] = ..., protocol_version: _Optional[int] = ..., device: _Optional[str] = ..., unix_seconds: _Optional[float] = ..., uptime_seconds: _Optional[float] = ..., caller: _Optional[str] = ..., sessions: _Optional[_Iterable[_Union[SessionStatus, _Mapping]]] = ..., max_sessions: _Optional[int] = ..., open_sessions: _Optional[int] = ..., session_timeout_seconds: _Optional[float] = ..., token_expires_unix_seconds: _Optional[float] = ..., stopping: bool = ...) -> None: ...
+
+class ProbeRequest(_message.Message):
+    __slots__ = ("data", "reply_bytes")
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    REPLY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    data: bytes
+    reply_bytes: int
+    def __init__(self, data: _Optional[bytes] = ..., reply_bytes: _Optional[int] = ...) -> None: ...
+
+class ProbeResponse(_message.Message):
+    __slots__ = ("data", "unix_seconds", "cloud_seconds")
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    UNIX_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    CLOUD_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    data: bytes
+    unix_seconds: float
+    cloud_seconds: float
+    def __init__(self, data: _Optional[bytes] = ..., unix_seconds: _Optional[float] = ..., cloud_seconds: _Optional[float] = ...) -> None: ...

@@ -34,6 +34,16 @@ class SplitTrainingStub(object):
                 request_serializer=sft_dot_v1_dot_split__training__pb2.DownloadWeightsRequest.SerializeToString,
                 response_deserializer=sft_dot_v1_dot_split__training__pb2.DownloadWeightsResponse.FromString,
                 )
+        self.Status = channel.unary_unary(
+                '/sft.v1.SplitTraining/Status',
+                request_serializer=sft_dot_v1_dot_split__training__pb2.StatusRequest.SerializeToString,
+                response_deserializer=sft_dot_v1_dot_split__training__pb2.StatusResponse.FromString,
+                )
+        self.Probe = channel.unary_unary(
+                '/sft.v1.SplitTraining/Probe',
+                request_serializer=sft_dot_v1_dot_split__training__pb2.ProbeRequest.SerializeToString,
+                response_deserializer=sft_dot_v1_dot_split__training__pb2.ProbeResponse.FromString,
+                )
 
 
 class SplitTrainingServicer(object):
@@ -55,7 +65,8 @@ class SplitTrainingServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Train(self, request_iterator, context):
-        """Trains and evaluates. The session lives as long as this stream; the first message attaches the stream to it.
+        """Trains and evaluates. The first message attaches the stream to a session, in the place of the stream that had it
+        before. The session outlives the stream for a while, so that another stream can go on.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -63,6 +74,20 @@ class SplitTrainingServicer(object):
 
     def DownloadWeights(self, request, context):
         """Sends net_2's parameters as they are now, as one safetensors file cut in chunks.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Status(self, request, context):
+        """What the server is and what it does for the caller.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Probe(self, request, context):
+        """Bytes there and back, to measure the way.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -90,6 +115,16 @@ def add_SplitTrainingServicer_to_server(servicer, server):
                     servicer.DownloadWeights,
                     request_deserializer=sft_dot_v1_dot_split__training__pb2.DownloadWeightsRequest.FromString,
                     response_serializer=sft_dot_v1_dot_split__training__pb2.DownloadWeightsResponse.SerializeToString,
+            ),
+            'Status': grpc.unary_unary_rpc_method_handler(
+                    servicer.Status,
+                    request_deserializer=sft_dot_v1_dot_split__training__pb2.StatusRequest.FromString,
+                    response_serializer=sft_dot_v1_dot_split__training__pb2.StatusResponse.SerializeToString,
+            ),
+            'Probe': grpc.unary_unary_rpc_method_handler(
+                    servicer.Probe,
+                    request_deserializer=sft_dot_v1_dot_split__training__pb2.ProbeRequest.FromString,
+                    response_serializer=sft_dot_v1_dot_split__training__pb2.ProbeResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -166,5 +201,39 @@ class SplitTraining(object):
         return grpc.experimental.unary_stream(request, target, '/sft.v1.SplitTraining/DownloadWeights',
             sft_dot_v1_dot_split__training__pb2.DownloadWeightsRequest.SerializeToString,
             sft_dot_v1_dot_split__training__pb2.DownloadWeightsResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def Status(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/sft.v1.SplitTraining/Status',
+            sft_dot_v1_dot_split__training__pb2.StatusRequest.SerializeToString,
+            sft_dot_v1_dot_split__training__pb2.StatusResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def Probe(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/sft.v1.SplitTraining/Probe',
+            sft_dot_v1_dot_split__training__pb2.ProbeRequest.SerializeToString,
+            sft_dot_v1_dot_split__training__pb2.ProbeResponse.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
