@@ -5,6 +5,8 @@
       UnsupportedModelError, TrainingError: the request makes no sense
     PreconditionError: another protocol version, a message out of       FAILED_PRECONDITION
       order, a second stream for a session
+    GapError: a message before this one got lost                        ABORTED
+    AccessError: the caller is not known, or this is not for it         UNAUTHENTICATED
     SessionLostError: no such session, or it has ended                  NOT_FOUND
     ServerFullError, StorageError, out of memory: no room               RESOURCE_EXHAUSTED
     ServerUnavailableError: the server is shutting down                 UNAVAILABLE
@@ -24,6 +26,7 @@ import grpc
 import torch
 
 from sft.errors import (
+    AccessError,
     ProtocolError,
     ServerFullError,
     ServerUnavailableError,
@@ -39,8 +42,18 @@ class PreconditionError(ProtocolError):
     """The message is sound, but not what may come now."""
 
 
+class StreamTakenError(SFTError):
+    """Another stream has the session now."""
+
+
+class GapError(ProtocolError):
+    """A message before this one is missing; sent again in order, both are welcome."""
+
+
 _CODES: tuple[tuple[type[SFTError], grpc.StatusCode], ...] = (
     (PreconditionError, grpc.StatusCode.FAILED_PRECONDITION),
+    (GapError, grpc.StatusCode.ABORTED),
+    (AccessError, grpc.StatusCode.UNAUTHENTICATED),
     (SessionLostError, grpc.StatusCode.NOT_FOUND),
     (ServerFullError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (StorageError, grpc.StatusCode.RESOURCE_EXHAUSTED),
@@ -68,6 +81,12 @@ def is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # torch's CPU allocator
+
+
+def ends_session(error: BaseException) -> bool:
+    """Whether a session is of no more use after this error; otherwise its edge may come back to it."""
+    goes_on = (GapError, AccessError, ServerFullError, ServerUnavailableError, StreamTakenError)
+    return isinstance(error, Exception) and not isinstance(error, (grpc.RpcError, *goes_on))
 
 
 @contextmanager
