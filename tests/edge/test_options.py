@@ -75,6 +75,12 @@ FROZEN = """
 --logging-dir
 --disable-tqdm false
 --server
+--tls
+--tls-ca
+--tls-cert
+--tls-key
+--token-file
+--insecure false
 --labels cloud
 --connect-timeout-seconds 20.0
 --reply-timeout-seconds 600.0
