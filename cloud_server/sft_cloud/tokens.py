@@ -211,11 +211,18 @@ def _to_json(token: Token) -> dict[str, Any]:
 def _from_json(entry: dict[str, Any]) -> Token:
     values = dict(entry)
     for name in _TIMES:
-        values[name] = None if values[name] is None else datetime.fromisoformat(values[name]).timestamp()
+        values[name] = None if values[name] is None else _seconds(values[name])
     if not isinstance(values["sees_all"], bool) or not re.fullmatch(r"[0-9a-f]{64}", values["sha256"]):
         raise ValueError("sees_all must be true or false, and sha256 64 hexadecimal digits")
     check_name(values["name"])
     return Token(**{**values, "limits": _limits(values["limits"])})
+
+
+def _seconds(text: str) -> float:
+    time = datetime.fromisoformat(text)
+    if time.tzinfo is None:  # which would be read in the time zone of this machine
+        raise ValueError(f"time {text} has no time zone")
+    return time.timestamp()
 
 
 def _limits(values: dict[str, Any]) -> Limits:
