@@ -1,11 +1,12 @@
 """Nobody reaches a method without an identity: the real server, over a loopback socket."""
 
 import threading
+from types import SimpleNamespace
 
 import grpc
 import pytest
 import torch
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from support.calls import SECONDS, Stream, open_session, refusal
 from support.tiny_edge import attach
@@ -148,6 +149,17 @@ def test_who_watches_the_health_is_told_as_without_a_gate(calls, alice):
     watch = calls(alice).health.Watch(health_pb2.HealthCheckRequest(), timeout=SECONDS)
     assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
     watch.cancel()
+
+
+def test_who_watches_the_health_holds_no_thread(alice, tokens):
+    """grpc knows by an attribute that this method returns at once, and answers later."""
+    gate = make_access(AccessOptions(tokens=tokens), "127.0.0.1").gate
+    watch = health.HealthServicer(experimental_non_blocking=True).Watch
+    handler = grpc.unary_stream_rpc_method_handler(watch)
+    details = SimpleNamespace(method="/any", invocation_metadata=(("authorization", f"Bearer {alice}"),))
+    guarded = gate.intercept_service(lambda details: handler, details)
+    assert guarded.unary_stream is not watch
+    assert guarded.unary_stream.experimental_non_blocking
 
 
 def test_a_stranger_is_refused_before_its_message_is_there(calls):
