@@ -29,21 +29,37 @@ class Access:
     identify: Callable[[grpc.ServicerContext], Identity] = lambda context: ANONYMOUS
     """Who calls. Raises UnauthenticatedError."""
 
+    certificate_expires: Callable[[], float | None] = lambda: None
+    """When the certificate in use expires, in Unix seconds; None without TLS."""
 
-def make_access(options: AccessOptions, host: str, dashes: str = "--") -> Access:
-    """What the options mean for a server on `host`; `dashes`: `--` where they are flags. Raises UsageError."""
+
+def make_access(
+    options: AccessOptions,
+    host: str,
+    dashes: str = "--",
+    on_refused: Callable[[str, str], None] = lambda peer, reason: None,
+) -> Access:
+    """What the options mean for a server on `host`; `dashes`: `--` where they are flags.
+
+    `on_refused` is told the address of each stranger, and why it is one. Raises UsageError.
+    """
     check_together(options, dashes)
     check_exposure(options, host, is_loopback(host), dashes)
-    credentials = None
+    tls = credentials = None
     if options.tls_cert is not None and options.tls_key is not None:
         from sft_cloud.tls import ServerTls  # only here: cryptography is not needed without
 
-        credentials = ServerTls(options.tls_cert, options.tls_key, options.tls_client_ca, dashes).credentials()
+        tls = ServerTls(options.tls_cert, options.tls_key, options.tls_client_ca, dashes)
+        credentials = tls.credentials()
+
+    def certificate_expires() -> float | None:
+        return None if tls is None else tls.expires_unix_seconds
+
     if options.tokens is None and options.tls_client_ca is None:
-        return Access(credentials)
+        return Access(credentials, certificate_expires=certificate_expires)
     tokens = None if options.tokens is None else LiveTokens(options.tokens)
     authentication = Authentication(tokens, needs_certificate=options.tls_client_ca is not None)
-    return Access(credentials, Gate(authentication), authentication.identify)
+    return Access(credentials, Gate(authentication, on_refused), authentication.identify, certificate_expires)
 
 
 def is_loopback(host: str) -> bool:

@@ -17,6 +17,9 @@ from sft_cloud.identity import Identity
 OPEN_METHODS = ("/grpc.health.v1.Health/Check",)
 """What load balancers and containers ask; it says no more than whether the server serves."""
 
+RECHECK_SECONDS = 10.0
+"""How much longer than its identity a call may last in which nothing happens."""
+
 _KINDS: dict[tuple[bool, bool], tuple[str, Any]] = {
     (False, False): ("unary_unary", grpc.unary_unary_rpc_method_handler),
     (False, True): ("unary_stream", grpc.unary_stream_rpc_method_handler),
@@ -58,6 +61,11 @@ class Gate(grpc.ServerInterceptor):
             return grpc.stream_stream_rpc_method_handler(lambda _, context: self._refuse(context, refusal))
         handler = continuation(handler_call_details)
         return handler and self._guarded(handler)
+
+    def watch(self, stop: threading.Event) -> None:
+        """Ends such calls every few seconds until `stop`, in a thread of the caller's."""
+        while not stop.wait(RECHECK_SECONDS):
+            self.end_stale_calls()
 
     def end_stale_calls(self) -> None:
         """Ends what runs for callers that would not be let in now, though it waits for them and nothing happens."""

@@ -108,9 +108,13 @@ class CloudServer:
         names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
         self._server.start()
+        self._stopping = threading.Event()
+        if access.gate is not None:
+            threading.Thread(target=access.gate.watch, args=(self._stopping,), name="gate", daemon=True).start()
 
     def stop(self, grace_seconds: float = GRACE_SECONDS) -> None:
         """Takes no new call, lets running steps finish, and returns when nothing runs any more."""
+        self._stopping.set()
         self._health.enter_graceful_shutdown()
         self.service.drain()
         self._server.stop(grace_seconds).wait()

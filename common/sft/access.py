@@ -9,6 +9,7 @@ import ipaddress
 import logging
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Callable, Mapping, Optional, Tuple
@@ -68,13 +69,13 @@ class Credentials:
 
     private_key: Optional[bytes] = None
     read_token: Callable[[], Optional[str]] = lambda: None
-    """The token as it is now: a file is read anew for each connection. Raises UsageError."""
+    """The token as it is now: a file is read anew for each call."""
 
     advice: str = ""
     """How the user gives a token, for errors."""
 
     def metadata(self) -> Tuple[Tuple[str, str], ...]:
-        """For every call. Raises UsageError."""
+        """For every call."""
         token = self.read_token()
         return () if token is None else (("authorization", f"Bearer {token}"),)
 
@@ -162,8 +163,14 @@ def _token_reader(file: Optional[Path], what: str, environment: Mapping[str, str
         except UnicodeDecodeError as error:
             raise UsageError(f"{what} {file} holds no token") from error
 
-    read()  # now, rather than at the first call
-    return read
+    last = [read()]  # now, rather than at the first call
+
+    def read_again() -> str:
+        with suppress(UsageError):  # perhaps it is being written; the token of before counts as long as it does
+            last[0] = read()
+        return last[0]
+
+    return read_again
 
 
 def _check_token(text: str, where: str) -> str:

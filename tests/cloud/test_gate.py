@@ -14,6 +14,7 @@ from support.tls import make_token
 
 from sft.v1 import split_training_pb2 as pb
 from sft.v1 import split_training_pb2_grpc as pb_grpc
+from sft_cloud import gate
 from sft_cloud.access import make_access
 from sft_cloud.access_options import AccessOptions
 from sft_cloud.serve import CloudServer
@@ -68,8 +69,11 @@ def refused():
 
 @pytest.fixture
 def server(tmp_path, tokens, alice, refused):
-    access = make_access(AccessOptions(tokens=tokens), "127.0.0.1")
-    access.gate._on_refused = lambda peer, reason: refused.append((peer.partition(":")[0], reason))
+    access = make_access(
+        AccessOptions(tokens=tokens),
+        "127.0.0.1",
+        on_refused=lambda peer, reason: refused.append((peer.partition(":")[0], reason)),
+    )
     server = CloudServer("127.0.0.1", 0, torch.device("cpu"), tmp_path, None, 4, 1, access=access)
     server.access = access
     yield server
@@ -153,11 +157,11 @@ def test_who_watches_the_health_is_told_as_without_a_gate(calls, alice):
 
 def test_who_watches_the_health_holds_no_thread(alice, tokens):
     """grpc knows by an attribute that this method returns at once, and answers later."""
-    gate = make_access(AccessOptions(tokens=tokens), "127.0.0.1").gate
+    access = make_access(AccessOptions(tokens=tokens), "127.0.0.1")
     watch = health.HealthServicer(experimental_non_blocking=True).Watch
     handler = grpc.unary_stream_rpc_method_handler(watch)
     details = SimpleNamespace(method="/any", invocation_metadata=(("authorization", f"Bearer {alice}"),))
-    guarded = gate.intercept_service(lambda details: handler, details)
+    guarded = access.gate.intercept_service(lambda details: handler, details)
     assert guarded.unary_stream is not watch
     assert guarded.unary_stream.experimental_non_blocking
 
@@ -206,8 +210,20 @@ def test_an_idle_stream_is_ended_once_the_token_is_revoked(calls, alice, edge, t
 
 
 def test_what_runs_is_forgotten_when_it_ends(calls, alice, server):
-    calls(alice).cloud.OpenSession  # noqa: B018
+
     with pytest.raises(grpc.RpcError):
         calls(alice).cloud.OpenSession(pb.OpenSessionRequest(), timeout=SECONDS)
     server.stop(grace_seconds=0)  # waits for the ends of calls
     assert server.access.gate._running == {}
+
+
+def test_the_server_looks_for_such_calls_by_itself(alice, tokens, tmp_path, monkeypatch):
+    monkeypatch.setattr(gate, "RECHECK_SECONDS", 0.01)
+    access = make_access(AccessOptions(tokens=tokens), "127.0.0.1")
+    ended = threading.Event()
+    monkeypatch.setattr(access.gate, "end_stale_calls", ended.set)
+    server = CloudServer("127.0.0.1", 0, torch.device("cpu"), tmp_path / "other", None, 1, 1, access=access)
+    try:
+        assert ended.wait(SECONDS)
+    finally:
+        server.stop(grace_seconds=0)
