@@ -26,7 +26,7 @@ from typing import Callable, Iterator, List, Optional, Tuple, Type
 
 import grpc
 
-from sft.access import PLAINTEXT, Credentials
+from sft.access import PLAINTEXT, TOKEN_VARIABLE, Credentials
 from sft.channel import open_channel
 from sft.errors import (
     AccessError,
@@ -182,7 +182,9 @@ class GrpcTransport(Transport):
 
     def _common_error(self, code: grpc.StatusCode, details: str) -> Optional[LinkError]:
         if code == grpc.StatusCode.UNAUTHENTICATED:
-            advice = "" if self._credentials.has_token else f"; no token was shown: {self._credentials.advice}"
+            advice = f"; no token was shown: give {self._credentials.option('token_file')} or set {TOKEN_VARIABLE}"
+            if self._credentials.has_token:
+                advice = ""
             return AccessError(f"{self._address} does not let us in: {details}{advice}")
         if code == grpc.StatusCode.PERMISSION_DENIED:
             return AccessError(f"{self._address} refuses: {details}")
