@@ -4,10 +4,11 @@
     ProtocolError, UsageError, CutError, CheckpointError,               INVALID_ARGUMENT
       UnsupportedModelError, TrainingError: the request makes no sense
     PreconditionError: another protocol version, a message out of       FAILED_PRECONDITION
-      order, a second stream for a session
+      order
     GapError: a message before this one got lost                        ABORTED
-    AccessError: the caller is not known, or this is not for it         UNAUTHENTICATED
     SessionLostError: no such session, or it has ended                  NOT_FOUND
+    UnauthenticatedError: no identity, or it is no longer good          UNAUTHENTICATED
+    AccessError: a known caller, but this is not for it                 PERMISSION_DENIED
     ServerFullError, StorageError, out of memory: no room               RESOURCE_EXHAUSTED
     ServerUnavailableError: the server is shutting down                 UNAVAILABLE
     anything else, logged here with its traceback                       INTERNAL
@@ -50,11 +51,23 @@ class GapError(ProtocolError):
     """A message before this one is missing; sent again in order, both are welcome."""
 
 
+class UnauthenticatedError(AccessError):
+    """Who calls is not known here, or is not let in any more.
+
+    The message is for the caller and does not tell which part was wrong; `reason`, for the log, does.
+    """
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 _CODES: tuple[tuple[type[SFTError], grpc.StatusCode], ...] = (
     (PreconditionError, grpc.StatusCode.FAILED_PRECONDITION),
     (GapError, grpc.StatusCode.ABORTED),
-    (AccessError, grpc.StatusCode.UNAUTHENTICATED),
     (SessionLostError, grpc.StatusCode.NOT_FOUND),
+    (UnauthenticatedError, grpc.StatusCode.UNAUTHENTICATED),
+    (AccessError, grpc.StatusCode.PERMISSION_DENIED),
     (ServerFullError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (StorageError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (ServerUnavailableError, grpc.StatusCode.UNAVAILABLE),

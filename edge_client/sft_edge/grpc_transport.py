@@ -11,6 +11,7 @@ What a status becomes:
       NOT_FOUND                                        SessionLostError, with the server's sentence
     else, while opening a session
       UNAVAILABLE, and nobody listens                  ServerUnavailableError
+      UNAVAILABLE, as TLS could not be agreed on       AccessError
       UNAVAILABLE: the port takes TCP connections,
         but says nothing or nothing that is gRPC       ProtocolError: not an sft-cloud server
       UNAVAILABLE: whoever answered has gone, or is
@@ -30,6 +31,8 @@ from typing import Callable, Iterator, List, NamedTuple, Optional, Tuple, Type
 
 import grpc
 
+from sft.access import PLAINTEXT, TOKEN_VARIABLE, Credentials
+from sft.channel import open_channel
 from sft.errors import (
     AccessError,
     LinkError,
@@ -41,6 +44,7 @@ from sft.errors import (
     StreamBrokenError,
     UsageError,
 )
+from sft.handshake import why_no_handshake
 from sft.protocol import CLIENT_OPTIONS
 from sft.v1 import split_training_pb2 as pb
 from sft.v1.split_training_pb2_grpc import SplitTrainingStub
@@ -69,7 +73,7 @@ class Keepalive(NamedTuple):
 
 
 class GrpcTransport(Transport):
-    """Plain gRPC to `address`, "HOST:PORT" or "[IPv6]:PORT". Nothing is dialed before the first call.
+    """gRPC to `address`, "HOST:PORT" or "[IPv6]:PORT". Nothing is dialed before the first call.
 
     Raises UsageError when the address is malformed.
     """
@@ -81,8 +85,10 @@ class GrpcTransport(Transport):
         open_timeout_seconds: float = OPEN_TIMEOUT_SECONDS,
         stall_timeout_seconds: float = STALL_TIMEOUT_SECONDS,
         keepalive: Keepalive = Keepalive(),  # noqa: B008  # a tuple
+        credentials: Credentials = PLAINTEXT,
     ) -> None:
         self._address = address
+        self._credentials = credentials
         self._host_and_port = _split_address(address)
         self._connect_timeout_seconds = connect_timeout_seconds
         self._open_timeout_seconds = open_timeout_seconds
@@ -98,10 +104,8 @@ class GrpcTransport(Transport):
             ("grpc.min_reconnect_backoff_ms", int(self._connect_timeout_seconds * 1000)),
             ("grpc.keepalive_time_ms", int(self._keepalive.time_seconds * 1000)),
             ("grpc.keepalive_timeout_ms", int(self._keepalive.timeout_seconds * 1000)),
-            # The address given is the address dialed, whatever the environment says about proxies.
-            ("grpc.enable_http_proxy", 0),
         ]
-        channel = grpc.insecure_channel(self._address, options=options)
+        channel = open_channel(self._address, self._credentials, options)
         self._stub = SplitTrainingStub(channel)
         # Without serializers: see transport.py.
         method = f"/{_TRAIN.containing_service.full_name}/{_TRAIN.name}"
@@ -111,7 +115,9 @@ class GrpcTransport(Transport):
     def open_session(self, request: pb.OpenSessionRequest) -> pb.OpenSessionResponse:
         """See Transport. Fails at once when nobody listens, and within the connect time-out when the peer is silent."""
         try:
-            response: pb.OpenSessionResponse = self._stub.OpenSession(request, timeout=self._open_timeout_seconds)
+            response: pb.OpenSessionResponse = self._stub.OpenSession(
+                request, timeout=self._open_timeout_seconds, metadata=self._credentials.metadata()
+            )
         except grpc.RpcError as error:
             raise self._opening_error(error) from error
         return response
@@ -132,7 +138,7 @@ class GrpcTransport(Transport):
                 failure.append(error)  # the upload ends too short, which the cloud refuses
 
         with _StallGuard(self._stall_timeout_seconds) as guard:
-            call = self._stub.UploadBlob.future(requests())
+            call = self._stub.UploadBlob.future(requests(), metadata=self._credentials.metadata())
             guard.watch(call.cancel)
             try:
                 call.result()
@@ -146,13 +152,13 @@ class GrpcTransport(Transport):
 
     def stream(self, messages: Iterator[bytes]) -> Stream:
         """See Transport. A link that breaks without a word is noticed by gRPC's keepalive."""
-        return _GrpcStream(self._train(messages), self._error)
+        return _GrpcStream(self._train(messages, metadata=self._credentials.metadata()), self._error)
 
     def download(self, session_id: str, optimizer_state: bool = False, offset: int = 0) -> Iterator[bytes]:
         """See Transport. The way counts as broken when no chunk came for the stall time-out."""
         with _StallGuard(self._stall_timeout_seconds) as guard:
             request = pb.DownloadWeightsRequest(session_id=session_id, optimizer_state=optimizer_state, offset=offset)
-            call = self._stub.DownloadWeights(request)
+            call = self._stub.DownloadWeights(request, metadata=self._credentials.metadata())
             guard.watch(call.cancel)
             try:
                 for response in call:
@@ -182,6 +188,9 @@ class GrpcTransport(Transport):
                 return ServerUnavailableError(
                     f"nobody answers at {self._address} ({reason}): is `sft-cloud serve` running there?"
                 )
+            why = why_no_handshake(*self._host_and_port, self._credentials, self._connect_timeout_seconds)
+            if why is not None:
+                return AccessError(f"{self._address} {why}")
             if "failed to connect" in details:  # gRPC's words when TCP or the handshake on top of it failed
                 return self._not_ours()
             return StreamBrokenError(f"{self._address} opens no session now: {details}")
@@ -204,6 +213,13 @@ class GrpcTransport(Transport):
         )
 
     def _common_error(self, code: grpc.StatusCode, details: str) -> Optional[LinkError]:
+        if code == grpc.StatusCode.UNAUTHENTICATED:
+            advice = f"; no token was shown: give {self._credentials.option('token_file')} or set {TOKEN_VARIABLE}"
+            if self._credentials.has_token:
+                advice = ""
+            return AccessError(f"{self._address} does not let us in: {details}{advice}")
+        if code == grpc.StatusCode.PERMISSION_DENIED:
+            return AccessError(f"{self._address} refuses: {details}")
         if code == grpc.StatusCode.UNIMPLEMENTED:
             return self._not_ours()
         if code == grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" not in details:

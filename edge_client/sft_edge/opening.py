@@ -108,7 +108,7 @@ def open_system(
 def transport_of(address: str, linking: LinkOptions) -> GrpcTransport:
     """The way to `address` as the options want it. Raises UsageError."""
     keepalive = Keepalive(linking.keepalive_time, linking.keepalive_timeout)
-    return GrpcTransport(address, linking.connect_timeout, keepalive=keepalive)
+    return GrpcTransport(address, linking.connect_timeout, keepalive=keepalive, credentials=linking.credentials)
 
 
 def patience_of(linking: LinkOptions) -> Patience:

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -76,6 +77,12 @@ FROZEN = """
 --logging-dir
 --disable-tqdm false
 --server
+--tls
+--tls-ca
+--tls-cert
+--tls-key
+--token-file
+--insecure false
 --labels cloud
 --connect-timeout 20s
 --reply-timeout 10m
@@ -156,6 +163,8 @@ def test_every_mode_takes_the_same_flags(mode):
         (lambda: LinkOptions(reply_timeout=Duration(0)), "--reply-timeout must be above 0"),
         (lambda: LinkOptions(keepalive_time=Duration("5s")), "--keepalive-time must be 10s or more, not 5s"),
         (lambda: LinkOptions("cloud.example"), "--server must be HOST:PORT"),
+        (lambda: LinkOptions(token_file=Path("token")), "--token-file needs --server"),
+        (lambda: LinkOptions("cloud:1", tls_key=Path("key")), "--tls-cert and --tls-key belong together"),
     ],
 )
 def test_what_makes_no_sense_is_named(make, message):
