@@ -1,0 +1,41 @@
+"""What the service tells of its work, to nobody: `sft_cloud.prometheus` has the one that counts."""
+
+from __future__ import annotations
+
+from sft.v1 import split_training_pb2 as pb
+
+UNKNOWN = "unknown"
+"""The tenant of calls of which nobody knows who made them."""
+
+
+class Metrics:
+    """Is told what happens, from any thread; does nothing with it. `tenant` is the name of an identity."""
+
+    def opened(self, tenant: str, resumed: bool) -> None:
+        """A session was opened; `resumed` from a checkpoint."""
+
+    def attached(self, tenant: str, again: bool) -> None:
+        """A stream took a session; `again`: another stream had it before."""
+
+    def closed(self, tenant: str) -> None:
+        """A session ended, for whatever reason."""
+
+    def worked(self, tenant: str, waited_seconds: float, worked_seconds: float) -> None:
+        """The worker did a piece of work, after it had waited in the queue."""
+
+    def answered(
+        self, tenant: str, message: pb.EdgeMessage, answer: pb.CloudMessage, steps: int = 0, repeated: bool = False
+    ) -> None:
+        """A message of a stream was answered.
+
+        `steps`: how many steps were taken with it; `repeated`: it came before, and was answered from memory.
+        """
+
+    def uploaded(self, tenant: str, total_bytes: int) -> None:
+        """A blob was stored."""
+
+    def downloaded(self, tenant: str, total_bytes: int) -> None:
+        """Weights or an optimizer's state were sent, whole."""
+
+    def refused(self, tenant: str, method: str, code: str, reason: str) -> None:
+        """A call ended with a status code other than OK; `reason` is the name of the error's class."""
