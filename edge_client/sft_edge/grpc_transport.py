@@ -33,6 +33,7 @@ from sft.errors import (
     SFTError,
     UsageError,
 )
+from sft.inquiry import Inquiry
 from sft.protocol import CLIENT_OPTIONS
 from sft.v1 import split_training_pb2 as pb
 from sft.v1.split_training_pb2_grpc import SplitTrainingStub
@@ -135,6 +136,10 @@ class GrpcTransport(Transport):
                 raise self._error(call, guard.stalled) from error
             finally:
                 call.cancel()
+
+    def inquiry(self, timeout_seconds: float) -> Inquiry:
+        """For questions about the cloud and the way to it, by the same connection; it is closed with this."""
+        return Inquiry(self._channel, self._address, timeout_seconds)
 
     def close(self) -> None:
         """See Transport."""
