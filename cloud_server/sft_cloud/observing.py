@@ -21,6 +21,13 @@ from sft_cloud.metrics import UNKNOWN, Metrics
 
 T = TypeVar("T")
 
+_METHODS = {method.name for method in pb.DESCRIPTOR.services_by_name["SplitTraining"].methods} | {
+    "Check",
+    "Watch",
+    "ServerReflectionInfo",
+}
+"""What becomes a label: not what callers make up."""
+
 _STREAM = "Train"
 """A call as long as a run is no piece of work; its messages are."""
 
@@ -105,6 +112,8 @@ class CallObserver(grpc.ServerInterceptor):
         if handler is None:
             return None
         method = handler_call_details.method.rpartition("/")[2]
+        if method not in _METHODS:
+            method = UNKNOWN  # whoever stands before this refuses methods that there are not, too
         parent = ""
         if self._tracer.active and method != _STREAM:
             metadata = dict(handler_call_details.invocation_metadata or ())
@@ -134,6 +143,8 @@ def _watched(handler: Any, watch: Callable[[grpc.ServicerContext], Any]) -> grpc
     """A handler of the same kind whose call is watched until its last answer."""
     kind = f"{'stream' if handler.request_streaming else 'unary'}_{'stream' if handler.response_streaming else 'unary'}"
     behaviour = getattr(handler, kind)
+    if hasattr(behaviour, "experimental_non_blocking"):
+        return handler  # type: ignore[no-any-return]  # the health service's Watch, which nobody refuses
 
     def one_answer(request: Any, context: grpc.ServicerContext) -> Any:
         with watch(context):

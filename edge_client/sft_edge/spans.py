@@ -84,7 +84,7 @@ class _Interceptor(
             code = call.code()
             span.end("" if code is grpc.StatusCode.OK else code.name)
 
-        if not call.add_callback(end):
+        if call.done() or not call.add_callback(end):
             end()  # it is over already
         return call
 
