@@ -65,6 +65,7 @@ class PrometheusMetrics(Metrics):
         self._download_bytes = self._counter("download_bytes", "Bytes of downloads.")
         self._checkpoints = self._counter("checkpoints", "Checkpoints that were saved.")
         self._checkpoint_bytes = self._counter("checkpoint_bytes", "Bytes of checkpoints that were saved.")
+        self._checkpoint_failures = self._counter("checkpoint_failures", "Checkpoints that could not be written.")
         self._rejects = self._counter("rejects", "Calls that were refused or failed.", "method", "code", "reason")
         self._waits = self._histogram("queue_wait_seconds", "How long work waited for the device.")
         self._work = self._histogram("work_seconds", "How long the device worked on a piece of work.")
@@ -111,6 +112,8 @@ class PrometheusMetrics(Metrics):
         self._steps.labels(tenant).inc(steps)
         if answer.HasField("step_skipped"):
             self._skipped.labels(tenant).inc()
+        elif answer.checkpoint_saved.error:
+            self._checkpoint_failures.labels(tenant).inc()
         elif answer.HasField("checkpoint_saved"):
             self._checkpoints.labels(tenant).inc()
             self._checkpoint_bytes.labels(tenant).inc(answer.checkpoint_saved.total_bytes)

@@ -55,6 +55,13 @@ def test_what_is_answered_from_memory_was_done_once(metrics):
     assert value(metrics, "received_bytes_total", tenant="anna") == 2 * message.ByteSize()
 
 
+def test_a_checkpoint_that_failed_is_none(metrics):
+    failed = pb.CloudMessage(checkpoint_saved=pb.CheckpointSaved(error="no space left on the cloud's disk"))
+    metrics.answered("anna", pb.EdgeMessage(save_checkpoint=pb.SaveCheckpoint()), failed)
+    assert value(metrics, "checkpoint_failures_total", tenant="anna") == 1
+    assert value(metrics, "checkpoints_total", tenant="anna") is None
+
+
 def test_a_step_that_was_skipped_is_no_step(metrics):
     metrics.answered("anna", forward(), pb.CloudMessage(step_skipped=pb.StepSkipped(reason="no memory")))
     assert value(metrics, "steps_skipped_total", tenant="anna") == 1
