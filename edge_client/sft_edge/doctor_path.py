@@ -83,20 +83,24 @@ class PathCheck:
             with self._dial() as plain, context.wrap_socket(plain, server_hostname=self._host) as encrypted:
                 expires = _expiry(encrypted)
                 version = encrypted.version()
-                speaks = _speaks_http_2(encrypted)
+                is_ours = encrypted.selected_alpn_protocol() == "h2"
+                answer = _first_frame(encrypted)
         except (ssl.SSLError, OSError) as error:
             self.findings.append(failed("encryption", *_why_no_tls(error, self._host)))
             return False
+        if is_ours and not answer:  # as gRPC does, without a word, where it does not like the client's certificate
+            self.findings.append(failed("encryption", *_why_hung_up(self._tls)))
+            return False
         self.findings.append(_certificate(version or "TLS", expires, now))
-        return self._is_http_2(speaks)
+        return self._is_http_2(answer)
 
     def _speak_plainly(self) -> bool:
         try:
             with self._dial() as plain:
-                speaks = _speaks_http_2(plain)
+                answer = _first_frame(plain)
         except OSError:
-            speaks = False
-        if not speaks and self._wants_tls():
+            answer = b""
+        if not answer and self._wants_tls():
             self.findings.append(
                 failed("encryption", "none was asked for, but the server wants TLS", "give --tls-ca FILE, or --tls")
             )
@@ -111,9 +115,10 @@ class PathCheck:
                     "start the server with --tls-cert and --tls-key, and give --tls-ca here",
                 )
             )
-        return self._is_http_2(speaks)
+        return self._is_http_2(answer)
 
-    def _is_http_2(self, speaks: bool) -> bool:
+    def _is_http_2(self, answer: bytes) -> bool:
+        speaks = len(answer) == _FRAME_HEADER_BYTES and answer[3] == _SETTINGS
         if not speaks:
             self.findings.append(
                 failed(
@@ -167,16 +172,19 @@ def _certificate(version: str, expires: float, now: float) -> Finding:
     return ok("encryption", found)
 
 
-def _speaks_http_2(connection: socket.socket) -> bool:
-    """Whether the other end begins as a server of HTTP/2 does, with SETTINGS. A refused certificate shows here, too."""
+def _first_frame(connection: socket.socket) -> bytes:
+    """The header of what the other end begins with: SETTINGS, from a server of HTTP/2. Less where it hangs up."""
     connection.sendall(_PREFACE)
     received = b""
     while len(received) < _FRAME_HEADER_BYTES:
-        piece = connection.recv(_FRAME_HEADER_BYTES - len(received))
+        try:
+            piece = connection.recv(_FRAME_HEADER_BYTES - len(received))
+        except ConnectionError:
+            break
         if not piece:
-            return False
+            break
         received += piece
-    return received[3] == _SETTINGS
+    return received
 
 
 def _why_not(error: OSError, port: int, seconds: float) -> Tuple[str, str]:
@@ -199,6 +207,15 @@ _ADVICE = {
     62: "the certificate is for other names: make one with `sft-cloud certs init --host NAME`, or use its name",
     64: "the certificate is for other addresses: make one with `sft-cloud certs init --host ADDRESS`, or use its name",
 }
+
+
+def _why_hung_up(tls: Tls) -> Tuple[str, str]:
+    if tls.certificate is None:
+        return "the server hung up: it wants a certificate of ours", "give --tls-cert and --tls-key"
+    return (
+        f"the server hung up: it does not accept our certificate {tls.certificate}",
+        "it is expired, or of an authority that the server does not know: ask its operator for another",
+    )
 
 
 def _why_no_tls(error: OSError, host: str) -> Tuple[str, str]:
