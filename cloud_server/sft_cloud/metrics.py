@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 from sft.v1 import split_training_pb2 as pb
 
 UNKNOWN = "unknown"
 """The tenant of calls of which nobody knows who made them."""
 
 
+Sessions = Callable[[], Iterable[tuple[str, bool]]]
+"""Gives the tenant of every session that is open, and whether a stream has it."""
+
+
 class Metrics:
     """Is told what happens, from any thread; does nothing with it. `tenant` is the name of an identity."""
+
+    def watch_sessions(self, sessions: Sessions, limit: int) -> None:
+        """`sessions` may be asked at any time; `limit`: how many there may be."""
 
     def opened(self, tenant: str, resumed: bool) -> None:
         """A session was opened; `resumed` from a checkpoint."""

@@ -10,7 +10,6 @@ import socket
 import threading
 from collections import Counter as Tally
 from collections.abc import Callable, Iterable, Iterator
-from typing import Protocol
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 import torch
@@ -23,24 +22,12 @@ from sft import __version__
 from sft.errors import UsageError
 from sft.protocol import PROTOCOL_VERSION
 from sft.v1 import split_training_pb2 as pb
-from sft_cloud.metrics import Metrics
+from sft_cloud.metrics import Metrics, Sessions
 
 _PREFIX = "sft_cloud"
 
 _SECONDS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 """Bounds of the histograms: from a message that finds an idle worker to a queue of edges behind a large model."""
-
-
-class OpenSession(Protocol):
-    """What is counted of a session that is open now."""
-
-    @property
-    def tenant(self) -> str:
-        """Who opened it."""
-
-    @property
-    def attached(self) -> bool:
-        """Whether a stream has it."""
 
 
 class PrometheusMetrics(Metrics):
@@ -75,8 +62,7 @@ class PrometheusMetrics(Metrics):
             memory = Gauge(f"{_PREFIX}_device_memory_bytes", "Memory that tensors take.", registry=self.registry)
             memory.set_function(lambda: torch.cuda.memory_allocated(device))
 
-    def watch_sessions(self, sessions: Callable[[], Iterable[OpenSession]], limit: int) -> None:
-        """Counts what `sessions` gives, whenever somebody looks; `limit`: how many there may be."""
+    def watch_sessions(self, sessions: Sessions, limit: int) -> None:
         self.registry.register(_Sessions(sessions))
         Gauge(f"{_PREFIX}_sessions_limit", "Sessions that there may be.", registry=self.registry).set(limit)
 
@@ -139,7 +125,7 @@ class PrometheusMetrics(Metrics):
 class _Sessions(Collector):
     """Read from the sessions themselves: counted up and down, the figures would drift with the first mistake."""
 
-    def __init__(self, sessions: Callable[[], Iterable[OpenSession]]) -> None:
+    def __init__(self, sessions: Sessions) -> None:
         self._sessions = sessions
 
     def describe(self) -> Iterable[Metric]:
@@ -147,9 +133,12 @@ class _Sessions(Collector):
 
     def collect(self) -> Iterator[Metric]:
         open_now, attached = self._families()
-        entries = list(self._sessions())
-        for family, chosen in ((open_now, entries), (attached, [entry for entry in entries if entry.attached])):
-            for tenant, count in sorted(Tally(entry.tenant for entry in chosen).items()):
+        sessions = list(self._sessions())
+        for family, tenants in (
+            (open_now, [tenant for tenant, _ in sessions]),
+            (attached, [tenant for tenant, has_stream in sessions if has_stream]),
+        ):
+            for tenant, count in sorted(Tally(tenants).items()):
                 family.add_metric([tenant], count)
             yield family
 

@@ -3,7 +3,6 @@
 import socket
 import urllib.error
 import urllib.request
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -98,7 +97,7 @@ def test_waiting_and_working_have_their_own_distributions(metrics):
 
 
 def test_sessions_are_read_when_somebody_looks(metrics):
-    sessions = [SimpleNamespace(tenant="anna", attached=True), SimpleNamespace(tenant="anna", attached=False)]
+    sessions = [("anna", True), ("anna", False)]
     metrics.watch_sessions(lambda: sessions, 16)
     assert value(metrics, "sessions", tenant="anna") == 2
     assert value(metrics, "streams", tenant="anna") == 1

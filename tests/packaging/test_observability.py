@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,7 +29,7 @@ LABELS_OF_A_SCRAPE = {"instance", "job"}
 def labels():
     """The labels of every series, by its name, as a scrape shows them once everything has happened."""
     metrics = PrometheusMetrics(torch.device("cpu"))
-    metrics.watch_sessions(lambda: [SimpleNamespace(tenant="anna", attached=True)], 1)
+    metrics.watch_sessions(lambda: [("anna", True)], 1)
     metrics.opened("anna", resumed=True)
     metrics.attached("anna", again=True)
     metrics.closed("anna")
