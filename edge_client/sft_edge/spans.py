@@ -5,11 +5,12 @@ The cloud's work becomes part of the message's span: its name is in the message,
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, Callable, List, NamedTuple, Optional, Tuple
 
 import grpc
 
-from sft.tracing import METADATA_KEY, NO_TRACER, Span, Tracer
+from sft.tracing import METADATA_KEY, NO_TRACER, Span, Tracer, open_tracer
 from sft.v1 import split_training_pb2 as pb
 
 _OF_A_STEP = ("forward", "backward")
@@ -92,3 +93,9 @@ class _Interceptor(
 def traced(channel: grpc.Channel, tracer: Tracer) -> grpc.Channel:
     """The channel whose calls carry the names of their spans; the channel itself where nobody traces."""
     return grpc.intercept_channel(channel, _Interceptor(tracer)) if tracer.active else channel
+
+
+@lru_cache(maxsize=None)
+def edge_tracer() -> Tracer:
+    """The tracer of this process: its spans are sent by one thread, however many runs it sees."""
+    return open_tracer("sft-edge")
