@@ -6,6 +6,8 @@
     PreconditionError: another protocol version, a message out of       FAILED_PRECONDITION
       order, a second stream for a session
     SessionLostError: no such session, or it has ended                  NOT_FOUND
+    UnauthenticatedError: no identity, or it is no longer good          UNAUTHENTICATED
+    AccessError: a known caller, but this is not for it                 PERMISSION_DENIED
     ServerFullError, StorageError, out of memory: no room               RESOURCE_EXHAUSTED
     ServerUnavailableError: the server is shutting down                 UNAVAILABLE
     anything else, logged here with its traceback                       INTERNAL
@@ -24,6 +26,7 @@ import grpc
 import torch
 
 from sft.errors import (
+    AccessError,
     ProtocolError,
     ServerFullError,
     ServerUnavailableError,
@@ -39,9 +42,22 @@ class PreconditionError(ProtocolError):
     """The message is sound, but not what may come now."""
 
 
+class UnauthenticatedError(AccessError):
+    """Who calls is not known here, or is not let in any more.
+
+    The message is for the caller and does not tell which part was wrong; `reason`, for the log, does.
+    """
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 _CODES: tuple[tuple[type[SFTError], grpc.StatusCode], ...] = (
     (PreconditionError, grpc.StatusCode.FAILED_PRECONDITION),
     (SessionLostError, grpc.StatusCode.NOT_FOUND),
+    (UnauthenticatedError, grpc.StatusCode.UNAUTHENTICATED),
+    (AccessError, grpc.StatusCode.PERMISSION_DENIED),
     (ServerFullError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (StorageError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (ServerUnavailableError, grpc.StatusCode.UNAVAILABLE),

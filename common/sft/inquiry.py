@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import NamedTuple, Optional, Sequence, Tuple
+from typing import NamedTuple, Optional
 
 import grpc
 
+from sft.access import PLAINTEXT, Credentials
 from sft.errors import AccessError, LinkError, ProtocolError, ServerFullError, ServerUnavailableError
 from sft.v1 import split_training_pb2 as pb
 from sft.v1.split_training_pb2_grpc import SplitTrainingStub
-
-Metadata = Sequence[Tuple[str, str]]
 
 _WATCH_HEALTH = "/grpc.health.v1.Health/Watch"
 _EVERYTHING = b""
@@ -34,19 +33,21 @@ class Probed(NamedTuple):
 class Inquiry:
     """Asks the cloud at the other end of a channel. Every question has a deadline."""
 
-    def __init__(self, channel: grpc.Channel, address: str, timeout_seconds: float, metadata: Metadata = ()) -> None:
-        """`address` is for errors only; `metadata` says who asks."""
+    def __init__(
+        self, channel: grpc.Channel, address: str, timeout_seconds: float, credentials: Credentials = PLAINTEXT
+    ) -> None:
+        """`address` is for errors only; `credentials` say who asks."""
         self._channel = channel
         self._stub = SplitTrainingStub(channel)
         self._address = address
         self._timeout_seconds = timeout_seconds
-        self._metadata = tuple(metadata)
+        self._credentials = credentials
 
     def status(self) -> pb.StatusResponse:
         """What the server is, and what it does for us. Raises LinkError and its classes."""
         try:
             response: pb.StatusResponse = self._stub.Status(
-                pb.StatusRequest(), timeout=self._timeout_seconds, metadata=self._metadata
+                pb.StatusRequest(), timeout=self._timeout_seconds, metadata=self._credentials.metadata()
             )
         except grpc.RpcError as error:
             raise self._error(error) from error
@@ -58,7 +59,7 @@ class Inquiry:
         began, began_unix = time.perf_counter(), time.time()
         try:
             response: pb.ProbeResponse = self._stub.Probe(
-                request, timeout=self._timeout_seconds, metadata=self._metadata
+                request, timeout=self._timeout_seconds, metadata=self._credentials.metadata()
             )
         except grpc.RpcError as error:
             raise self._error(error) from error
@@ -78,7 +79,7 @@ class Inquiry:
         None when it did not. Raises ProtocolError where the server offers no such stream.
         """
         open_watch: grpc.UnaryStreamMultiCallable[bytes, bytes] = self._channel.unary_stream(_WATCH_HEALTH)
-        watch = open_watch(_EVERYTHING, metadata=self._metadata)
+        watch = open_watch(_EVERYTHING, metadata=self._credentials.metadata())
         ended = threading.Event()
         if not watch.add_callback(ended.set):
             ended.set()  # it is over already

@@ -5,12 +5,13 @@ from __future__ import annotations
 import socket
 import threading
 from contextlib import contextmanager
-from typing import Iterator, List, Optional
+from typing import Iterator, List
 
 import pytest
 from support.scripted_cloud import ScriptedCloud, serving
 
-from sft_edge.doctor_path import PathCheck, Tls
+from sft.access import PLAINTEXT, Credentials
+from sft_edge.doctor_path import PathCheck
 from sft_edge.findings import Finding
 
 SECONDS = 20.0
@@ -38,8 +39,10 @@ def answering(answer: bytes) -> Iterator[int]:
         thread.join(SECONDS)
 
 
-def look(port: int, tls: Optional[Tls] = None, host: str = "127.0.0.1", seconds: float = SECONDS) -> List[Finding]:
-    path = PathCheck(host, port, tls, seconds)
+def look(
+    port: int, credentials: Credentials = PLAINTEXT, host: str = "127.0.0.1", seconds: float = SECONDS
+) -> List[Finding]:
+    path = PathCheck(host, port, credentials, seconds)
     goes_on = path.run(NOW)
     assert goes_on is all(finding.verdict != "failed" for finding in path.findings)
     return path.findings
@@ -101,13 +104,15 @@ def test_something_that_hangs_up() -> None:
 
 def test_tls_where_there_is_none() -> None:
     with serving(ScriptedCloud()) as address:
-        finding = look(int(address.rpartition(":")[2]), Tls())[-1]
+        finding = look(int(address.rpartition(":")[2]), Credentials(encrypted=True))[-1]
     assert (finding.verdict, finding.name) == ("failed", "encryption")
-    assert "does not speak TLS" in finding.found
+    assert finding.found == "the server does not speak TLS"
+    assert "--tls-cert" in finding.advice
 
 
 def test_a_ca_file_that_holds_nothing() -> None:
     with serving(ScriptedCloud()) as address:
-        finding = look(int(address.rpartition(":")[2]), Tls(ca=b"no certificate"))[-1]
+        torn = Credentials(encrypted=True, root_certificates=b"no certificate")
+        finding = look(int(address.rpartition(":")[2]), torn)[-1]
     assert (finding.verdict, finding.name) == ("failed", "encryption")
-    assert "--tls-ca" in finding.advice
+    assert "torn" in finding.advice
