@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import grpc
 
+from sft.errors import UsageError
 from sft_cloud.access_options import AccessOptions, check_exposure, check_together
 from sft_cloud.authentication import Authentication
 from sft_cloud.gate import Gate
@@ -44,7 +45,7 @@ def make_access(
     `on_refused` is told the address of each stranger, and why it is one. Raises UsageError.
     """
     check_together(options, dashes)
-    check_exposure(options, host, is_loopback(host), dashes)
+    check_exposure(options, host, is_loopback(host, dashes), dashes)
     tls = credentials = None
     if options.tls_cert is not None and options.tls_key is not None:
         from sft_cloud.tls import ServerTls  # only here: cryptography is not needed without
@@ -62,10 +63,10 @@ def make_access(
     return Access(credentials, Gate(authentication, on_refused), authentication.identify, certificate_expires)
 
 
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches a server there; also for a host that cannot be looked up, nor bound to."""
+def is_loopback(host: str, dashes: str = "") -> bool:
+    """Whether only this machine reaches a server there. Raises UsageError for a host that is none."""
     try:
         found = socket.getaddrinfo(host or None, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except (OSError, UnicodeError):
-        return True
+    except (OSError, UnicodeError) as error:
+        raise UsageError(f"{dashes}host {host}: {getattr(error, 'strerror', None) or 'no host name'}") from error
     return all(ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback for *_, address in found)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from sft.config import parse, run
+from sft.config import above_zero, parse, run
+from sft.durations import Duration
 from sft.errors import UsageError
 from sft_cloud.access_options import AccessOptions, check_together
 from sft_cloud.certs_command import certs_command
@@ -42,6 +43,9 @@ class ServeOptions:
     max_sessions: int = 16
     """edges that can train at once"""
 
+    session_timeout: Duration = Duration("10m")
+    """how long a session waits for its edge when the link has broken"""
+
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """least level that is logged"""
 
@@ -59,6 +63,7 @@ class ServeOptions:
             raise UsageError(f"--max-sessions must be from 1 to 1000, not {self.max_sessions}")
         if self.threads is not None and self.threads < 1:
             raise UsageError(f"--threads must be at least 1, not {self.threads}")
+        above_zero(self, "session_timeout")
         if self.model_dir is not None and not self.model_dir.is_dir():
             raise UsageError(f"--model-dir {self.model_dir}: no such directory")
 
@@ -80,6 +85,7 @@ def serve_command(prog: str, argv: list[str]) -> int:
         max_sessions=options.max_sessions,
         threads=options.threads,
         exit_with_stdin=options.exit_with_stdin,
+        session_timeout_seconds=options.session_timeout,
         access_options=access_options,
     )
     return 0

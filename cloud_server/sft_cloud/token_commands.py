@@ -112,12 +112,13 @@ def list_tokens(prog: str, argv: list[str]) -> int:
     """list tokens, their limits and whether they are good"""
     (options,) = parse([ListOptions], argv, prog, list_tokens.__doc__)
     now = time.time()
-    rows = [_row(token, now) for token in TokenFile(options.tokens).read().values()]
+    tokens = TokenFile(options.tokens).read().values()
+    rows = [_row(token, now) for token in tokens]
     if options.json:
         sys.stdout.write(json.dumps(rows, indent=2) + "\n")
         return 0
     columns = {name: [name, *(str(row[name] or "") for row in rows)] for name in ("id", "name", "state", "expires")}
-    columns["limits"] = ["limits", *(_limits_in_words(row) for row in rows)]
+    columns["limits"] = ["limits", *map(_limits_in_words, tokens)]
     widths = [max(map(len, cells)) for cells in columns.values()]
     for line in zip(*columns.values(), strict=True):
         sys.stdout.write("  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() + "\n")
@@ -148,7 +149,6 @@ def token_command(prog: str, argv: list[str]) -> int:
 
 def _row(token: Token, now: float) -> dict[str, object]:
     """What may be shown of a token: not even the hash of its secret."""
-    limits = {name: getattr(token.limits, name) for name in LIMIT_NAMES}
     return {
         "id": token.id,
         "name": token.name,
@@ -156,18 +156,22 @@ def _row(token: Token, now: float) -> dict[str, object]:
         "created": _day(token.created),
         "expires": None if token.expires is None else _day(token.expires),
         "sees_all": token.sees_all,
-        "limits": {name: value for name, value in limits.items() if value not in (None, ())},
+        "limits": _limits(token),
     }
 
 
-def _limits_in_words(row: dict[str, object]) -> str:
-    limits = row["limits"]
-    assert isinstance(limits, dict)
+def _limits(token: Token) -> dict[str, object]:
+    """Those that there are."""
+    limits = {name: getattr(token.limits, name) for name in LIMIT_NAMES}
+    return {name: value for name, value in limits.items() if value not in (None, ())}
+
+
+def _limits_in_words(token: Token) -> str:
     words = [
         f"{name.replace('_', '-')}={','.join(value) if isinstance(value, tuple) else value}"
-        for name, value in limits.items()
+        for name, value in _limits(token).items()
     ]
-    return " ".join(words + (["sees-all"] if row["sees_all"] else []))
+    return " ".join(words + (["sees-all"] if token.sees_all else []))
 
 
 def _day(seconds: float) -> str:

@@ -71,13 +71,17 @@ class Credentials:
     read_token: Callable[[], Optional[str]] = lambda: None
     """The token as it is now: a file is read anew for each call."""
 
-    advice: str = ""
-    """How the user gives a token, for errors."""
+    dashes: str = "--"
+    """As options are spelled where these came from, for errors."""
 
     def metadata(self) -> Tuple[Tuple[str, str], ...]:
         """For every call."""
         token = self.read_token()
         return () if token is None else (("authorization", f"Bearer {token}"),)
+
+    def option(self, field: str, value: str = "FILE") -> str:
+        """How the user gives an option: `--tls-ca FILE` on a command line, `tls_ca=FILE` in a script."""
+        return f"{_spelled(field, self.dashes)} {value}" if self.dashes else f"{field}={value}"
 
     @property
     def has_token(self) -> bool:
@@ -103,7 +107,7 @@ def read_credentials(
     """
 
     def name(field: str) -> str:
-        return dashes + field.replace("_", "-") if dashes else field
+        return _spelled(field, dashes)
 
     server = options.server
     if server is None:
@@ -118,7 +122,6 @@ def read_credentials(
         raise UsageError(f"{name(named[0])} is for encrypted calls; leave out {name('tls')} false")
     here = is_loopback(server)
     encrypted = options.tls if options.tls is not None else bool(named) or not here
-    advice = f"give {name('token_file')} or set {TOKEN_VARIABLE}"
     read_token = _token_reader(options.token_file, name("token_file"), environment)
     if read_token() is not None and not encrypted and not here and not options.insecure:
         raise UsageError(
@@ -126,14 +129,14 @@ def read_credentials(
             f"add {name('insecure')} where nobody else is on that network"
         )
     if not encrypted:
-        return Credentials(read_token=read_token, advice=advice)
+        return Credentials(read_token=read_token, dashes=dashes)
     chain = _read_pem(options.tls_cert, name("tls_cert"), "CERTIFICATE")
     key = _read_pem(options.tls_key, name("tls_key"), "PRIVATE KEY")
     if options.tls_key is not None:
         _warn_of_readers(options.tls_key)
     roots = _system_roots(environment) if options.tls_ca is None else None
     ca = _read_pem(options.tls_ca, name("tls_ca"), "CERTIFICATE")
-    return Credentials(True, ca or roots, chain, key, read_token, advice)
+    return Credentials(True, ca or roots, chain, key, read_token, dashes)
 
 
 def is_loopback(server: str) -> bool:
@@ -147,6 +150,10 @@ def is_loopback(server: str) -> bool:
         return False
 
 
+def _spelled(field: str, dashes: str) -> str:
+    return dashes + field.replace("_", "-") if dashes else field
+
+
 def _token_reader(file: Optional[Path], what: str, environment: Mapping[str, str]) -> Callable[[], Optional[str]]:
     if file is None:
         token = environment.get(TOKEN_VARIABLE)
@@ -154,23 +161,23 @@ def _token_reader(file: Optional[Path], what: str, environment: Mapping[str, str
         return lambda: checked
     _warn_of_readers(file)
 
-    def read() -> str:
-        assert file is not None
-        try:
-            return _check_token(file.read_text(encoding="ascii"), f"{what} {file}")
-        except OSError as error:
-            raise UsageError(f"{what} {file}: {error.strerror}") from error
-        except UnicodeDecodeError as error:
-            raise UsageError(f"{what} {file} holds no token") from error
-
-    last = [read()]  # now, rather than at the first call
+    last = [_read_token(file, what)]  # now, rather than at the first call
 
     def read_again() -> str:
         with suppress(UsageError):  # perhaps it is being written; the token of before counts as long as it does
-            last[0] = read()
+            last[0] = _read_token(file, what)
         return last[0]
 
     return read_again
+
+
+def _read_token(file: Path, what: str) -> str:
+    try:
+        return _check_token(file.read_text(encoding="ascii"), f"{what} {file}")
+    except OSError as error:
+        raise UsageError(f"{what} {file}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{what} {file} holds no token") from error
 
 
 def _check_token(text: str, where: str) -> str:

@@ -24,7 +24,7 @@ def why_no_handshake(host: str, port: int, credentials: Credentials, timeout_sec
     try:
         with socket.create_connection((host, port), timeout_seconds) as plain:
             if not credentials.encrypted:
-                return _why_not_plaintext(plain, host)
+                return _why_not_plaintext(plain, host, credentials)
             return _why_not_encrypted(plain, host, credentials)
     except OSError:  # no connection, which is not for here to say
         return None
@@ -60,12 +60,13 @@ def server_certificate(host: str, port: int, timeout_seconds: float) -> Optional
         return None
 
 
-def _why_not_plaintext(plain: socket.socket, host: str) -> Optional[str]:
+def _why_not_plaintext(plain: socket.socket, host: str, credentials: Credentials) -> Optional[str]:
     try:
         _unverified().wrap_socket(plain, server_hostname=host).close()
     except OSError:
         return None
-    return "speaks TLS: name its CA with --tls-ca FILE, or add --tls true where the system knows the CA"
+    ca, tls = credentials.option("tls_ca"), credentials.option("tls", "true" if credentials.dashes else "True")
+    return f"speaks TLS: name its CA with {ca}, or add {tls} where the system knows the CA"
 
 
 def _why_not_encrypted(plain: socket.socket, host: str, credentials: Credentials) -> Optional[str]:
@@ -82,27 +83,29 @@ def _why_not_encrypted(plain: socket.socket, host: str, credentials: Credentials
             if encrypted.recv(1):
                 return None
     except ssl.SSLCertVerificationError as error:
-        return _why_not_trusted(error, host)
+        return _why_not_trusted(error, host, credentials)
     except ssl.SSLError as error:
         reason = error.reason or ""
         if reason in _NO_TLS:
+            tls = credentials.option("tls", "false" if credentials.dashes else "False")
             return (
-                "does not speak TLS: start it with --tls-cert and --tls-key, or add --tls false on a network where "
-                "everybody may read along"
+                f"does not speak TLS: start it with a certificate, or add {tls} on a network where everybody may read "
+                "along"
             )
         if "CERTIFICATE" not in reason and "UNKNOWN_CA" not in reason:
             return None if reason in _CUT else f"and this machine cannot agree on TLS ({reason or error})"
     except OSError:
         return None
     if credentials.certificate_chain is None:
-        return "asks for a client certificate: give --tls-cert FILE and --tls-key FILE"
+        cert, key = credentials.option("tls_cert"), credentials.option("tls_key")
+        return f"asks for a client certificate: give {cert} and {key}"
     return (
         "does not accept the client certificate: it has expired, comes from another CA, or is not a client's; ask for "
         "a new one"
     )
 
 
-def _why_not_trusted(error: ssl.SSLCertVerificationError, host: str) -> str:
+def _why_not_trusted(error: ssl.SSLCertVerificationError, host: str, credentials: Credentials) -> str:
     said = error.verify_message.rstrip(".")
     if error.verify_code == 10:
         return "has a certificate that has expired: it needs a new one; or this machine's clock is wrong"
@@ -113,7 +116,7 @@ def _why_not_trusted(error: ssl.SSLCertVerificationError, host: str) -> str:
     if error.verify_code == 26:
         return "has a certificate that is not for servers: give it the one that `sft-cloud certs init` calls server.pem"
     if error.verify_code in (18, 19, 20, 21):
-        return "has a certificate of a CA that is not known here: name its CA with --tls-ca FILE"
+        return f"has a certificate of a CA that is not known here: name its CA with {credentials.option('tls_ca')}"
     return f"has a certificate that cannot be trusted: {said}"
 
 

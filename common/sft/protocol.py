@@ -13,6 +13,9 @@ MAX_MESSAGE_BYTES = 256 << 20
 MAX_PROBE_BYTES = 4 << 20
 """What one probe of the way may carry in each direction."""
 
+MAX_UNANSWERED = 64
+"""Messages of a session whose answers are not known to have arrived: the cloud remembers so many."""
+
 MAX_WAITING = 64
 """Micro-batches of a step that may wait for a Weight or a Backward: each takes memory on the cloud, with labels as much
 as net_2's gradients."""

@@ -47,12 +47,12 @@ def diagnose(
     if linking.server is None:
         raise UsageError("--server HOST:PORT must be given: it is what is looked at")
     host, port = split_address(linking.server)
-    path = PathCheck(host.strip("[]"), port, linking.credentials, linking.connect_timeout_seconds)
+    path = PathCheck(host.strip("[]"), port, linking.credentials, linking.connect_timeout)
     reachable = path.run(unix_clock())
     yield from path.findings
     if not reachable:
         return
-    transport = GrpcTransport(linking.server, linking.connect_timeout_seconds, credentials=linking.credentials)
+    transport = GrpcTransport(linking.server, linking.connect_timeout, credentials=linking.credentials)
     try:
         inquiry = transport.inquiry(ANSWER_SECONDS)
         findings, status = look_at_server(inquiry, unix_clock())

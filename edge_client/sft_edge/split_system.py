@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from typing import Deque, Dict, Iterable, Iterator, List, Sequence, Tuple
+from typing import Callable, Deque, Dict, Iterable, Iterator, List, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ from sft.weights import factor_tensors, fill, pretrained_tensors
 from sft_edge.adapters import NO_LORA, HalfLora
 from sft_edge.link import Blob, Link, PendingReply
 from sft_edge.offers import offer
+from sft_edge.patience import Patience
 from sft_edge.session_request import session_request
 from sft_edge.source import Source
 from sft_edge.systems import Shard, StepTimer, System
@@ -188,7 +189,8 @@ def open_split_system(
     wire_dtype: str,
     device: torch.device,
     transport: Transport,
-    reply_timeout_seconds: float,
+    patience: Patience = Patience(),  # noqa: B008  # a tuple
+    on_status: Callable[[str], None] = lambda text: None,
     *,
     labels: str = "cloud",
     freeze_edge: bool = False,
@@ -229,6 +231,6 @@ def open_split_system(
         factors_sha256=offer(for_cloud, blobs),
         lora_json="" if lora.cloud is None else lora_to_json(lora.cloud),
     )
-    link = Link(transport, request, blobs, reply_timeout_seconds)
+    link = Link(transport, request, blobs, patience, on_status)
     link.open()
     return SplitSystem(net_1, optimizer, link, cloud_names, seed, wire_dtype, labels)

@@ -1,6 +1,7 @@
 """The server's certificate: what is refused at the start, and what changes without a restart."""
 
 import logging
+import re
 import shutil
 import socket
 import ssl
@@ -215,6 +216,12 @@ def test_with_both_or_when_told_otherwise_it_may_be_reached(pair, certificates):
 )
 def test_what_is_loopback(host, expected):
     assert is_loopback(host) is expected
+
+
+@pytest.mark.parametrize("host", ["no.such.host.invalid", "a" * 64 + ".example", "..."])
+def test_a_host_that_cannot_be_looked_up_is_not_taken_for_loopback(host):
+    with pytest.raises(UsageError, match=rf"^--host {re.escape(host)}: "):
+        make_access(AccessOptions(), host)
 
 
 @pytest.mark.parametrize(

@@ -141,10 +141,13 @@ def test_what_an_edge_says_that_is_not_let_in(
     assert failing(server=plain) == (
         5,
         f"{plain} does not let us in: this server does not know the caller: it asks for a valid token; no token was "
-        "shown: give --token-file or set SFT_TOKEN",
+        "shown: give --token-file FILE or set SFT_TOKEN",
     )
     code, line = failing(server=plain, tls_ca=certificates.ca)
-    assert (code, line.startswith(f"{plain} does not speak TLS: start it with --tls-cert")) == (5, True)
+    assert (code, line.startswith(f"{plain} does not speak TLS: start it with a certificate, or add --tls false")) == (
+        5,
+        True,
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -206,6 +209,7 @@ def test_no_secret_reaches_a_log_or_a_result(
             ("a", certificates.alice, alice),
             ("b", certificates.alice, bad),
             ("c", certificates.bob, alice),
+            ("d", certificates.other_alice, alice),  # no handshake, of which gRPC has a line of its own to say
         ):
             flags = job.flags(model=model, server=address, max_steps=1, output_dir=tmp_path / "out" / name)
             flags += ["--tls-ca", str(certificates.ca), "--tls-cert", str(files.cert), "--tls-key", str(files.key)]
@@ -219,10 +223,14 @@ def test_no_secret_reaches_a_log_or_a_result(
             told.append((done.returncode, done.stdout + done.stderr))
         server.stdin.close()
         server.wait(SECONDS)
-    assert [code for code, _ in told] == [0, 5, 5]
+    assert [code for code, _ in told] == [0, 5, 5, 5]
     entries = [json.loads(line) for line in log.read_text().splitlines()]  # every line is the log's own
     refused = [entry["reason"] for entry in entries if entry["event"] == "caller refused"]
     assert refused == ["a token that is none of those here", "a token of alice with the certificate of bob"]
+    for _, text in told[1:]:
+        opening, error = text.decode().splitlines()
+        assert opening.startswith("opening a session at ")
+        assert error.startswith(f"sft-edge train: error: {address} does not ")
     (token,) = TokenFile(tokens).read().values()
     secrets = [alice.read_text().split("_", 2)[2], bad.read_text().split("_", 2)[2], token.sha256, "PRIVATE KEY"]
     written = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
@@ -253,8 +261,8 @@ def test_a_script_that_hosts_its_model_lets_in_who_has_a_token(
             return SFTOptimizer(optimizer, role="edge", model=model, server=cloud.address, **split, **options)
 
         for options, says in (
-            ({}, "speaks TLS"),
-            ({"tls_ca": str(certificates.ca)}, "no token was shown: give token_file or set SFT_TOKEN"),
+            ({}, "speaks TLS: name its CA with tls_ca=FILE, or add tls=True"),
+            ({"tls_ca": str(certificates.ca)}, "no token was shown: give token_file=FILE or set SFT_TOKEN"),
             ({"tls_ca": str(certificates.other_ca), "token_file": str(alice)}, "of a CA that is not known here"),
         ):
             with pytest.raises(AccessError, match=says):

@@ -187,12 +187,14 @@ class UploadBlobResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class DownloadWeightsRequest(_message.Message):
-    __slots__ = ("session_id", "optimizer_state")
+    __slots__ = ("session_id", "optimizer_state", "offset")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     OPTIMIZER_STATE_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     optimizer_state: bool
-    def __init__(self, session_id: _Optional[str] = ..., optimizer_state: bool = ...) -> None: ...
+    offset: int
+    def __init__(self, session_id: _Optional[str] = ..., optimizer_state: bool = ..., offset: _Optional[int] = ...) -> None: ...
 
 class DownloadWeightsResponse(_message.Message):
     __slots__ = ("data",)
