@@ -33,11 +33,18 @@ class Metrics:
         """The worker did a piece of work, after it had waited in the queue."""
 
     def answered(
-        self, tenant: str, message: pb.EdgeMessage, answer: pb.CloudMessage, steps: int = 0, repeated: bool = False
+        self,
+        tenant: str,
+        message: pb.EdgeMessage,
+        answer: pb.CloudMessage,
+        sizes: tuple[int, int],
+        steps: int = 0,
+        repeated: bool = False,
     ) -> None:
         """A message of a stream was answered.
 
-        `steps`: how many steps were taken with it; `repeated`: it came before, and was answered from memory.
+        `sizes`: bytes of the message and of its answer, which take long to count twice; `steps`: how many steps were
+        taken with it; `repeated`: it came before, and was answered from memory.
         """
 
     def uploaded(self, tenant: str, total_bytes: int) -> None:

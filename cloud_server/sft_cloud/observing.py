@@ -15,8 +15,9 @@ from typing import Any, TypeVar
 import grpc
 
 from sft.errors import SFTError
-from sft.tracing import METADATA_KEY, NO_TRACER, Span, Tracer, Value
+from sft.tracing import METADATA_KEY, NO_SPAN, NO_TRACER, Span, Tracer, Value
 from sft.v1 import split_training_pb2 as pb
+from sft_cloud.identity import Identity
 from sft_cloud.metrics import UNKNOWN, Metrics
 
 T = TypeVar("T")
@@ -43,6 +44,16 @@ class Observer:
         """Watches a message until it is answered; `label` is that of its session."""
         return Watch(self, tenant, label, message)
 
+    def interceptors(self, identify: Callable[[grpc.ServicerContext], Identity]) -> list[grpc.ServerInterceptor]:
+        """To stand before all others; none where nobody wants to know. `identify` says who calls."""
+        if type(self.metrics) is Metrics and not self.tracer.active:
+            return []
+        return [CallObserver(self.metrics, self.tracer, lambda context: identify(context).name)]
+
+
+NOBODY = Observer()
+"""Where nobody wants to know."""
+
 
 class Watch:
     """One message on its way through the service; a context manager."""
@@ -51,7 +62,7 @@ class Watch:
         self._metrics, self._tracer = observer.metrics, observer.tracer
         self._tenant = tenant
         self._message = message
-        self._span = Span()
+        self._span = NO_SPAN
         if self._tracer.active and message.trace_parent:
             attributes: dict[str, Value] = {"sft.tenant": tenant, "sft.session": label, "sft.step": message.step}
             attributes["sft.micro_batch"] = message.micro_batch
@@ -73,14 +84,14 @@ class Watch:
 
         return timed
 
-    def answered(self, answer: pb.CloudMessage, steps: int, repeated: bool) -> None:
-        """`steps`: how many were taken; `repeated`: the answer comes from memory."""
-        self._metrics.answered(self._tenant, self._message, answer, steps, repeated)
+    def answered(self, answer: pb.CloudMessage, sizes: tuple[int, int], steps: int, repeated: bool) -> None:
+        """See Metrics."""
+        self._metrics.answered(self._tenant, self._message, answer, sizes, steps, repeated)
         if repeated:
             self._span.set("sft.repeated", True)
 
     def _child(self, name: str) -> Span:
-        return self._tracer.span(name, self._span.parent) if self._span.parent else Span()
+        return self._tracer.span(name, self._span.parent) if self._span.parent else NO_SPAN
 
     def __enter__(self) -> Watch:
         return self
@@ -122,7 +133,7 @@ class CallObserver(grpc.ServerInterceptor):
 
     @contextmanager
     def _call(self, method: str, parent: str, context: grpc.ServicerContext) -> Iterator[None]:
-        span = self._tracer.server_span(method, parent) if parent else Span()
+        span = self._tracer.server_span(method, parent) if parent else NO_SPAN
         try:
             with span:
                 yield

@@ -87,11 +87,17 @@ class PrometheusMetrics(Metrics):
         self._work.labels(tenant).observe(worked_seconds)
 
     def answered(
-        self, tenant: str, message: pb.EdgeMessage, answer: pb.CloudMessage, steps: int = 0, repeated: bool = False
+        self,
+        tenant: str,
+        message: pb.EdgeMessage,
+        answer: pb.CloudMessage,
+        sizes: tuple[int, int],
+        steps: int = 0,
+        repeated: bool = False,
     ) -> None:
         self._messages.labels(tenant, message.WhichOneof("body") or "none").inc()
-        self._received.labels(tenant).inc(message.ByteSize())
-        self._sent.labels(tenant).inc(answer.ByteSize())
+        self._received.labels(tenant).inc(sizes[0])
+        self._sent.labels(tenant).inc(sizes[1])
         if repeated:
             self._repeated.labels(tenant).inc()
             return  # what it did was counted when it was done

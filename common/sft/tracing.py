@@ -65,19 +65,20 @@ class Tracer:
 
         `asks`: it is done on the other side.
         """
-        return _NOBODY_S
+        return NO_SPAN
 
     def server_span(self, name: str, parent: str, attributes: Optional[Mapping[str, Value]] = None) -> Span:
         """As `span`, for work that the other side asked for; without a well-formed `parent` nobody will see it."""
-        return _NOBODY_S
+        return NO_SPAN
 
     def close(self) -> None:
         """Sends what has not been sent."""
 
 
-_NOBODY_S = Span()
-NO_TRACER = Tracer()
+NO_SPAN = Span()
 """For where nobody asked for traces."""
+NO_TRACER = Tracer()
+"""Likewise."""
 
 
 def open_tracer(service_name: str, environment: Optional[Mapping[str, str]] = None) -> Tracer:
@@ -149,7 +150,7 @@ class OtelTracer(Tracer):
 
         context = _context(parent)
         if context is None:  # whoever does not trace is not traced
-            return _NOBODY_S
+            return NO_SPAN
         kind = SpanKind.SERVER
         return _OtelSpan(self._tracer.start_span(name, context, kind=kind, attributes=dict(attributes or {})))
 

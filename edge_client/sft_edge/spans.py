@@ -10,7 +10,7 @@ from typing import Any, Callable, List, NamedTuple, Optional, Tuple
 
 import grpc
 
-from sft.tracing import METADATA_KEY, NO_TRACER, Span, Tracer, open_tracer
+from sft.tracing import METADATA_KEY, NO_SPAN, NO_TRACER, Span, Tracer, open_tracer
 from sft.v1 import split_training_pb2 as pb
 
 _OF_A_STEP = ("forward", "backward")
@@ -22,7 +22,7 @@ class StepSpans:
     def __init__(self, tracer: Tracer = NO_TRACER) -> None:
         self._tracer = tracer
         self._step: Optional[int] = None
-        self._span = Span()
+        self._span = NO_SPAN
 
     def message(self, message: pb.EdgeMessage) -> Span:
         """Begins the span of a message that is about to go out, and names it in the message; its answer ends it."""
@@ -41,7 +41,7 @@ class StepSpans:
     def end_step(self, error: str = "") -> None:
         """The step is taken, or will never be."""
         self._span.end(error)
-        self._step, self._span = None, Span()
+        self._step, self._span = None, NO_SPAN
 
 
 class _Details(NamedTuple):

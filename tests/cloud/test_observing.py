@@ -36,7 +36,7 @@ class Told(Metrics):
     def worked(self, *figures):
         self.work.append(figures)
 
-    def answered(self, tenant, message, answer, steps=0, repeated=False):
+    def answered(self, tenant, message, answer, sizes, steps=0, repeated=False):
         self.answers.append((tenant, steps, repeated))
 
 
@@ -166,7 +166,7 @@ def test_work_on_a_message_is_timed_and_traced(told):
         message = pb.EdgeMessage(step=3, micro_batch=1, forward=pb.Forward(), trace_parent=asked.parent)
         with observer.message("anna", "Xy12", message) as watch:
             assert watch.work(lambda: 42)() == 42
-            watch.answered(pb.CloudMessage(), steps=1, repeated=False)
+            watch.answered(pb.CloudMessage(), (1, 1), steps=1, repeated=False)
     (figures,) = told.work
     assert figures[0] == "anna"
     assert figures[1] >= 0 < figures[2]

@@ -15,6 +15,8 @@ from sft_cloud.metrics import Metrics
 from sft_cloud.prometheus import MetricsPort, PrometheusMetrics
 
 CPU = torch.device("cpu")
+SIZES = 1000, 500
+"""Of a message and its answer."""
 
 
 @pytest.fixture
@@ -32,37 +34,37 @@ def forward(step=0):
 
 def test_answers_are_counted_for_each_tenant(metrics):
     message, answer = forward(), pb.CloudMessage(result=pb.Result(loss=0.5))
-    metrics.answered("anna", message, answer)
-    metrics.answered("anna", pb.EdgeMessage(step=0, commit=pb.Commit()), pb.CloudMessage(), steps=1)
-    metrics.answered("ben", message, answer)
+    metrics.answered("anna", message, answer, SIZES)
+    metrics.answered("anna", pb.EdgeMessage(step=0, commit=pb.Commit()), pb.CloudMessage(), SIZES, steps=1)
+    metrics.answered("ben", message, answer, SIZES)
     assert value(metrics, "messages_total", tenant="anna", kind="forward") == 1
     assert value(metrics, "messages_total", tenant="anna", kind="none") == 1
     assert value(metrics, "steps_total", tenant="anna") == 1
     assert value(metrics, "steps_total", tenant="ben") == 0
-    assert value(metrics, "received_bytes_total", tenant="ben") == message.ByteSize()
-    assert value(metrics, "sent_bytes_total", tenant="ben") == answer.ByteSize()
+    assert value(metrics, "received_bytes_total", tenant="ben") == SIZES[0]
+    assert value(metrics, "sent_bytes_total", tenant="ben") == SIZES[1]
 
 
 def test_what_is_answered_from_memory_was_done_once(metrics):
     saved = pb.CloudMessage(checkpoint_saved=pb.CheckpointSaved(total_bytes=100))
     message = pb.EdgeMessage(save_checkpoint=pb.SaveCheckpoint())
-    metrics.answered("anna", message, saved)
-    metrics.answered("anna", message, saved, repeated=True)
+    metrics.answered("anna", message, saved, SIZES)
+    metrics.answered("anna", message, saved, SIZES, repeated=True)
     assert value(metrics, "checkpoints_total", tenant="anna") == 1
     assert value(metrics, "checkpoint_bytes_total", tenant="anna") == 100
     assert value(metrics, "repeated_messages_total", tenant="anna") == 1
-    assert value(metrics, "received_bytes_total", tenant="anna") == 2 * message.ByteSize()
+    assert value(metrics, "received_bytes_total", tenant="anna") == 2 * SIZES[0]
 
 
 def test_a_checkpoint_that_failed_is_none(metrics):
     failed = pb.CloudMessage(checkpoint_saved=pb.CheckpointSaved(error="no space left on the cloud's disk"))
-    metrics.answered("anna", pb.EdgeMessage(save_checkpoint=pb.SaveCheckpoint()), failed)
+    metrics.answered("anna", pb.EdgeMessage(save_checkpoint=pb.SaveCheckpoint()), failed, SIZES)
     assert value(metrics, "checkpoint_failures_total", tenant="anna") == 1
     assert value(metrics, "checkpoints_total", tenant="anna") is None
 
 
 def test_a_step_that_was_skipped_is_no_step(metrics):
-    metrics.answered("anna", forward(), pb.CloudMessage(step_skipped=pb.StepSkipped(reason="no memory")))
+    metrics.answered("anna", forward(), pb.CloudMessage(step_skipped=pb.StepSkipped(reason="no memory")), SIZES)
     assert value(metrics, "steps_skipped_total", tenant="anna") == 1
     assert value(metrics, "steps_total", tenant="anna") == 0
 

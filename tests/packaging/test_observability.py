@@ -41,8 +41,8 @@ def labels():
     saved.checkpoint_saved.total_bytes = 1
     failed = pb.CloudMessage(checkpoint_saved=pb.CheckpointSaved(error="no space left"))
     for answer in (skipped, saved, failed):
-        metrics.answered("anna", pb.EdgeMessage(), answer)
-    metrics.answered("anna", pb.EdgeMessage(), saved, repeated=True)
+        metrics.answered("anna", pb.EdgeMessage(), answer, (1, 1))
+    metrics.answered("anna", pb.EdgeMessage(), saved, (1, 1), repeated=True)
     found = {ON_A_GPU: set(), "up": set()}
     for family in metrics.registry.collect():
         for sample in family.samples:
