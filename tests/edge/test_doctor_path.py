@@ -107,7 +107,7 @@ def test_tls_where_there_is_none() -> None:
         finding = look(int(address.rpartition(":")[2]), Credentials(encrypted=True))[-1]
     assert (finding.verdict, finding.name) == ("failed", "encryption")
     assert finding.found == "the server does not speak TLS"
-    assert "--tls-cert" in finding.advice
+    assert "start it with a certificate" in finding.advice
 
 
 def test_a_ca_file_that_holds_nothing() -> None:
