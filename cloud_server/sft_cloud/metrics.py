@@ -20,6 +20,9 @@ class Metrics:
     def watch_sessions(self, sessions: Sessions, limit: int) -> None:
         """`sessions` may be asked at any time; `limit`: how many there may be."""
 
+    def watch_certificate(self, expires: Callable[[], float | None]) -> None:
+        """`expires` says when the server's certificate does, in Unix seconds; it may be asked at any time."""
+
     def opened(self, tenant: str, resumed: bool) -> None:
         """A session was opened; `resumed` from a checkpoint."""
 

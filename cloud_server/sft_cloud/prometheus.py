@@ -66,9 +66,9 @@ class PrometheusMetrics(Metrics):
         self.registry.register(_Sessions(sessions))
         Gauge(f"{_PREFIX}_sessions_limit", "Sessions that there may be.", registry=self.registry).set(limit)
 
-    def watch(self, name: str, what: str, read: Callable[[], float]) -> None:
-        """A gauge whose value is read whenever somebody looks."""
-        Gauge(f"{_PREFIX}_{name}", what, registry=self.registry).set_function(read)
+    def watch_certificate(self, expires: Callable[[], float | None]) -> None:
+        gauge = Gauge(f"{_PREFIX}_certificate_expires_unix_seconds", "When it does.", registry=self.registry)
+        gauge.set_function(lambda: expires() or 0.0)
 
     def opened(self, tenant: str, resumed: bool) -> None:
         self._sessions_opened.labels(tenant).inc()

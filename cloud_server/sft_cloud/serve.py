@@ -117,6 +117,8 @@ class CloudServer:
         observer.metrics.watch_sessions(
             lambda: [(entry.owner.name, entry.stream is not None) for entry in self.sessions.entries()], max_sessions
         )
+        if access.credentials is not None:
+            observer.metrics.watch_certificate(access.certificate_expires)
         self.service = SplitTrainingService(
             self._worker, store, opener, self.sessions, access.identify, observer=observer
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,13 +14,17 @@ import grpc
 import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
-from support.calls import Stream, open_session, refusal
+from support.calls import Stream, chunks_of, open_session, refusal
 from support.jobs import STEADY, Job
 from support.tiny_edge import TinyEdge, attach
+from support.tls import make_certificates, make_token
 from transformers import AutoConfig
 
 from sft.protocol import CLIENT_OPTIONS
+from sft.v1 import split_training_pb2 as pb
 from sft.v1.split_training_pb2_grpc import SplitTrainingStub
+from sft_cloud.access import make_access
+from sft_cloud.access_options import AccessOptions
 from sft_cloud.observing import Observer
 from sft_cloud.prometheus import MetricsPort, PrometheusMetrics
 from sft_cloud.serve import CloudServer
@@ -114,6 +119,35 @@ def test_a_refusal_and_a_repeated_message(server: CloudServer, metrics: Promethe
     assert value("repeated_messages_total", tenant="anonymous") == 1
     assert value("messages_total", kind="forward", tenant="anonymous") == 2
     assert value("work_seconds_count", tenant="anonymous") == 1  # once
+
+
+def test_strangers_tenants_and_the_certificate(metrics: PrometheusMetrics, edge: TinyEdge, tmp_path: Path) -> None:
+    certificates = make_certificates(tmp_path / "certificates")
+    token = make_token(tmp_path / "tokens", "anna")
+    files = certificates.server
+    access = make_access(AccessOptions(tls_cert=files.cert, tls_key=files.key, tokens=tmp_path / "tokens"), "127.0.0.1")
+    state, observer = tmp_path / "cloud", Observer(metrics)
+    server = CloudServer("127.0.0.1", 0, CPU, state, None, 1, threads=1, access=access, observer=observer)
+    trusted = grpc.ssl_channel_credentials(certificates.ca.read_bytes())
+    try:
+        with grpc.secure_channel(server.address, trusted, options=CLIENT_OPTIONS) as channel:
+            stub = SplitTrainingStub(channel)
+            known = (("authorization", f"Bearer {token}"),)
+            refusal(lambda: stub.Status(pb.StatusRequest(), timeout=SECONDS))
+            refusal(lambda: channel.unary_unary("/made.up/Method")(b"", timeout=SECONDS))
+            refusal(lambda: stub.OpenSession(pb.OpenSessionRequest(), timeout=SECONDS, metadata=known))
+            missing = stub.OpenSession(edge.request(), timeout=SECONDS, metadata=known).missing_blobs
+            for sha256 in missing:
+                stub.UploadBlob(chunks_of(sha256, edge.blobs()[sha256]), timeout=SECONDS, metadata=known)
+    finally:
+        server.stop(grace_seconds=0)
+    value = scraped(metrics)
+    refused = {"code": "UNAUTHENTICATED", "tenant": "unknown"}
+    assert value("rejects_total", method="Status", **refused) == 1
+    assert value("rejects_total", method="unknown", **refused) == 1
+    assert value("rejects_total", method="OpenSession", tenant="anna", reason="PreconditionError") == 1
+    assert value("uploads_total", tenant="anna") == len(missing) > 0
+    assert value("certificate_expires_unix_seconds") > time.time()
 
 
 def test_the_command_says_where_they_are(tmp_path: Path) -> None:
