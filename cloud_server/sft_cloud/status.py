@@ -57,9 +57,8 @@ class Status:
     def probe(self, request: pb.ProbeRequest) -> pb.ProbeResponse:
         """As many zeros as were asked for. Raises ProtocolError when they, or what came, are too many."""
         began = self._clock()
-        for size in (len(request.data), request.reply_bytes):
-            if size > MAX_PROBE_BYTES:
-                raise ProtocolError(f"a probe of {size} bytes is too large; at most {MAX_PROBE_BYTES} are accepted")
+        if max(len(request.data), request.reply_bytes) > MAX_PROBE_BYTES:
+            raise ProtocolError(f"a probe moves at most {MAX_PROBE_BYTES} bytes each way")
         response = pb.ProbeResponse(data=bytes(request.reply_bytes))
         response.unix_seconds = self._unix_clock()
         response.cloud_seconds = self._clock() - began
