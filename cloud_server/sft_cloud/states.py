@@ -11,9 +11,9 @@ from torch import Tensor
 
 from sft.errors import ProtocolError
 from sft.lora import is_adapter
+from sft.optimizer_state import checked_state
 from sft.v1 import split_training_pb2 as pb
 from sft_cloud.half import HalfModel
-from sft_cloud.optimizer_state import checked_state
 from sft_cloud.store import check_sha256, read_blob
 
 
