@@ -414,14 +414,12 @@ class Evaluation(_message.Message):
     def __init__(self, logits: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
 
 class CheckpointSaved(_message.Message):
-    __slots__ = ("id", "total_bytes", "reason")
+    __slots__ = ("id", "total_bytes")
     ID_FIELD_NUMBER: _ClassVar[int]
     TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
-    REASON_FIELD_NUMBER: _ClassVar[int]
     id: CheckpointId
     total_bytes: int
-    reason: str
-    def __init__(self, id: _Optional[_Union[CheckpointId, _Mapping]] = ..., total_bytes: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+    def __init__(self, id: _Optional[_Union[CheckpointId, _Mapping]] = ..., total_bytes: _Optional[int] = ...) -> None: ...
 
 class StepSkipped(_message.Message):
     __slots__ = ("reason",)
