@@ -64,8 +64,8 @@ class Session:
         """The first step that is not committed."""
         self.version = 0
         """Counts the changes of weights and of the optimizer's state."""
-        self._half = half
-        self._optimizer = optimizer
+        self._half = self.half = half
+        self._optimizer = self.optimizer = optimizer
         self._seed = seed
         self._loader = Loader(half, optimizer, find_blob)
         self._micro_batches = MicroBatches(half)

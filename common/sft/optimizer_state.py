@@ -71,6 +71,38 @@ def checked_state(
     return by_index
 
 
+def copied_state(state_dict: Dict[str, Any]) -> Dict[str, Any]:
+    """What `checked_state` gave, with memory of its own in the place of a file's."""
+    state = {
+        index: {key: value.clone() if isinstance(value, Tensor) else value for key, value in of_parameter.items()}
+        for index, of_parameter in state_dict["state"].items()
+    }
+    return {**state_dict, "state": state}
+
+
+def group_settings(optimizer: torch.optim.Optimizer) -> List[Dict[str, Any]]:
+    """The settings of every parameter group that JSON holds as they are, learning rates among them; tuples as lists."""
+    return [
+        {name: value for name, value in group.items() if name != "params" and _is_plain(value)}
+        for group in optimizer.param_groups
+    ]
+
+
+def set_group_settings(optimizer: torch.optim.Optimizer, settings: List[Dict[str, Any]]) -> None:
+    """Puts back what `group_settings` gave. Raises ProtocolError when it is of another optimizer."""
+    if [sorted(group) for group in group_settings(optimizer)] != [sorted(group) for group in settings]:
+        raise ProtocolError("the settings of the optimizer's groups are not those of an optimizer like this one")
+    for group, values in zip(optimizer.param_groups, settings):
+        for name, value in values.items():
+            group[name] = tuple(value) if isinstance(value, list) else value
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(isinstance(number, (int, float)) for number in value)
+    return isinstance(value, (bool, int, float, str))
+
+
 def _scalars(tensors: Mapping[str, Tensor]) -> Dict[str, Dict[str, Any]]:
     text = tensors.get(SCALARS)
     try:
