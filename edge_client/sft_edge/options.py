@@ -267,7 +267,10 @@ def split_address(server: str) -> Tuple[str, int]:
 def check_output_dir(output_dir: Path, overwrite: bool) -> None:
     """Raises UsageError where a run, hours later, could not write its results or would mix them with others."""
     if output_dir.is_dir() and any(output_dir.iterdir()) and not overwrite:
-        raise UsageError(f"--output-dir {output_dir} is not empty; name another or add --overwrite-output-dir")
+        raise UsageError(
+            f"--output-dir {output_dir} is not empty; name another, or add --overwrite-output-dir, or "
+            "--resume-from-checkpoint to go on where a run was broken off"
+        )
     existing = output_dir
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent
