@@ -4,8 +4,11 @@
     ProtocolError, UsageError, CutError, CheckpointError,               INVALID_ARGUMENT
       UnsupportedModelError, TrainingError: the request makes no sense
     PreconditionError: another protocol version, a message out of       FAILED_PRECONDITION
-      order, a second stream for a session
+      order
+    GapError: a message before this one got lost                        ABORTED
     SessionLostError: no such session, or it has ended                  NOT_FOUND
+    UnauthenticatedError: no identity, or it is no longer good          UNAUTHENTICATED
+    AccessError: a known caller, but this is not for it                 PERMISSION_DENIED
     ServerFullError, StorageError, out of memory: no room               RESOURCE_EXHAUSTED
     ServerUnavailableError: the server is shutting down                 UNAVAILABLE
     anything else, logged here with its traceback                       INTERNAL
@@ -24,6 +27,7 @@ import grpc
 import torch
 
 from sft.errors import (
+    AccessError,
     ProtocolError,
     ServerFullError,
     ServerUnavailableError,
@@ -39,9 +43,31 @@ class PreconditionError(ProtocolError):
     """The message is sound, but not what may come now."""
 
 
+class StreamTakenError(SFTError):
+    """Another stream has the session now."""
+
+
+class GapError(ProtocolError):
+    """A message before this one is missing; sent again in order, both are welcome."""
+
+
+class UnauthenticatedError(AccessError):
+    """Who calls is not known here, or is not let in any more.
+
+    The message is for the caller and does not tell which part was wrong; `reason`, for the log, does.
+    """
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 _CODES: tuple[tuple[type[SFTError], grpc.StatusCode], ...] = (
     (PreconditionError, grpc.StatusCode.FAILED_PRECONDITION),
+    (GapError, grpc.StatusCode.ABORTED),
     (SessionLostError, grpc.StatusCode.NOT_FOUND),
+    (UnauthenticatedError, grpc.StatusCode.UNAUTHENTICATED),
+    (AccessError, grpc.StatusCode.PERMISSION_DENIED),
     (ServerFullError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (StorageError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (ServerUnavailableError, grpc.StatusCode.UNAVAILABLE),
@@ -68,6 +94,12 @@ def is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # torch's CPU allocator
+
+
+def ends_session(error: BaseException) -> bool:
+    """Whether a session is of no more use after this error; otherwise its edge may come back to it."""
+    goes_on = (GapError, AccessError, ServerFullError, ServerUnavailableError, StreamTakenError)
+    return isinstance(error, Exception) and not isinstance(error, (grpc.RpcError, *goes_on))
 
 
 @contextmanager

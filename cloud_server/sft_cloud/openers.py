@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Protocol, TypeVar
 
 from sft.v1 import split_training_pb2 as pb
+from sft_cloud.identity import Identity
 from sft_cloud.opening import build, check_request, make_session
 from sft_cloud.session import Session
 from sft_cloud.store import BlobStore
@@ -18,8 +19,8 @@ T = TypeVar("T")
 class Opener(Protocol):
     """Makes sessions; called in any thread."""
 
-    def open(self, request: pb.OpenSessionRequest) -> Session | list[str]:
-        """A session as the request wants it, or the hashes of the blobs that are missing for it.
+    def open(self, request: pb.OpenSessionRequest, owner: Identity) -> Session | list[str]:
+        """A session as the request of `owner` wants it, or the hashes of the blobs that are missing for it.
 
         Every field is checked here, since anybody may have written it: raises PreconditionError for an edge of another
         protocol version and other SFTErrors for fields that make no sense.
@@ -35,7 +36,7 @@ class TransformersOpener:
         self._store = store
         self._weights = weights
 
-    def open(self, request: pb.OpenSessionRequest) -> Session | list[str]:
+    def open(self, request: pb.OpenSessionRequest, owner: Identity) -> Session | list[str]:
         """See Opener."""
         spec, device = check_request(request), self._worker.device
         net_2 = self._run(lambda: build(spec, device))

@@ -26,9 +26,11 @@ from sft.errors import SFTError, UsageError
 from sft.protocol import SERVER_OPTIONS
 from sft.v1 import split_training_pb2 as pb
 from sft.v1 import split_training_pb2_grpc as pb_grpc
+from sft_cloud.access import Access, make_access
+from sft_cloud.access_options import AccessOptions
 from sft_cloud.openers import Opener, TransformersOpener
-from sft_cloud.registry import Entry
-from sft_cloud.service import SplitTrainingService
+from sft_cloud.registry import SESSION_TIMEOUT_SECONDS, Entry, Registry
+from sft_cloud.service import SplitTrainingService, log_closed
 from sft_cloud.store import BlobStore
 from sft_cloud.weights import WeightsFinder
 from sft_cloud.worker import DeviceWorker, Worker, find_device
@@ -38,8 +40,13 @@ SERVICE_NAME = pb.DESCRIPTOR.services_by_name["SplitTraining"].full_name
 GRACE_SECONDS = 3.0
 """How long calls may take to end once the server stops."""
 
+_HOUSEKEEPING_SECONDS = 1.0
+"""Between two looks at what has waited for too long."""
+
 _SPARE_THREADS = 8
 """Beside one for each session's stream: for unary calls, uploads, downloads, health checks and reflection."""
+
+_OPEN = Access()
 
 _log = logging.getLogger(__name__)
 
@@ -59,10 +66,12 @@ class CloudServer:
         make_opener: Callable[[Worker, BlobStore], Opener] | None = None,
         on_close: Callable[[Entry, str], None] = lambda entry, reason: None,
         has_flags: bool = True,
+        session_timeout_seconds: float = SESSION_TIMEOUT_SECONDS,
+        access: Access = _OPEN,
     ) -> None:
         """Binds and starts. `port` 0 takes a free one. `make_opener`: for other models than the library's; `on_close`
         is told of every session that ends, and why; `has_flags`: whether host and port came from a command line, of
-        which errors then speak. Raises UsageError when it cannot bind, StorageError.
+        which errors then speak; `access`: TLS, and who is let in. Raises UsageError when it cannot bind, StorageError.
         """
         dashes = "--" if has_flags else ""
         _check_bindable(host, port, dashes)
@@ -71,9 +80,17 @@ class CloudServer:
         # Without a model directory, names are still not looked up as paths: they come from edges.
         weights = WeightsFinder(store, state_dir / "models" if model_dir is None else model_dir)
         self._executor = ThreadPoolExecutor(calls, thread_name_prefix="call")
-        self._server = grpc.server(self._executor, options=SERVER_OPTIONS, maximum_concurrent_rpcs=calls)
+        self._server = grpc.server(
+            self._executor,
+            interceptors=[access.gate] if access.gate else [],
+            options=SERVER_OPTIONS,
+            maximum_concurrent_rpcs=calls,
+        )
         try:
-            self.port = self._server.add_insecure_port(_address(host, port))
+            if access.credentials is None:
+                self.port = self._server.add_insecure_port(_address(host, port))
+            else:
+                self.port = self._server.add_secure_port(_address(host, port), access.credentials)
         except RuntimeError as error:
             raise UsageError(
                 f"cannot listen on {_address(host, port)}; choose another {dashes}host or {dashes}port"
@@ -84,7 +101,13 @@ class CloudServer:
         # Each call waits for at most one piece of work, so the queue holds whatever is admitted.
         self._worker = DeviceWorker(device, calls, threads)
         opener = make_opener(self._worker, store) if make_opener else TransformersOpener(self._worker, store, weights)
-        self.service = SplitTrainingService(self._worker, store, opener, max_sessions, on_close=on_close)
+
+        def closed(entry: Entry, reason: str) -> None:
+            log_closed(entry, reason, self.sessions.age(entry))
+            on_close(entry, reason)
+
+        self.sessions = Registry(max_sessions, closed, session_timeout_seconds=session_timeout_seconds)
+        self.service = SplitTrainingService(self._worker, store, opener, self.sessions, access.identify)
         pb_grpc.add_SplitTrainingServicer_to_server(self.service, self._server)
         self._health = health.HealthServicer(
             experimental_non_blocking=True, experimental_thread_pool=ThreadPoolExecutor(1, thread_name_prefix="health")
@@ -95,14 +118,29 @@ class CloudServer:
         names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
         self._server.start()
+        self._stopping = threading.Event()
+        self._threads = [threading.Thread(target=self._keep_house, name="housekeeper", daemon=True)]
+        if access.gate is not None:
+            self._threads.append(
+                threading.Thread(target=access.gate.watch, args=(self._stopping,), name="gate", daemon=True)
+            )
+        for thread in self._threads:
+            thread.start()
 
     def stop(self, grace_seconds: float = GRACE_SECONDS) -> None:
         """Takes no new call, lets running steps finish, and returns when nothing runs any more."""
+        self._stopping.set()
+        for thread in self._threads:
+            thread.join()
         self._health.enter_graceful_shutdown()
         self.service.drain()
         self._server.stop(grace_seconds).wait()
         self._worker.shutdown()
         self._executor.shutdown()
+
+    def _keep_house(self) -> None:
+        while not self._stopping.wait(_HOUSEKEEPING_SECONDS):
+            self.sessions.reap()
 
 
 def serve(
@@ -114,6 +152,8 @@ def serve(
     max_sessions: int,
     threads: int | None,
     exit_with_stdin: bool,
+    session_timeout_seconds: float,
+    access_options: AccessOptions,
 ) -> None:
     """Serves until SIGTERM or SIGINT, or the end of standard input if `exit_with_stdin`. Main thread only.
 
@@ -128,9 +168,21 @@ def serve(
         signal.signal(number, lambda *_: stop.set())
     if exit_with_stdin:
         threading.Thread(target=_wait_for_end_of_stdin, args=(stop,), daemon=True).start()
-    server = CloudServer(host, port, find_device(device), state_dir, model_dir, max_sessions, threads)
+    access = make_access(access_options, host)
+    server = CloudServer(
+        host,
+        port,
+        find_device(device),
+        state_dir,
+        model_dir,
+        max_sessions,
+        threads,
+        session_timeout_seconds=session_timeout_seconds,
+        access=access,
+    )
     try:
-        _log.info("serving", extra={"fields": {"address": server.address, "device": str(server.device)}})
+        protection = {"tls": access.credentials is not None, "everybody": access.gate is None}
+        _log.info("serving", extra={"fields": {"address": server.address, "device": str(server.device), **protection}})
         ready = {"event": "serving", "address": server.address, "device": str(server.device)}
         sys.stdout.write(json.dumps(ready) + "\n")
         sys.stdout.flush()

@@ -2,17 +2,24 @@
 
 What a status becomes:
 
-    while opening a session
-      UNAVAILABLE, DEADLINE_EXCEEDED                   ServerUnavailableError
-      UNAVAILABLE, but the port takes TCP connections  ProtocolError: not an sft-cloud server
-      others                                           LinkError
-    during stream, upload and download
-      UNAVAILABLE, NOT_FOUND, CANCELLED and others     SessionLostError
-    at any time, before the above
+    at any time
       UNIMPLEMENTED                                    ProtocolError: not an sft-cloud server
       FAILED_PRECONDITION, INVALID_ARGUMENT            ProtocolError, with the server's sentence
       RESOURCE_EXHAUSTED                               ServerFullError, with the server's sentence
       RESOURCE_EXHAUSTED, a message over gRPC's limit  ProtocolError
+      UNAUTHENTICATED, PERMISSION_DENIED               AccessError, with the server's sentence
+      NOT_FOUND                                        SessionLostError, with the server's sentence
+    else, while opening a session
+      UNAVAILABLE, and nobody listens                  ServerUnavailableError
+      UNAVAILABLE, as TLS could not be agreed on       AccessError
+      UNAVAILABLE: the port takes TCP connections,
+        but says nothing or nothing that is gRPC       ProtocolError: not an sft-cloud server
+      UNAVAILABLE: whoever answered has gone, or is
+        busy                                           StreamBrokenError
+      DEADLINE_EXCEEDED                                ServerUnavailableError
+      others                                           LinkError
+    else, during stream, upload and download
+      UNAVAILABLE, ABORTED, CANCELLED and others       StreamBrokenError
 """
 
 from __future__ import annotations
@@ -20,19 +27,24 @@ from __future__ import annotations
 import socket
 import threading
 from types import TracebackType
-from typing import Callable, Iterator, List, Optional, Tuple, Type
+from typing import Callable, Iterator, List, NamedTuple, Optional, Tuple, Type
 
 import grpc
 
+from sft.access import PLAINTEXT, TOKEN_VARIABLE, Credentials
+from sft.channel import open_channel
 from sft.errors import (
+    AccessError,
     LinkError,
     ProtocolError,
     ServerFullError,
     ServerUnavailableError,
     SessionLostError,
     SFTError,
+    StreamBrokenError,
     UsageError,
 )
+from sft.handshake import why_no_handshake
 from sft.protocol import CLIENT_OPTIONS
 from sft.v1 import split_training_pb2 as pb
 from sft.v1.split_training_pb2_grpc import SplitTrainingStub
@@ -50,8 +62,18 @@ STALL_TIMEOUT_SECONDS = 120.0
 _TRAIN = pb.DESCRIPTOR.services_by_name["SplitTraining"].methods_by_name["Train"]
 
 
+class Keepalive(NamedTuple):
+    """How a link that has died without a word is found out: in at most the sum of both, in seconds."""
+
+    time_seconds: float = 20.0
+    """Of silence, before the other side is asked for a sign of life. Servers take less than ten for an attack."""
+
+    timeout_seconds: float = 20.0
+    """For the sign of life."""
+
+
 class GrpcTransport(Transport):
-    """Plain gRPC to `address`, "HOST:PORT" or "[IPv6]:PORT". Nothing is dialed before the first call.
+    """gRPC to `address`, "HOST:PORT" or "[IPv6]:PORT". Nothing is dialed before the first call.
 
     Raises UsageError when the address is malformed.
     """
@@ -62,35 +84,46 @@ class GrpcTransport(Transport):
         connect_timeout_seconds: float = CONNECT_TIMEOUT_SECONDS,
         open_timeout_seconds: float = OPEN_TIMEOUT_SECONDS,
         stall_timeout_seconds: float = STALL_TIMEOUT_SECONDS,
+        keepalive: Keepalive = Keepalive(),  # noqa: B008  # a tuple
+        credentials: Credentials = PLAINTEXT,
     ) -> None:
         self._address = address
+        self._credentials = credentials
         self._host_and_port = _split_address(address)
         self._connect_timeout_seconds = connect_timeout_seconds
         self._open_timeout_seconds = open_timeout_seconds
         self._stall_timeout_seconds = stall_timeout_seconds
+        self._keepalive = keepalive
+        self._channel = self._dial()
+        self._is_closed = False
+
+    def _dial(self) -> grpc.Channel:
         options: List[Tuple[str, int]] = [
             *CLIENT_OPTIONS,
             # Despite its name also the time an attempt to connect may take: a peer may accept and then be silent.
-            ("grpc.min_reconnect_backoff_ms", int(connect_timeout_seconds * 1000)),
-            # The address given is the address dialed, whatever the environment says about proxies.
-            ("grpc.enable_http_proxy", 0),
+            ("grpc.min_reconnect_backoff_ms", int(self._connect_timeout_seconds * 1000)),
+            ("grpc.keepalive_time_ms", int(self._keepalive.time_seconds * 1000)),
+            ("grpc.keepalive_timeout_ms", int(self._keepalive.timeout_seconds * 1000)),
         ]
-        self._channel = grpc.insecure_channel(address, options=options)
-        self._stub = SplitTrainingStub(self._channel)
+        channel = open_channel(self._address, self._credentials, options)
+        self._stub = SplitTrainingStub(channel)
         # Without serializers: see transport.py.
         method = f"/{_TRAIN.containing_service.full_name}/{_TRAIN.name}"
-        self._train: grpc.StreamStreamMultiCallable[bytes, bytes] = self._channel.stream_stream(method)
+        self._train: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(method)
+        return channel
 
     def open_session(self, request: pb.OpenSessionRequest) -> pb.OpenSessionResponse:
         """See Transport. Fails at once when nobody listens, and within the connect time-out when the peer is silent."""
         try:
-            response: pb.OpenSessionResponse = self._stub.OpenSession(request, timeout=self._open_timeout_seconds)
+            response: pb.OpenSessionResponse = self._stub.OpenSession(
+                request, timeout=self._open_timeout_seconds, metadata=self._credentials.metadata()
+            )
         except grpc.RpcError as error:
             raise self._opening_error(error) from error
         return response
 
     def upload(self, sha256: str, total_bytes: int, chunks: Iterator[bytes]) -> None:
-        """See Transport. Raises SessionLostError when no chunk went through for the stall time-out."""
+        """See Transport. The way counts as broken when no chunk went through for the stall time-out."""
         failure: List[BaseException] = []
 
         def requests() -> Iterator[pb.UploadBlobRequest]:
@@ -105,7 +138,7 @@ class GrpcTransport(Transport):
                 failure.append(error)  # the upload ends too short, which the cloud refuses
 
         with _StallGuard(self._stall_timeout_seconds) as guard:
-            call = self._stub.UploadBlob.future(requests())
+            call = self._stub.UploadBlob.future(requests(), metadata=self._credentials.metadata())
             guard.watch(call.cancel)
             try:
                 call.result()
@@ -119,13 +152,13 @@ class GrpcTransport(Transport):
 
     def stream(self, messages: Iterator[bytes]) -> Stream:
         """See Transport. A link that breaks without a word is noticed by gRPC's keepalive."""
-        return _GrpcStream(self._train(messages), self._error)
+        return _GrpcStream(self._train(messages, metadata=self._credentials.metadata()), self._error)
 
-    def download(self, session_id: str, optimizer_state: bool = False) -> Iterator[bytes]:
-        """See Transport. Raises SessionLostError when no chunk came for the stall time-out."""
+    def download(self, session_id: str, optimizer_state: bool = False, offset: int = 0) -> Iterator[bytes]:
+        """See Transport. The way counts as broken when no chunk came for the stall time-out."""
         with _StallGuard(self._stall_timeout_seconds) as guard:
-            request = pb.DownloadWeightsRequest(session_id=session_id, optimizer_state=optimizer_state)
-            call = self._stub.DownloadWeights(request)
+            request = pb.DownloadWeightsRequest(session_id=session_id, optimizer_state=optimizer_state, offset=offset)
+            call = self._stub.DownloadWeights(request, metadata=self._credentials.metadata())
             guard.watch(call.cancel)
             try:
                 for response in call:
@@ -136,8 +169,15 @@ class GrpcTransport(Transport):
             finally:
                 call.cancel()
 
+    def renew(self) -> None:
+        """See Transport."""
+        self._channel.close()
+        if not self._is_closed:
+            self._channel = self._dial()
+
     def close(self) -> None:
         """See Transport."""
+        self._is_closed = True
         self._channel.close()
 
     def _opening_error(self, error: grpc.RpcError) -> LinkError:
@@ -148,9 +188,12 @@ class GrpcTransport(Transport):
                 return ServerUnavailableError(
                     f"nobody answers at {self._address} ({reason}): is `sft-cloud serve` running there?"
                 )
+            why = why_no_handshake(*self._host_and_port, self._credentials, self._connect_timeout_seconds)
+            if why is not None:
+                return AccessError(f"{self._address} {why}")
             if "failed to connect" in details:  # gRPC's words when TCP or the handshake on top of it failed
                 return self._not_ours()
-            return ServerUnavailableError(f"{self._address} opens no session now: {details}")
+            return StreamBrokenError(f"{self._address} opens no session now: {details}")
         if code == grpc.StatusCode.DEADLINE_EXCEEDED:
             return ServerUnavailableError(
                 f"{self._address} did not open a session within {self._open_timeout_seconds:g} s: see the server's log"
@@ -162,18 +205,29 @@ class GrpcTransport(Transport):
     def _error(self, call: grpc.RpcError, stalled: bool = False) -> LinkError:
         code, details = call.code(), call.details() or ""
         if stalled:
-            return SessionLostError(
+            return StreamBrokenError(
                 f"nothing moved between here and {self._address} for {self._stall_timeout_seconds:g} s"
             )
-        return self._common_error(code, details) or SessionLostError(
-            f"the cloud at {self._address} was lost ({code.name}: {details})"
+        return self._common_error(code, details) or StreamBrokenError(
+            f"the link to {self._address} broke ({code.name}: {details})"
         )
 
     def _common_error(self, code: grpc.StatusCode, details: str) -> Optional[LinkError]:
+        if code == grpc.StatusCode.UNAUTHENTICATED:
+            advice = f"; no token was shown: give {self._credentials.option('token_file')} or set {TOKEN_VARIABLE}"
+            if self._credentials.has_token:
+                advice = ""
+            return AccessError(f"{self._address} does not let us in: {details}{advice}")
+        if code == grpc.StatusCode.PERMISSION_DENIED:
+            return AccessError(f"{self._address} refuses: {details}")
         if code == grpc.StatusCode.UNIMPLEMENTED:
             return self._not_ours()
         if code == grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" not in details:
             return ServerFullError(f"{self._address} has no room: {details}")
+        if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
+            return AccessError(f"{self._address} does not let us in: {details}")
+        if code == grpc.StatusCode.NOT_FOUND:
+            return SessionLostError(f"{self._address}: {details}")
         if code in (
             grpc.StatusCode.RESOURCE_EXHAUSTED,
             grpc.StatusCode.FAILED_PRECONDITION,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator, Optional, Sequence
+from typing import Callable, Iterator, Optional, Sequence
 
 import torch
 
@@ -18,10 +18,11 @@ from sft.weights import factor_tensors, fill, pretrained_tensors
 from sft_edge.adapters import half_lora, whole_lora
 from sft_edge.checkpoints import EdgeCheckpoint
 from sft_edge.cloud_process import CloudProcess
-from sft_edge.grpc_transport import GrpcTransport
+from sft_edge.grpc_transport import GrpcTransport, Keepalive
 from sft_edge.lora_options import LoraOptions
 from sft_edge.optimizer_options import OptimizerOptions
 from sft_edge.options import CutOptions, LinkOptions, TrainingOptions
+from sft_edge.patience import Patience
 from sft_edge.source import Source
 from sft_edge.split_system import open_split_system
 from sft_edge.systems import LocalSystem, System
@@ -58,15 +59,16 @@ def open_system(
     linking: LinkOptions,
     adapting: LoraOptions = _NO_LORA,
     calibration: Sequence[Batch] = (),
+    on_status: Callable[[str], None] = lambda text: None,
     run_id: str = "",
     resumes_from: Sequence[EdgeCheckpoint] = (),
     checkpoint_store: Optional[Path] = None,
 ) -> Iterator[System]:
     """The system for the block; the session, and a cloud that was started for it, end with the block.
 
-    `calibration`: what a low-rank residual is fitted to. `run_id`: whose checkpoints are saved, if any are;
-    `resumes_from`: those of which it may go on, see `open_split_system`; `checkpoint_store`: where a cloud that is
-    started for it keeps its halves.
+    `calibration`: what a low-rank residual is fitted to; `on_status` is told what a broken link is waiting for;
+    `run_id`: whose checkpoints are saved, if any are; `resumes_from`: those of which it may go on, see
+    `open_split_system`; `checkpoint_store`: where a cloud that is started for it keeps its halves.
 
     Raises what building, connecting and opening a session raise: CutError, CheckpointError, UsageError, LinkError.
     """
@@ -91,7 +93,7 @@ def open_system(
     lora = half_lora(adapting, whole, source.config, cut, training.seed)
     spec = OptimizerSpec(optimizing.optim, decay_groups(whole, optimizing.arguments()))
     with _server(linking, checkpoint_store) as address:
-        transport = GrpcTransport(address, linking.connect_timeout_seconds)
+        transport = transport_of(address, linking)
         system = open_split_system(
             source,
             head,
@@ -101,7 +103,8 @@ def open_system(
             cutting.wire_dtype,
             device,
             transport,
-            linking.reply_timeout_seconds,
+            patience_of(linking),
+            on_status,
             labels=linking.labels,
             freeze_edge=cutting.freeze_edge,
             calibration=calibration,
@@ -111,6 +114,22 @@ def open_system(
         )
         with system.link:
             yield system
+
+
+def transport_of(address: str, linking: LinkOptions) -> GrpcTransport:
+    """The way to `address` as the options want it. Raises UsageError."""
+    keepalive = Keepalive(linking.keepalive_time, linking.keepalive_timeout)
+    return GrpcTransport(address, linking.connect_timeout, keepalive=keepalive, credentials=linking.credentials)
+
+
+def patience_of(linking: LinkOptions) -> Patience:
+    """How long to wait and to try again. A cloud of the edge's own that has died does not come back."""
+    return Patience(
+        reply_timeout_seconds=linking.reply_timeout,
+        reconnect_timeout_seconds=linking.reconnect_timeout if linking.server is not None else 0.0,
+        backoff_seconds=linking.reconnect_backoff,
+        backoff_max_seconds=linking.reconnect_backoff_max,
+    )
 
 
 @contextmanager

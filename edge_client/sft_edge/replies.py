@@ -6,7 +6,7 @@ import threading
 import time
 from typing import Callable, Iterator, NamedTuple, Optional
 
-from sft.errors import LinkError, SessionLostError
+from sft.errors import CloudMemoryError, LinkError, SessionLostError
 from sft.ledger import Traffic
 from sft.v1 import split_training_pb2 as pb
 
@@ -24,7 +24,7 @@ class Reply(NamedTuple):
 
     message: pb.CloudMessage
     traffic: Traffic
-    """Of the question, with what rode on it, and of the answer."""
+    """Of the question, with what rode on it, and of the answer; each once, however often they were sent."""
     round_trip_seconds: float
     """From handing the question to the stream until the answer was here, queueing included."""
     waited_seconds: float
@@ -36,10 +36,11 @@ class Reply(NamedTuple):
 class PendingReply:
     """An answer on its way."""
 
-    def __init__(self, sent: Traffic, timeout_seconds: float, give_up: Callable[[LinkError], None]) -> None:
+    def __init__(self, sent: Traffic, timeout_seconds: float, is_late: Callable[[], None]) -> None:
+        """`is_late` is told each time that so many seconds have passed without the answer."""
         self._sent = sent
         self._timeout_seconds = timeout_seconds
-        self._give_up = give_up
+        self._is_late = is_late
         self._asked = time.perf_counter()
         self._answered = self._asked
         self._settled = threading.Event()
@@ -47,14 +48,20 @@ class PendingReply:
         self._received = Traffic()
         self._error: Optional[LinkError] = None
 
+    def wait(self) -> None:
+        """Returns when the answer is here, or none will come."""
+        while not self._settled.wait(self._timeout_seconds):
+            self._is_late()
+
     def result(self) -> Reply:
-        """Waits for the answer. Raises the stream's error, and SessionLostError when none came in time."""
+        """Waits for the answer. Raises the link's error, and CloudMemoryError when the cloud has undone the step."""
         began = time.perf_counter()
-        if not self._settled.wait(self._timeout_seconds):
-            self._give_up(SessionLostError(f"the cloud did not answer within {self._timeout_seconds:g} s"))
+        self.wait()
         waited = time.perf_counter() - began
         if self._message is None:
             raise self._error or SessionLostError("the link is closed")
+        if self._message.HasField("step_skipped"):
+            raise CloudMemoryError(self._message.step_skipped.reason)
         return Reply(
             message=self._message,
             traffic=self._sent + self._received,

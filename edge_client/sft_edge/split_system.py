@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from typing import Deque, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
+from typing import Callable, Deque, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,7 @@ from sft.weights import factor_tensors, fill, pretrained_tensors
 from sft_edge.adapters import NO_LORA, HalfLora
 from sft_edge.link import Blob, Link, PendingReply
 from sft_edge.offers import HEADS, cut_to_proto, offer
+from sft_edge.patience import Patience
 from sft_edge.source import Source
 from sft_edge.systems import Shard, StepTimer, System
 from sft_edge.transport import Transport
@@ -209,7 +210,8 @@ def open_split_system(
     wire_dtype: str,
     device: torch.device,
     transport: Transport,
-    reply_timeout_seconds: float,
+    patience: Patience = Patience(),  # noqa: B008  # a tuple
+    on_status: Callable[[str], None] = lambda text: None,
     *,
     labels: str = "cloud",
     freeze_edge: bool = False,
@@ -264,7 +266,7 @@ def open_split_system(
         run_id=run_id,
         resume_from=resume_from,
     )
-    link = Link(transport, request, blobs, reply_timeout_seconds)
+    link = Link(transport, request, blobs, patience, on_status)
     next_step = link.open().next_step
     return SplitSystem(net_1, optimizer, link, cloud_names, seed, wire_dtype, labels, next_step)
 

@@ -11,6 +11,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from support.calls import Stream
 from support.tiny_edge import attach
 
 from sft import __version__
@@ -98,7 +99,8 @@ def test_it_announces_itself_serves_and_ends_on_sigterm(start, channel, connect,
     for sha256, content in edge.blobs().items():
         stub.UploadBlob(iter([pb.UploadBlobRequest(sha256=sha256, total_bytes=len(content), data=content)]))
     session_id = stub.OpenSession(edge.request()).session_id
-    assert len(list(stub.Train(iter([attach(session_id), edge.forward(0), edge.commit(0)])))) == 3
+    stream = Stream(stub, attach(session_id), edge.forward(0), edge.commit(0))
+    assert len(stream.end()) == 3
 
     process.child.send_signal(signal.SIGTERM)
     assert process.ends_with() == 0
@@ -177,6 +179,11 @@ def test_a_port_in_use_is_one_line():
         (["--model-dir", "/nowhere/at/all"], "--model-dir /nowhere/at/all: no such directory"),
         (["--log-format", "xml"], "'xml' is none of text, json"),
         (["--host", "no.such.host.invalid", "--device", "cpu"], "--host no.such.host.invalid"),
+        (["--host", "0.0.0.0"], "other machines can reach host 0.0.0.0: give --tls-cert and --tls-key"),
+        (["--tls-key", "key.pem"], "--tls-cert and --tls-key belong together"),
+        (["--tls-client-ca", "ca.pem"], "--tls-client-ca needs --tls-cert and --tls-key"),
+        (["--tokens", "/nowhere/at/all"], "token file /nowhere/at/all: No such file or directory"),
+        (["--token", "sft_x"], "unrecognized arguments: --token sft_x"),
         (["--colour"], "unrecognized arguments: --colour"),
     ],
     ids=str,
@@ -201,7 +208,16 @@ def test_help_and_version_do_without_torch(tmp_path):
     path = os.pathsep.join([str(tmp_path), *sys.path])
     done = sft_cloud("serve", "--help", PYTHONPATH=path)
     assert done.returncode == 0
-    for flag in ("--host", "--port", "--device", "--model-dir", "--state-dir", "--max-sessions", "--log-level"):
+    for flag in (
+        "--host",
+        "--port",
+        "--device",
+        "--model-dir",
+        "--state-dir",
+        "--max-sessions",
+        "--log-level",
+        "--tokens",
+    ):
         assert flag in done.stdout
     done = sft_cloud("--version", PYTHONPATH=path)
     assert (done.returncode, done.stdout) == (0, f"sft-cloud {__version__}\n")

@@ -149,7 +149,6 @@ def test_a_commit_rides_with_the_next_forward(session, open_session, edge):
     rides = edge.forward(1, commit=edge.commit_part(0))
     answer = session.handle(rides)
     assert answer.WhichOneof("body") == "result"
-    assert session.handle(rides) == answer  # the whole message repeated: neither half is applied again
     session.handle(edge.commit(1))
 
     apart = open_session(edge)
@@ -368,11 +367,3 @@ def test_a_session_that_failed_half_way_does_not_go_on(make_edge, open_session):
     assert session.state is State.FAILED
     with pytest.raises(PreconditionError, match="half-way"):
         session.handle(edge.evaluate())
-
-
-def test_nothing_comes_before_the_attach(edge, open_session):
-    session = open_session(edge)
-    session.state = State.OPENED
-    for message in (edge.forward(0), edge.evaluate(), edge.commit(0)):
-        with pytest.raises(PreconditionError, match="first message"):
-            session.handle(message)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sft import errors
-from sft_cloud.errors import PreconditionError, status_of
+from sft_cloud.errors import PreconditionError, UnauthenticatedError, status_of
 
 CODES = {
     PreconditionError: "FAILED_PRECONDITION",
@@ -16,6 +16,7 @@ CODES = {
     errors.UnsupportedModelError: "INVALID_ARGUMENT",
     errors.TrainingError: "INVALID_ARGUMENT",
     errors.SessionLostError: "NOT_FOUND",
+    errors.AccessError: "PERMISSION_DENIED",
     errors.ServerFullError: "RESOURCE_EXHAUSTED",
     errors.StorageError: "RESOURCE_EXHAUSTED",
     errors.ServerUnavailableError: "UNAVAILABLE",
@@ -28,6 +29,11 @@ def test_our_errors_keep_their_sentence_on_one_line(kind):
         grpc.StatusCode[CODES[kind]],
         "what was wrong; what to do",
     )
+
+
+def test_a_stranger_is_not_told_the_reason_that_the_log_has():
+    error = UnauthenticatedError("who are you?", "a token of alice with the certificate of bob")
+    assert status_of(error) == (grpc.StatusCode.UNAUTHENTICATED, "who are you?")
 
 
 @pytest.mark.parametrize(

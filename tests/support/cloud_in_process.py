@@ -11,6 +11,7 @@ import torch
 from support.in_memory import InMemoryTransport
 
 from sft.v1 import split_training_pb2 as pb
+from sft_cloud.identity import ANONYMOUS
 from sft_cloud.openers import TransformersOpener
 from sft_cloud.store import BlobStore
 from sft_cloud.weights import WeightsFinder
@@ -27,7 +28,7 @@ class CloudInProcess(InMemoryTransport):
         self._opener = TransformersOpener(_AtOnce(), self._store, WeightsFinder(self._store, path / "models"))
 
     def open_session(self, request: pb.OpenSessionRequest) -> pb.OpenSessionResponse:
-        opened = self._opener.open(request)
+        opened = self._opener.open(request, ANONYMOUS)
         if isinstance(opened, list):
             return pb.OpenSessionResponse(missing_blobs=opened)
         self.session = opened

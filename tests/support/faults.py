@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Iterator, Sequence
 
-from sft.errors import SessionLostError
+from sft.errors import StreamBrokenError
 from sft.v1 import split_training_pb2 as pb
 from sft_edge.transport import Stream, Transport
 
@@ -47,8 +47,11 @@ class FaultyTransport(Transport):
     def stream(self, messages: Iterator[bytes]) -> Stream:
         return _FaultyStream(self._inner, messages, self._faults)
 
-    def download(self, session_id: str, optimizer_state: bool = False) -> Iterator[bytes]:
-        return self._inner.download(session_id, optimizer_state)
+    def download(self, session_id: str, optimizer_state: bool = False, offset: int = 0) -> Iterator[bytes]:
+        return self._inner.download(session_id, optimizer_state, offset)
+
+    def renew(self) -> None:
+        self._inner.renew()
 
     def close(self) -> None:
         self._inner.close()
@@ -64,7 +67,7 @@ class _FaultyStream(Stream):
         answer = pb.CloudMessage.FromString(data)
         if answer.HasField("result") and self._strikes("cloud", answer.step, answer.micro_batch):
             self._inner.cancel()
-            raise SessionLostError("a fault of the test lost the answer")
+            raise StreamBrokenError("a fault of the test lost the answer")
         return data
 
     def cancel(self) -> None:

@@ -12,9 +12,10 @@ from sft.codec import DATA_TYPES
 from sft.errors import ProtocolError, ServerFullError
 from sft.tensor_stream import in_memory, sha256_of
 from sft.v1 import split_training_pb2 as pb
+from sft_cloud.identity import Identity
 from sft_cloud.opening import check_version
 from sft_cloud.script.hosted import ADVICE, HostedModel
-from sft_cloud.session import Session, State
+from sft_cloud.session import Session
 from sft_cloud.store import BlobStore, check_sha256, read_blob
 from sft_cloud.worker import Worker
 
@@ -44,7 +45,7 @@ class ScriptOpener:
         self._is_over = is_over
         self._session: Session | None = None
 
-    def open(self, request: pb.OpenSessionRequest) -> Session | list[str]:
+    def open(self, request: pb.OpenSessionRequest, owner: Identity) -> Session | list[str]:
         """See Opener. The model has the edge's weights from then on.
 
         Raises ServerFullError once an edge has begun: what the model has learned from it is not overwritten.
@@ -72,7 +73,7 @@ class ScriptOpener:
         return self._run(begin)
 
     def _check_free(self) -> None:
-        if self._is_over() or (self._session is not None and self._session.state is not State.OPENED):
+        if self._is_over() or (self._session is not None and self._session.has_begun):
             raise ServerFullError("the cloud's script trains with one edge, and that has come already")
 
     def _check_groups(self, theirs: pb.Optimizer) -> None:

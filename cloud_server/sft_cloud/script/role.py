@@ -16,14 +16,15 @@ from transformers import PreTrainedModel
 
 from sft.errors import LinkError, SessionLostError, UsageError
 from sft.optimizer import Role, SplitOptions
-from sft_cloud.registry import Entry
+from sft_cloud.access import make_access
+from sft_cloud.access_options import AccessOptions
+from sft_cloud.registry import DONE, Entry
 from sft_cloud.script.graph_host import GraphHost
 from sft_cloud.script.groups import names_of, swap
 from sft_cloud.script.hosted import HostedModel
 from sft_cloud.script.opener import ScriptOpener
 from sft_cloud.script.transformers_host import TransformersHost
 from sft_cloud.serve import CloudServer
-from sft_cloud.session import State
 
 _TERMINATED = 128 + signal.SIGTERM
 
@@ -36,6 +37,7 @@ class CloudRole(Role):
 
         What of the options is for the edge is left unread, so that a script can give both roles the same.
         """
+        self._access_options = _access_options(options)
         names = names_of(optimizer, model)
         self._hosted = _cut(model, options)
         self._groups = swap(optimizer, names, self._hosted)
@@ -55,13 +57,14 @@ class CloudRole(Role):
                 "this model was trained with an edge already; make model and optimizer anew to serve again"
             )
         host, port = _parse(address)
+        access = make_access(self._access_options, host, dashes="")
         done = threading.Event()
         ends: list[LinkError | None] = []
 
         def on_close(entry: Entry, reason: str) -> None:
-            if entry.attached:
-                failed = entry.session.state is State.FAILED
-                ends.append(SessionLostError(f"the session did not get through: {reason}") if failed else None)
+            if entry.was_attached:
+                lost = SessionLostError(f"the session did not get through: {reason}")
+                ends.append(None if reason == DONE else lost)
                 done.set()
 
         with tempfile.TemporaryDirectory(prefix="sft-cloud-") as state_dir, _terminable():
@@ -77,6 +80,7 @@ class CloudRole(Role):
                 ),
                 on_close=on_close,
                 has_flags=False,
+                access=access,
             )
             try:
                 if on_ready is not None:
@@ -109,6 +113,19 @@ class CloudRole(Role):
     def describe(self) -> str:
         """See Role."""
         return self._title
+
+
+def _access_options(options: SplitOptions) -> AccessOptions:
+    def path(text: str | None) -> Path | None:
+        return None if text is None else Path(text)
+
+    return AccessOptions(
+        path(options.tls_cert),
+        path(options.tls_key),
+        path(options.tls_client_ca),
+        path(options.tokens),
+        options.insecure,
+    )
 
 
 def _cut(model: nn.Module, options: SplitOptions) -> HostedModel:

@@ -187,12 +187,14 @@ class UploadBlobResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class DownloadWeightsRequest(_message.Message):
-    __slots__ = ("session_id", "optimizer_state")
+    __slots__ = ("session_id", "optimizer_state", "offset")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     OPTIMIZER_STATE_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     optimizer_state: bool
-    def __init__(self, session_id: _Optional[str] = ..., optimizer_state: bool = ...) -> None: ...
+    offset: int
+    def __init__(self, session_id: _Optional[str] = ..., optimizer_state: bool = ..., offset: _Optional[int] = ...) -> None: ...
 
 class DownloadWeightsResponse(_message.Message):
     __slots__ = ("data",)
@@ -414,12 +416,14 @@ class Evaluation(_message.Message):
     def __init__(self, logits: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
 
 class CheckpointSaved(_message.Message):
-    __slots__ = ("id", "total_bytes")
+    __slots__ = ("id", "total_bytes", "error")
     ID_FIELD_NUMBER: _ClassVar[int]
     TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
     id: CheckpointId
     total_bytes: int
-    def __init__(self, id: _Optional[_Union[CheckpointId, _Mapping]] = ..., total_bytes: _Optional[int] = ...) -> None: ...
+    error: str
+    def __init__(self, id: _Optional[_Union[CheckpointId, _Mapping]] = ..., total_bytes: _Optional[int] = ..., error: _Optional[str] = ...) -> None: ...
 
 class StepSkipped(_message.Message):
     __slots__ = ("reason",)
