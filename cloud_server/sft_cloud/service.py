@@ -88,6 +88,8 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
         with ends_call(context):
             caller = self._identify(context)
             self._check_draining()
+            if self.stopping.is_set():
+                raise ServerUnavailableError("the server is about to stop")
             entry = self.sessions.opened(request, caller)
             if entry is None:
                 started = time.monotonic()
@@ -257,7 +259,9 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
         if self._checkpoints is None or not entry.request.run_id:
             raise PreconditionError("this session was opened without a run_id, or this server saves no checkpoints")
         try:
-            return self._checkpoints.save(entry, self._run)
+            saved = self._checkpoints.save(entry, self._run)
+            entry.saves += 1
+            return saved
         except StorageError as error:
             _log.warning("checkpoint not saved", extra={"fields": {"session": entry.label, "reason": str(error)}})
             return pb.CheckpointSaved(error=str(error))

@@ -136,12 +136,14 @@ class Checkpointing:
             checkpoint = self._save(loop)
         except StorageError as error:
             if asked:
-                raise StorageError(f"no checkpoint of step {step} could be saved ({error})") from error
+                mine = self._mine()
+                last = f"the newest is {mine[0].directory}" if mine else "there is none"
+                raise StorageError(f"no checkpoint of step {step} could be saved ({error}); {last}") from error
             self._progress.status(f"no checkpoint of step {step}: {error}; training goes on")
             return
         if asked:
             raise Stopped(step, checkpoint.directory)
-        if stopping:
+        if loop.system.stopping:
             raise CloudStoppingError("the server stops")
 
     def check_stop(self, loop: Optional[TrainingLoop] = None) -> None:

@@ -165,6 +165,7 @@ class TrainingRun:
                     self.linking,
                     self.adapting,
                     [] if offered else self._calibration(job.task, job.features),
+                    progress.status,
                     run_id=checkpointing.run_id,
                     resumes_from=offered,
                     checkpoint_store=self.output_dir / CLOUD_STORE,

@@ -247,7 +247,7 @@ def test_a_filled_output_dir_is_refused_unless_asked_for(tmp_path):
 
 def test_a_run_that_goes_on_finds_a_filled_output_dir(tmp_path):
     (tmp_path / "checkpoint-3").mkdir()
-    with pytest.raises(UsageError, match="is not empty; .* or --resume-from-checkpoint to go on"):
+    with pytest.raises(UsageError, match=r"is not empty; .* or --resume-from-checkpoint to go on"):
         TrainingOptions(tmp_path)
     for flags in (["--resume-from-checkpoint"], ["--resume-from-checkpoint", "newest"]):
         with pytest.raises(UsageError, match="--resume-from-checkpoint needs --output-dir, or the directory"):
