@@ -13,6 +13,8 @@ from sft.durations import Duration
 from sft.errors import UsageError
 from sft_cloud.access_options import AccessOptions, check_together
 from sft_cloud.certs_command import certs_command
+from sft_cloud.metrics_options import MetricsOptions
+from sft_cloud.status_command import status_command
 from sft_cloud.token_commands import token_command
 
 _DEFAULT_STATE_DIR = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sft-cloud"
@@ -78,7 +80,9 @@ class ServeOptions:
 
 def serve_command(prog: str, argv: list[str]) -> int:
     """Wait for edges and train their upper halves."""
-    options, access_options = parse([ServeOptions, AccessOptions], argv, prog, serve_command.__doc__)
+    options, access_options, metrics_options = parse(
+        [ServeOptions, AccessOptions, MetricsOptions], argv, prog, serve_command.__doc__
+    )
     check_together(access_options, dashes="--")
     from sft_cloud.logs import set_up_logging
     from sft_cloud.serve import serve  # late: torch takes seconds, and --help does not need it
@@ -97,10 +101,12 @@ def serve_command(prog: str, argv: list[str]) -> int:
         access_options=access_options,
         checkpoint_store=options.checkpoint_store,
         grace_seconds=options.grace,
+        metrics_options=metrics_options,
     )
     return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns the exit code of the process."""
-    return run("sft-cloud", {"serve": serve_command, "token": token_command, "certs": certs_command}, argv)
+    commands = {"serve": serve_command, "status": status_command, "token": token_command, "certs": certs_command}
+    return run("sft-cloud", commands, argv)

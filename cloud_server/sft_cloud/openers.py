@@ -23,7 +23,8 @@ class Opener(Protocol):
     """Makes sessions; called in any thread."""
 
     def open(self, request: pb.OpenSessionRequest, owner: Identity) -> Session | list[str]:
-        """A session as the request of `owner` wants it, or the hashes of the blobs that are missing for it.
+        """A session as the request of `owner` wants it, or the hashes of the blobs that are missing for it;
+        always these, be they none, for a request that only checks.
 
         Every field is checked here, since anybody may have written it: raises PreconditionError for an edge of another
         protocol version and other SFTErrors for fields that make no sense.
@@ -49,7 +50,7 @@ class TransformersOpener:
         if request.resume_from:
             return self._resume(request, owner, spec, net_2)
         tensors, missing = self._weights.find(spec, net_2)
-        if missing:
+        if missing or request.only_check:
             return missing
         return self._run(lambda: make_session(spec, net_2, tensors, device, self._store.find))
 

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import grpc
@@ -30,6 +31,9 @@ from sft.v1 import split_training_pb2_grpc as pb_grpc
 from sft_cloud.access import Access, make_access
 from sft_cloud.access_options import AccessOptions
 from sft_cloud.checkpoints import CheckpointStore
+from sft_cloud.metrics_options import MetricsOptions
+from sft_cloud.observation import observation
+from sft_cloud.observing import NOBODY, Observer
 from sft_cloud.openers import Opener, TransformersOpener
 from sft_cloud.registry import SESSION_TIMEOUT_SECONDS, Entry, Registry
 from sft_cloud.saved_session import Checkpoints
@@ -74,12 +78,14 @@ class CloudServer:
         has_flags: bool = True,
         session_timeout_seconds: float = SESSION_TIMEOUT_SECONDS,
         access: Access = _OPEN,
+        observer: Observer = NOBODY,
         checkpoint_store: str | Path | None = None,
     ) -> None:
         """Binds and starts. `port` 0 takes a free one. `make_opener`: for other models than the library's; `on_close`
         is told of every session that ends, and why; `has_flags`: whether host and port came from a command line, of
-        which errors then speak; `access`: TLS, and who is let in; `checkpoint_store`: a
-        directory or URL, by default below `state_dir`. Raises UsageError when it cannot bind, StorageError.
+        which errors then speak; `access`: TLS, and who is let in; `observer` is told what happens;
+        `checkpoint_store`: a directory or URL, by default below `state_dir`. Raises UsageError when it cannot bind,
+        StorageError.
         """
         dashes = "--" if has_flags else ""
         _check_bindable(host, port, dashes)
@@ -90,7 +96,7 @@ class CloudServer:
         self._executor = ThreadPoolExecutor(calls, thread_name_prefix="call")
         self._server = grpc.server(
             self._executor,
-            interceptors=[access.gate] if access.gate else [],
+            interceptors=[*observer.interceptors(access.identify), *([access.gate] if access.gate else [])],
             options=SERVER_OPTIONS,
             maximum_concurrent_rpcs=calls,
         )
@@ -117,10 +123,18 @@ class CloudServer:
 
         def closed(entry: Entry, reason: str) -> None:
             log_closed(entry, reason, self.sessions.age(entry))
+            observer.metrics.closed(entry.owner.name)
             on_close(entry, reason)
 
         self.sessions = Registry(max_sessions, closed, session_timeout_seconds=session_timeout_seconds)
-        self.service = SplitTrainingService(self._worker, store, opener, self.sessions, access.identify, checkpoints)
+        observer.metrics.watch_sessions(
+            lambda: [(entry.owner.name, entry.stream is not None) for entry in self.sessions.entries()], max_sessions
+        )
+        if access.credentials is not None:
+            observer.metrics.watch_certificate(access.certificate_expires)
+        self.service = SplitTrainingService(
+            self._worker, store, opener, self.sessions, access.identify, checkpoints, observer
+        )
         pb_grpc.add_SplitTrainingServicer_to_server(self.service, self._server)
         self._health = health.HealthServicer(
             experimental_non_blocking=True, experimental_thread_pool=ThreadPoolExecutor(1, thread_name_prefix="health")
@@ -182,6 +196,7 @@ def serve(
     exit_with_stdin: bool,
     session_timeout_seconds: float,
     access_options: AccessOptions,
+    metrics_options: MetricsOptions,
     checkpoint_store: str | None,
     grace_seconds: float,
 ) -> None:
@@ -189,7 +204,8 @@ def serve(
 
     Edges then have `grace_seconds` to save their checkpoints, until a second signal, or the end of standard input.
 
-    Prints one line of JSON on standard output when it is ready: `event`, `address`, `device`.
+    Prints one line of JSON on standard output when it is ready: `event`, `address`, `device`, and `metrics` where there
+    are some.
     """
     # The libraries' own handlers and progress bars would break the form of the log.
     transformers_logging.disable_default_handler()
@@ -205,10 +221,13 @@ def serve(
     if exit_with_stdin:
         threading.Thread(target=_wait_for_end_of_stdin, args=(stop, hurry), daemon=True).start()
     access = make_access(access_options, host)
+    found = find_device(device)
+    observing = ExitStack()
+    observer, metrics_url = observing.enter_context(observation(metrics_options, found))
     server = CloudServer(
         host,
         port,
-        find_device(device),
+        found,
         state_dir,
         model_dir,
         max_sessions,
@@ -216,11 +235,14 @@ def serve(
         session_timeout_seconds=session_timeout_seconds,
         access=access,
         checkpoint_store=checkpoint_store,
+        observer=observer,
     )
     try:
         protection = {"tls": access.credentials is not None, "everybody": access.gate is None}
         _log.info("serving", extra={"fields": {"address": server.address, "device": str(server.device), **protection}})
         ready = {"event": "serving", "address": server.address, "device": str(server.device)}
+        if metrics_url:
+            ready["metrics"] = metrics_url
         sys.stdout.write(json.dumps(ready) + "\n")
         sys.stdout.flush()
         stop.wait()
@@ -228,6 +250,7 @@ def serve(
         server.wait_for_checkpoints(grace_seconds, hurry)
     finally:
         server.stop()
+        observing.close()
 
 
 def _wait_for_end_of_stdin(stop: threading.Event, hurry: threading.Event) -> None:

@@ -15,15 +15,16 @@ from torch import Tensor
 
 from sft import __version__
 from sft.errors import ProtocolError, ServerUnavailableError, SessionLostError, SFTError, StorageError
-from sft.protocol import PROTOCOL_VERSION
 from sft.tensor_stream import StoredTensor, safetensors_chunks
 from sft.v1 import split_training_pb2 as pb
 from sft.v1 import split_training_pb2_grpc as pb_grpc
 from sft_cloud.errors import PreconditionError, StreamTakenError, ends_call, ends_session
 from sft_cloud.identity import ANONYMOUS, Identity
+from sft_cloud.observing import NOBODY, Observer
 from sft_cloud.openers import Opener
 from sft_cloud.registry import DONE, Entry, Registry, StreamHandle
 from sft_cloud.session import Session
+from sft_cloud.status import Status
 from sft_cloud.store import BlobStore
 from sft_cloud.worker import Worker
 
@@ -31,9 +32,6 @@ T = TypeVar("T")
 
 OnWorker = Callable[[Callable[[], Any]], Any]
 """Runs something on the thread that owns the device, and returns what it returns."""
-
-MAX_PROBE_BYTES = 4 << 20
-"""Of a probe, each way."""
 
 _log = logging.getLogger(__name__)
 
@@ -59,19 +57,21 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
         sessions: Registry,
         identify: Callable[[grpc.ServicerContext], Identity] = lambda context: ANONYMOUS,
         checkpoints: Checkpoints | None = None,
+        observer: Observer = NOBODY,
     ) -> None:
-        """`store` takes uploads; `identify` says who calls, or raises AccessError."""
+        """`store` takes uploads; `identify` says who calls, or raises AccessError; `observer` is told what happens."""
         self._worker = worker
         self._store = store
         self._opener = opener
         self._identify = identify
         self._checkpoints = checkpoints
+        self._observer = observer
         self._draining = threading.Event()
         self._idle: set[grpc.ServicerContext] = set()
-        self._started = time.monotonic()
         self.sessions = sessions
         self.stopping = threading.Event()
         """Set some time before `drain`: every answer tells its edge to save a checkpoint now."""
+        self._status = Status(sessions, worker.device, lambda: self.stopping.is_set() or self._draining.is_set())
 
     def drain(self) -> None:
         """From now on no session is opened; streams end, with UNAVAILABLE, once what they work on is answered.
@@ -88,6 +88,10 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
         with ends_call(context):
             caller = self._identify(context)
             self._check_draining()
+            if request.only_check:
+                missing = self._opener.open(request, caller)
+                response.missing_blobs.extend([] if isinstance(missing, Session) else missing)
+                return response
             if self.stopping.is_set():
                 raise ServerUnavailableError("the server is about to stop")
             entry = self.sessions.opened(request, caller)
@@ -100,6 +104,7 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
                         return response
                     entry = put(opened)
                 self._log_opened(entry, time.monotonic() - started)
+                self._observer.metrics.opened(caller.name, resumed=bool(request.resume_from))
             response.session_id = entry.session_id
             response.next_step = entry.session.next_step
             response.session_timeout_seconds = self.sessions.session_timeout_seconds
@@ -110,13 +115,14 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
     ) -> pb.UploadBlobResponse:
         """See the .proto."""
         with ends_call(context):
-            self._identify(context)
+            caller = self._identify(context)
             self._check_draining()
             first = next(request_iterator, None)
             if first is None:
                 raise ProtocolError("the upload holds no chunk; the first one names the blob")
             chunks = (request.data for request in itertools.chain([first], request_iterator))
             self._store.add(first.sha256, first.total_bytes, chunks)
+            self._observer.metrics.uploaded(caller.name, first.total_bytes)
             _log.info("blob stored", extra={"fields": {"sha256": first.sha256, "bytes": first.total_bytes}})
         return pb.UploadBlobResponse()
 
@@ -130,8 +136,10 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
             if first is None or first.WhichOneof("body") != "attach":
                 raise PreconditionError("the first message of a stream must be an attach")
             stream = StreamHandle(context.cancel)
+            again = self.sessions.get(first.attach.session_id, caller).was_attached
             entry = self.sessions.attach(first.attach.session_id, caller, stream)
             session_id = entry.session_id
+            self._observer.metrics.attached(caller.name, again)
             # Whoever held on to a session would keep its memory when it has ended.
             del entry
             try:
@@ -168,42 +176,24 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
                 return lambda: self._run(lambda: _read_at(entry.session, version, read))
 
             stored = [tensor._replace(read=on_worker(tensor.read)) for tensor in self._run(listed)]
-            skip = request.offset
+            skip, sent = request.offset, 0
             for data in safetensors_chunks(stored):
                 if skip < len(data):
                     yield pb.DownloadWeightsResponse(data=data[skip:])
+                    sent += len(data) - skip
                 skip = max(skip - len(data), 0)
+            self._observer.metrics.downloaded(entry.owner.name, sent)
 
     def Status(self, request: pb.StatusRequest, context: grpc.ServicerContext) -> pb.StatusResponse:
         """See the .proto."""
         with ends_call(context):
-            caller = self._identify(context)
-            entries = self.sessions.entries()
-            return pb.StatusResponse(
-                package_version=__version__,
-                protocol_version=PROTOCOL_VERSION,
-                device=str(self._worker.device),
-                unix_seconds=time.time(),
-                uptime_seconds=time.monotonic() - self._started,
-                caller=caller.name,
-                sessions=[self._status_of(e) for e in entries if caller.sees_all or e.owner.name == caller.name],
-                max_sessions=self.sessions.max_sessions,
-                open_sessions=len(entries),
-                session_timeout_seconds=self.sessions.session_timeout_seconds,
-                token_expires_unix_seconds=caller.expires_unix_seconds or 0.0,
-                stopping=self.stopping.is_set() or self._draining.is_set(),
-            )
+            return self._status.status(self._identify(context))
 
     def Probe(self, request: pb.ProbeRequest, context: grpc.ServicerContext) -> pb.ProbeResponse:
         """See the .proto."""
         with ends_call(context):
             self._identify(context)
-            began = time.monotonic()
-            if len(request.data) > MAX_PROBE_BYTES or request.reply_bytes > MAX_PROBE_BYTES:
-                raise ProtocolError(f"a probe moves at most {MAX_PROBE_BYTES} bytes each way")
-            response = pb.ProbeResponse(data=bytes(request.reply_bytes), unix_seconds=time.time())
-            response.cloud_seconds = time.monotonic() - began
-            return response
+            return self._status.probe(request)
 
     def _wait_for_message(
         self, request_iterator: Iterator[pb.EdgeMessage], context: grpc.ServicerContext
@@ -236,7 +226,8 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
         entry = self.sessions.get(session_id, caller)
 
         def work() -> pb.CloudMessage:
-            answer = self._run(lambda: self.sessions.get(session_id, caller).session.handle(message))
+            handled = watch.work(lambda: self.sessions.get(session_id, caller).session.handle(message))
+            answer = self._run(handled)
             if message.HasField("save_checkpoint"):
                 answer.checkpoint_saved.CopyFrom(self._save(entry))
             if message.HasField("keep_checkpoints") and self._checkpoints is not None:
@@ -245,13 +236,16 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
             answer.cloud_seconds = time.monotonic() - arrived
             return answer
 
-        with entry.lock:
+        with self._observer.message(caller.name, entry.label, message) as watch, entry.lock:
             _check_has(entry, stream)
             self.sessions.touch(entry)
-            answer, _ = entry.messages.apply(message, work)
+            before = entry.session.next_step
+            answer, repeated = entry.messages.apply(message, work)
             answer.stopping = self.stopping.is_set()
-            entry.bytes_received += message.ByteSize()
-            entry.bytes_sent += answer.ByteSize()
+            received, sent = message.ByteSize(), answer.ByteSize()
+            entry.bytes_received += received
+            entry.bytes_sent += sent
+            watch.answered(answer, (received, sent), entry.session.next_step - before, repeated)
         return answer
 
     def _save(self, entry: Entry) -> pb.CheckpointSaved:
@@ -273,20 +267,6 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
     def _end(self, session_id: str, caller: Identity, stream: StreamHandle, reason: str) -> None:
         self._detach(session_id, caller, stream)  # first, or the call would end as cancelled
         self.sessions.close(session_id, reason)
-
-    def _status_of(self, entry: Entry) -> pb.SessionStatus:
-        return pb.SessionStatus(
-            label=entry.label,
-            owner=entry.owner.name,
-            model_name=entry.request.model_name,
-            split_rank=entry.request.cut.split_rank,
-            next_step=entry.session.next_step,
-            age_seconds=self.sessions.age(entry),
-            idle_seconds=self.sessions.idle(entry),
-            bytes_received=entry.bytes_received,
-            bytes_sent=entry.bytes_sent,
-            attached=entry.stream is not None,
-        )
 
     def _run(self, work: Callable[[], T]) -> T:
         return self._worker.submit(work).result()

@@ -26,6 +26,7 @@ from sft.errors import (
 )
 from sft.ledger import Traffic, framed_size
 from sft.protocol import MAX_UNANSWERED
+from sft.tracing import NO_SPAN, Span
 from sft.v1 import split_training_pb2 as pb
 from sft_edge.patience import Patience, Retries, Wake
 from sft_edge.replies import PendingReply
@@ -101,10 +102,11 @@ class Exchange:
         if not self._session_id:
             raise SessionLostError("the link is not open")
 
-    def send(self, kind: str, message: pb.EdgeMessage, payload_bytes: int) -> PendingReply:
+    def send(self, kind: str, message: pb.EdgeMessage, payload_bytes: int, span: Span = NO_SPAN) -> PendingReply:
         """Sends a message that the cloud answers with a `kind` for the same step and micro-batch.
 
-        Returns at once, unless so many answers are due that the cloud would remember no more.
+        Returns at once, unless so many answers are due that the cloud would remember no more. `span` ends with the
+        answer.
         """
         self.check()
         if self._reader is None:
@@ -120,7 +122,7 @@ class Exchange:
             message.number, message.answered = self._unanswered.next_number, self._unanswered.answered
             data = message.SerializeToString()
             sent = Traffic(payload_bytes_sent=payload_bytes, bytes_sent=framed_size(len(data)))
-            pending = PendingReply(sent, self._patience.reply_timeout_seconds, self._break_off)
+            pending = PendingReply(sent, self._patience.reply_timeout_seconds, self._break_off, span)
             self._unanswered.add(Sent(kind, message.step, message.micro_batch, data, pending))
             self._total += sent
             if self._flows:

@@ -45,9 +45,11 @@ from sft.errors import (
     UsageError,
 )
 from sft.handshake import why_no_handshake
+from sft.inquiry import Inquiry
 from sft.protocol import CLIENT_OPTIONS
 from sft.v1 import split_training_pb2 as pb
 from sft.v1.split_training_pb2_grpc import SplitTrainingStub
+from sft_edge.spans import edge_tracer, traced
 from sft_edge.transport import Stream, Transport
 
 CONNECT_TIMEOUT_SECONDS = 10.0
@@ -105,7 +107,7 @@ class GrpcTransport(Transport):
             ("grpc.keepalive_time_ms", int(self._keepalive.time_seconds * 1000)),
             ("grpc.keepalive_timeout_ms", int(self._keepalive.timeout_seconds * 1000)),
         ]
-        channel = open_channel(self._address, self._credentials, options)
+        channel = traced(open_channel(self._address, self._credentials, options), edge_tracer())
         self._stub = SplitTrainingStub(channel)
         # Without serializers: see transport.py.
         method = f"/{_TRAIN.containing_service.full_name}/{_TRAIN.name}"
@@ -168,6 +170,10 @@ class GrpcTransport(Transport):
                 raise self._error(call, guard.stalled) from error
             finally:
                 call.cancel()
+
+    def inquiry(self, timeout_seconds: float) -> Inquiry:
+        """For questions about the cloud and the way to it, by the same connection; it is closed with this."""
+        return Inquiry(self._channel, self._address, timeout_seconds, self._credentials)
 
     def renew(self) -> None:
         """See Transport."""

@@ -12,6 +12,7 @@ from sft.v1 import split_training_pb2 as pb
 from sft_edge.exchange import BREAK_TIMEOUT_SECONDS, TRANSIENT, Counts, Exchange
 from sft_edge.patience import Patience, Retries
 from sft_edge.replies import Blob, PendingReply, Reply
+from sft_edge.spans import StepSpans, edge_tracer
 from sft_edge.transport import Transport
 
 __all__ = ["Blob", "Link", "PendingReply", "Reply"]
@@ -46,6 +47,7 @@ class Link:
         self._patience = patience
         self._on_status = on_status
         self._exchange = Exchange(transport, patience, on_status)
+        self._spans = StepSpans(edge_tracer())
         self._session_id = ""
         self._held = pb.EdgeMessage()  # weights, commit and gradient_scale of the next message
         self._step = 0  # that weights and gradients belong to now
@@ -198,6 +200,7 @@ class Link:
             step=step, learning_rates=learning_rates, clip_scale=clip_scale, group_arguments=group_arguments
         )
         self._held.commit.CopyFrom(commit)
+        self._spans.end_step()
 
     def keep_gradients(self) -> None:
         """Net_2's gradients are not forgotten after the commit that is held. Raises ProtocolError when none is."""
@@ -285,6 +288,7 @@ class Link:
         """Ends the session and closes the transport; no thread is left. What is held is dropped. Idempotent."""
         self._exchange.close()
         self._transport.close()
+        self._spans.end_step()
 
     def __enter__(self) -> Link:
         return self
@@ -329,4 +333,4 @@ class Link:
         return pending
 
     def _send(self, kind: str, message: pb.EdgeMessage, payload_bytes: int) -> PendingReply:
-        return self._exchange.send(kind, message, payload_bytes)
+        return self._exchange.send(kind, message, payload_bytes, self._spans.message(message))

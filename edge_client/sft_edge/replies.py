@@ -8,6 +8,7 @@ from typing import Callable, Iterator, NamedTuple, Optional
 
 from sft.errors import CloudMemoryError, LinkError, SessionLostError
 from sft.ledger import Traffic
+from sft.tracing import NO_SPAN, Span
 from sft.v1 import split_training_pb2 as pb
 
 
@@ -36,11 +37,14 @@ class Reply(NamedTuple):
 class PendingReply:
     """An answer on its way."""
 
-    def __init__(self, sent: Traffic, timeout_seconds: float, is_late: Callable[[], None]) -> None:
-        """`is_late` is told each time that so many seconds have passed without the answer."""
+    def __init__(
+        self, sent: Traffic, timeout_seconds: float, is_late: Callable[[], None], span: Span = NO_SPAN
+    ) -> None:
+        """`is_late` is told each time that so many seconds have passed without the answer; `span` ends with it."""
         self._sent = sent
         self._timeout_seconds = timeout_seconds
         self._is_late = is_late
+        self._span = span
         self._asked = time.perf_counter()
         self._answered = self._asked
         self._settled = threading.Event()
@@ -73,9 +77,11 @@ class PendingReply:
     def resolve(self, message: pb.CloudMessage, received: Traffic) -> None:
         """Called once, by the link: here is the answer."""
         self._message, self._received, self._answered = message, received, time.perf_counter()
+        self._span.end()
         self._settled.set()
 
     def fail(self, error: LinkError) -> None:
         """Called once, by the link: no answer will come."""
         self._error = error
+        self._span.end(type(error).__name__)
         self._settled.set()

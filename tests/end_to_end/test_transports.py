@@ -72,11 +72,11 @@ def test_over_a_slow_network(edge: TinyEdge, server: CloudServer, expected: tupl
         proxy.up.delay_seconds = proxy.down.delay_seconds = 0.0
 
 
-@pytest.mark.parametrize("side", ["edge", "cloud"])
+@pytest.mark.parametrize("direction", ["up", "down"])
 def test_a_broken_stream_is_mended_and_keeps_its_place(
-    edge: TinyEdge, server: CloudServer, expected: tuple[list[float], bytes], side: str
+    edge: TinyEdge, server: CloudServer, expected: tuple[list[float], bytes], direction: str
 ) -> None:
-    fault = Fault(side, step=1, micro_batch=1)
+    fault = Fault("lose", direction, step=1, micro_batch=1)
     with open_link(edge, FaultyTransport(GrpcTransport(server.address), [fault])) as link:
         with pytest.raises(ServerFullError, match="no room"):
             open_link(edge, GrpcTransport(server.address))

@@ -10,6 +10,7 @@ import torch
 from sft.errors import SessionLostError, StreamBrokenError
 from sft.tensor_stream import StoredTensor, safetensors_chunks
 from sft.v1 import split_training_pb2 as pb
+from sft_cloud.errors import GapError
 from sft_cloud.exactly_once import ExactlyOnce
 from sft_cloud.opening import build, check_request, make_session
 from sft_cloud.session import Session
@@ -79,7 +80,10 @@ class _InMemoryStream(Stream):
             self._answers.append(pb.CloudMessage(attached=attached))
             self._answers.extend(self._numbered.answers_after(message.answered))
         else:
-            answer, _ = self._numbered.apply(message, lambda: self._session.handle(message))
+            try:
+                answer, _ = self._numbered.apply(message, lambda: self._session.handle(message))
+            except GapError as error:
+                raise StreamBrokenError(str(error)) from error
             self._answers.append(answer)
 
     def cancel(self) -> None:

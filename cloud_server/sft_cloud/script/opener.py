@@ -64,7 +64,7 @@ class ScriptOpener:
         # The model's own weights count if they are the edge's, to the last bit.
         if request.weights_sha256 != self._run(lambda: self._hash()):
             missing += self._find(request.weights_sha256, self._hosted.tensors, tensors)
-        if missing:
+        if missing or request.only_check:
             return missing
 
         def begin() -> Session:
