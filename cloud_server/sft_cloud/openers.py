@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
+from sft.models import Net2
 from sft.v1 import split_training_pb2 as pb
+from sft_cloud.errors import PreconditionError
 from sft_cloud.identity import Identity
-from sft_cloud.opening import build, check_request, make_session
+from sft_cloud.opening import SessionSpec, build, check_request, make_session
+from sft_cloud.saved_session import Checkpoints, restore
 from sft_cloud.session import Session
 from sft_cloud.store import BlobStore
 from sft_cloud.weights import WeightsFinder
@@ -31,20 +34,38 @@ class Opener(Protocol):
 class TransformersOpener:
     """For any model that `sft.models` can cut."""
 
-    def __init__(self, worker: Worker, store: BlobStore, weights: WeightsFinder) -> None:
-        """What touches the device runs on `worker`."""
+    def __init__(
+        self, worker: Worker, store: BlobStore, weights: WeightsFinder, checkpoints: Checkpoints | None = None
+    ) -> None:
+        """What touches the device runs on `worker`; without `checkpoints` no run goes on."""
         self._worker = worker
         self._store = store
         self._weights = weights
+        self._checkpoints = checkpoints
 
     def open(self, request: pb.OpenSessionRequest, owner: Identity) -> Session | list[str]:
         """See Opener."""
         spec, device = check_request(request), self._worker.device
         net_2 = self._run(lambda: build(spec, device))
+        if request.resume_from:
+            return self._resume(request, owner, spec, net_2)
         tensors, missing = self._weights.find(spec, net_2)
         if missing or request.only_check:
             return missing
         return self._run(lambda: make_session(spec, net_2, tensors, device, self._store.find))
+
+    def _resume(self, request: pb.OpenSessionRequest, owner: Identity, spec: SessionSpec, net_2: Net2) -> Session:
+        if self._checkpoints is None:
+            raise PreconditionError("this server keeps no checkpoints")
+        with self._checkpoints.find(request, owner) as files:
+
+            def work() -> Session:
+                # Filled from the seed: whatever that gives is replaced, to the last parameter.
+                session = make_session(spec, net_2, [], self._worker.device, self._store.find)
+                restore(session, files)
+                return session
+
+            return self._run(work)
 
     def _run(self, work: Callable[[], T]) -> T:
         return self._worker.submit(work).result()

@@ -50,6 +50,8 @@ class Entry:
     """Held while a message is applied, so that a stream that takes over finds nothing half-done."""
     stream: StreamHandle | None = None
     was_attached: bool = False
+    saves: int = 0
+    """Checkpoints that were saved."""
     bytes_received: int = 0
     bytes_sent: int = 0
 
