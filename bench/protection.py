@@ -1,4 +1,4 @@
-"""What TLS, client certificates, tokens and the memory of answers cost: the same steps without them, with each, with all.
+"""What TLS, client certificates, tokens and the memory of answers cost: the same steps without, with each, with all.
 
     python bench/protection.py
     python bench/protection.py --mode sl --steps 30
