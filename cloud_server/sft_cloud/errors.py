@@ -6,7 +6,8 @@
     PreconditionError: another protocol version, a message out of       FAILED_PRECONDITION
       order, a second stream for a session
     SessionLostError: no such session, or it has ended                  NOT_FOUND
-    ServerFullError, StorageError, out of memory: no room               RESOURCE_EXHAUSTED
+    ServerFullError, QuotaError, StorageError, out of memory: no room   RESOURCE_EXHAUSTED
+    ForbiddenError: nothing that this caller may ask for                PERMISSION_DENIED
     ServerUnavailableError: the server is shutting down                 UNAVAILABLE
     anything else, logged here with its traceback                       INTERNAL
 
@@ -24,6 +25,7 @@ import grpc
 import torch
 
 from sft.errors import (
+    AccessError,
     ProtocolError,
     ServerFullError,
     ServerUnavailableError,
@@ -39,8 +41,20 @@ class PreconditionError(ProtocolError):
     """The message is sound, but not what may come now."""
 
 
+class QuotaError(ServerFullError):
+    """The caller has used up what is for it, for now."""
+
+
+class ForbiddenError(AccessError):
+    """What is asked for is not for this caller."""
+
+
+MAX_DETAILS = 1000
+"""Characters of a sentence that leave the server: what an edge sent is quoted in some, and headers must stay small."""
+
 _CODES: tuple[tuple[type[SFTError], grpc.StatusCode], ...] = (
     (PreconditionError, grpc.StatusCode.FAILED_PRECONDITION),
+    (ForbiddenError, grpc.StatusCode.PERMISSION_DENIED),
     (SessionLostError, grpc.StatusCode.NOT_FOUND),
     (ServerFullError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (StorageError, grpc.StatusCode.RESOURCE_EXHAUSTED),
@@ -54,13 +68,20 @@ def status_of(error: Exception) -> tuple[grpc.StatusCode, str]:
     """The status code and the one line that the edge gets; nothing of an unexpected error leaves the server."""
     for kind, code in _CODES:
         if isinstance(error, kind):
-            return code, " ".join(str(error).split())
+            return code, one_line(error)
     if is_out_of_memory(error):
         return (
             grpc.StatusCode.RESOURCE_EXHAUSTED,
             "the cloud's device is out of memory; try smaller batches or another cut",
         )
     return grpc.StatusCode.INTERNAL, "internal error, see the server's log"
+
+
+def one_line(error: Exception) -> str:
+    """Its sentence, in printable characters and not without end."""
+    text = " ".join(str(error).split())
+    text = "".join(character if character.isprintable() else "?" for character in text[: MAX_DETAILS + 1])
+    return text if len(text) <= MAX_DETAILS else text[: MAX_DETAILS - 3] + "..."
 
 
 def is_out_of_memory(error: Exception) -> bool:

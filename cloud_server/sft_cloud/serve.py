@@ -26,6 +26,12 @@ from sft.errors import SFTError, UsageError
 from sft.protocol import SERVER_OPTIONS
 from sft.v1 import split_training_pb2 as pb
 from sft.v1 import split_training_pb2_grpc as pb_grpc
+from sft_cloud.audit import AuditLog
+from sft_cloud.call_watch import CallWatch
+from sft_cloud.gate import Gate, Identify
+from sft_cloud.identity import ANONYMOUS
+from sft_cloud.limit_options import LimitOptions
+from sft_cloud.limits import Quotas
 from sft_cloud.openers import Opener, TransformersOpener
 from sft_cloud.registry import Entry
 from sft_cloud.service import SplitTrainingService
@@ -59,6 +65,8 @@ class CloudServer:
         make_opener: Callable[[Worker, BlobStore], Opener] | None = None,
         on_close: Callable[[Entry, str], None] = lambda entry, reason: None,
         has_flags: bool = True,
+        limits: LimitOptions | None = None,
+        identify: Identify = lambda context: ANONYMOUS,
     ) -> None:
         """Binds and starts. `port` 0 takes a free one. `make_opener`: for other models than the library's; `on_close`
         is told of every session that ends, and why; `has_flags`: whether host and port came from a command line, of
@@ -70,8 +78,15 @@ class CloudServer:
         store = BlobStore(state_dir / "blobs")
         # Without a model directory, names are still not looked up as paths: they come from edges.
         weights = WeightsFinder(store, state_dir / "models" if model_dir is None else model_dir)
+        limits = LimitOptions() if limits is None else limits
+        self.audit = AuditLog(limits.audit_log)
+        self.quotas = Quotas(max_sessions, limits.opens_per_minute)
+        self.call_watch = CallWatch(limits.stall_timeout, limits.idle_timeout)
+        self.gate = Gate(identify, self.quotas, self.call_watch, self.audit)
         self._executor = ThreadPoolExecutor(calls, thread_name_prefix="call")
-        self._server = grpc.server(self._executor, options=SERVER_OPTIONS, maximum_concurrent_rpcs=calls)
+        self._server = grpc.server(
+            self._executor, options=SERVER_OPTIONS, maximum_concurrent_rpcs=calls, interceptors=[self.gate]
+        )
         try:
             self.port = self._server.add_insecure_port(_address(host, port))
         except RuntimeError as error:
@@ -94,6 +109,7 @@ class CloudServer:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
+        self.call_watch.start()
         self._server.start()
 
     def stop(self, grace_seconds: float = GRACE_SECONDS) -> None:
@@ -101,6 +117,7 @@ class CloudServer:
         self._health.enter_graceful_shutdown()
         self.service.drain()
         self._server.stop(grace_seconds).wait()
+        self.call_watch.stop()
         self._worker.shutdown()
         self._executor.shutdown()
 

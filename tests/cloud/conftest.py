@@ -63,8 +63,8 @@ def start_server(tmp_path: Path) -> Iterator[Callable[..., CloudServer]]:
     """Starts servers on free ports, which end with the test."""
     servers: list[CloudServer] = []
 
-    def start(max_sessions: int = 4, model_dir: Path | None = None) -> CloudServer:
-        server = CloudServer("127.0.0.1", 0, CPU, tmp_path / "state", model_dir, max_sessions, threads=1)
+    def start(max_sessions: int = 4, model_dir: Path | None = None, **values: object) -> CloudServer:
+        server = CloudServer("127.0.0.1", 0, CPU, tmp_path / "state", model_dir, max_sessions, threads=1, **values)
         servers.append(server)
         return server
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sft import errors
-from sft_cloud.errors import PreconditionError, status_of
+from sft_cloud.errors import MAX_DETAILS, ForbiddenError, PreconditionError, QuotaError, status_of
 
 CODES = {
     PreconditionError: "FAILED_PRECONDITION",
@@ -16,6 +16,8 @@ CODES = {
     errors.UnsupportedModelError: "INVALID_ARGUMENT",
     errors.TrainingError: "INVALID_ARGUMENT",
     errors.SessionLostError: "NOT_FOUND",
+    QuotaError: "RESOURCE_EXHAUSTED",
+    ForbiddenError: "PERMISSION_DENIED",
     errors.ServerFullError: "RESOURCE_EXHAUSTED",
     errors.StorageError: "RESOURCE_EXHAUSTED",
     errors.ServerUnavailableError: "UNAVAILABLE",
@@ -28,6 +30,13 @@ def test_our_errors_keep_their_sentence_on_one_line(kind):
         grpc.StatusCode[CODES[kind]],
         "what was wrong; what to do",
     )
+
+
+def test_what_an_edge_sent_is_quoted_only_so_far_and_in_print():
+    details = status_of(errors.ProtocolError("you sent \x00\x1b[31m " + "x" * 100_000))[1]
+    assert len(details) == MAX_DETAILS
+    assert details.startswith("you sent ??[31m xxx")
+    assert details.endswith("xxx...")
 
 
 @pytest.mark.parametrize(
