@@ -128,7 +128,7 @@ class TransformersHalf:
 
     def decode(self, activation: pb.Activation) -> Given:
         """See HalfModel."""
-        padded_tokens = len(activation.lengths) * activation.padded_length
+        padded_tokens = len(activation.lengths) * max(1, activation.padded_length)
         if padded_tokens > MAX_PADDED_TOKENS:
             raise ProtocolError(f"a batch of {padded_tokens} padded tokens is too large; at most {MAX_PADDED_TOKENS}")
         return Given(*decode_activation(activation, self.net_2.width, max_positions(self._config), self.device))

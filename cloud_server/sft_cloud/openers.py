@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import Protocol, TypeVar
 
 from sft.v1 import split_training_pb2 as pb
+from sft_cloud.identity import ANONYMOUS, Identity
+from sft_cloud.limits import check_rank
 from sft_cloud.opening import build, check_request, make_session
 from sft_cloud.session import Session
 from sft_cloud.store import BlobStore
@@ -18,8 +20,8 @@ T = TypeVar("T")
 class Opener(Protocol):
     """Makes sessions; called in any thread."""
 
-    def open(self, request: pb.OpenSessionRequest) -> Session | list[str]:
-        """A session as the request wants it, or the hashes of the blobs that are missing for it.
+    def open(self, request: pb.OpenSessionRequest, owner: Identity = ANONYMOUS) -> Session | list[str]:
+        """A session as the request wants it, or the hashes of the blobs that are missing for it, of those of `owner`.
 
         Every field is checked here, since anybody may have written it: raises PreconditionError for an edge of another
         protocol version and other SFTErrors for fields that make no sense.
@@ -35,14 +37,15 @@ class TransformersOpener:
         self._store = store
         self._weights = weights
 
-    def open(self, request: pb.OpenSessionRequest) -> Session | list[str]:
+    def open(self, request: pb.OpenSessionRequest, owner: Identity = ANONYMOUS) -> Session | list[str]:
         """See Opener."""
-        spec, device = check_request(request), self._worker.device
+        spec, device, store = check_request(request), self._worker.device, self._store.of(owner)
         net_2 = self._run(lambda: build(spec, device))
-        tensors, missing = self._weights.find(spec, net_2)
+        check_rank(owner.limits, net_2.width)
+        tensors, missing = self._weights.find(spec, net_2, store)
         if missing:
             return missing
-        return self._run(lambda: make_session(spec, net_2, tensors, device, self._store.find))
+        return self._run(lambda: make_session(spec, net_2, tensors, device, store.find))
 
     def _run(self, work: Callable[[], T]) -> T:
         return self._worker.submit(work).result()

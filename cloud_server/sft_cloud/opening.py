@@ -40,10 +40,8 @@ _MODES = {pb.MODE_SFT: "sft", pb.MODE_SL: "sl"}
 _PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 _IGNORED_SETTINGS = (
-    # Would have the library run code from the hub:
+    # Would have the library run code from the hub, as would those that `_is_ignored` finds by their names:
     "auto_map",
-    "attn_implementation",
-    "_attn_implementation",
     "quantization_config",
     # Parameters are float32 and outputs are named here, whatever the checkpoint says:
     "dtype",
@@ -55,7 +53,7 @@ _IGNORED_SETTINGS = (
 )
 
 _MAX_CONFIG_BYTES = 1 << 20
-_MAX_BLOCKS, _MAX_LABELS, _MAX_POSITIONS = 1024, 1 << 16, 1 << 17
+_MAX_BLOCKS, _MAX_LABELS, _MAX_POSITIONS = 256, 1 << 16, 1 << 17
 _COPIES = 2  # net_2's weights and their gradients: less than that cannot train, but for LoRA
 
 _LIBRARY_ERRORS = (
@@ -190,8 +188,7 @@ def _parse_config(text: str, head: str) -> PretrainedConfig:
         model_type = str(values.get("model_type"))
         if model_type not in CONFIG_MAPPING:
             raise UnsupportedModelError(f"models of type '{model_type[:80]}' cannot be cut")
-        for name in _IGNORED_SETTINGS:
-            values.pop(name, None)
+        values = {name: value for name, value in values.items() if not _is_ignored(name)}
         # Before the library makes names for so many labels.
         _check_limit("num_labels", int(values.get("num_labels", 1)), _MAX_LABELS)
         config: PretrainedConfig = CONFIG_MAPPING[model_type].from_dict(values)
@@ -204,6 +201,11 @@ def _parse_config(text: str, head: str) -> PretrainedConfig:
     if head == "sequence-classification" and config.problem_type not in _PROBLEM_TYPES:
         raise ProtocolError(f"problem_type must be one of {', '.join(_PROBLEM_TYPES)}, not {config.problem_type!r}")
     return config
+
+
+def _is_ignored(name: str) -> bool:
+    # The library's own notes in a configuration begin with an underscore, and some win over what they are notes of.
+    return name in _IGNORED_SETTINGS or name.startswith("_") or "implementation" in name or "kernel" in name
 
 
 def _check_limit(name: str, value: int, limit: int) -> None:

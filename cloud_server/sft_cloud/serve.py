@@ -74,11 +74,11 @@ class CloudServer:
         """
         dashes = "--" if has_flags else ""
         _check_bindable(host, port, dashes)
-        calls = max_sessions + _SPARE_THREADS
-        store = BlobStore(state_dir / "blobs")
-        # Without a model directory, names are still not looked up as paths: they come from edges.
-        weights = WeightsFinder(store, state_dir / "models" if model_dir is None else model_dir)
         limits = LimitOptions() if limits is None else limits
+        calls = max_sessions + _SPARE_THREADS
+        store = BlobStore(state_dir / "blobs", limits.max_upload_bytes)
+        # Without a model directory, names are still not looked up as paths: they come from edges.
+        weights = WeightsFinder(state_dir / "models" if model_dir is None else model_dir, limits.download_models)
         self.audit = AuditLog(limits.audit_log)
         self.quotas = Quotas(max_sessions, limits.opens_per_minute)
         self.call_watch = CallWatch(limits.stall_timeout, limits.idle_timeout)

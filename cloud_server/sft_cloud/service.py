@@ -18,6 +18,7 @@ from sft.tensor_stream import StoredTensor, safetensors_chunks
 from sft.v1 import split_training_pb2 as pb
 from sft.v1 import split_training_pb2_grpc as pb_grpc
 from sft_cloud.errors import PreconditionError, ends_call
+from sft_cloud.identity import ANONYMOUS
 from sft_cloud.openers import Opener
 from sft_cloud.registry import Entry, Registry
 from sft_cloud.session import Session
@@ -68,7 +69,7 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
             self._check_draining()
             started = time.monotonic()
             with self.sessions.place() as put:
-                opened = self._opener.open(request)
+                opened = self._opener.open(request, ANONYMOUS)
                 if not isinstance(opened, Session):
                     response.missing_blobs.extend(opened)
                     return response
@@ -97,7 +98,7 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
             if first is None:
                 raise ProtocolError("the upload holds no chunk; the first one names the blob")
             chunks = (request.data for request in itertools.chain([first], request_iterator))
-            self._store.add(first.sha256, first.total_bytes, chunks)
+            self._store.of(ANONYMOUS).add(first.sha256, first.total_bytes, chunks)
             _log.info("blob stored", extra={"fields": {"sha256": first.sha256, "bytes": first.total_bytes}})
         return pb.UploadBlobResponse()
 

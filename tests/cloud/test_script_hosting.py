@@ -23,6 +23,7 @@ from sft.errors import CutError, LinkError, ProtocolError, ServerFullError, SFTE
 from sft.protocol import PROTOCOL_VERSION
 from sft.tensor_stream import in_memory, safetensors_chunks
 from sft.v1 import split_training_pb2 as pb
+from sft_cloud.identity import ANONYMOUS
 from sft_cloud.script.graph_host import GraphHost
 from sft_cloud.script.opener import ScriptOpener
 from sft_cloud.serve import CloudServer
@@ -206,7 +207,7 @@ class OneModel:
             stored = in_memory({name: torch.full_like(tensor, value) for name, tensor in tensors.items()})
             data = b"".join(safetensors_chunks(stored))
             hashes.append(hashlib.sha256(data).hexdigest())
-            self.store.add(hashes[-1], len(data), [data])
+            self.store.of(ANONYMOUS).add(hashes[-1], len(data), [data])
         return pb.OpenSessionRequest(
             protocol_version=PROTOCOL_VERSION,
             cut=pb.Cut(mode=pb.MODE_SFT, layer_name=AT, split_rank=RANK, residual=pb.RESIDUAL_NONE),

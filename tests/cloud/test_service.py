@@ -18,6 +18,7 @@ from support.tiny_edge import attach
 from sft import __version__
 from sft.protocol import PROTOCOL_VERSION
 from sft.v1 import split_training_pb2 as pb
+from sft_cloud.identity import ANONYMOUS
 from sft_cloud.registry import ATTACH_SECONDS
 
 
@@ -286,7 +287,7 @@ def test_uploads_that_do_not_match(stub, tmp_path, first, says):
     code, details = refusal(lambda: stub.UploadBlob(iter([pb.UploadBlobRequest(data=b"blob", **first)])))
     assert code is grpc.StatusCode.INVALID_ARGUMENT
     assert says in details
-    assert list((tmp_path / "state" / "blobs").iterdir()) == []
+    assert list((tmp_path / "state" / "blobs" / "anonymous").iterdir()) == []
 
 
 def test_an_upload_without_a_chunk(stub):
@@ -296,10 +297,10 @@ def test_an_upload_without_a_chunk(stub):
 
 
 def test_an_upload_that_breaks_off_leaves_nothing(stub, server, tmp_path):
-    blobs = tmp_path / "state" / "blobs"
+    blobs = tmp_path / "state" / "blobs" / "anonymous"
     content = b"x" * 1000
     begun = threading.Event()
-    store = server.service._store
+    store = server.service._store.of(ANONYMOUS)
     add = store.add
 
     def announcing(chunks):

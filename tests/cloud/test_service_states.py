@@ -78,7 +78,7 @@ def test_another_opener_serves_what_it_likes(edge, connect, open_session, tmp_pa
     """The service knows no models: a script's host gives it an opener of its own."""
 
     class Opener:
-        def open(self, request):
+        def open(self, request, owner):
             if request.cut.layer_name != "blocks.5.mlp.fc2":
                 return ["f" * 64]
             session = open_session(edge)
