@@ -39,6 +39,9 @@ class BatchMemory(NamedTuple):
         return int(_BEYOND_GRAPH * sequences * (self.constant + self.linear * S + self.square * S * S))
 
 
+UNKNOWN = BatchMemory()
+
+
 class MemoryBudget:
     """What all sessions of a device may take. Safe to use from several threads."""
 
@@ -84,6 +87,11 @@ class MemoryShare:
         self._fixed = fixed_bytes
         self._held = [fixed_bytes]  # shared with `_give_back`, which must not hold on to the share
 
+    def release(self) -> None:
+        """Gives everything back."""
+        if self._budget is not None:
+            _give_back(self._budget, self._held)
+
     def release_with(self, owner: object) -> None:
         """Gives everything back when `owner` is no more."""
         if self._budget is not None:
@@ -128,10 +136,10 @@ def memory_bytes(device: torch.device) -> int:
     return machine
 
 
-def fixed_bytes(parameters: list[nn.Parameter]) -> int:
-    """Of a session without a batch: weights; of those that are trained, gradients and two numbers of an optimizer."""
-    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    return 4 * (sum(parameter.numel() for parameter in parameters) + 3 * trained)
+def session_bytes(weights: int, trained: int, optimizer: str) -> int:
+    """Of a session without a batch, from numbers of elements: what is trained has a gradient and state."""
+    states = 1 if optimizer.lower() == "sgd" else 2
+    return 4 * (weights + (1 + states) * trained)
 
 
 def measure(run: Callable[[int], Tensor], parameters: list[nn.Parameter], longest: int) -> BatchMemory:

@@ -8,6 +8,7 @@ from typing import Protocol, TypeVar
 from sft.v1 import split_training_pb2 as pb
 from sft_cloud.identity import ANONYMOUS, Identity
 from sft_cloud.limits import check_rank
+from sft_cloud.memory import MemoryBudget
 from sft_cloud.opening import build, check_request, make_session
 from sft_cloud.session import Session
 from sft_cloud.store import BlobStore
@@ -31,11 +32,14 @@ class Opener(Protocol):
 class TransformersOpener:
     """For any model that `sft.models` can cut."""
 
-    def __init__(self, worker: Worker, store: BlobStore, weights: WeightsFinder) -> None:
-        """What touches the device runs on `worker`."""
+    def __init__(
+        self, worker: Worker, store: BlobStore, weights: WeightsFinder, budget: MemoryBudget | None = None
+    ) -> None:
+        """What touches the device runs on `worker`; all sessions together take at most the `budget`."""
         self._worker = worker
         self._store = store
         self._weights = weights
+        self._budget = budget
 
     def open(self, request: pb.OpenSessionRequest, owner: Identity = ANONYMOUS) -> Session | list[str]:
         """See Opener."""
@@ -45,7 +49,7 @@ class TransformersOpener:
         tensors, missing = self._weights.find(spec, net_2, store)
         if missing:
             return missing
-        return self._run(lambda: make_session(spec, net_2, tensors, device, store.find))
+        return self._run(lambda: make_session(spec, net_2, tensors, device, store.find, self._budget))
 
     def _run(self, work: Callable[[], T]) -> T:
         return self._worker.submit(work).result()

@@ -32,6 +32,7 @@ from sft_cloud.gate import Gate, Identify
 from sft_cloud.identity import ANONYMOUS
 from sft_cloud.limit_options import LimitOptions
 from sft_cloud.limits import Quotas
+from sft_cloud.memory import MemoryBudget, default_budget
 from sft_cloud.openers import Opener, TransformersOpener
 from sft_cloud.registry import Entry
 from sft_cloud.service import SplitTrainingService
@@ -98,7 +99,11 @@ class CloudServer:
         self.device = device
         # Each call waits for at most one piece of work, so the queue holds whatever is admitted.
         self._worker = DeviceWorker(device, calls, threads)
-        opener = make_opener(self._worker, store) if make_opener else TransformersOpener(self._worker, store, weights)
+        self.memory = MemoryBudget(default_budget(device) if limits.memory_limit is None else limits.memory_limit)
+        if make_opener is None:
+            opener: Opener = TransformersOpener(self._worker, store, weights, self.memory)
+        else:
+            opener = make_opener(self._worker, store)
         self.service = SplitTrainingService(self._worker, store, opener, max_sessions, on_close=on_close)
         pb_grpc.add_SplitTrainingServicer_to_server(self.service, self._server)
         self._health = health.HealthServicer(

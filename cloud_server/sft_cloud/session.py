@@ -29,6 +29,7 @@ from sft_cloud.answers import Answers
 from sft_cloud.commits import apply_group_arguments, check_commit
 from sft_cloud.errors import PreconditionError
 from sft_cloud.half import HalfModel
+from sft_cloud.memory import MemoryShare
 from sft_cloud.micro_batches import MicroBatches
 from sft_cloud.optimizer_state import stored_state
 from sft_cloud.states import Loader
@@ -37,6 +38,10 @@ Work = Callable[[pb.CloudMessage], None]
 """What is left to do for a body that was checked: fills in the answer."""
 
 _AUTOCAST = {pb.DATA_TYPE_BFLOAT16: torch.bfloat16, pb.DATA_TYPE_FLOAT16: torch.float16}
+
+
+_EVALUATION_TAKES = 4
+"""Of the memory of training, at most this part: nothing is kept for a backward pass."""
 
 
 class State(enum.Enum):
@@ -57,8 +62,11 @@ class Session:
         optimizer: torch.optim.Optimizer,
         seed: int,
         find_blob: Callable[[str], Path | None] = lambda sha256: None,
+        memory: MemoryShare | None = None,
     ) -> None:
-        """`optimizer` over the parameters of `half`; `find_blob` gives the file of a blob that was uploaded."""
+        """`optimizer` over the parameters of `half`; `find_blob` gives the file of an uploaded blob; `memory` is
+        what the session may take of the server's.
+        """
         self.state = State.OPENED
         self.next_step = 0
         """The first step that is not committed."""
@@ -67,6 +75,7 @@ class Session:
         self._half = half
         self._optimizer = optimizer
         self._seed = seed
+        self._memory = MemoryShare() if memory is None else memory
         self._loader = Loader(half, optimizer, find_blob)
         self._micro_batches = MicroBatches(half)
         self._forwards = 0  # answered in step `next_step`
@@ -103,6 +112,7 @@ class Session:
         work(answer)
         if body != "evaluate" and message.step == self.next_step:
             self._answers.keep(body, answer)
+        self._memory.hold(self._micro_batches.waiting_bytes())
         self.state = State.ACCUMULATING if self._forwards else State.READY
         return answer
 
@@ -199,7 +209,14 @@ class Session:
         if not (math.isfinite(forward.loss_scale) and forward.loss_scale >= 0):
             raise ProtocolError(f"loss_scale must be finite and not negative, not {forward.loss_scale}")
         _check_autocast(forward.autocast)
-        given, has_labels = self._half.decode(forward.activation), forward.HasField("labels")
+        has_labels = forward.HasField("labels")
+        waits = 0 if commits else self._micro_batches.waiting_bytes(message.weights)
+        graph = self._half.training_bytes(forward.activation)
+        needed = waits + graph
+        if has_labels and not forward.loss_scale:
+            needed += self._micro_batches.gradient_bytes()
+        self._memory.check(needed)
+        given = self._half.decode(forward.activation)
         labels = self._half.decode_labels(forward.labels, given) if has_labels else {}
         if not has_labels or forward.want_logits:
             self._half.check_outputs(given)
@@ -207,6 +224,7 @@ class Session:
             self._micro_batches.check_room(message.weights)
 
         def work(answer: pb.CloudMessage) -> None:
+            self._memory.hold(needed)
             given.a.requires_grad_(not forward.frozen_edge)
             self._half.train(not forward.eval_mode)
             with (
@@ -217,7 +235,7 @@ class Session:
                 loss = self._half.loss(outputs, labels, given) if has_labels else None
             if loss is None:
                 answer.outputs.logits.CopyFrom(self._half.encode_outputs(outputs, given))
-                self._micro_batches.keep_graph(message.micro_batch, given, outputs)
+                self._micro_batches.keep_graph(message.micro_batch, given, outputs, graph)
             else:
                 # A loss that is not finite is answered as it is: whether to go on is for the edge to decide.
                 answer.result.loss = loss.item()
@@ -244,10 +262,14 @@ class Session:
 
     def _check_evaluate(self, message: pb.EdgeMessage) -> Work:
         _check_autocast(message.evaluate.autocast)
+        needed = self._micro_batches.waiting_bytes(message.weights)
+        needed += self._half.training_bytes(message.evaluate.activation) // _EVALUATION_TAKES
+        self._memory.check(needed)
         given = self._half.decode(message.evaluate.activation)
         self._half.check_outputs(given)
 
         def work(answer: pb.CloudMessage) -> None:
+            self._memory.hold(needed)
             self._half.train(False)
             with torch.no_grad(), self._precision(message.evaluate.autocast):
                 outputs = self._half.outputs(given)

@@ -9,7 +9,15 @@ from torch import nn
 from sft.errors import ProtocolError, ServerFullError
 from sft.models import Cut
 from sft_cloud import memory
-from sft_cloud.memory import BatchMemory, MemoryBudget, MemoryShare, default_budget, fixed_bytes, measure, memory_bytes
+from sft_cloud.memory import (
+    BatchMemory,
+    MemoryBudget,
+    MemoryShare,
+    default_budget,
+    measure,
+    memory_bytes,
+    session_bytes,
+)
 from sft_cloud.opening import build, check_request, make_session
 
 CPU = torch.device("cpu")
@@ -73,8 +81,8 @@ def test_without_a_budget_everything_fits():
 
 
 def test_what_a_session_begins_with():
-    trained, frozen = nn.Parameter(torch.zeros(10)), nn.Parameter(torch.zeros(100), requires_grad=False)
-    assert fixed_bytes([trained, frozen]) == 4 * 110 + 3 * 4 * 10
+    assert session_bytes(110, 10, "AdamW") == 4 * 110 + 3 * 4 * 10
+    assert session_bytes(110, 10, "SGD") == 4 * 110 + 2 * 4 * 10
 
 
 def test_the_limit_of_a_container_counts(monkeypatch):

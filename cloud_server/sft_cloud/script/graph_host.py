@@ -82,6 +82,10 @@ class GraphHalf:
         """See HalfModel."""
         return in_memory(self._tensors)
 
+    def training_bytes(self, activation: pb.Activation) -> int:
+        """See HalfModel: what the script's own module does with it is not known."""
+        return 0
+
     def decode(self, activation: pb.Activation) -> Given:
         """See HalfModel."""
         shape, rank = list(activation.packed.shape[: MAX_DIMENSIONS + 1]), self._cut.split_rank
