@@ -10,6 +10,7 @@ from typing import Literal
 
 from sft.config import parse, run
 from sft.errors import UsageError
+from sft_cloud.limit_options import LimitOptions
 
 _DEFAULT_STATE_DIR = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sft-cloud"
 
@@ -63,7 +64,7 @@ class ServeOptions:
 
 def serve_command(prog: str, argv: list[str]) -> int:
     """Wait for edges and train their upper halves."""
-    (options,) = parse([ServeOptions], argv, prog, serve_command.__doc__)
+    options, limits = parse([ServeOptions, LimitOptions], argv, prog, serve_command.__doc__)
     from sft_cloud.logs import set_up_logging
     from sft_cloud.serve import serve  # late: torch takes seconds, and --help does not need it
 
@@ -77,6 +78,7 @@ def serve_command(prog: str, argv: list[str]) -> int:
         max_sessions=options.max_sessions,
         threads=options.threads,
         exit_with_stdin=options.exit_with_stdin,
+        limits=limits,
     )
     return 0
 

@@ -25,6 +25,8 @@ from sft.v1 import split_training_pb2 as pb
 from sft_cloud.errors import PreconditionError
 from sft_cloud.half import Given, HalfModel
 
+_LARGEST = torch.finfo(torch.float32).max
+
 _DROPPED = None
 """Stands for the weight of what was dropped."""
 
@@ -173,8 +175,8 @@ class MicroBatches:
 def _meaning(message: pb.Weight) -> tuple[int, float | None]:
     """Micro-batch, and its weight or `_DROPPED`. Raises ProtocolError."""
     weight = message.weight
-    if not math.isfinite(weight):
-        raise ProtocolError(f"the weight of a micro-batch must be finite, not {weight}")
+    if not math.isfinite(weight) or abs(weight) > _LARGEST:
+        raise ProtocolError(f"the weight of a micro-batch must be finite, and so as a float32, not {weight}")
     if message.dropped and weight != 0.0:
         raise ProtocolError(f"micro-batch {message.micro_batch} is dropped, so that it cannot have weight {weight}")
     return message.micro_batch, _DROPPED if message.dropped else weight

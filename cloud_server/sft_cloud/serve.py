@@ -136,6 +136,7 @@ def serve(
     max_sessions: int,
     threads: int | None,
     exit_with_stdin: bool,
+    limits: LimitOptions | None = None,
 ) -> None:
     """Serves until SIGTERM or SIGINT, or the end of standard input if `exit_with_stdin`. Main thread only.
 
@@ -150,7 +151,7 @@ def serve(
         signal.signal(number, lambda *_: stop.set())
     if exit_with_stdin:
         threading.Thread(target=_wait_for_end_of_stdin, args=(stop,), daemon=True).start()
-    server = CloudServer(host, port, find_device(device), state_dir, model_dir, max_sessions, threads)
+    server = CloudServer(host, port, find_device(device), state_dir, model_dir, max_sessions, threads, limits=limits)
     try:
         _log.info("serving", extra={"fields": {"address": server.address, "device": str(server.device)}})
         ready = {"event": "serving", "address": server.address, "device": str(server.device)}

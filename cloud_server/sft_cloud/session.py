@@ -26,7 +26,7 @@ from sft.seeding import seeded
 from sft.tensor_stream import StoredTensor
 from sft.v1 import split_training_pb2 as pb
 from sft_cloud.answers import Answers
-from sft_cloud.commits import apply_group_arguments, check_commit
+from sft_cloud.commits import apply_group_arguments, check_commit, take_step
 from sft_cloud.errors import PreconditionError
 from sft_cloud.half import HalfModel
 from sft_cloud.memory import MemoryShare
@@ -168,7 +168,7 @@ class Session:
         set_learning_rates(self._optimizer, list(commit.learning_rates))
         apply_group_arguments(commit, self._optimizer)
         scale_gradients(self._half.parameters(), commit.clip_scale)
-        self._optimizer.step()
+        take_step(self._optimizer)
         self._micro_batches.clear()
         self._keeps_gradients = commit.keep_gradients
         if not commit.keep_gradients:
