@@ -28,7 +28,7 @@ from sft.v1 import split_training_pb2 as pb
 from sft.v1 import split_training_pb2_grpc as pb_grpc
 from sft_cloud.audit import AuditLog
 from sft_cloud.call_watch import CallWatch
-from sft_cloud.gate import Gate, Identify
+from sft_cloud.guard import Guard, Identify
 from sft_cloud.identity import ANONYMOUS
 from sft_cloud.limit_options import LimitOptions
 from sft_cloud.limits import Quotas
@@ -83,10 +83,10 @@ class CloudServer:
         self.audit = AuditLog(limits.audit_log)
         self.quotas = Quotas(max_sessions, limits.opens_per_minute)
         self.call_watch = CallWatch(limits.stall_timeout, limits.idle_timeout)
-        self.gate = Gate(identify, self.quotas, self.call_watch, self.audit)
+        self.guard = Guard(identify, self.quotas, self.call_watch, self.audit)
         self._executor = ThreadPoolExecutor(calls, thread_name_prefix="call")
         self._server = grpc.server(
-            self._executor, options=SERVER_OPTIONS, maximum_concurrent_rpcs=calls, interceptors=[self.gate]
+            self._executor, options=SERVER_OPTIONS, maximum_concurrent_rpcs=calls, interceptors=[self.guard]
         )
         try:
             self.port = self._server.add_insecure_port(_address(host, port))

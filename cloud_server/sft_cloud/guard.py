@@ -44,7 +44,7 @@ _MAX_BYTES = {
 _log = logging.getLogger(__name__)
 
 
-class Gate(grpc.ServerInterceptor):
+class Guard(grpc.ServerInterceptor):
     """Stands in front of all services of a server."""
 
     def __init__(
@@ -71,7 +71,7 @@ class Gate(grpc.ServerInterceptor):
     ) -> AnyHandler | None:
         """See grpc.ServerInterceptor."""
         handler = continuation(handler_call_details)
-        if handler is None or getattr(handler, "experimental_non_blocking", False):  # a health check that goes on
+        if handler is None or hasattr(handler.unary_stream, "experimental_non_blocking"):  # a health check that goes on
             return handler
         method = str(handler_call_details.method)
         guarded = _Guarded(self, method, handler)
@@ -84,10 +84,10 @@ class Gate(grpc.ServerInterceptor):
 
 
 class _Guarded:
-    """One method behind the gate."""
+    """One method behind the guard."""
 
-    def __init__(self, gate: Gate, method: str, handler: AnyHandler) -> None:
-        self._gate = gate
+    def __init__(self, guard: Guard, method: str, handler: AnyHandler) -> None:
+        self._guard = guard
         self._method = method
         self._handler: Any = handler
         name = method.rpartition("/")[2]
@@ -113,22 +113,22 @@ class _Guarded:
                 data = self._serialized(response)
                 # An answer that is computed is sent: the next message is refused instead.
                 call.count(len(data), refuses=self._method != _TRAIN)
-                with self._gate._watch.stalls("answers are not read", context.cancel, len(data)):
+                with self._guard._watch.stalls("answers are not read", context.cancel, len(data)):
                     yield data
             call.record.finished()
 
     @contextmanager
     def _call(self, context: grpc.ServicerContext) -> Iterator[_Call]:
-        gate = self._gate
-        record = CallRecord(gate._audit, self._method, context.peer())
+        guard = self._guard
+        record = CallRecord(guard._audit, self._method, context.peer())
         with _tells_errors(context, record):
-            caller = gate._identify(context) if self._descriptor is not None else None
-            call = _Call(gate, record, caller, context)
+            caller = guard._identify(context) if self._descriptor is not None else None
+            call = _Call(guard, record, caller, context)
             if caller is None:
                 yield call
             else:
                 record.who = caller.name
-                with gate._quotas.call(caller):
+                with guard._quotas.call(caller):
                     yield call
 
     def _argument(self, raw: Iterator[bytes], context: grpc.ServicerContext, call: _Call) -> Any:
@@ -141,7 +141,7 @@ class _Guarded:
         return first
 
     def _messages(self, raw: Iterator[bytes], context: grpc.ServicerContext, call: _Call) -> Iterator[Any]:
-        watch, reason = self._gate._watch, "no first message"
+        watch, reason = self._guard._watch, "no first message"
         while True:
             may_idle = self._method == _TRAIN and reason != "no first message"
             waits = watch.idles if may_idle else watch.stalls
@@ -175,9 +175,11 @@ class _Guarded:
 class _Call:
     """One call of a caller, who is None for other services than ours."""
 
-    def __init__(self, gate: Gate, record: CallRecord, caller: Identity | None, context: grpc.ServicerContext) -> None:
+    def __init__(
+        self, guard: Guard, record: CallRecord, caller: Identity | None, context: grpc.ServicerContext
+    ) -> None:
         self.record = record
-        self._gate = gate
+        self._guard = guard
         self._caller = caller
         self._over = threading.Event()
         if not context.add_callback(self._over.set):
@@ -185,20 +187,20 @@ class _Call:
 
     def count(self, size: int, refuses: bool = True) -> None:
         if self._caller is not None:
-            self._gate._quotas.count_bytes(self._caller, size, refuses)
+            self._guard._quotas.count_bytes(self._caller, size, refuses)
 
     def check(self, message: Any) -> None:
         """What a message asks for, against what is for the caller."""
         if self._caller is None:
             return
         if isinstance(message, pb.OpenSessionRequest):
-            self._gate._quotas.count_open(self._caller)
+            self._guard._quotas.count_open(self._caller)
             check_model_name(self._caller.limits, message.model_name)
             check_rank(self._caller.limits, message.cut.split_rank)  # 0 for sl, whose width the opener knows
         elif isinstance(message, pb.EdgeMessage) and message.WhichOneof("body") in ("forward", "evaluate"):
-            seconds = self._gate._quotas.seconds_to_wait(self._caller)
+            seconds = self._guard._quotas.seconds_to_wait(self._caller)
             if seconds:
-                self._gate._wait(self._over, seconds)
+                self._guard._wait(self._over, seconds)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import time
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from support.calls import SECONDS, Stream, chunks_of, download, open_session, refusal
 from support.tiny_edge import attach
 
@@ -191,6 +192,15 @@ def test_half_a_health_check_is_ended_too(server, raw, never):
     assert refusal(lambda: list(call))[0] is grpc.StatusCode.CANCELLED
 
 
+def test_a_health_check_may_go_on(server):
+    with grpc.insecure_channel(server.address) as channel:
+        watching = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=SECONDS)
+        assert next(watching).status == health_pb2.HealthCheckResponse.SERVING
+        server.service.drain()
+        server._health.enter_graceful_shutdown()
+        assert next(watching).status == health_pb2.HealthCheckResponse.NOT_SERVING
+
+
 def test_an_upload_that_stops_half_way_is_ended_and_leaves_nothing(server, connect, edge, never, tmp_path):
     sha256, content = next(iter(edge.blobs().items()))
     first = next(chunks_of(sha256, content))
@@ -278,9 +288,9 @@ def test_models_and_ranks_that_are_not_for_the_caller(start_server, connect, edg
 
 def test_who_is_too_fast_waits(server, connect, edge):
     waits = []
-    gate = server.gate
-    gate._identify = named(steps_per_second=0.5)
-    gate._wait = lambda over, seconds: waits.append(seconds)
+    guard = server.guard
+    guard._identify = named(steps_per_second=0.5)
+    guard._wait = lambda over, seconds: waits.append(seconds)
     server.quotas._clock = lambda: 0.0
     stub = connect(server.address)
     stream = Stream(stub, attach(open_session(stub, edge)))
@@ -293,9 +303,9 @@ def test_who_is_too_fast_waits(server, connect, edge):
 
 def test_a_caller_that_waits_for_its_turn_can_go(server, connect, edge):
     entered = threading.Event()
-    gate = server.gate
-    gate._identify = named(steps_per_second=0.0001)
-    gate._wait = lambda over, seconds: (entered.set(), over.wait(seconds))
+    guard = server.guard
+    guard._identify = named(steps_per_second=0.0001)
+    guard._wait = lambda over, seconds: (entered.set(), over.wait(seconds))
     stub = connect(server.address)
     stream = Stream(stub, attach(open_session(stub, edge)))
     next(stream.call)
