@@ -10,7 +10,10 @@ from typing import Literal
 
 from sft.config import parse, run
 from sft.errors import UsageError
+from sft_cloud.access_options import AccessOptions, check_together
+from sft_cloud.certs_command import certs_command
 from sft_cloud.limit_options import LimitOptions
+from sft_cloud.token_commands import token_command
 
 _DEFAULT_STATE_DIR = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sft-cloud"
 
@@ -20,8 +23,7 @@ class ServeOptions:
     """Where the cloud listens, what it computes on, and where it keeps weights."""
 
     host: str = "127.0.0.1"
-    """address to listen on; 0.0.0.0 is every interface. Calls are neither encrypted nor authenticated: trusted networks
-    only"""
+    """address to listen on; 0.0.0.0 is every interface, which needs TLS and tokens, or --insecure"""
 
     port: int = 50051
     """TCP port; 0 takes a free one"""
@@ -64,7 +66,10 @@ class ServeOptions:
 
 def serve_command(prog: str, argv: list[str]) -> int:
     """Wait for edges and train their upper halves."""
-    options, limits = parse([ServeOptions, LimitOptions], argv, prog, serve_command.__doc__)
+    options, access_options, limits = parse(
+        [ServeOptions, AccessOptions, LimitOptions], argv, prog, serve_command.__doc__
+    )
+    check_together(access_options, dashes="--")
     from sft_cloud.logs import set_up_logging
     from sft_cloud.serve import serve  # late: torch takes seconds, and --help does not need it
 
@@ -79,10 +84,11 @@ def serve_command(prog: str, argv: list[str]) -> int:
         threads=options.threads,
         exit_with_stdin=options.exit_with_stdin,
         limits=limits,
+        access_options=access_options,
     )
     return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns the exit code of the process."""
-    return run("sft-cloud", {"serve": serve_command}, argv)
+    return run("sft-cloud", {"serve": serve_command, "token": token_command, "certs": certs_command}, argv)

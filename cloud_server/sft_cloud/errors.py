@@ -6,8 +6,9 @@
     PreconditionError: another protocol version, a message out of       FAILED_PRECONDITION
       order, a second stream for a session
     SessionLostError: no such session, or it has ended                  NOT_FOUND
+    UnauthenticatedError: no identity, or it is no longer good          UNAUTHENTICATED
+    AccessError: a known caller, but this is not for it                 PERMISSION_DENIED
     ServerFullError, QuotaError, StorageError, out of memory: no room   RESOURCE_EXHAUSTED
-    ForbiddenError: nothing that this caller may ask for                PERMISSION_DENIED
     ServerUnavailableError: the server is shutting down                 UNAVAILABLE
     anything else, logged here with its traceback                       INTERNAL
 
@@ -45,8 +46,15 @@ class QuotaError(ServerFullError):
     """The caller has used up what is for it, for now."""
 
 
-class ForbiddenError(AccessError):
-    """What is asked for is not for this caller."""
+class UnauthenticatedError(AccessError):
+    """Who calls is not known here, or is not let in any more.
+
+    The message is for the caller and does not tell which part was wrong; `reason`, for the log, does.
+    """
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 MAX_DETAILS = 1000
@@ -54,8 +62,9 @@ MAX_DETAILS = 1000
 
 _CODES: tuple[tuple[type[SFTError], grpc.StatusCode], ...] = (
     (PreconditionError, grpc.StatusCode.FAILED_PRECONDITION),
-    (ForbiddenError, grpc.StatusCode.PERMISSION_DENIED),
     (SessionLostError, grpc.StatusCode.NOT_FOUND),
+    (UnauthenticatedError, grpc.StatusCode.UNAUTHENTICATED),
+    (AccessError, grpc.StatusCode.PERMISSION_DENIED),
     (ServerFullError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (StorageError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (ServerUnavailableError, grpc.StatusCode.UNAVAILABLE),

@@ -38,6 +38,9 @@ class Identity:
     sees_all: bool = False
     """Whether it may ask for the sessions of others."""
 
+    token_id: str | None = None
+    """The token that let it in; None where a client certificate alone did."""
+
 
 ANONYMOUS = Identity("anonymous")
 """Everybody, on a server without tokens or client certificates."""

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from sft_cloud.errors import ForbiddenError, QuotaError
+from sft.errors import AccessError
+from sft_cloud.errors import QuotaError
 from sft_cloud.identity import Identity, Limits
 
 SPARE_CALLS = 4
@@ -152,21 +153,21 @@ def max_sessions_of(limits: Limits, of_server: int) -> int:
 
 
 def check_model_name(limits: Limits, model_name: str) -> None:
-    """Raises ForbiddenError for a model that is not for this caller.
+    """Raises AccessError for a model that is not for this caller.
 
     The name is what the caller says: whoever uploads weights can give them any. It keeps the honest from mistakes, and
     everybody from having the server look for another model.
     """
     if limits.models and not any(fnmatch.fnmatchcase(model_name, pattern) for pattern in limits.models):
-        raise ForbiddenError(
+        raise AccessError(
             f"model '{model_name[:80]}' is not among those that your token is for: {', '.join(limits.models)}"
         )
 
 
 def check_rank(limits: Limits, width: int) -> None:
-    """`width` of what crosses the wire: the rank of a cut, or the model's width. Raises ForbiddenError."""
+    """`width` of what crosses the wire: the rank of a cut, or the model's width. Raises AccessError."""
     if limits.max_split_rank is not None and width > limits.max_split_rank:
-        raise ForbiddenError(
+        raise AccessError(
             f"what crosses the wire would be {width} wide; your token is for at most {limits.max_split_rank}: choose a "
             "lower --split-rank"
         )

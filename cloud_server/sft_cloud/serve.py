@@ -26,10 +26,11 @@ from sft.errors import SFTError, UsageError
 from sft.protocol import SERVER_OPTIONS
 from sft.v1 import split_training_pb2 as pb
 from sft.v1 import split_training_pb2_grpc as pb_grpc
+from sft_cloud.access import Access, make_access
+from sft_cloud.access_options import AccessOptions
 from sft_cloud.audit import AuditLog
 from sft_cloud.call_watch import CallWatch
-from sft_cloud.guard import Guard, Identify
-from sft_cloud.identity import ANONYMOUS
+from sft_cloud.guard import Guard
 from sft_cloud.limit_options import LimitOptions
 from sft_cloud.limits import Quotas
 from sft_cloud.memory import MemoryBudget, default_budget
@@ -47,6 +48,8 @@ GRACE_SECONDS = 3.0
 
 _SPARE_THREADS = 8
 """Beside one for each session's stream: for unary calls, uploads, downloads, health checks and reflection."""
+
+_OPEN = Access()
 
 _log = logging.getLogger(__name__)
 
@@ -66,12 +69,14 @@ class CloudServer:
         make_opener: Callable[[Worker, BlobStore], Opener] | None = None,
         on_close: Callable[[Entry, str], None] = lambda entry, reason: None,
         has_flags: bool = True,
+        access: Access = _OPEN,
         limits: LimitOptions | None = None,
-        identify: Identify = lambda context: ANONYMOUS,
+        audit: AuditLog | None = None,
     ) -> None:
         """Binds and starts. `port` 0 takes a free one. `make_opener`: for other models than the library's; `on_close`
         is told of every session that ends, and why; `has_flags`: whether host and port came from a command line, of
-        which errors then speak. Raises UsageError when it cannot bind, StorageError.
+        which errors then speak; `access`: TLS, and who is let in; `limits`: what each of them may take; `audit`: where
+        who did what is written down. Raises UsageError when it cannot bind, StorageError.
         """
         dashes = "--" if has_flags else ""
         _check_bindable(host, port, dashes)
@@ -80,16 +85,21 @@ class CloudServer:
         store = BlobStore(state_dir / "blobs", limits.max_upload_bytes)
         # Without a model directory, names are still not looked up as paths: they come from edges.
         weights = WeightsFinder(state_dir / "models" if model_dir is None else model_dir, limits.download_models)
-        self.audit = AuditLog(limits.audit_log)
         self.quotas = Quotas(max_sessions, limits.opens_per_minute)
         self.call_watch = CallWatch(limits.stall_timeout, limits.idle_timeout)
-        self.guard = Guard(identify, self.quotas, self.call_watch, self.audit)
+        self.guard = Guard(access.identify, self.quotas, self.call_watch, audit or AuditLog(None))
         self._executor = ThreadPoolExecutor(calls, thread_name_prefix="call")
         self._server = grpc.server(
-            self._executor, options=SERVER_OPTIONS, maximum_concurrent_rpcs=calls, interceptors=[self.guard]
+            self._executor,
+            interceptors=[access.gate, self.guard] if access.gate else [self.guard],
+            options=SERVER_OPTIONS,
+            maximum_concurrent_rpcs=calls,
         )
         try:
-            self.port = self._server.add_insecure_port(_address(host, port))
+            if access.credentials is None:
+                self.port = self._server.add_insecure_port(_address(host, port))
+            else:
+                self.port = self._server.add_secure_port(_address(host, port), access.credentials)
         except RuntimeError as error:
             raise UsageError(
                 f"cannot listen on {_address(host, port)}; choose another {dashes}host or {dashes}port"
@@ -116,9 +126,13 @@ class CloudServer:
         reflection.enable_server_reflection(names, self._server)
         self.call_watch.start()
         self._server.start()
+        self._stopping = threading.Event()
+        if access.gate is not None:
+            threading.Thread(target=access.gate.watch, args=(self._stopping,), name="gate", daemon=True).start()
 
     def stop(self, grace_seconds: float = GRACE_SECONDS) -> None:
         """Takes no new call, lets running steps finish, and returns when nothing runs any more."""
+        self._stopping.set()
         self._health.enter_graceful_shutdown()
         self.service.drain()
         self._server.stop(grace_seconds).wait()
@@ -136,7 +150,8 @@ def serve(
     max_sessions: int,
     threads: int | None,
     exit_with_stdin: bool,
-    limits: LimitOptions | None = None,
+    access_options: AccessOptions,
+    limits: LimitOptions,
 ) -> None:
     """Serves until SIGTERM or SIGINT, or the end of standard input if `exit_with_stdin`. Main thread only.
 
@@ -151,9 +166,27 @@ def serve(
         signal.signal(number, lambda *_: stop.set())
     if exit_with_stdin:
         threading.Thread(target=_wait_for_end_of_stdin, args=(stop,), daemon=True).start()
-    server = CloudServer(host, port, find_device(device), state_dir, model_dir, max_sessions, threads, limits=limits)
+    audit = AuditLog(limits.audit_log)
+    access = make_access(
+        access_options,
+        host,
+        on_refused=lambda peer, reason: audit.write("refused", "-", peer, code="UNAUTHENTICATED", reason=reason),
+    )
+    server = CloudServer(
+        host,
+        port,
+        find_device(device),
+        state_dir,
+        model_dir,
+        max_sessions,
+        threads,
+        access=access,
+        limits=limits,
+        audit=audit,
+    )
     try:
-        _log.info("serving", extra={"fields": {"address": server.address, "device": str(server.device)}})
+        protection = {"tls": access.credentials is not None, "everybody": access.gate is None}
+        _log.info("serving", extra={"fields": {"address": server.address, "device": str(server.device), **protection}})
         ready = {"event": "serving", "address": server.address, "device": str(server.device)}
         sys.stdout.write(json.dumps(ready) + "\n")
         sys.stdout.flush()

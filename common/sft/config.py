@@ -76,6 +76,8 @@ def run(prog: str, commands: Mapping[str, Command], argv: Optional[Sequence[str]
 
     An SFTError, wherever it comes from, becomes one line on stderr and the exit code of its class.
     """
+    # Or gRPC's own notes, of each handshake that fails, would stand between our lines.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         (sys.stdout if arguments else sys.stderr).write(_overview(prog, commands) + "\n")

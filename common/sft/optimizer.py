@@ -65,6 +65,31 @@ class SplitOptions:
     seed: Optional[int] = None
     """Of the cloud's dropout; None is `torch.initial_seed()`."""
 
+    tls: Optional[bool] = None
+    """Role edge: whether calls are encrypted; None encrypts them except to this machine itself."""
+
+    tls_ca: Optional[str] = None
+    """Role edge: PEM file of the CA that the server's certificate must come from; None is the system's."""
+
+    tls_cert: Optional[str] = None
+    """PEM file with this side's certificate: the client's, or the server's."""
+
+    tls_key: Optional[str] = None
+    """PEM file with the private key of `tls_cert`."""
+
+    tls_client_ca: Optional[str] = None
+    """Role cloud: PEM file of the CA whose client certificates are asked for."""
+
+    token_file: Optional[str] = None
+    """Role edge: file with the token that lets it in; None takes that of the environment variable SFT_TOKEN."""
+
+    tokens: Optional[str] = None
+    """Role cloud: file of `sft-cloud token create`; only who has a token in it is let in."""
+
+    insecure: bool = False
+    """Role edge: send the token although calls are not encrypted. Role cloud: serve other machines without TLS and
+    tokens."""
+
     transport: Any = None
     """A `sft_edge.transport.Transport` to use instead of gRPC to `server`."""
 
@@ -132,6 +157,14 @@ class SFTOptimizer(torch.optim.Optimizer):
         connect_timeout_seconds: float = 20.0,
         reply_timeout_seconds: float = 600.0,
         seed: Optional[int] = None,
+        tls: Optional[bool] = None,
+        tls_ca: Optional[str] = None,
+        tls_cert: Optional[str] = None,
+        tls_key: Optional[str] = None,
+        tls_client_ca: Optional[str] = None,
+        token_file: Optional[str] = None,
+        tokens: Optional[str] = None,
+        insecure: bool = False,
         transport: Any = None,
     ) -> None:
         """Cuts `model` in place and swaps the parameter groups of `optimizer` for those of this side's half.
@@ -159,6 +192,14 @@ class SFTOptimizer(torch.optim.Optimizer):
             connect_timeout_seconds=connect_timeout_seconds,
             reply_timeout_seconds=reply_timeout_seconds,
             seed=seed,
+            tls=tls,
+            tls_ca=tls_ca,
+            tls_cert=tls_cert,
+            tls_key=tls_key,
+            tls_client_ca=tls_client_ca,
+            token_file=token_file,
+            tokens=tokens,
+            insecure=insecure,
             transport=transport,
         )
         self._role: Role = _find_role(role)(optimizer, model, options)

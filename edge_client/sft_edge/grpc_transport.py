@@ -13,6 +13,8 @@ What a status becomes:
       FAILED_PRECONDITION, INVALID_ARGUMENT            ProtocolError, with the server's sentence
       RESOURCE_EXHAUSTED                               ServerFullError, with the server's sentence
       RESOURCE_EXHAUSTED, a message over gRPC's limit  ProtocolError
+      UNAUTHENTICATED, PERMISSION_DENIED               AccessError
+      UNAVAILABLE, as TLS could not be agreed on       AccessError (while opening a session)
 """
 
 from __future__ import annotations
@@ -24,7 +26,10 @@ from typing import Callable, Iterator, List, Optional, Tuple, Type
 
 import grpc
 
+from sft.access import PLAINTEXT, TOKEN_VARIABLE, Credentials
+from sft.channel import open_channel
 from sft.errors import (
+    AccessError,
     LinkError,
     ProtocolError,
     ServerFullError,
@@ -33,6 +38,7 @@ from sft.errors import (
     SFTError,
     UsageError,
 )
+from sft.handshake import why_no_handshake
 from sft.protocol import CLIENT_OPTIONS
 from sft.v1 import split_training_pb2 as pb
 from sft.v1.split_training_pb2_grpc import SplitTrainingStub
@@ -51,7 +57,7 @@ _TRAIN = pb.DESCRIPTOR.services_by_name["SplitTraining"].methods_by_name["Train"
 
 
 class GrpcTransport(Transport):
-    """Plain gRPC to `address`, "HOST:PORT" or "[IPv6]:PORT". Nothing is dialed before the first call.
+    """gRPC to `address`, "HOST:PORT" or "[IPv6]:PORT". Nothing is dialed before the first call.
 
     Raises UsageError when the address is malformed.
     """
@@ -62,8 +68,10 @@ class GrpcTransport(Transport):
         connect_timeout_seconds: float = CONNECT_TIMEOUT_SECONDS,
         open_timeout_seconds: float = OPEN_TIMEOUT_SECONDS,
         stall_timeout_seconds: float = STALL_TIMEOUT_SECONDS,
+        credentials: Credentials = PLAINTEXT,
     ) -> None:
         self._address = address
+        self._credentials = credentials
         self._host_and_port = _split_address(address)
         self._connect_timeout_seconds = connect_timeout_seconds
         self._open_timeout_seconds = open_timeout_seconds
@@ -72,10 +80,8 @@ class GrpcTransport(Transport):
             *CLIENT_OPTIONS,
             # Despite its name also the time an attempt to connect may take: a peer may accept and then be silent.
             ("grpc.min_reconnect_backoff_ms", int(connect_timeout_seconds * 1000)),
-            # The address given is the address dialed, whatever the environment says about proxies.
-            ("grpc.enable_http_proxy", 0),
         ]
-        self._channel = grpc.insecure_channel(address, options=options)
+        self._channel = open_channel(address, credentials, options)
         self._stub = SplitTrainingStub(self._channel)
         # Without serializers: see transport.py.
         method = f"/{_TRAIN.containing_service.full_name}/{_TRAIN.name}"
@@ -84,7 +90,9 @@ class GrpcTransport(Transport):
     def open_session(self, request: pb.OpenSessionRequest) -> pb.OpenSessionResponse:
         """See Transport. Fails at once when nobody listens, and within the connect time-out when the peer is silent."""
         try:
-            response: pb.OpenSessionResponse = self._stub.OpenSession(request, timeout=self._open_timeout_seconds)
+            response: pb.OpenSessionResponse = self._stub.OpenSession(
+                request, timeout=self._open_timeout_seconds, metadata=self._credentials.metadata()
+            )
         except grpc.RpcError as error:
             raise self._opening_error(error) from error
         return response
@@ -105,7 +113,7 @@ class GrpcTransport(Transport):
                 failure.append(error)  # the upload ends too short, which the cloud refuses
 
         with _StallGuard(self._stall_timeout_seconds) as guard:
-            call = self._stub.UploadBlob.future(requests())
+            call = self._stub.UploadBlob.future(requests(), metadata=self._credentials.metadata())
             guard.watch(call.cancel)
             try:
                 call.result()
@@ -119,13 +127,13 @@ class GrpcTransport(Transport):
 
     def stream(self, messages: Iterator[bytes]) -> Stream:
         """See Transport. A link that breaks without a word is noticed by gRPC's keepalive."""
-        return _GrpcStream(self._train(messages), self._error)
+        return _GrpcStream(self._train(messages, metadata=self._credentials.metadata()), self._error)
 
     def download(self, session_id: str, optimizer_state: bool = False) -> Iterator[bytes]:
         """See Transport. Raises SessionLostError when no chunk came for the stall time-out."""
         with _StallGuard(self._stall_timeout_seconds) as guard:
             request = pb.DownloadWeightsRequest(session_id=session_id, optimizer_state=optimizer_state)
-            call = self._stub.DownloadWeights(request)
+            call = self._stub.DownloadWeights(request, metadata=self._credentials.metadata())
             guard.watch(call.cancel)
             try:
                 for response in call:
@@ -148,6 +156,9 @@ class GrpcTransport(Transport):
                 return ServerUnavailableError(
                     f"nobody answers at {self._address} ({reason}): is `sft-cloud serve` running there?"
                 )
+            why = why_no_handshake(*self._host_and_port, self._credentials, self._connect_timeout_seconds)
+            if why is not None:
+                return AccessError(f"{self._address} {why}")
             if "failed to connect" in details:  # gRPC's words when TCP or the handshake on top of it failed
                 return self._not_ours()
             return ServerUnavailableError(f"{self._address} opens no session now: {details}")
@@ -170,6 +181,13 @@ class GrpcTransport(Transport):
         )
 
     def _common_error(self, code: grpc.StatusCode, details: str) -> Optional[LinkError]:
+        if code == grpc.StatusCode.UNAUTHENTICATED:
+            advice = f"; no token was shown: give {self._credentials.option('token_file')} or set {TOKEN_VARIABLE}"
+            if self._credentials.has_token:
+                advice = ""
+            return AccessError(f"{self._address} does not let us in: {details}{advice}")
+        if code == grpc.StatusCode.PERMISSION_DENIED:
+            return AccessError(f"{self._address} refuses: {details}")
         if code == grpc.StatusCode.UNIMPLEMENTED:
             return self._not_ours()
         if code == grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" not in details:

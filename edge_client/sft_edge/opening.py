@@ -82,7 +82,7 @@ def open_system(
     lora = half_lora(adapting, whole, source.config, cut, training.seed)
     spec = OptimizerSpec(optimizing.optim, decay_groups(whole, optimizing.arguments()))
     with _server(linking) as address:
-        transport = GrpcTransport(address, linking.connect_timeout_seconds)
+        transport = GrpcTransport(address, linking.connect_timeout_seconds, credentials=linking.credentials)
         system = open_split_system(
             source,
             head,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Optional, Tuple
 
+from sft.access import AccessOptions, Credentials, read_credentials
 from sft.config import above_zero, at_least
 from sft.errors import CutError, UsageError
 from sft_edge.lora_options import LoraOptions
@@ -191,7 +192,7 @@ class LoggingOptions:
 
 
 @dataclass
-class LinkOptions:
+class LinkOptions(AccessOptions):
     """The way to the cloud."""
 
     server: Optional[str] = None
@@ -211,6 +212,12 @@ class LinkOptions:
         above_zero(self, "connect_timeout_seconds", "reply_timeout_seconds")
         if self.server is not None:
             split_address(self.server)
+        self._credentials = read_credentials(self)
+
+    @property
+    def credentials(self) -> Credentials:
+        """How to call the server; as files were when the options were read, but for the token."""
+        return self._credentials
 
 
 TRAIN_OPTIONS = (

@@ -97,7 +97,7 @@ def verify(options: VerifyOptions, optimizing: OptimizerOptions, linking: LinkOp
             options.seed,
             "float32",
             _CPU,
-            GrpcTransport(address, linking.connect_timeout_seconds),
+            GrpcTransport(address, linking.connect_timeout_seconds, credentials=linking.credentials),
             linking.reply_timeout_seconds,
             labels=linking.labels,
             freeze_edge=options.freeze_edge,

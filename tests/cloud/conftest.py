@@ -10,6 +10,7 @@ import pytest
 import torch
 from support.tiny import make_tiny_model
 from support.tiny_edge import SEQUENCES, TinyEdge, attach
+from support.tls import Certificates, make_certificates
 from transformers import AutoConfig
 
 from sft.protocol import CLIENT_OPTIONS
@@ -90,3 +91,8 @@ def connect() -> Iterator[Callable[[str], pb_grpc.SplitTrainingStub]]:
     yield make
     for channel in channels:
         channel.close()
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    return make_certificates(tmp_path_factory.mktemp("certificates"))

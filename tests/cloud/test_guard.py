@@ -14,6 +14,8 @@ from sft.durations import Duration
 from sft.models import Cut
 from sft.protocol import CLIENT_OPTIONS
 from sft.v1 import split_training_pb2 as pb
+from sft_cloud.access import Access
+from sft_cloud.audit import AuditLog
 from sft_cloud.identity import ANONYMOUS, Identity, Limits
 from sft_cloud.limit_options import LimitOptions
 from sft_cloud.limits import SPARE_CALLS
@@ -243,7 +245,7 @@ def test_a_good_stream_is_not_touched_when_others_are_ended(server, connect, edg
 
 
 def test_so_many_calls_at_a_time(start_server, connect, raw, never):
-    server = start_server(identify=named(max_sessions=1))
+    server = start_server(access=Access(identify=named(max_sessions=1)))
     stub = connect(server.address)
     held = [As(stub, "alice").Train(never(), timeout=SECONDS) for _ in range(1 + SPARE_CALLS)]
     server.call_watch._waits.come("no first message", len(held))
@@ -257,7 +259,7 @@ def test_so_many_calls_at_a_time(start_server, connect, raw, never):
 
 
 def test_so_many_sessions_are_opened_in_a_minute(start_server, connect, edge):
-    stub = connect(start_server(identify=named(), limits=LimitOptions(opens_per_minute=3)).address)
+    stub = connect(start_server(access=Access(identify=named()), limits=LimitOptions(opens_per_minute=3)).address)
     open_session(As(stub, "alice"), edge)
     stub_of_alice = As(stub, "alice")
     assert stub_of_alice.OpenSession(edge.request()).session_id
@@ -267,7 +269,7 @@ def test_so_many_sessions_are_opened_in_a_minute(start_server, connect, edge):
 
 
 def test_so_many_bytes_a_day(start_server, connect, edge):
-    server = start_server(identify=named(max_bytes_per_day=200_000))
+    server = start_server(access=Access(identify=named(max_bytes_per_day=200_000)))
     stub = As(connect(server.address), "alice")
     session_id = open_session(stub, edge)
     code, details = refusal(lambda: [download(stub, session_id) for _ in range(20)])
@@ -277,7 +279,7 @@ def test_so_many_bytes_a_day(start_server, connect, edge):
 
 
 def test_models_and_ranks_that_are_not_for_the_caller(start_server, connect, edge):
-    stub = connect(start_server(identify=named(models=("tiny*",), max_split_rank=4)).address)
+    stub = connect(start_server(access=Access(identify=named(models=("tiny*",), max_split_rank=4))).address)
     open_session(stub, edge)
     other = edge.request(cut=pb.Cut(mode=pb.MODE_SFT, split_layer=2, split_rank=5, residual=pb.RESIDUAL_NONE))
     for request, says in ((edge.request(model_name="other"), "model 'other'"), (other, "5 wide")):
@@ -318,7 +320,7 @@ def test_a_caller_that_waits_for_its_turn_can_go(server, connect, edge):
 
 def test_what_happened_is_in_the_audit_log(start_server, connect, edge, tmp_path):
     path = tmp_path / "audit.jsonl"
-    server = start_server(identify=named(), limits=LimitOptions(audit_log=path))
+    server = start_server(access=Access(identify=named()), audit=AuditLog(path))
     stub = As(connect(server.address), "alice")
     session_id = open_session(stub, edge)
     list(stub.Train(iter([attach(session_id), edge.forward(0)]), timeout=SECONDS))

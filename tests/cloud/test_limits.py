@@ -2,7 +2,8 @@
 
 import pytest
 
-from sft_cloud.errors import ForbiddenError, QuotaError
+from sft.errors import AccessError
+from sft_cloud.errors import QuotaError
 from sft_cloud.identity import Identity, Limits
 from sft_cloud.limits import SPARE_CALLS, Quotas, check_model_name, check_rank, max_sessions_of
 
@@ -138,7 +139,7 @@ def test_models_are_named_by_patterns():
     for name in ("bert-base", "meta/llama"):
         check_model_name(limits, name)
     for name in ("Bert-base", "gpt2", "", "a/bert-base"):
-        with pytest.raises(ForbiddenError, match=r"not among those that your token is for: bert-\*, meta/\*"):
+        with pytest.raises(AccessError, match=r"not among those that your token is for: bert-\*, meta/\*"):
             check_model_name(limits, name)
     check_model_name(Limits(), "anything")
 
@@ -146,6 +147,6 @@ def test_models_are_named_by_patterns():
 def test_the_width_of_what_crosses():
     limits = Limits(max_split_rank=8)
     check_rank(limits, 8)
-    with pytest.raises(ForbiddenError, match="9 wide; your token is for at most 8"):
+    with pytest.raises(AccessError, match="9 wide; your token is for at most 8"):
         check_rank(limits, 9)
     check_rank(Limits(), 10**6)

@@ -177,6 +177,11 @@ def test_a_port_in_use_is_one_line():
         (["--model-dir", "/nowhere/at/all"], "--model-dir /nowhere/at/all: no such directory"),
         (["--log-format", "xml"], "'xml' is none of text, json"),
         (["--host", "no.such.host.invalid", "--device", "cpu"], "--host no.such.host.invalid"),
+        (["--host", "0.0.0.0"], "other machines can reach host 0.0.0.0: give --tls-cert and --tls-key"),
+        (["--tls-key", "key.pem"], "--tls-cert and --tls-key belong together"),
+        (["--tls-client-ca", "ca.pem"], "--tls-client-ca needs --tls-cert and --tls-key"),
+        (["--tokens", "/nowhere/at/all"], "token file /nowhere/at/all: No such file or directory"),
+        (["--token", "sft_x"], "unrecognized arguments: --token sft_x"),
         (["--colour"], "unrecognized arguments: --colour"),
     ],
     ids=str,
@@ -201,7 +206,16 @@ def test_help_and_version_do_without_torch(tmp_path):
     path = os.pathsep.join([str(tmp_path), *sys.path])
     done = sft_cloud("serve", "--help", PYTHONPATH=path)
     assert done.returncode == 0
-    for flag in ("--host", "--port", "--device", "--model-dir", "--state-dir", "--max-sessions", "--log-level"):
+    for flag in (
+        "--host",
+        "--port",
+        "--device",
+        "--model-dir",
+        "--state-dir",
+        "--max-sessions",
+        "--log-level",
+        "--tokens",
+    ):
         assert flag in done.stdout
     done = sft_cloud("--version", PYTHONPATH=path)
     assert (done.returncode, done.stdout) == (0, f"sft-cloud {__version__}\n")

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sft import errors
-from sft_cloud.errors import MAX_DETAILS, ForbiddenError, PreconditionError, QuotaError, status_of
+from sft_cloud.errors import MAX_DETAILS, PreconditionError, QuotaError, UnauthenticatedError, status_of
 
 CODES = {
     PreconditionError: "FAILED_PRECONDITION",
@@ -17,7 +17,7 @@ CODES = {
     errors.TrainingError: "INVALID_ARGUMENT",
     errors.SessionLostError: "NOT_FOUND",
     QuotaError: "RESOURCE_EXHAUSTED",
-    ForbiddenError: "PERMISSION_DENIED",
+    errors.AccessError: "PERMISSION_DENIED",
     errors.ServerFullError: "RESOURCE_EXHAUSTED",
     errors.StorageError: "RESOURCE_EXHAUSTED",
     errors.ServerUnavailableError: "UNAVAILABLE",
@@ -37,6 +37,11 @@ def test_what_an_edge_sent_is_quoted_only_so_far_and_in_print():
     assert len(details) == MAX_DETAILS
     assert details.startswith("you sent ??[31m xxx")
     assert details.endswith("xxx...")
+
+
+def test_a_stranger_is_not_told_the_reason_that_the_log_has():
+    error = UnauthenticatedError("who are you?", "a token of alice with the certificate of bob")
+    assert status_of(error) == (grpc.StatusCode.UNAUTHENTICATED, "who are you?")
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from support.proxy import TcpProxy
 from support.scripted_cloud import TIMEOUT_SECONDS, ScriptedCloud, serving
 
 from sft.errors import (
+    AccessError,
     CheckpointError,
     LinkError,
     ProtocolError,
@@ -116,6 +117,8 @@ def test_a_grpc_server_of_another_kind() -> None:
         (Code.INVALID_ARGUMENT, ProtocolError),
         (Code.RESOURCE_EXHAUSTED, ServerFullError),
         (Code.UNAVAILABLE, ServerUnavailableError),
+        (Code.UNAUTHENTICATED, AccessError),
+        (Code.PERMISSION_DENIED, AccessError),
         (Code.INTERNAL, LinkError),
     ],
 )
@@ -251,6 +254,8 @@ def fails(link: Link, calls: list, expected: Type[SFTError]) -> str:
         (Code.UNAVAILABLE, SessionLostError),
         (Code.INTERNAL, SessionLostError),
         (Code.RESOURCE_EXHAUSTED, ServerFullError),
+        (Code.UNAUTHENTICATED, AccessError),
+        (Code.PERMISSION_DENIED, AccessError),
         (Code.FAILED_PRECONDITION, ProtocolError),
         (Code.INVALID_ARGUMENT, ProtocolError),
     ],

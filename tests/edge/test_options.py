@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -75,6 +76,12 @@ FROZEN = """
 --logging-dir
 --disable-tqdm false
 --server
+--tls
+--tls-ca
+--tls-cert
+--tls-key
+--token-file
+--insecure false
 --labels cloud
 --connect-timeout-seconds 20.0
 --reply-timeout-seconds 600.0
@@ -149,6 +156,8 @@ def test_every_mode_takes_the_same_flags(mode):
         (lambda: LoggingOptions(logging_steps=0), "--logging-steps must be 1 or more"),
         (lambda: LinkOptions(reply_timeout_seconds=0), "--reply-timeout-seconds must be above 0"),
         (lambda: LinkOptions("cloud.example"), "--server must be HOST:PORT"),
+        (lambda: LinkOptions(token_file=Path("token")), "--token-file needs --server"),
+        (lambda: LinkOptions("cloud:1", tls_key=Path("key")), "--tls-cert and --tls-key belong together"),
     ],
 )
 def test_what_makes_no_sense_is_named(make, message):

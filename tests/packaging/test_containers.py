@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from cryptography import x509
 from dockerfile_parse import DockerfileParser
 
 from sft.config import parse
+from sft_cloud.access import make_access
+from sft_cloud.access_options import AccessOptions
 from sft_cloud.cli import ServeOptions
 from sft_cloud.serve import CloudServer
-from sft_edge.options import TRAIN_OPTIONS
+from sft_edge.options import TRAIN_OPTIONS, LinkOptions
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILES = ("cloud_server/Dockerfile", "edge_client/Dockerfile", "edge_client/Dockerfile.jetson")
-OPTIONS = {"serve": (ServeOptions,), "train": TRAIN_OPTIONS}
+OPTIONS = {"serve": (ServeOptions, AccessOptions), "train": TRAIN_OPTIONS}
 
 
 def instructions(dockerfile: str) -> list[tuple[str, str]]:
@@ -69,25 +74,103 @@ def test_an_image_installs_extras_that_the_package_has(dockerfile: str) -> None:
 
 def test_the_cloud_image_serves_with_options_that_exist(tmp_path: Path) -> None:
     assert value_of("cloud_server/Dockerfile", "ENTRYPOINT") == '["sft-cloud"]'
-    (options,) = parse_command(yaml.safe_load(value_of("cloud_server/Dockerfile", "CMD")), tmp_path)
+    options, access = parse_command(yaml.safe_load(value_of("cloud_server/Dockerfile", "CMD")), tmp_path)
+    assert access == serving_access(tmp_path)
     assert options.host == "0.0.0.0"
     assert str(options.port) == value_of("cloud_server/Dockerfile", "EXPOSE")
     assert options.state_dir == tmp_path / value_of("cloud_server/Dockerfile", "VOLUME").strip("/")
 
 
-def test_compose_starts_a_cloud_that_the_edge_can_reach(compose: dict[str, Any], tmp_path: Path) -> None:
+def serving_access(tmp_path: Path) -> AccessOptions:
+    """What both the image and compose serve with."""
+    secrets = tmp_path / "secrets"
+    return AccessOptions(secrets / "server.pem", secrets / "server-key.pem", tokens=secrets / "tokens.json")
+
+
+@pytest.fixture
+def make_secrets(tmp_path: Path) -> Callable[[], None]:
+    """Runs the start of a cloud's container, its directories being those of this test."""
+    program = tmp_path / "bin" / "sft-cloud"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m sft_cloud "$@"\n')
+    program.chmod(0o755)
+    for name in ("secrets", "edge-secrets"):
+        (tmp_path / name).mkdir()
+    environment = {
+        **os.environ,
+        "PATH": f"{program.parent}:{os.environ['PATH']}",
+        "SFT_CLOUD_SECRETS": str(tmp_path / "secrets"),
+        "SFT_EDGE_SECRETS": str(tmp_path / "edge-secrets"),
+    }
+
+    def run() -> None:
+        command = [str(ROOT / "docker/with_secrets.sh"), "sh", "-c", "echo started"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.stdout.splitlines()[-1] == "started", done.stderr
+        assert "sft_" not in done.stdout + done.stderr
+
+    return run
+
+
+def test_a_container_makes_its_secrets_once(make_secrets: Callable[[], None], tmp_path: Path) -> None:
+    def contents() -> dict[str, bytes]:
+        return {
+            f"{path.parent.name}/{path.name}": path.read_bytes()
+            for name in ("secrets", "edge-secrets")
+            for path in (tmp_path / name).iterdir()
+        }
+
+    make_secrets()
+    made = contents()
+    assert set(made) == {
+        *(f"secrets/{name}" for name in ("ca.pem", "server.pem", "server-key.pem", "tokens.json", "tokens.json.lock")),
+        *(f"edge-secrets/{name}" for name in ("ca.pem", "token")),
+    }
+    make_secrets()
+    assert contents() == made
+    (tmp_path / "edge-secrets" / "token").unlink()  # as where it was killed before it came to that
+    make_secrets()
+    assert set(contents()) == set(made)
+    assert contents()["edge-secrets/token"] != made["edge-secrets/token"]
+
+
+def test_compose_starts_a_cloud_that_the_edge_can_reach(
+    compose: dict[str, Any], make_secrets: Callable[[], None], tmp_path: Path
+) -> None:
+    make_secrets()
+    of_edge = tmp_path / "on-the-edge"
+    of_edge.mkdir()
+    (of_edge / "secrets").symlink_to(tmp_path / "edge-secrets")
     (link,) = [
-        part for part in parse_command(compose["services"]["edge"]["command"], tmp_path) if hasattr(part, "server")
+        part for part in parse_command(compose["services"]["edge"]["command"], of_edge) if isinstance(part, LinkOptions)
     ]
     host, port = link.server.split(":")
+    assert link.credentials.encrypted
+    assert link.credentials.has_token
     for name in ("cloud", "cloud-gpu"):
         service = compose["services"][name]
-        (options,) = parse_command(service["command"], tmp_path)
+        options, access_options = parse_command(service["command"], tmp_path)
         assert options.host == "0.0.0.0"
         assert str(options.port) == port
+        assert access_options == serving_access(tmp_path)
+        assert make_access(access_options, options.host).gate is not None
         assert host in service["networks"]["link"]["aliases"]
-        assert service["healthcheck"]["test"][1:] == ["python", "/opt/sft/healthcheck.py", f"localhost:{port}"]
+        assert service["entrypoint"] == ["with_secrets", "sft-cloud"]
+        check = ["python", "/opt/sft/healthcheck.py", f"localhost:{port}", "/secrets/ca.pem"]
+        assert service["healthcheck"]["test"][1:] == check
         assert compose["services"]["edge"]["depends_on"][name]["condition"] == "service_healthy"
+    mounted = dict(volume.split(":")[:2] for volume in compose["services"]["cloud"]["volumes"])
+    assert mounted["edge-secrets"] == compose["services"]["cloud"]["environment"]["SFT_EDGE_SECRETS"]
+    assert mounted["cloud-secrets"] == compose["services"]["cloud"]["environment"]["SFT_CLOUD_SECRETS"]
+    assert not any("cloud-secrets" in volume for volume in compose["services"]["edge"]["volumes"])
+    certified = read_certificate(tmp_path / "secrets" / "server.pem")
+    assert host in certified
+
+
+def read_certificate(path: Path) -> list[str]:
+    certificate = x509.load_pem_x509_certificate(path.read_bytes())
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    return [str(name.value) for name in names]
 
 
 def test_compose_asks_for_a_gpu_in_its_profile_only(compose: dict[str, Any]) -> None:
@@ -119,17 +202,23 @@ def test_every_variable_of_compose_has_its_default_in_the_env_file() -> None:
     assert used == set(re.findall(r"^(SFT_\w+)=", env, flags=re.MULTILINE))
 
 
-def health_check(address: str) -> subprocess.CompletedProcess[str]:
+def health_check(*arguments: str) -> subprocess.CompletedProcess[str]:
     script = str(ROOT / "cloud_server/healthcheck.py")
-    return subprocess.run([sys.executable, script, address], capture_output=True, text=True, timeout=60)
+    return subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, timeout=60)
 
 
-def test_the_health_check_tells_a_server_that_serves(tmp_path: Path) -> None:
-    server = CloudServer("127.0.0.1", 0, torch.device("cpu"), tmp_path, None, max_sessions=1, threads=1)
+@pytest.mark.parametrize("protected", [False, True])
+def test_the_health_check_tells_a_server_that_serves(
+    tmp_path: Path, make_secrets: Callable[[], None], protected: bool
+) -> None:
+    make_secrets()
+    access = make_access(serving_access(tmp_path) if protected else AccessOptions(), "127.0.0.1")
+    ca = [str(tmp_path / "secrets" / "ca.pem")] if protected else []
+    server = CloudServer("127.0.0.1", 0, torch.device("cpu"), tmp_path, None, max_sessions=1, threads=1, access=access)
     try:
-        assert health_check(server.address).returncode == 0
+        assert health_check(server.address, *ca).returncode == 0
     finally:
         server.stop(grace_seconds=0)
-    done = health_check(server.address)
+    done = health_check(server.address, *ca)
     assert done.returncode == 1
     assert "UNAVAILABLE" in done.stderr

@@ -16,6 +16,8 @@ from transformers import PreTrainedModel
 
 from sft.errors import LinkError, SessionLostError, UsageError
 from sft.optimizer import Role, SplitOptions
+from sft_cloud.access import make_access
+from sft_cloud.access_options import AccessOptions
 from sft_cloud.registry import Entry
 from sft_cloud.script.graph_host import GraphHost
 from sft_cloud.script.groups import names_of, swap
@@ -36,6 +38,7 @@ class CloudRole(Role):
 
         What of the options is for the edge is left unread, so that a script can give both roles the same.
         """
+        self._access_options = _access_options(options)
         names = names_of(optimizer, model)
         self._hosted = _cut(model, options)
         self._groups = swap(optimizer, names, self._hosted)
@@ -55,6 +58,7 @@ class CloudRole(Role):
                 "this model was trained with an edge already; make model and optimizer anew to serve again"
             )
         host, port = _parse(address)
+        access = make_access(self._access_options, host, dashes="")
         done = threading.Event()
         ends: list[LinkError | None] = []
 
@@ -77,6 +81,7 @@ class CloudRole(Role):
                 ),
                 on_close=on_close,
                 has_flags=False,
+                access=access,
             )
             try:
                 if on_ready is not None:
@@ -109,6 +114,19 @@ class CloudRole(Role):
     def describe(self) -> str:
         """See Role."""
         return self._title
+
+
+def _access_options(options: SplitOptions) -> AccessOptions:
+    def path(text: str | None) -> Path | None:
+        return None if text is None else Path(text)
+
+    return AccessOptions(
+        path(options.tls_cert),
+        path(options.tls_key),
+        path(options.tls_client_ca),
+        path(options.tokens),
+        options.insecure,
+    )
 
 
 def _cut(model: nn.Module, options: SplitOptions) -> HostedModel:

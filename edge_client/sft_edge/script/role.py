@@ -6,6 +6,7 @@ import atexit
 import math
 import weakref
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional
 
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import sft
+from sft.access import AccessOptions, Credentials, read_credentials
 from sft.codec import DATA_TYPES
 from sft.errors import LinkError, UsageError
 from sft.optimizer import Role, SplitOptions
@@ -54,7 +56,9 @@ class EdgeRole(Role):
             wire_data_type=DATA_TYPES[options.wire_dtype],
             **cut_model.request_fields(),
         )
-        transport = options.transport or GrpcTransport(str(options.server), options.connect_timeout_seconds)
+        transport = options.transport or GrpcTransport(
+            str(options.server), options.connect_timeout_seconds, credentials=_credentials(options)
+        )
         link = Link(transport, request, blobs, options.reply_timeout_seconds)
         link.open()  # from here on nothing is left that could be wrong
         try:
@@ -147,6 +151,22 @@ class EdgeRole(Role):
             yield
         finally:
             self.optimizer.param_groups[0]["params"].append(parameter)
+
+
+def _credentials(options: SplitOptions) -> Credentials:
+    def path(text: Optional[str]) -> Optional[Path]:
+        return None if text is None else Path(text)
+
+    access = AccessOptions(
+        options.server,
+        options.tls,
+        path(options.tls_ca),
+        path(options.tls_cert),
+        path(options.tls_key),
+        path(options.token_file),
+        options.insecure,
+    )
+    return read_credentials(access, dashes="")
 
 
 def _close(role: weakref.ReferenceType[EdgeRole]) -> None:
