@@ -22,6 +22,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
@@ -150,7 +151,11 @@ def report(server: subprocess.Popen[bytes], address: str, edge: TinyEdge, messag
     for kind in kinds:
         got = ", ".join(f"{count} {what}" for (of, what), count in sorted(counts.items()) if of == kind)
         print(f"{kind:<32} {got}")
-    print(f"{sum(counts.values())} messages in {seconds:.0f} s, seed {seed}; {len(failures)} answered as by a bug")
+    mutated = sum(fuzzer.mutated for fuzzer in fuzzers)
+    print(
+        f"{mutated} mutated messages, and {counts.total() - mutated} sound ones between them, in {seconds:.0f} s, seed {seed};"
+    )
+    print(f"{len(failures)} of them answered as only by a bug")
     print(f"server {'lives' if lives else 'DIED'}; tracebacks in its log: {tracebacks}")
     same = sum(one == alone for one in beside)
     print(
@@ -168,18 +173,15 @@ def report(server: subprocess.Popen[bytes], address: str, edge: TinyEdge, messag
 
 
 def shoot(fuzzers: list[Fuzzer], messages: int) -> None:
-    """Has all of them send until they have sent so many more together."""
-    target = sum(fuzzer.sent for fuzzer in fuzzers) + messages
+    """Has all of them send until they have sent so many more that are mutated together."""
+    target = sum(fuzzer.mutated for fuzzer in fuzzers) + messages
 
     def run(fuzzer: Fuzzer) -> None:
-        while sum(one.sent for one in fuzzers) < target and len(fuzzer.failures) < 100:
+        while sum(one.mutated for one in fuzzers) < target and len(fuzzer.failures) < 100:
             fuzzer.shoot()
 
-    threads = [threading.Thread(target=run, args=(fuzzer,)) for fuzzer in fuzzers]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(len(fuzzers)) as threads:
+        list(threads.map(run, fuzzers))
 
 
 def coverage_guided(seconds: int, seed: int, scratch: Path) -> bool:

@@ -53,14 +53,24 @@ class CallWatch:
     @contextmanager
     def stalls(self, reason: str, cancel: Callable[[], object], size: int = 0) -> Iterator[None]:
         """A wait in the middle of something, such as the way of `size` bytes. `cancel` must end it from any thread."""
-        with self._waits_for(self._stall_seconds + size / _SLOWEST_BYTES_PER_SECOND, reason, cancel):
+        over = self.stalling(reason, cancel, size)
+        try:
             yield
+        finally:
+            over()
 
     @contextmanager
     def idles(self, reason: str, cancel: Callable[[], object]) -> Iterator[None]:
         """A wait of somebody who may well have nothing to say for a while."""
-        with self._waits_for(self._idle_seconds, reason, cancel):
+        over = self._begin(self._idle_seconds, reason, cancel)
+        try:
             yield
+        finally:
+            over()
+
+    def stalling(self, reason: str, cancel: Callable[[], object], size: int = 0) -> Callable[[], None]:
+        """As `stalls`, until what is returned is called."""
+        return self._begin(self._stall_seconds + size / _SLOWEST_BYTES_PER_SECOND, reason, cancel)
 
     def look(self) -> None:
         """Ends what waits too long. Each call is ended once."""
@@ -90,14 +100,14 @@ class CallWatch:
         while not self._stop.wait(LOOK_SECONDS):
             self.look()
 
-    @contextmanager
-    def _waits_for(self, seconds: float, reason: str, cancel: Callable[[], object]) -> Iterator[None]:
+    def _begin(self, seconds: float, reason: str, cancel: Callable[[], object]) -> Callable[[], None]:
         wait = _Wait(self._clock() + seconds, reason, cancel)
         with self._lock:
             number = self._next = self._next + 1
             self._waits[number] = wait
-        try:
-            yield
-        finally:
+
+        def over() -> None:
             with self._lock:
                 self._waits.pop(number, None)
+
+        return over

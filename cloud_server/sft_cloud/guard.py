@@ -103,6 +103,8 @@ class _Guarded:
             data = self._serialized(response)
             call.count(len(data))
             call.record.finished()
+            # gRPC sends it when this thread has gone, and the call is over when it has been read.
+            call.ends_with(self._guard._watch.stalling("answers are not read", context.cancel, len(data)))
             return data
 
     def stream(self, raw: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
@@ -124,12 +126,13 @@ class _Guarded:
         with _tells_errors(context, record):
             caller = guard._identify(context) if self._descriptor is not None else None
             call = _Call(guard, record, caller, context)
-            if caller is None:
-                yield call
-            else:
+            if caller is not None:
                 record.who = caller.name
-                with guard._quotas.call(caller):
-                    yield call
+                call.ends_with(guard._quotas.call(caller))
+            try:
+                yield call
+            finally:
+                call.handler_ends()
 
     def _argument(self, raw: Iterator[bytes], context: grpc.ServicerContext, call: _Call) -> Any:
         messages = self._messages(raw, context, call)
@@ -182,8 +185,29 @@ class _Call:
         self._guard = guard
         self._caller = caller
         self._over = threading.Event()
-        if not context.add_callback(self._over.set):
+        self._lock = threading.Lock()
+        self._left = 2  # the handler, and the call
+        self._ends: list[Callable[[], None]] = []
+
+        def call_ends() -> None:
             self._over.set()
+            self.handler_ends()
+
+        if not context.add_callback(call_ends):
+            call_ends()
+
+    def ends_with(self, end: Callable[[], None]) -> None:
+        """Has `end` called once handler and call are both over: a handler may outlive its call, and the reverse."""
+        with self._lock:
+            self._ends.append(end)
+
+    def handler_ends(self) -> None:
+        """One of the two is over."""
+        with self._lock:
+            self._left -= 1
+            ends = [] if self._left else self._ends
+        for end in ends:
+            end()
 
     def count(self, size: int, refuses: bool = True) -> None:
         if self._caller is not None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import fnmatch
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from sft.errors import AccessError
@@ -80,19 +79,19 @@ class Quotas:
         self._lock = threading.Lock()
         self._usages: dict[str, _Usage] = {}
 
-    @contextmanager
-    def call(self, caller: Identity) -> Iterator[None]:
-        """Holds one of the caller's calls. Raises QuotaError when all are in use."""
+    def call(self, caller: Identity) -> Callable[[], None]:
+        """Takes one of the caller's calls, until what is returned is called. Raises QuotaError when all are in use."""
         usage, allowed = self._usage(caller), max_sessions_of(caller.limits, self._max_sessions) + SPARE_CALLS
         with usage.lock:
             if usage.calls >= allowed:
                 raise QuotaError(f"{allowed} calls of yours are running, as many as may at a time; end one")
             usage.calls += 1
-        try:
-            yield
-        finally:
+
+        def over() -> None:
             with usage.lock:
                 usage.calls -= 1
+
+        return over
 
     def count_open(self, caller: Identity) -> None:
         """A request to open a session. Raises QuotaError when there were too many in the last minute."""

@@ -158,17 +158,17 @@ def _saved(run: Callable[[], Tensor], parameters: list[nn.Parameter]) -> int:
     """Bytes that autograd keeps for the backward pass of `run`."""
     known = {parameter.untyped_storage().data_ptr() for parameter in parameters}
     sizes: dict[int, int] = {}
-    kept: list[Tensor] = []  # or an address would be used again
+    kept: list[torch.UntypedStorage] = []  # or an address would be used again
 
-    def pack(tensor: Tensor) -> Tensor:
+    def pack(tensor: Tensor) -> None:  # a tensor in its place would hold its own graph, and that the tensor
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in known:
             sizes[storage.data_ptr()] = storage.nbytes()
-            kept.append(tensor)
-        return tensor
+            kept.append(storage)
 
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda nothing: nothing):
         output = run()
+    kept.clear()  # the graph holds on to `pack`
     return sum(sizes.values()) + _COPIES_OF_OUTPUT * output.numel() * output.element_size()
 
 

@@ -228,10 +228,10 @@ def test_answers_that_are_not_read_end_the_stream(server, connect, make_edge):
     stub = connect(server.address)
     messages = [attach(open_session(stub, edge)), *(edge.evaluate(number) for number in range(3))]
     messages += [edge.forward(0, number) for number in range(30)]  # a quarter of a megabyte each
-    call = stub.Train(iter(messages), timeout=SECONDS)
-    next(call)
+    stream = Stream(stub, *messages)
+    next(stream.call)
     assert overdue(server, "answers are not read") == 1
-    assert refusal(lambda: list(call))[0] is grpc.StatusCode.CANCELLED
+    assert refusal(lambda: list(stream.call))[0] is grpc.StatusCode.CANCELLED
 
 
 def test_a_good_stream_is_not_touched_when_others_are_ended(server, connect, edge, raw, never):

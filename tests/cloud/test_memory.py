@@ -1,6 +1,7 @@
 """What sessions may take together, and what a batch will take, before anything is taken."""
 
 import gc
+import weakref
 
 import pytest
 import torch
@@ -117,3 +118,17 @@ def test_a_model_that_takes_short_sequences_only():
     assert known.linear == known.square == 0
     assert known.of(10, 5) >= 10 * 5 * 4 * 4
     assert BatchMemory(1.0, 2.0, 3.0).of(2, 10) == int(1.5 * 2 * (1 + 20 + 300))
+
+
+def test_nothing_of_what_was_measured_stays():
+    linear = nn.Linear(4, 4)
+    made = []
+
+    def run(length):
+        softmax = linear(torch.zeros(1, length, 4, requires_grad=True)).softmax(-1)  # which is saved as it comes out
+        made.append(weakref.ref(softmax))
+        return softmax
+
+    measure(run, list(linear.parameters()), 128)
+    assert len(made) == 3
+    assert [one() for one in made] == [None] * 3

@@ -32,6 +32,8 @@ class Fuzzer:
     def __init__(self, channel: grpc.Channel, edge: TinyEdge, seed: int, name: str = "") -> None:
         self.counts: Counter[Tuple[str, str]] = Counter()
         """How many messages of a kind got what: a status code, or "answered"."""
+        self.mutated = 0
+        """How many of them were not sound."""
         self.failures: List[str] = []
         """What no message should get, with the message."""
         self._edge = edge
@@ -50,12 +52,8 @@ class Fuzzer:
             self._methods[method] = getattr(channel, streams)(SERVICE + method)
         self._blobs = edge.blobs()
         self._session_ids: List[str] = ["nobody"]
-        self._requests = [edge.request(), edge.request(optimizer=pb.Optimizer(name="SGD"))]
-
-    @property
-    def sent(self) -> int:
-        """Messages so far."""
-        return sum(self.counts.values())
+        self._requests = [edge.request(run_id=f"{seed:032x}"), edge.request(optimizer=pb.Optimizer(name="SGD"))]
+        self._states: List[str] = []  # blobs that a session can load
 
     def shoot(self) -> None:
         """One call with one such message, or a session with a number of them."""
@@ -106,22 +104,22 @@ class Fuzzer:
         outgoing: queue.SimpleQueue[Optional[bytes]] = queue.SimpleQueue()
         call = self._call("Train", iter(outgoing.get, None))
         outgoing.put(attach(session_id).SerializeToString())
-        if self._note("EdgeMessage, attach", b"", lambda: next(call)) is None:
+        if self._note("EdgeMessage, attach", b"", lambda: next(call), mutated=False) is None:
             return
-        state = _Course(self._edge, self._draw)
+        state = _Course(self._edge, self._draw, self._states)
         for number in range(1, _MESSAGES_A_SESSION + 1):
             kind, message = state.next_message()
             message.number, message.answered = number, self._draw.choice((number - 1, max(0, number - 3)))
             sound = message.SerializeToString()
             data = self._mutator.mutated(message, state.seen) if self._draw.random() < 0.5 else sound
             outgoing.put(data)
-            answer = self._note(f"EdgeMessage, {kind}", data, lambda: next(call))
+            answer = self._note(f"EdgeMessage, {kind}", data, lambda: next(call), data != sound)
             if answer is None:
                 break
             state.answered(pb.CloudMessage.FromString(answer), message)
         else:
             outgoing.put(pb.EdgeMessage(close=pb.Close()).SerializeToString())
-            self._note("EdgeMessage, close", b"", lambda: list(call))
+            self._note("EdgeMessage, close", b"", lambda: list(call), mutated=False)
         outgoing.put(None)
         call.cancel()
 
@@ -141,7 +139,17 @@ class Fuzzer:
                 self.failures.append(f"a sound session was refused: {error.code().name} {error.details()}")
             return None
         self._session_ids = [*self._session_ids[-5:], response.session_id]
+        if not self._states:
+            self._keep_state(response.session_id)
         return response.session_id
+
+    def _keep_state(self, session_id: str) -> None:
+        request = pb.DownloadWeightsRequest(session_id=session_id)
+        parts = map(pb.DownloadWeightsResponse.FromString, self._call("DownloadWeights", request.SerializeToString()))
+        content = b"".join(part.data for part in parts)
+        self._states.append(hashlib.sha256(content).hexdigest())
+        blob = pb.UploadBlobRequest(sha256=self._states[0], total_bytes=len(content), data=content)
+        self._call("UploadBlob", iter([blob.SerializeToString()]))
 
     def _close(self, session_id: str) -> None:
         messages = [attach(session_id), pb.EdgeMessage(close=pb.Close())]
@@ -153,8 +161,9 @@ class Fuzzer:
     def _call(self, method: str, request: Any) -> Any:
         return self._methods[method](request, timeout=HANG_SECONDS, metadata=self._metadata)
 
-    def _note(self, kind: str, data: bytes, call: Callable[[], Any]) -> Any:
+    def _note(self, kind: str, data: bytes, call: Callable[[], Any], mutated: bool = True) -> Any:
         """What came back; None for an error."""
+        self.mutated += mutated
         try:
             answer = call()
         except StopIteration:
@@ -173,8 +182,9 @@ class Fuzzer:
 class _Course:
     """What an edge might say next, so that mutations reach all of a session."""
 
-    def __init__(self, edge: TinyEdge, draw: random.Random) -> None:
+    def __init__(self, edge: TinyEdge, draw: random.Random, states: List[str]) -> None:
         self.seen: List[pb.EdgeMessage] = []
+        self._states = states
         self._edge = edge
         self._draw = draw
         self._step = 0
@@ -207,8 +217,10 @@ class _Course:
         yield "forward without labels", edge.unlabelled(step, micro_batch)
         yield "forward kept aside", edge.forward(step, micro_batch, loss_scale=0.0)
         yield "evaluate", edge.evaluate(self._draw.randrange(3))
-        yield "load_state", pb.EdgeMessage(step=step, load_state=pb.LoadState(sha256=next(iter(edge.blobs()))))
-        yield "save_checkpoint", pb.EdgeMessage(step=step, save_checkpoint=pb.SaveCheckpoint())
+        if not self._graphs and not self._kept:
+            yield "load_state", pb.EdgeMessage(step=step, load_state=pb.LoadState(sha256=self._states[0]))
+        if not micro_batch:
+            yield "save_checkpoint", pb.EdgeMessage(step=step, save_checkpoint=pb.SaveCheckpoint())
         yield "keep_checkpoints", pb.EdgeMessage(step=step, keep_checkpoints=pb.KeepCheckpoints(steps=[0, 10]))
         if micro_batch:
             yield "commit", edge.commit(step)

@@ -62,7 +62,7 @@ class Mutator:
 
     def mutated(self, message: Message, others: Sequence[Message] = ()) -> bytes:
         """Another message of the type, or bytes that are hardly one. Parts may be taken from `others` of the type."""
-        if self.draw.random() < 0.3:
+        if self.draw.random() < 0.3 or not message.DESCRIPTOR.fields:
             return self.mutated_bytes(message.SerializeToString())
         copy = type(message)()
         copy.CopyFrom(message)
