@@ -131,7 +131,10 @@ def report(server: subprocess.Popen[bytes], address: str, edge: TinyEdge, messag
     def train() -> None:
         stub = SplitTrainingStub(channel())
         while not over.is_set():
-            beside.append(good_run(stub, edge, STEPS))
+            try:
+                beside.append(good_run(stub, edge, STEPS))
+            except grpc.RpcError as error:
+                beside.append(f"{error.code().name}: {error.details()}")
 
     good = threading.Thread(target=train)
     good.start()
@@ -152,9 +155,7 @@ def report(server: subprocess.Popen[bytes], address: str, edge: TinyEdge, messag
         got = ", ".join(f"{count} {what}" for (of, what), count in sorted(counts.items()) if of == kind)
         print(f"{kind:<32} {got}")
     mutated = sum(fuzzer.mutated for fuzzer in fuzzers)
-    print(
-        f"{mutated} mutated messages, and {counts.total() - mutated} sound ones between them, in {seconds:.0f} s, seed {seed};"
-    )
+    print(f"{mutated} mutated messages and {counts.total() - mutated} sound ones in {seconds:.0f} s, seed {seed};")
     print(f"{len(failures)} of them answered as only by a bug")
     print(f"server {'lives' if lives else 'DIED'}; tracebacks in its log: {tracebacks}")
     same = sum(one == alone for one in beside)
@@ -162,6 +163,8 @@ def report(server: subprocess.Popen[bytes], address: str, edge: TinyEdge, messag
         f"good session of {STEPS} steps: {same} of {len(beside)} runs beside it, and {again == alone:d} of 1 after it,"
     )
     print("  have the bits of its run alone")
+    for other in {one for one in beside if one != alone}:
+        print(f"  instead: {other}")
     before_, after_, peak, limit = (size >> 20 for size in (before, after, memory.peak, MEMORY_LIMIT))
     print(f"resident memory: {before_} MiB before, {after_} after, {peak} at most; sessions may take {limit}")
     for failure in failures[:10]:

@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from sft.config import parse, run
+from sft.config import above_zero, parse, run
+from sft.durations import Duration
 from sft.errors import UsageError
 from sft_cloud.access_options import AccessOptions, check_together
 from sft_cloud.certs_command import certs_command
 from sft_cloud.limit_options import LimitOptions
+from sft_cloud.metrics_options import MetricsOptions
+from sft_cloud.status_command import status_command
 from sft_cloud.token_commands import token_command
 
 _DEFAULT_STATE_DIR = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sft-cloud"
@@ -43,6 +46,9 @@ class ServeOptions:
     max_sessions: int = 16
     """edges that can train at once"""
 
+    session_timeout: Duration = Duration("10m")
+    """how long a session waits for its edge when the link has broken"""
+
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """least level that is logged"""
 
@@ -60,14 +66,15 @@ class ServeOptions:
             raise UsageError(f"--max-sessions must be from 1 to 1000, not {self.max_sessions}")
         if self.threads is not None and self.threads < 1:
             raise UsageError(f"--threads must be at least 1, not {self.threads}")
+        above_zero(self, "session_timeout")
         if self.model_dir is not None and not self.model_dir.is_dir():
             raise UsageError(f"--model-dir {self.model_dir}: no such directory")
 
 
 def serve_command(prog: str, argv: list[str]) -> int:
     """Wait for edges and train their upper halves."""
-    options, access_options, limits = parse(
-        [ServeOptions, AccessOptions, LimitOptions], argv, prog, serve_command.__doc__
+    options, access_options, limits, metrics_options = parse(
+        [ServeOptions, AccessOptions, LimitOptions, MetricsOptions], argv, prog, serve_command.__doc__
     )
     check_together(access_options, dashes="--")
     from sft_cloud.logs import set_up_logging
@@ -84,11 +91,14 @@ def serve_command(prog: str, argv: list[str]) -> int:
         threads=options.threads,
         exit_with_stdin=options.exit_with_stdin,
         limits=limits,
+        session_timeout_seconds=options.session_timeout,
         access_options=access_options,
+        metrics_options=metrics_options,
     )
     return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns the exit code of the process."""
-    return run("sft-cloud", {"serve": serve_command, "token": token_command, "certs": certs_command}, argv)
+    commands = {"serve": serve_command, "status": status_command, "token": token_command, "certs": certs_command}
+    return run("sft-cloud", commands, argv)

@@ -4,7 +4,8 @@
     ProtocolError, UsageError, CutError, CheckpointError,               INVALID_ARGUMENT
       UnsupportedModelError, TrainingError: the request makes no sense
     PreconditionError: another protocol version, a message out of       FAILED_PRECONDITION
-      order, a second stream for a session
+      order
+    GapError: a message before this one got lost                        ABORTED
     SessionLostError: no such session, or it has ended                  NOT_FOUND
     UnauthenticatedError: no identity, or it is no longer good          UNAUTHENTICATED
     AccessError: a known caller, but this is not for it                 PERMISSION_DENIED
@@ -46,6 +47,14 @@ class QuotaError(ServerFullError):
     """The caller has used up what is for it, for now."""
 
 
+class StreamTakenError(SFTError):
+    """Another stream has the session now."""
+
+
+class GapError(ProtocolError):
+    """A message before this one is missing; sent again in order, both are welcome."""
+
+
 class UnauthenticatedError(AccessError):
     """Who calls is not known here, or is not let in any more.
 
@@ -62,6 +71,7 @@ MAX_DETAILS = 1000
 
 _CODES: tuple[tuple[type[SFTError], grpc.StatusCode], ...] = (
     (PreconditionError, grpc.StatusCode.FAILED_PRECONDITION),
+    (GapError, grpc.StatusCode.ABORTED),
     (SessionLostError, grpc.StatusCode.NOT_FOUND),
     (UnauthenticatedError, grpc.StatusCode.UNAUTHENTICATED),
     (AccessError, grpc.StatusCode.PERMISSION_DENIED),
@@ -98,6 +108,12 @@ def is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # torch's CPU allocator
+
+
+def ends_session(error: BaseException) -> bool:
+    """Whether a session is of no more use after this error; otherwise its edge may come back to it."""
+    goes_on = (GapError, AccessError, ServerFullError, ServerUnavailableError, StreamTakenError)
+    return isinstance(error, Exception) and not isinstance(error, (grpc.RpcError, *goes_on))
 
 
 @contextmanager

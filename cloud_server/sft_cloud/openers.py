@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Protocol, TypeVar
 
 from sft.v1 import split_training_pb2 as pb
-from sft_cloud.identity import ANONYMOUS, Identity
+from sft_cloud.identity import Identity
 from sft_cloud.limits import check_rank
 from sft_cloud.memory import MemoryBudget
 from sft_cloud.opening import build, check_request, make_session
@@ -21,8 +21,9 @@ T = TypeVar("T")
 class Opener(Protocol):
     """Makes sessions; called in any thread."""
 
-    def open(self, request: pb.OpenSessionRequest, owner: Identity = ANONYMOUS) -> Session | list[str]:
-        """A session as the request wants it, or the hashes of the blobs that are missing for it, of those of `owner`.
+    def open(self, request: pb.OpenSessionRequest, owner: Identity) -> Session | list[str]:
+        """A session as the request of `owner` wants it, or the hashes of the blobs of `owner` that are missing;
+        always these, be they none, for a request that only checks.
 
         Every field is checked here, since anybody may have written it: raises PreconditionError for an edge of another
         protocol version and other SFTErrors for fields that make no sense.
@@ -41,13 +42,13 @@ class TransformersOpener:
         self._weights = weights
         self._budget = budget
 
-    def open(self, request: pb.OpenSessionRequest, owner: Identity = ANONYMOUS) -> Session | list[str]:
+    def open(self, request: pb.OpenSessionRequest, owner: Identity) -> Session | list[str]:
         """See Opener."""
         spec, device, store = check_request(request), self._worker.device, self._store.of(owner)
         net_2 = self._run(lambda: build(spec, device))
         check_rank(owner.limits, net_2.width)
         tensors, missing = self._weights.find(spec, net_2, store)
-        if missing:
+        if missing or request.only_check:
             return missing
         return self._run(lambda: make_session(spec, net_2, tensors, device, store.find, self._budget))
 

@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import grpc
@@ -34,9 +35,12 @@ from sft_cloud.guard import Guard
 from sft_cloud.limit_options import LimitOptions
 from sft_cloud.limits import Quotas
 from sft_cloud.memory import MemoryBudget, default_budget
+from sft_cloud.metrics_options import MetricsOptions
+from sft_cloud.observation import observation
+from sft_cloud.observing import NOBODY, Observer
 from sft_cloud.openers import Opener, TransformersOpener
-from sft_cloud.registry import Entry
-from sft_cloud.service import SplitTrainingService
+from sft_cloud.registry import SESSION_TIMEOUT_SECONDS, Entry, Registry
+from sft_cloud.service import SplitTrainingService, log_closed
 from sft_cloud.store import BlobStore
 from sft_cloud.weights import WeightsFinder
 from sft_cloud.worker import DeviceWorker, Worker, find_device
@@ -45,6 +49,9 @@ SERVICE_NAME = pb.DESCRIPTOR.services_by_name["SplitTraining"].full_name
 
 GRACE_SECONDS = 3.0
 """How long calls may take to end once the server stops."""
+
+_HOUSEKEEPING_SECONDS = 1.0
+"""Between two looks at what has waited for too long."""
 
 _SPARE_THREADS = 8
 """Beside one for each session's stream: for unary calls, uploads, downloads, health checks and reflection."""
@@ -69,29 +76,37 @@ class CloudServer:
         make_opener: Callable[[Worker, BlobStore], Opener] | None = None,
         on_close: Callable[[Entry, str], None] = lambda entry, reason: None,
         has_flags: bool = True,
+        session_timeout_seconds: float = SESSION_TIMEOUT_SECONDS,
         access: Access = _OPEN,
+        observer: Observer = NOBODY,
         limits: LimitOptions | None = None,
         audit: AuditLog | None = None,
     ) -> None:
         """Binds and starts. `port` 0 takes a free one. `make_opener`: for other models than the library's; `on_close`
         is told of every session that ends, and why; `has_flags`: whether host and port came from a command line, of
-        which errors then speak; `access`: TLS, and who is let in; `limits`: what each of them may take; `audit`: where
-        who did what is written down. Raises UsageError when it cannot bind, StorageError.
+        which errors then speak; `access`: TLS, and who is let in; `observer` is told what happens; `limits`: what each
+        caller may take; `audit`: where who did what is written down. Raises UsageError when it cannot bind,
+        StorageError.
         """
         dashes = "--" if has_flags else ""
         _check_bindable(host, port, dashes)
         limits = LimitOptions() if limits is None else limits
+        audit = AuditLog(None) if audit is None else audit
         calls = max_sessions + _SPARE_THREADS
         store = BlobStore(state_dir / "blobs", limits.max_upload_bytes)
         # Without a model directory, names are still not looked up as paths: they come from edges.
         weights = WeightsFinder(state_dir / "models" if model_dir is None else model_dir, limits.download_models)
         self.quotas = Quotas(max_sessions, limits.opens_per_minute)
         self.call_watch = CallWatch(limits.stall_timeout, limits.idle_timeout)
-        self.guard = Guard(access.identify, self.quotas, self.call_watch, audit or AuditLog(None))
+        self.guard = Guard(access.identify, self.quotas, self.call_watch, audit)
         self._executor = ThreadPoolExecutor(calls, thread_name_prefix="call")
         self._server = grpc.server(
             self._executor,
-            interceptors=[access.gate, self.guard] if access.gate else [self.guard],
+            interceptors=[
+                *observer.interceptors(access.identify),
+                *([access.gate] if access.gate else []),
+                self.guard,
+            ],
             options=SERVER_OPTIONS,
             maximum_concurrent_rpcs=calls,
         )
@@ -114,7 +129,22 @@ class CloudServer:
             opener: Opener = TransformersOpener(self._worker, store, weights, self.memory)
         else:
             opener = make_opener(self._worker, store)
-        self.service = SplitTrainingService(self._worker, store, opener, max_sessions, on_close=on_close)
+
+        def closed(entry: Entry, reason: str) -> None:
+            log_closed(entry, reason, self.sessions.age(entry))
+            audit.write("closed", entry.owner.name, "-", session=entry.label, reason=reason)
+            observer.metrics.closed(entry.owner.name)
+            on_close(entry, reason)
+
+        self.sessions = Registry(max_sessions, closed, session_timeout_seconds=session_timeout_seconds)
+        observer.metrics.watch_sessions(
+            lambda: [(entry.owner.name, entry.stream is not None) for entry in self.sessions.entries()], max_sessions
+        )
+        if access.credentials is not None:
+            observer.metrics.watch_certificate(access.certificate_expires)
+        self.service = SplitTrainingService(
+            self._worker, store, opener, self.sessions, access.identify, observer=observer
+        )
         pb_grpc.add_SplitTrainingServicer_to_server(self.service, self._server)
         self._health = health.HealthServicer(
             experimental_non_blocking=True, experimental_thread_pool=ThreadPoolExecutor(1, thread_name_prefix="health")
@@ -127,18 +157,29 @@ class CloudServer:
         self.call_watch.start()
         self._server.start()
         self._stopping = threading.Event()
+        self._threads = [threading.Thread(target=self._keep_house, name="housekeeper", daemon=True)]
         if access.gate is not None:
-            threading.Thread(target=access.gate.watch, args=(self._stopping,), name="gate", daemon=True).start()
+            self._threads.append(
+                threading.Thread(target=access.gate.watch, args=(self._stopping,), name="gate", daemon=True)
+            )
+        for thread in self._threads:
+            thread.start()
 
     def stop(self, grace_seconds: float = GRACE_SECONDS) -> None:
         """Takes no new call, lets running steps finish, and returns when nothing runs any more."""
         self._stopping.set()
+        for thread in self._threads:
+            thread.join()
         self._health.enter_graceful_shutdown()
         self.service.drain()
         self._server.stop(grace_seconds).wait()
         self.call_watch.stop()
         self._worker.shutdown()
         self._executor.shutdown()
+
+    def _keep_house(self) -> None:
+        while not self._stopping.wait(_HOUSEKEEPING_SECONDS):
+            self.sessions.reap()
 
 
 def serve(
@@ -150,12 +191,15 @@ def serve(
     max_sessions: int,
     threads: int | None,
     exit_with_stdin: bool,
+    session_timeout_seconds: float,
     access_options: AccessOptions,
     limits: LimitOptions,
+    metrics_options: MetricsOptions,
 ) -> None:
     """Serves until SIGTERM or SIGINT, or the end of standard input if `exit_with_stdin`. Main thread only.
 
-    Prints one line of JSON on standard output when it is ready: `event`, `address`, `device`.
+    Prints one line of JSON on standard output when it is ready: `event`, `address`, `device`, and `metrics` where there
+    are some.
     """
     # The libraries' own handlers and progress bars would break the form of the log.
     transformers_logging.disable_default_handler()
@@ -172,15 +216,20 @@ def serve(
         host,
         on_refused=lambda peer, reason: audit.write("refused", "-", peer, code="UNAUTHENTICATED", reason=reason),
     )
+    found = find_device(device)
+    observing = ExitStack()
+    observer, metrics_url = observing.enter_context(observation(metrics_options, found))
     server = CloudServer(
         host,
         port,
-        find_device(device),
+        found,
         state_dir,
         model_dir,
         max_sessions,
         threads,
+        session_timeout_seconds=session_timeout_seconds,
         access=access,
+        observer=observer,
         limits=limits,
         audit=audit,
     )
@@ -188,12 +237,15 @@ def serve(
         protection = {"tls": access.credentials is not None, "everybody": access.gate is None}
         _log.info("serving", extra={"fields": {"address": server.address, "device": str(server.device), **protection}})
         ready = {"event": "serving", "address": server.address, "device": str(server.device)}
+        if metrics_url:
+            ready["metrics"] = metrics_url
         sys.stdout.write(json.dumps(ready) + "\n")
         sys.stdout.flush()
         stop.wait()
         _log.info("stopping")
     finally:
         server.stop()
+        observing.close()
 
 
 def _wait_for_end_of_stdin(stop: threading.Event) -> None:

@@ -6,28 +6,44 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from typing import Any, Protocol, TypeVar
 
 import grpc
 from torch import Tensor
 
 from sft import __version__
-from sft.errors import ProtocolError, ServerUnavailableError, SFTError
+from sft.errors import ProtocolError, ServerUnavailableError, SessionLostError, SFTError, StorageError
 from sft.tensor_stream import StoredTensor, safetensors_chunks
 from sft.v1 import split_training_pb2 as pb
 from sft.v1 import split_training_pb2_grpc as pb_grpc
-from sft_cloud.errors import PreconditionError, ends_call
-from sft_cloud.identity import ANONYMOUS
+from sft_cloud.errors import PreconditionError, StreamTakenError, ends_call, ends_session
+from sft_cloud.identity import ANONYMOUS, Identity
+from sft_cloud.observing import NOBODY, Observer
 from sft_cloud.openers import Opener
-from sft_cloud.registry import Entry, Registry
+from sft_cloud.registry import DONE, Entry, Registry, StreamHandle
 from sft_cloud.session import Session
+from sft_cloud.status import Status
 from sft_cloud.store import BlobStore
 from sft_cloud.worker import Worker
 
 T = TypeVar("T")
 
+OnWorker = Callable[[Callable[[], Any]], Any]
+"""Runs something on the thread that owns the device, and returns what it returns."""
+
 _log = logging.getLogger(__name__)
+
+
+class Checkpoints(Protocol):
+    """Where sessions are saved, so that they survive the process."""
+
+    def save(self, entry: Entry, on_worker: OnWorker) -> pb.CheckpointSaved:
+        """Writes the session as it is. What reads tensors goes through `on_worker`. Raises StorageError."""
+
+    def keep(self, entry: Entry, steps: Sequence[int]) -> None:
+        """Deletes the other steps of the session's run. Raises StorageError."""
 
 
 class SplitTrainingService(pb_grpc.SplitTrainingServicer):
@@ -38,20 +54,24 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
         worker: Worker,
         store: BlobStore,
         opener: Opener,
-        max_sessions: int,
-        clock: Callable[[], float] = time.monotonic,
-        on_close: Callable[[Entry, str], None] = lambda entry, reason: None,
+        sessions: Registry,
+        identify: Callable[[grpc.ServicerContext], Identity] = lambda context: ANONYMOUS,
+        checkpoints: Checkpoints | None = None,
+        observer: Observer = NOBODY,
     ) -> None:
-        """`store` takes uploads; `clock`: seconds, for how long a session has waited for its stream; `on_close` is told
-        of every session that ends, and why.
-        """
+        """`store` takes uploads; `identify` says who calls, or raises AccessError; `observer` is told what happens."""
         self._worker = worker
         self._store = store
         self._opener = opener
-        self._on_close = on_close
+        self._identify = identify
+        self._checkpoints = checkpoints
+        self._observer = observer
         self._draining = threading.Event()
         self._idle: set[grpc.ServicerContext] = set()
-        self.sessions = Registry(max_sessions, self._log_closed, clock)
+        self.sessions = sessions
+        self.stopping = threading.Event()
+        """Set some time before `drain`: every answer tells its edge to save a checkpoint now."""
+        self._status = Status(sessions, worker.device, lambda: self.stopping.is_set() or self._draining.is_set())
 
     def drain(self) -> None:
         """From now on no session is opened; streams end, with UNAVAILABLE, once what they work on is answered.
@@ -66,26 +86,26 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
         """See the .proto."""
         response = pb.OpenSessionResponse(package_version=__version__, device=str(self._worker.device))
         with ends_call(context):
+            caller = self._identify(context)
             self._check_draining()
-            started = time.monotonic()
-            with self.sessions.place() as put:
-                opened = self._opener.open(request, ANONYMOUS)
-                if not isinstance(opened, Session):
-                    response.missing_blobs.extend(opened)
-                    return response
-                entry = put(opened)
+            if request.only_check:
+                missing = self._opener.open(request, caller)
+                response.missing_blobs.extend([] if isinstance(missing, Session) else missing)
+                return response
+            entry = self.sessions.opened(request, caller)
+            if entry is None:
+                started = time.monotonic()
+                with self.sessions.place(request, caller) as put:
+                    opened = self._opener.open(request, caller)
+                    if not isinstance(opened, Session):
+                        response.missing_blobs.extend(opened)
+                        return response
+                    entry = put(opened)
+                self._log_opened(entry, time.monotonic() - started)
+                self._observer.metrics.opened(caller.name, resumed=bool(request.resume_from))
             response.session_id = entry.session_id
-            fields = {
-                "session": entry.label,
-                "edge": request.package_version[:20],
-                "model": request.model_name,
-                "mode": pb.Mode.Name(request.cut.mode).rpartition("_")[2].lower(),
-                "split_layer": request.cut.layer_name or request.cut.split_layer,
-                "split_rank": request.cut.split_rank,
-                "optimizer": request.optimizer.name,
-                "seconds": round(time.monotonic() - started, 3),
-            }
-            _log.info("session opened", extra={"fields": fields})
+            response.next_step = entry.session.next_step
+            response.session_timeout_seconds = self.sessions.session_timeout_seconds
         return response
 
     def UploadBlob(
@@ -93,43 +113,57 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
     ) -> pb.UploadBlobResponse:
         """See the .proto."""
         with ends_call(context):
+            caller = self._identify(context)
             self._check_draining()
             first = next(request_iterator, None)
             if first is None:
                 raise ProtocolError("the upload holds no chunk; the first one names the blob")
             chunks = (request.data for request in itertools.chain([first], request_iterator))
-            self._store.of(ANONYMOUS).add(first.sha256, first.total_bytes, chunks)
+            self._store.of(caller).add(first.sha256, first.total_bytes, chunks)
+            self._observer.metrics.uploaded(caller.name, first.total_bytes)
             _log.info("blob stored", extra={"fields": {"sha256": first.sha256, "bytes": first.total_bytes}})
         return pb.UploadBlobResponse()
 
     def Train(
         self, request_iterator: Iterator[pb.EdgeMessage], context: grpc.ServicerContext
     ) -> Iterator[pb.CloudMessage]:
-        """See the .proto. The session ends with the call, however that ends."""
+        """See the .proto."""
         with ends_call(context):
+            caller = self._identify(context)
             first = next(request_iterator, None)
             if first is None or first.WhichOneof("body") != "attach":
                 raise PreconditionError("the first message of a stream must be an attach")
-            session_id = first.attach.session_id
-            self.sessions.attach(session_id)
+            stream = StreamHandle(context.cancel)
+            again = self.sessions.get(first.attach.session_id, caller).was_attached
+            entry = self.sessions.attach(first.attach.session_id, caller, stream)
+            session_id = entry.session_id
+            self._observer.metrics.attached(caller.name, again)
+            # Whoever held on to a session would keep its memory when it has ended.
+            del entry
             try:
-                # A call that ends while its thread waits for the worker must not hold the session's place until then.
-                if context.add_callback(lambda: self.sessions.close(session_id, "the stream ended")):
-                    yield self._answer(session_id, first)
-                    while (message := self._wait_for_message(request_iterator, context)) is not None:
-                        yield self._answer(session_id, message)
-            except SFTError as error:
-                self.sessions.close(session_id, str(error))
+                # A call that ends while its thread waits for the worker must not hold the session until then.
+                if not context.add_callback(lambda: self._detach(session_id, caller, stream)):
+                    return
+                yield from self._attached(session_id, caller, stream, first.answered)
+                while (message := self._wait_for_message(request_iterator, context)) is not None:
+                    if message.WhichOneof("body") == "close":
+                        self._end(session_id, caller, stream, DONE)
+                        return
+                    yield self._answer(session_id, caller, stream, message)
+            except Exception as error:
+                if ends_session(error):
+                    reason = str(error) if isinstance(error, SFTError) else "internal error"
+                    self._end(session_id, caller, stream, reason)
                 raise
             finally:
-                self.sessions.close(session_id, "the stream ended")
+                self._detach(session_id, caller, stream)
 
     def DownloadWeights(
         self, request: pb.DownloadWeightsRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.DownloadWeightsResponse]:
         """See the .proto. Tensor by tensor, so the worker is never held for long, but all of one step."""
         with ends_call(context):
-            entry = self.sessions.get(request.session_id)
+            entry = self.sessions.get(request.session_id, self._identify(context))
             version = entry.session.version
 
             def listed() -> list[StoredTensor]:
@@ -140,8 +174,24 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
                 return lambda: self._run(lambda: _read_at(entry.session, version, read))
 
             stored = [tensor._replace(read=on_worker(tensor.read)) for tensor in self._run(listed)]
+            skip, sent = request.offset, 0
             for data in safetensors_chunks(stored):
-                yield pb.DownloadWeightsResponse(data=data)
+                if skip < len(data):
+                    yield pb.DownloadWeightsResponse(data=data[skip:])
+                    sent += len(data) - skip
+                skip = max(skip - len(data), 0)
+            self._observer.metrics.downloaded(entry.owner.name, sent)
+
+    def Status(self, request: pb.StatusRequest, context: grpc.ServicerContext) -> pb.StatusResponse:
+        """See the .proto."""
+        with ends_call(context):
+            return self._status.status(self._identify(context))
+
+    def Probe(self, request: pb.ProbeRequest, context: grpc.ServicerContext) -> pb.ProbeResponse:
+        """See the .proto."""
+        with ends_call(context):
+            self._identify(context)
+            return self._status.probe(request)
 
     def _wait_for_message(
         self, request_iterator: Iterator[pb.EdgeMessage], context: grpc.ServicerContext
@@ -153,19 +203,66 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
         finally:
             self._idle.discard(context)
 
-    def _answer(self, session_id: str, message: pb.EdgeMessage) -> pb.CloudMessage:
+    def _attached(
+        self, session_id: str, caller: Identity, stream: StreamHandle, answered: int
+    ) -> Iterator[pb.CloudMessage]:
+        """Where the session is, and the answers that the edge lacks."""
+        entry = self.sessions.get(session_id, caller)
+        with entry.lock:  # what the stream before this one had begun is finished
+            _check_has(entry, stream)
+            answers = entry.messages.answers_after(answered)
+            attached = pb.Attached(next_step=entry.session.next_step, last_number=entry.messages.last_number)
+        del entry
+        yield pb.CloudMessage(attached=attached, stopping=self.stopping.is_set())
+        yield from answers
+
+    def _answer(
+        self, session_id: str, caller: Identity, stream: StreamHandle, message: pb.EdgeMessage
+    ) -> pb.CloudMessage:
         arrived = time.monotonic()
+        # Looked up each time: whoever held on to a session would keep its memory when it has ended.
+        entry = self.sessions.get(session_id, caller)
 
         def work() -> pb.CloudMessage:
-            # Looked up each time: whoever held on to a session would keep its memory when its edge has gone.
-            entry = self.sessions.get(session_id)
-            answer = entry.session.handle(message)
+            handled = watch.work(lambda: self.sessions.get(session_id, caller).session.handle(message))
+            answer = self._run(handled)
+            if message.HasField("save_checkpoint"):
+                answer.checkpoint_saved.CopyFrom(self._save(entry))
+            if message.HasField("keep_checkpoints") and self._checkpoints is not None:
+                with suppress(StorageError):  # too many is no harm; they are told again with the next checkpoint
+                    self._checkpoints.keep(entry, message.keep_checkpoints.steps)
             answer.cloud_seconds = time.monotonic() - arrived
-            entry.bytes_received += message.ByteSize()
-            entry.bytes_sent += answer.ByteSize()
             return answer
 
-        return self._run(work)
+        with self._observer.message(caller.name, entry.label, message) as watch, entry.lock:
+            _check_has(entry, stream)
+            self.sessions.touch(entry)
+            before = entry.session.next_step
+            answer, repeated = entry.messages.apply(message, work)
+            answer.stopping = self.stopping.is_set()
+            received, sent = message.ByteSize(), answer.ByteSize()
+            entry.bytes_received += received
+            entry.bytes_sent += sent
+            watch.answered(answer, (received, sent), entry.session.next_step - before, repeated)
+        return answer
+
+    def _save(self, entry: Entry) -> pb.CheckpointSaved:
+        """In the thread of the stream: the disk keeps nobody else waiting."""
+        if self._checkpoints is None or not entry.request.run_id:
+            raise PreconditionError("this session was opened without a run_id, or this server saves no checkpoints")
+        try:
+            return self._checkpoints.save(entry, self._run)
+        except StorageError as error:
+            _log.warning("checkpoint not saved", extra={"fields": {"session": entry.label, "reason": str(error)}})
+            return pb.CheckpointSaved(error=str(error))
+
+    def _detach(self, session_id: str, caller: Identity, stream: StreamHandle) -> None:
+        with suppress(SessionLostError):  # it has ended
+            self.sessions.detach(self.sessions.get(session_id, caller), stream)
+
+    def _end(self, session_id: str, caller: Identity, stream: StreamHandle, reason: str) -> None:
+        self._detach(session_id, caller, stream)  # first, or the call would end as cancelled
+        self.sessions.close(session_id, reason)
 
     def _run(self, work: Callable[[], T]) -> T:
         return self._worker.submit(work).result()
@@ -174,17 +271,40 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
         if self._draining.is_set():
             raise ServerUnavailableError("the server is shutting down")
 
-    def _log_closed(self, entry: Entry, reason: str) -> None:
+    def _log_opened(self, entry: Entry, seconds: float) -> None:
+        request = entry.request
         fields = {
             "session": entry.label,
-            "reason": reason,
-            "steps": entry.session.next_step,
-            "seconds": round(self.sessions.age(entry), 3),
-            "bytes_received": entry.bytes_received,
-            "bytes_sent": entry.bytes_sent,
+            "owner": entry.owner.name,
+            "edge": request.package_version[:20],
+            "model": request.model_name,
+            "mode": pb.Mode.Name(request.cut.mode).rpartition("_")[2].lower(),
+            "split_layer": request.cut.layer_name or request.cut.split_layer,
+            "split_rank": request.cut.split_rank,
+            "optimizer": request.optimizer.name,
+            "next_step": entry.session.next_step,
+            "seconds": round(seconds, 3),
         }
-        _log.info("session closed", extra={"fields": fields})
-        self._on_close(entry, reason)
+        _log.info("session opened", extra={"fields": fields})
+
+
+def log_closed(entry: Entry, reason: str, age_seconds: float) -> None:
+    """For the registry's `on_close`."""
+    fields = {
+        "session": entry.label,
+        "owner": entry.owner.name,
+        "reason": reason,
+        "steps": entry.session.next_step,
+        "seconds": round(age_seconds, 3),
+        "bytes_received": entry.bytes_received,
+        "bytes_sent": entry.bytes_sent,
+    }
+    _log.info("session closed", extra={"fields": fields})
+
+
+def _check_has(entry: Entry, stream: StreamHandle) -> None:
+    if entry.stream is not stream:
+        raise StreamTakenError("another stream has this session now")
 
 
 def _read_at(session: Session, version: int, read: Callable[[], Tensor]) -> Tensor:

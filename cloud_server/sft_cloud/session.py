@@ -1,13 +1,17 @@
 """One edge's net_2 and its state: Algorithm 1, lines 6 to 11 and 14, without a word about the network.
 
-    OPENED --attach--> READY --forward--> ACCUMULATING --forward, backward--> ACCUMULATING
-                         ^                      |
-                         +------ commit --------+
+    READY --forward--> ACCUMULATING --forward, backward--> ACCUMULATING
+      ^                   |      |
+      +----- commit ------+      |
+      +-- a step is undone ------+
 
 `evaluate` is answered in READY and ACCUMULATING and changes neither; nor do weights, gradient scales and `load_state`,
-which is refused while a micro-batch waits. A message that breaks a rule is refused and changes nothing. While a message
-is worked on the state is FAILED, and stays so if the work does not get through: half a step cannot be taken back, so
-there is no way on.
+which is refused while a micro-batch waits. A message that breaks a rule is refused and changes nothing. Where the
+device has no memory for a micro-batch, or for the step that it leads to, the whole step is undone and the answer says
+so. While a message is worked on the state is FAILED, and stays so if the work does not get through in any other way: a
+commit that was half applied cannot be taken back, so there is no way on but from a checkpoint.
+
+Each message comes here once; `sft_cloud.exactly_once` sees to that.
 """
 
 from __future__ import annotations
@@ -20,18 +24,18 @@ from pathlib import Path
 
 import torch
 
-from sft.errors import ProtocolError
+from sft.errors import ProtocolError, ServerFullError
 from sft.parameter_groups import scale_gradients, set_learning_rates
 from sft.seeding import seeded
 from sft.tensor_stream import StoredTensor
 from sft.v1 import split_training_pb2 as pb
-from sft_cloud.answers import Answers
 from sft_cloud.commits import apply_group_arguments, check_commit, take_step
-from sft_cloud.errors import PreconditionError
+from sft_cloud.errors import PreconditionError, is_out_of_memory
 from sft_cloud.half import HalfModel
 from sft_cloud.memory import MemoryShare
 from sft_cloud.micro_batches import MicroBatches
 from sft_cloud.optimizer_state import stored_state
+from sft_cloud.room import check_room_for_step
 from sft_cloud.states import Loader
 
 Work = Callable[[pb.CloudMessage], None]
@@ -40,6 +44,8 @@ Work = Callable[[pb.CloudMessage], None]
 _AUTOCAST = {pb.DATA_TYPE_BFLOAT16: torch.bfloat16, pb.DATA_TYPE_FLOAT16: torch.float16}
 
 
+_NO_MEMORY = "the cloud's device is out of memory; try smaller batches or another cut"
+
 _EVALUATION_TAKES = 4
 """Of the memory of training, at most this part: nothing is kept for a backward pass."""
 
@@ -47,7 +53,6 @@ _EVALUATION_TAKES = 4
 class State(enum.Enum):
     """Where a session is; see the module's drawing."""
 
-    OPENED = enum.auto()
     READY = enum.auto()
     ACCUMULATING = enum.auto()
     FAILED = enum.auto()
@@ -67,11 +72,13 @@ class Session:
         """`optimizer` over the parameters of `half`; `find_blob` gives the file of an uploaded blob; `memory` is
         what the session may take of the server's.
         """
-        self.state = State.OPENED
+        self.state = State.READY
         self.next_step = 0
         """The first step that is not committed."""
         self.version = 0
         """Counts the changes of weights and of the optimizer's state."""
+        self.has_begun = False
+        """Whether a message was applied."""
         self._half = half
         self._optimizer = optimizer
         self._seed = seed
@@ -79,11 +86,13 @@ class Session:
         self._loader = Loader(half, optimizer, find_blob)
         self._micro_batches = MicroBatches(half)
         self._forwards = 0  # answered in step `next_step`
-        self._answers = Answers()  # of that step
         self._keeps_gradients = False  # there are some of the step before
 
     def handle(self, message: pb.EdgeMessage) -> pb.CloudMessage:
-        """Does what a message asks and returns the answer; one that was answered before is answered from memory.
+        """Does what a message asks and returns the answer.
+
+        That to a `save_checkpoint` says only that there is a whole step to save: who calls this saves it, since a disk
+        takes longer than anybody else should wait for the device.
 
         Raises ProtocolError when the message makes no sense and PreconditionError when it comes out of order; the state
         is then what it was before.
@@ -92,27 +101,26 @@ class Session:
         body = message.WhichOneof("body") or ""
         if self.state is State.FAILED:
             raise PreconditionError("an earlier message of this session failed half-way; open a new session")
-        if (body == "attach") is not (self.state is State.OPENED):
+        if body in ("attach", "close"):
             raise PreconditionError("the first message of a stream, and no other, must be an attach")
-        if body == "attach":
-            self.state = State.READY
-            answer.attached.next_step = self.next_step
-            return answer
-        commits = message.HasField("commit") and self._is_new(message.commit)
-        if message.step == self.next_step and not commits and body != "evaluate":
-            known = self._answers.find(body, message.micro_batch)
-            if known is not None:
-                return known
-        # All of the message is checked before any of it is done.
-        rides = self._check_rides(message, commits)
-        work = self._check_body(message, body, commits)
-        self.state = State.FAILED
-        if rides:
+        commits = message.HasField("commit")
+        if commits:
+            self._check_commit(message.commit)
+        try:
+            # All of the message is checked before any of it is done.
+            self._check_rides(message, commits)
+            work = self._check_body(message, body, commits)
+            self.state, self.has_begun = State.FAILED, True
             self._ride(message, commits)
-        work(answer)
-        if body != "evaluate" and message.step == self.next_step:
-            self._answers.keep(body, answer)
-        self._memory.hold(self._micro_batches.waiting_bytes())
+            try:
+                work(answer)
+            except Exception as error:
+                if body not in ("forward", "backward") or not is_out_of_memory(error):
+                    raise
+                self._undo_step()
+                answer.step_skipped.reason = _NO_MEMORY
+        finally:
+            self._memory.hold(self._micro_batches.waiting_bytes())
         self.state = State.ACCUMULATING if self._forwards else State.READY
         return answer
 
@@ -126,22 +134,16 @@ class Session:
 
     # What rides on a message.
 
-    def _is_new(self, commit: pb.Commit) -> bool:
-        """Whether a commit is still to be applied; False for one that was. Raises when it may not be."""
-        if commit.step == self.next_step - 1:
-            return False
+    def _check_commit(self, commit: pb.Commit) -> None:
+        """Raises PreconditionError and ProtocolError when it may not be applied."""
         if commit.step != self.next_step or not (self._forwards or self._keeps_gradients):
             raise PreconditionError(
                 f"a commit of step {commit.step} came, but step {self.next_step} is next, "
                 f"with {self._forwards} micro-batches so far"
             )
         check_commit(commit, self._optimizer)
-        return True
 
-    def _check_rides(self, message: pb.EdgeMessage, commits: bool) -> bool:
-        """Whether what rides on the message is to be done: not when its commit was applied before."""
-        if message.HasField("commit") and not commits:
-            return False
+    def _check_rides(self, message: pb.EdgeMessage, commits: bool) -> None:
         if message.HasField("gradient_scale"):
             if message.WhichOneof("body") in ("evaluate", "load_state"):
                 raise ProtocolError("a gradient_scale rides on a forward or a backward, or comes without a body")
@@ -152,12 +154,9 @@ class Session:
             if step != self.next_step:
                 raise PreconditionError(f"weights of step {step} came, but step {self.next_step} is next")
             self._micro_batches.check_weights(message.weights)
-        return True
 
     def _ride(self, message: pb.EdgeMessage, commits: bool) -> None:
         self._micro_batches.weigh(message.weights)
-        for weight in message.weights:
-            self._answers.forget("forward", weight.micro_batch)
         if commits:
             self._commit(message.commit)
         if message.HasField("gradient_scale"):
@@ -173,10 +172,16 @@ class Session:
         self._keeps_gradients = commit.keep_gradients
         if not commit.keep_gradients:
             self._micro_batches.scale(0.0)
-        self._answers.clear()
         self._forwards = 0
         self.next_step += 1
         self.version += 1
+
+    def _undo_step(self) -> None:
+        """As if nothing of the step that is being accumulated had come."""
+        self._micro_batches.clear()
+        self._micro_batches.scale(0.0)
+        self._keeps_gradients = False
+        self._forwards = 0
 
     # The body.
 
@@ -186,6 +191,8 @@ class Session:
             return self._check_evaluate(message)
         if not body:
             return self._check_nothing(message, commits)
+        if body == "keep_checkpoints":
+            return self._answer_committed
         next_step = self.next_step + commits
         if message.step != next_step:
             raise PreconditionError(f"a micro-batch of step {message.step} came, but step {next_step} is next")
@@ -193,12 +200,14 @@ class Session:
             return self._check_forward(message, commits)
         if body == "backward":
             return self._check_backward(message, commits)
+        if body == "save_checkpoint":
+            return self._check_save(commits)
         return self._check_load_state(message, commits)
 
     def _check_nothing(self, message: pb.EdgeMessage, commits: bool) -> Work:
         if not (message.HasField("commit") or message.weights or message.HasField("gradient_scale")):
             raise ProtocolError("the message holds neither a commit nor anything else to do")
-        if not message.HasField("commit") and message.step != self.next_step:
+        if not commits and message.step != self.next_step:
             raise PreconditionError(f"a message of step {message.step} came, but step {self.next_step} is next")
         return self._answer_committed
 
@@ -245,6 +254,7 @@ class Session:
                     self._micro_batches.add(given, loss * forward.loss_scale, answer.result)
                 else:
                     self._micro_batches.keep_gradients(message.micro_batch, given, loss, answer.result)
+                check_room_for_step(self._optimizer)
             self._forwards += 1
 
         return work
@@ -256,7 +266,19 @@ class Session:
 
         def work(answer: pb.CloudMessage) -> None:
             self._micro_batches.backward(message.micro_batch, gradient, answer.result)
-            self._answers.forget("forward", message.micro_batch)
+            check_room_for_step(self._optimizer)
+
+        return work
+
+    def _check_save(self, commits: bool) -> Work:
+        begun = not commits and self._forwards
+        if begun or self._keeps_gradients:
+            raise PreconditionError(
+                "a checkpoint is saved between two steps: commit this one, and forget its gradients, first"
+            )
+
+        def work(answer: pb.CloudMessage) -> None:
+            answer.checkpoint_saved.id.step = self.next_step
 
         return work
 
@@ -265,11 +287,14 @@ class Session:
         needed = self._micro_batches.waiting_bytes(message.weights)
         needed += self._half.training_bytes(message.evaluate.activation) // _EVALUATION_TAKES
         self._memory.check(needed)
+        try:
+            self._memory.hold(needed)
+        except MemoryError as error:
+            raise ServerFullError(f"there is no memory for this batch now: {error}; try again") from error
         given = self._half.decode(message.evaluate.activation)
         self._half.check_outputs(given)
 
         def work(answer: pb.CloudMessage) -> None:
-            self._memory.hold(needed)
             self._half.train(False)
             with torch.no_grad(), self._precision(message.evaluate.autocast):
                 outputs = self._half.outputs(given)

@@ -10,7 +10,7 @@ import socket
 import ssl
 import tempfile
 from contextlib import suppress
-from typing import Optional
+from typing import NamedTuple, Optional
 
 from sft.access import Credentials
 
@@ -27,6 +27,26 @@ def why_no_handshake(host: str, port: int, credentials: Credentials, timeout_sec
                 return _why_not_plaintext(plain, host, credentials)
             return _why_not_encrypted(plain, host, credentials)
     except OSError:  # no connection, which is not for here to say
+        return None
+
+
+class TlsLook(NamedTuple):
+    """What was agreed on."""
+
+    version: str
+    """Such as TLSv1.3."""
+    expires_unix_seconds: float
+    """When the server's certificate does."""
+
+
+def look_at_tls(host: str, port: int, credentials: Credentials, timeout_seconds: float) -> Optional[TlsLook]:
+    """None where no TLS comes about that may be trusted."""
+    try:
+        plain = socket.create_connection((host, port), timeout_seconds)
+        with plain, _verified(credentials).wrap_socket(plain, server_hostname=host) as encrypted:
+            expires = str((encrypted.getpeercert() or {})["notAfter"])
+            return TlsLook(str(encrypted.version()), float(ssl.cert_time_to_seconds(expires)))
+    except OSError:
         return None
 
 

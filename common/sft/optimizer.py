@@ -62,6 +62,9 @@ class SplitOptions:
     reply_timeout_seconds: float = 600.0
     """How long an answer of the cloud may take."""
 
+    reconnect_timeout_seconds: float = 1800.0
+    """How long to try to mend a link that broke; 0 gives up at once."""
+
     seed: Optional[int] = None
     """Of the cloud's dropout; None is `torch.initial_seed()`."""
 
@@ -156,6 +159,7 @@ class SFTOptimizer(torch.optim.Optimizer):
         wire_dtype: str = "float32",
         connect_timeout_seconds: float = 20.0,
         reply_timeout_seconds: float = 600.0,
+        reconnect_timeout_seconds: float = 1800.0,
         seed: Optional[int] = None,
         tls: Optional[bool] = None,
         tls_ca: Optional[str] = None,
@@ -191,6 +195,7 @@ class SFTOptimizer(torch.optim.Optimizer):
             wire_dtype=wire_dtype,
             connect_timeout_seconds=connect_timeout_seconds,
             reply_timeout_seconds=reply_timeout_seconds,
+            reconnect_timeout_seconds=reconnect_timeout_seconds,
             seed=seed,
             tls=tls,
             tls_ca=tls_ca,

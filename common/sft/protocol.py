@@ -10,6 +10,12 @@ PROTOCOL_VERSION = 3
 MAX_MESSAGE_BYTES = 256 << 20
 """Largest message either side accepts: a full-width activation of 128 x 512 tokens x 1024 floats."""
 
+MAX_PROBE_BYTES = 4 << 20
+"""What one probe of the way may carry in each direction."""
+
+MAX_UNANSWERED = 64
+"""Messages of a session whose answers are not known to have arrived: the cloud remembers so many."""
+
 MAX_WAITING = 64
 """Micro-batches of a step that may wait for a Weight or a Backward: each takes memory on the cloud, with labels as much
 as net_2's gradients."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import List, Optional
 
 from sft.config import parse, run
-from sft_edge.command_options import DemoOptions, EvaluateOptions, PredictOptions, VerifyOptions
+from sft_edge.command_options import DemoOptions, DoctorOptions, EvaluateOptions, PredictOptions, VerifyOptions
 from sft_edge.export_options import ExportOptions
 from sft_edge.optimizer_options import OptimizerOptions
 from sft_edge.options import TRAIN_OPTIONS, CutOptions, LinkOptions, check_together
@@ -57,6 +57,14 @@ def verify(prog: str, argv: List[str]) -> int:
     return 0
 
 
+def doctor(prog: str, argv: List[str]) -> int:
+    """look at a server and the way to it, and say what would stop a run"""
+    options = parse((DoctorOptions, LinkOptions), argv, prog, doctor.__doc__)
+    from sft_edge.doctor import doctor as examine
+
+    return examine(*options)
+
+
 def demo(prog: str, argv: List[str]) -> int:
     """train the paper's three systems side by side on a synthetic text set"""
     (options,) = parse((DemoOptions,), argv, prog, demo.__doc__)
@@ -71,6 +79,7 @@ COMMANDS = {
     "predict": predict,
     "export": export,
     "verify": verify,
+    "doctor": doctor,
     "demo": demo,
 }
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal, Optional
 
 from sft.config import above_zero, at_least
+from sft.durations import Duration
 from sft.errors import UsageError
 
 
@@ -130,6 +131,53 @@ class VerifyOptions:
             raise UsageError("--head causal-lm needs --from-config or --model of a decoder, such as GPT-2")
         if self.residual != "none" and self.mode == "sl":
             raise UsageError(f"--residual {self.residual} needs --mode sft: --mode sl cuts between two blocks")
+
+
+@dataclass
+class DoctorOptions:
+    """What is looked at."""
+
+    model: Optional[str] = None
+    """a model on the hub, a directory, or minilm, which the server is asked about; without it no model is"""
+
+    from_config: Optional[Path] = None
+    """instead of --model: a config.json whose shape gets random weights"""
+
+    mode: Literal["sft", "sl"] = "sft"
+    """split fine-tuning or plain split learning"""
+
+    split_layer: int = 1
+    """the block that is cut, counted from 1"""
+
+    split_rank: int = 8
+    """rank R of the decomposed layer; sft only"""
+
+    head: Literal["sequence-classification", "question-answering", "causal-lm"] = "sequence-classification"
+    """what the model predicts"""
+
+    wire_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """type of activations and gradients on the wire"""
+
+    per_device_train_batch_size: int = 32
+    """sequences in a micro-batch"""
+
+    max_seq_length: int = 128
+    """tokens a sequence is cut to"""
+
+    seed: int = 42
+    """draws what no checkpoint holds"""
+
+    idle: Duration = Duration("10s")
+    """how long a stream is kept without a message before it is used again; 0s leaves that out"""
+
+    json: bool = False
+    """write the findings as JSON"""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "split_layer", "split_rank", "per_device_train_batch_size", "max_seq_length")
+        at_least(self, 0, "seed", "idle")
+        if self.model is not None and self.from_config is not None:
+            raise UsageError("only one of --model and --from-config may be given")
 
 
 @dataclass

@@ -2,19 +2,24 @@
 
 What a status becomes:
 
-    while opening a session
-      UNAVAILABLE, DEADLINE_EXCEEDED                   ServerUnavailableError
-      UNAVAILABLE, but the port takes TCP connections  ProtocolError: not an sft-cloud server
-      others                                           LinkError
-    during stream, upload and download
-      UNAVAILABLE, NOT_FOUND, CANCELLED and others     SessionLostError
-    at any time, before the above
+    at any time
       UNIMPLEMENTED                                    ProtocolError: not an sft-cloud server
       FAILED_PRECONDITION, INVALID_ARGUMENT            ProtocolError, with the server's sentence
       RESOURCE_EXHAUSTED                               ServerFullError, with the server's sentence
       RESOURCE_EXHAUSTED, a message over gRPC's limit  ProtocolError
-      UNAUTHENTICATED, PERMISSION_DENIED               AccessError
-      UNAVAILABLE, as TLS could not be agreed on       AccessError (while opening a session)
+      UNAUTHENTICATED, PERMISSION_DENIED               AccessError, with the server's sentence
+      NOT_FOUND                                        SessionLostError, with the server's sentence
+    else, while opening a session
+      UNAVAILABLE, and nobody listens                  ServerUnavailableError
+      UNAVAILABLE, as TLS could not be agreed on       AccessError
+      UNAVAILABLE: the port takes TCP connections,
+        but says nothing or nothing that is gRPC       ProtocolError: not an sft-cloud server
+      UNAVAILABLE: whoever answered has gone, or is
+        busy                                           StreamBrokenError
+      DEADLINE_EXCEEDED                                ServerUnavailableError
+      others                                           LinkError
+    else, during stream, upload and download
+      UNAVAILABLE, ABORTED, CANCELLED and others       StreamBrokenError
 """
 
 from __future__ import annotations
@@ -22,7 +27,7 @@ from __future__ import annotations
 import socket
 import threading
 from types import TracebackType
-from typing import Callable, Iterator, List, Optional, Tuple, Type
+from typing import Callable, Iterator, List, NamedTuple, Optional, Tuple, Type
 
 import grpc
 
@@ -36,12 +41,15 @@ from sft.errors import (
     ServerUnavailableError,
     SessionLostError,
     SFTError,
+    StreamBrokenError,
     UsageError,
 )
 from sft.handshake import why_no_handshake
+from sft.inquiry import Inquiry
 from sft.protocol import CLIENT_OPTIONS
 from sft.v1 import split_training_pb2 as pb
 from sft.v1.split_training_pb2_grpc import SplitTrainingStub
+from sft_edge.spans import edge_tracer, traced
 from sft_edge.transport import Stream, Transport
 
 CONNECT_TIMEOUT_SECONDS = 10.0
@@ -56,6 +64,16 @@ STALL_TIMEOUT_SECONDS = 120.0
 _TRAIN = pb.DESCRIPTOR.services_by_name["SplitTraining"].methods_by_name["Train"]
 
 
+class Keepalive(NamedTuple):
+    """How a link that has died without a word is found out: in at most the sum of both, in seconds."""
+
+    time_seconds: float = 20.0
+    """Of silence, before the other side is asked for a sign of life. Servers take less than ten for an attack."""
+
+    timeout_seconds: float = 20.0
+    """For the sign of life."""
+
+
 class GrpcTransport(Transport):
     """gRPC to `address`, "HOST:PORT" or "[IPv6]:PORT". Nothing is dialed before the first call.
 
@@ -68,6 +86,7 @@ class GrpcTransport(Transport):
         connect_timeout_seconds: float = CONNECT_TIMEOUT_SECONDS,
         open_timeout_seconds: float = OPEN_TIMEOUT_SECONDS,
         stall_timeout_seconds: float = STALL_TIMEOUT_SECONDS,
+        keepalive: Keepalive = Keepalive(),  # noqa: B008  # a tuple
         credentials: Credentials = PLAINTEXT,
     ) -> None:
         self._address = address
@@ -76,16 +95,24 @@ class GrpcTransport(Transport):
         self._connect_timeout_seconds = connect_timeout_seconds
         self._open_timeout_seconds = open_timeout_seconds
         self._stall_timeout_seconds = stall_timeout_seconds
+        self._keepalive = keepalive
+        self._channel = self._dial()
+        self._is_closed = False
+
+    def _dial(self) -> grpc.Channel:
         options: List[Tuple[str, int]] = [
             *CLIENT_OPTIONS,
             # Despite its name also the time an attempt to connect may take: a peer may accept and then be silent.
-            ("grpc.min_reconnect_backoff_ms", int(connect_timeout_seconds * 1000)),
+            ("grpc.min_reconnect_backoff_ms", int(self._connect_timeout_seconds * 1000)),
+            ("grpc.keepalive_time_ms", int(self._keepalive.time_seconds * 1000)),
+            ("grpc.keepalive_timeout_ms", int(self._keepalive.timeout_seconds * 1000)),
         ]
-        self._channel = open_channel(address, credentials, options)
-        self._stub = SplitTrainingStub(self._channel)
+        channel = traced(open_channel(self._address, self._credentials, options), edge_tracer())
+        self._stub = SplitTrainingStub(channel)
         # Without serializers: see transport.py.
         method = f"/{_TRAIN.containing_service.full_name}/{_TRAIN.name}"
-        self._train: grpc.StreamStreamMultiCallable[bytes, bytes] = self._channel.stream_stream(method)
+        self._train: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(method)
+        return channel
 
     def open_session(self, request: pb.OpenSessionRequest) -> pb.OpenSessionResponse:
         """See Transport. Fails at once when nobody listens, and within the connect time-out when the peer is silent."""
@@ -98,7 +125,7 @@ class GrpcTransport(Transport):
         return response
 
     def upload(self, sha256: str, total_bytes: int, chunks: Iterator[bytes]) -> None:
-        """See Transport. Raises SessionLostError when no chunk went through for the stall time-out."""
+        """See Transport. The way counts as broken when no chunk went through for the stall time-out."""
         failure: List[BaseException] = []
 
         def requests() -> Iterator[pb.UploadBlobRequest]:
@@ -129,10 +156,10 @@ class GrpcTransport(Transport):
         """See Transport. A link that breaks without a word is noticed by gRPC's keepalive."""
         return _GrpcStream(self._train(messages, metadata=self._credentials.metadata()), self._error)
 
-    def download(self, session_id: str, optimizer_state: bool = False) -> Iterator[bytes]:
-        """See Transport. Raises SessionLostError when no chunk came for the stall time-out."""
+    def download(self, session_id: str, optimizer_state: bool = False, offset: int = 0) -> Iterator[bytes]:
+        """See Transport. The way counts as broken when no chunk came for the stall time-out."""
         with _StallGuard(self._stall_timeout_seconds) as guard:
-            request = pb.DownloadWeightsRequest(session_id=session_id, optimizer_state=optimizer_state)
+            request = pb.DownloadWeightsRequest(session_id=session_id, optimizer_state=optimizer_state, offset=offset)
             call = self._stub.DownloadWeights(request, metadata=self._credentials.metadata())
             guard.watch(call.cancel)
             try:
@@ -144,8 +171,19 @@ class GrpcTransport(Transport):
             finally:
                 call.cancel()
 
+    def inquiry(self, timeout_seconds: float) -> Inquiry:
+        """For questions about the cloud and the way to it, by the same connection; it is closed with this."""
+        return Inquiry(self._channel, self._address, timeout_seconds, self._credentials)
+
+    def renew(self) -> None:
+        """See Transport."""
+        self._channel.close()
+        if not self._is_closed:
+            self._channel = self._dial()
+
     def close(self) -> None:
         """See Transport."""
+        self._is_closed = True
         self._channel.close()
 
     def _opening_error(self, error: grpc.RpcError) -> LinkError:
@@ -161,7 +199,7 @@ class GrpcTransport(Transport):
                 return AccessError(f"{self._address} {why}")
             if "failed to connect" in details:  # gRPC's words when TCP or the handshake on top of it failed
                 return self._not_ours()
-            return ServerUnavailableError(f"{self._address} opens no session now: {details}")
+            return StreamBrokenError(f"{self._address} opens no session now: {details}")
         if code == grpc.StatusCode.DEADLINE_EXCEEDED:
             return ServerUnavailableError(
                 f"{self._address} did not open a session within {self._open_timeout_seconds:g} s: see the server's log"
@@ -173,11 +211,11 @@ class GrpcTransport(Transport):
     def _error(self, call: grpc.RpcError, stalled: bool = False) -> LinkError:
         code, details = call.code(), call.details() or ""
         if stalled:
-            return SessionLostError(
+            return StreamBrokenError(
                 f"nothing moved between here and {self._address} for {self._stall_timeout_seconds:g} s"
             )
-        return self._common_error(code, details) or SessionLostError(
-            f"the cloud at {self._address} was lost ({code.name}: {details})"
+        return self._common_error(code, details) or StreamBrokenError(
+            f"the link to {self._address} broke ({code.name}: {details})"
         )
 
     def _common_error(self, code: grpc.StatusCode, details: str) -> Optional[LinkError]:
@@ -192,6 +230,10 @@ class GrpcTransport(Transport):
             return self._not_ours()
         if code == grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" not in details:
             return ServerFullError(f"{self._address} has no room: {details}")
+        if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
+            return AccessError(f"{self._address} does not let us in: {details}")
+        if code == grpc.StatusCode.NOT_FOUND:
+            return SessionLostError(f"{self._address}: {details}")
         if code in (
             grpc.StatusCode.RESOURCE_EXHAUSTED,
             grpc.StatusCode.FAILED_PRECONDITION,

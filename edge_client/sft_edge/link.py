@@ -1,40 +1,29 @@
-"""The edge's end of one session: messages go out through one queue, one thread reads the answers.
-
-Nothing outside this file knows about threads. Both that are needed (the reader here, and the transport's own that takes
-messages from the queue) start with the first message, after a DataLoader has forked the workers of the first epoch.
-"""
+"""The edge's end of one session: what an edge can ask of the cloud, one method each."""
 
 from __future__ import annotations
 
-import queue
-import threading
+import secrets
 from types import TracebackType
-from typing import Dict, Iterator, Mapping, Optional, Sequence, Tuple, Type
+from typing import Callable, Iterator, Mapping, Optional, Sequence, Type
 
-from google.protobuf.message import DecodeError
-
-from sft.errors import LinkError, ProtocolError, SessionLostError
-from sft.ledger import Traffic, framed_size
+from sft.errors import ProtocolError, ServerFullError, ServerUnavailableError, StorageError, StreamBrokenError
+from sft.ledger import Traffic
 from sft.v1 import split_training_pb2 as pb
+from sft_edge.exchange import BREAK_TIMEOUT_SECONDS, TRANSIENT, Counts, Exchange
+from sft_edge.patience import Patience, Retries
 from sft_edge.replies import Blob, PendingReply, Reply
-from sft_edge.transport import Stream, Transport
+from sft_edge.spans import StepSpans, edge_tracer
+from sft_edge.transport import Transport
 
 __all__ = ["Blob", "Link", "PendingReply", "Reply"]
-
-REPLY_TIMEOUT_SECONDS = 600.0
-"""How long an answer may take. A link that breaks is noticed long before; this is for a cloud that hangs."""
-
-CLOSE_TIMEOUT_SECONDS = 5.0
-"""How long the cloud may take to end the stream before it is broken off."""
-
-_Key = Tuple[str, int, int]  # kind of the answer, step, micro-batch
 
 
 class Link:
     """One session on the cloud, from `open` to `close`; a context manager.
 
-    Steps are sent in order and answered in order. Once a call has raised a LinkError the session is over, and later
-    calls raise the same. Not for several threads at once.
+    Steps are sent in order and answered in order. A link that breaks is mended: what was not answered is sent again,
+    and the cloud applies nothing twice. Once a call has raised a LinkError the session is over, and later calls raise
+    the same. Not for several threads at once.
     """
 
     def __init__(
@@ -42,42 +31,66 @@ class Link:
         transport: Transport,
         request: pb.OpenSessionRequest,
         blobs: Mapping[str, Blob],
-        reply_timeout_seconds: float = REPLY_TIMEOUT_SECONDS,
+        patience: Patience = Patience(),  # noqa: B008  # a tuple
+        on_status: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """`blobs` are what `request` names by SHA-256; the transport is closed with the link."""
+        """`blobs` are what `request` names by SHA-256; the transport is closed with the link.
+
+        `on_status`, called in any thread, is told what the link is waiting for while it is broken; an empty text when
+        it is whole again.
+        """
         self._transport = transport
-        self._request = request
+        self._request = pb.OpenSessionRequest()
+        self._request.CopyFrom(request)
+        self._request.request_id = secrets.token_urlsafe(24)
         self._blobs = blobs
-        self._reply_timeout_seconds = reply_timeout_seconds
+        self._patience = patience
+        self._on_status = on_status
+        self._exchange = Exchange(transport, patience, on_status)
+        self._spans = StepSpans(edge_tracer())
         self._session_id = ""
         self._held = pb.EdgeMessage()  # weights, commit and gradient_scale of the next message
         self._step = 0  # that weights and gradients belong to now
         self._without_body = 0  # messages of that step
-        self._outgoing: queue.SimpleQueue[Optional[bytes]] = queue.SimpleQueue()  # None ends the stream
-        self._stream: Optional[Stream] = None
-        self._reader: Optional[threading.Thread] = None
-        self._lock = threading.Lock()  # guards what follows
-        self._waiting: Dict[_Key, PendingReply] = {}
-        self._failure: Optional[LinkError] = None
-        self._total = Traffic()
 
     @property
     def total(self) -> Traffic:
-        """Of everything on the stream so far: of all replies, and of what no reply counts, such as attaching."""
-        with self._lock:
-            return self._total
+        """See Exchange."""
+        return self._exchange.total
 
-    def open(self) -> pb.OpenSessionResponse:
+    @property
+    def counts(self) -> Counts:
+        """What it took to keep the session going."""
+        return self._exchange.counts
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the server has said that it stops soon: a checkpoint that is saved now loses nothing."""
+        return self._exchange.stopping
+
+    def open(self, patient: bool = False) -> pb.OpenSessionResponse:
         """Opens the session and uploads what the cloud lacks.
 
-        Raises what Transport.open_session and upload raise; the link is closed then.
+        A call that breaks is tried again; with `patient` also one that finds nobody, or no room: the server may be
+        about to come back. Raises what Transport.open_session and upload raise; the link is closed then.
         """
+        tries = Retries(self._patience, self._exchange.wake, self._on_status)
         try:
-            response = self._open()
+            while True:
+                try:
+                    response = self._open()
+                    break
+                except TRANSIENT as error:
+                    if not patient and isinstance(error, (ServerUnavailableError, ServerFullError)):
+                        raise
+                    tries.after(error)
+                    self._transport.renew()
         except BaseException:  # Ctrl-C during an upload too
             self.close()
             raise
         self._session_id = response.session_id
+        self._step = response.next_step
+        self._exchange.begin(response.session_id)
         self._blobs = {}  # what they read from may be half a model, and whoever offered it may have let go of it
         return response
 
@@ -168,7 +181,7 @@ class Link:
 
         Several before one message multiply.
         """
-        self._raise_failure()
+        self._exchange.check()
         before = self._held.gradient_scale if self._held.HasField("gradient_scale") else 1.0
         self._held.gradient_scale = before * scale
 
@@ -180,13 +193,14 @@ class Link:
         group_arguments: Sequence[pb.GroupArguments] = (),
     ) -> None:
         """Algorithm 1, line 14, for net_2. Held back until the next message; weights that are held go with it."""
-        self._raise_failure()
+        self._exchange.check()
         if self._held.HasField("commit") or self._held.HasField("gradient_scale"):
             self.flush()  # the scale is for gradients of this step, and in one message would come after the commit
         commit = pb.Commit(
             step=step, learning_rates=learning_rates, clip_scale=clip_scale, group_arguments=group_arguments
         )
         self._held.commit.CopyFrom(commit)
+        self._spans.end_step()
 
     def keep_gradients(self) -> None:
         """Net_2's gradients are not forgotten after the commit that is held. Raises ProtocolError when none is."""
@@ -207,10 +221,22 @@ class Link:
     def weights(self, optimizer_state: bool = False) -> Iterator[bytes]:
         """Net_2's parameters, or the state of its optimizer, after every commit so far.
 
-        The bytes of one safetensors file, in chunks.
+        The bytes of one safetensors file, in chunks; a download that breaks goes on where it was.
         """
         self._settle()
-        return self._transport.download(self._session_id, optimizer_state)
+        return self._download(optimizer_state)
+
+    def _download(self, optimizer_state: bool) -> Iterator[bytes]:
+        tries, offset = Retries(self._patience, self._exchange.wake, self._on_status), 0
+        while True:
+            try:
+                for data in self._transport.download(self._session_id, optimizer_state, offset):
+                    offset += len(data)
+                    tries.reset()
+                    yield data
+                return
+            except TRANSIENT as error:
+                tries.after(error)
 
     def load_state(self, blob: Blob, sha256: str, optimizer_state: bool) -> None:
         """Replaces net_2's parameters, or the state of its optimizer, by a file of the form that `weights` gives.
@@ -219,32 +245,50 @@ class Link:
         a `forward` waits for its weight or its `backward`, or when the file is not one of this net_2.
         """
         self._settle()
-        self._transport.upload(sha256, blob.total_bytes, blob.chunks())
-        message = pb.EdgeMessage(step=self._step, micro_batch=self._without_body)
+        tries = Retries(self._patience, self._exchange.wake, self._on_status)
+        while True:
+            try:
+                self._transport.upload(sha256, blob.total_bytes, blob.chunks())
+                break
+            except StreamBrokenError as error:
+                tries.after(error)
+        message = self._beside()
         message.load_state.sha256 = sha256
         message.load_state.optimizer_state = optimizer_state
-        self._without_body += 1
+        self._send("committed", message, payload_bytes=0).result()
+
+    def save_checkpoint(self) -> pb.CheckpointSaved:
+        """First half of a checkpoint after every commit so far: the cloud's half is where it survives the process.
+
+        Raises StorageError when the cloud could not save it; the session goes on.
+        """
+        self._settle()
+        message = self._beside()
+        message.save_checkpoint.SetInParent()
+        saved = self._send("checkpoint_saved", message, payload_bytes=0).result().message.checkpoint_saved
+        if saved.error:
+            raise StorageError(f"the cloud could not save its half of the checkpoint: {saved.error}")
+        return saved
+
+    def keep_checkpoints(self, steps: Sequence[int]) -> None:
+        """Second half: these are the steps that are whole here; the cloud may delete the others of the run."""
+        message = self._beside()
+        message.keep_checkpoints.steps.extend(steps)
         self._send("committed", message, payload_bytes=0).result()
 
     def check(self) -> None:
         """Raises what ended the session, if it is known to have ended."""
-        self._raise_failure()
+        self._exchange.check()
 
     def abandon(self) -> None:
         """Ends the session without waiting for anything. For finalizers: it takes no lock and starts no thread."""
-        self._outgoing.put(None)
+        self._exchange.abandon()
 
     def close(self) -> None:
         """Ends the session and closes the transport; no thread is left. What is held is dropped. Idempotent."""
-        if self._session_id and self._reader is None and self._failure is None:
-            self._start()  # the cloud keeps a session for its stream; a stream that ends frees it
-        self._outgoing.put(None)
-        if self._stream is not None and self._reader is not None:
-            self._reader.join(CLOSE_TIMEOUT_SECONDS)
-            self._stream.cancel()
-            self._reader.join()
-        self._fail(SessionLostError("the link is closed"))
+        self._exchange.close()
         self._transport.close()
+        self._spans.end_step()
 
     def __enter__(self) -> Link:
         return self
@@ -252,21 +296,23 @@ class Link:
     def __exit__(
         self, kind: Optional[Type[BaseException]], error: Optional[BaseException], traceback: Optional[TracebackType]
     ) -> None:
-        if error is not None and self._stream is not None:
-            self._stream.cancel()  # whatever is under way, nobody waits for it
+        if error is not None:
+            self._exchange.close(BREAK_TIMEOUT_SECONDS)
         self.close()
 
     def _settle(self) -> None:
         """Whatever was asked for so far has been done."""
         self.flush()
-        with self._lock:
-            waiting = list(self._waiting.values())
-        for pending in waiting:  # a commit may ride on a message whose answer nobody waited for, as after Ctrl-C
-            pending.result()
-        self._raise_failure()
+        self._exchange.settle()  # a commit may ride on a message whose answer nobody waited for, as after Ctrl-C
+
+    def _beside(self) -> pb.EdgeMessage:
+        """A message beside those of the step."""
+        message = pb.EdgeMessage(step=self._step, micro_batch=self._without_body)
+        self._without_body += 1
+        return message
 
     def _hold_weight(self, weight: pb.Weight) -> None:
-        self._raise_failure()
+        self._exchange.check()
         if self._held.HasField("commit") or self._held.HasField("gradient_scale"):
             self.flush()  # in one message, both would come after the weight
         self._held.weights.append(weight)
@@ -287,86 +333,4 @@ class Link:
         return pending
 
     def _send(self, kind: str, message: pb.EdgeMessage, payload_bytes: int) -> PendingReply:
-        """Queues a message that the cloud answers with a `kind` for the same step and micro-batch."""
-        self._raise_failure()
-        if self._reader is None:
-            self._start()
-        return self._enqueue(kind, message, payload_bytes)
-
-    def _start(self) -> None:
-        self._enqueue("attached", pb.EdgeMessage(attach=pb.Attach(session_id=self._session_id)), payload_bytes=0)
-        stream = self._stream = self._transport.stream(iter(self._outgoing.get, None))
-        self._reader = threading.Thread(target=self._read, args=(stream,), name="sft-link-reader", daemon=True)
-        self._reader.start()
-
-    def _enqueue(self, kind: str, message: pb.EdgeMessage, payload_bytes: int) -> PendingReply:
-        data = message.SerializeToString()
-        sent = Traffic(payload_bytes_sent=payload_bytes, bytes_sent=framed_size(len(data)))
-        pending = PendingReply(sent, self._reply_timeout_seconds, self._give_up)
-        key = (kind, message.step, message.micro_batch)
-        with self._lock:
-            if self._failure is not None:
-                raise self._failure
-            if key in self._waiting:
-                raise ProtocolError(f"step {key[1]}, micro-batch {key[2]} was sent twice")
-            self._waiting[key] = pending
-            self._total += sent
-        self._outgoing.put(data)
-        return pending
-
-    def _read(self, stream: Stream) -> None:
-        """The reader thread: until the stream ends, for whatever reason."""
-        error: LinkError = SessionLostError("reading the cloud's answers failed")
-        try:
-            for data in stream:
-                self._resolve(data)
-            error = SessionLostError("the cloud ended the session before the run did")
-        except LinkError as stream_error:
-            error = stream_error
-        finally:
-            stream.cancel()
-            self._fail(error)
-
-    def _resolve(self, data: bytes) -> None:
-        try:
-            message = pb.CloudMessage.FromString(data)
-        except DecodeError as error:
-            raise ProtocolError("the cloud sent something that is not an answer") from error
-        kind = message.WhichOneof("body")
-        received = Traffic(payload_bytes_received=_payload_bytes(message), bytes_received=framed_size(len(data)))
-        with self._lock:
-            pending = self._waiting.pop((str(kind), message.step, message.micro_batch), None)
-            self._total += received
-        if pending is None:
-            raise ProtocolError(f"the cloud answered what was not asked: {kind} for step {message.step}")
-        pending.resolve(message, received)
-
-    def _give_up(self, error: LinkError) -> None:
-        self._fail(error)
-        if self._stream is not None:
-            self._stream.cancel()
-
-    def _fail(self, error: LinkError) -> None:
-        """The session is over: the first error counts, every pending reply gets it."""
-        with self._lock:
-            self._failure = self._failure or error
-            waiting, self._waiting = list(self._waiting.values()), {}
-        for pending in waiting:
-            pending.fail(self._failure)
-        self._outgoing.put(None)  # ends the thread of the transport that takes messages
-
-    def _raise_failure(self) -> None:
-        if self._failure is not None:
-            raise self._failure
-        if not self._session_id:
-            raise SessionLostError("the link is not open")
-
-
-def _payload_bytes(message: pb.CloudMessage) -> int:
-    """Bytes of the gradient, of the logits, or of both."""
-    body = message.WhichOneof("body")
-    if body == "result":
-        return len(message.result.packed_gradient.data) + len(message.result.logits.data)
-    if body == "outputs":
-        return len(message.outputs.logits.data)
-    return len(message.evaluation.logits.data) if body == "evaluation" else 0
+        return self._exchange.send(kind, message, payload_bytes, self._spans.message(message))

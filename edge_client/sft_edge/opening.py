@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import Iterator, Optional, Sequence
+from typing import Callable, Iterator, Optional, Sequence
 
 import torch
 
@@ -15,10 +15,11 @@ from sft.parameter_groups import OptimizerSpec, decay_groups, make_optimizer
 from sft.weights import factor_tensors, fill, pretrained_tensors
 from sft_edge.adapters import half_lora, whole_lora
 from sft_edge.cloud_process import CloudProcess
-from sft_edge.grpc_transport import GrpcTransport
+from sft_edge.grpc_transport import GrpcTransport, Keepalive
 from sft_edge.lora_options import LoraOptions
 from sft_edge.optimizer_options import OptimizerOptions
 from sft_edge.options import CutOptions, LinkOptions, TrainingOptions
+from sft_edge.patience import Patience
 from sft_edge.source import Source
 from sft_edge.split_system import open_split_system
 from sft_edge.systems import LocalSystem, System
@@ -55,10 +56,11 @@ def open_system(
     linking: LinkOptions,
     adapting: LoraOptions = _NO_LORA,
     calibration: Sequence[Batch] = (),
+    on_status: Callable[[str], None] = lambda text: None,
 ) -> Iterator[System]:
     """The system for the block; the session, and a cloud that was started for it, end with the block.
 
-    `calibration`: what a low-rank residual is fitted to.
+    `calibration`: what a low-rank residual is fitted to; `on_status` is told what a broken link is waiting for.
 
     Raises what building, connecting and opening a session raise: CutError, CheckpointError, UsageError, LinkError.
     """
@@ -82,7 +84,7 @@ def open_system(
     lora = half_lora(adapting, whole, source.config, cut, training.seed)
     spec = OptimizerSpec(optimizing.optim, decay_groups(whole, optimizing.arguments()))
     with _server(linking) as address:
-        transport = GrpcTransport(address, linking.connect_timeout_seconds, credentials=linking.credentials)
+        transport = transport_of(address, linking)
         system = open_split_system(
             source,
             head,
@@ -92,7 +94,8 @@ def open_system(
             cutting.wire_dtype,
             device,
             transport,
-            linking.reply_timeout_seconds,
+            patience_of(linking),
+            on_status,
             labels=linking.labels,
             freeze_edge=cutting.freeze_edge,
             calibration=calibration,
@@ -100,6 +103,22 @@ def open_system(
         )
         with system.link:
             yield system
+
+
+def transport_of(address: str, linking: LinkOptions) -> GrpcTransport:
+    """The way to `address` as the options want it. Raises UsageError."""
+    keepalive = Keepalive(linking.keepalive_time, linking.keepalive_timeout)
+    return GrpcTransport(address, linking.connect_timeout, keepalive=keepalive, credentials=linking.credentials)
+
+
+def patience_of(linking: LinkOptions) -> Patience:
+    """How long to wait and to try again. A cloud of the edge's own that has died does not come back."""
+    return Patience(
+        reply_timeout_seconds=linking.reply_timeout,
+        reconnect_timeout_seconds=linking.reconnect_timeout if linking.server is not None else 0.0,
+        backoff_seconds=linking.reconnect_backoff,
+        backoff_max_seconds=linking.reconnect_backoff_max,
+    )
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from typing import Literal, Optional, Tuple
 
 from sft.access import AccessOptions, Credentials, read_credentials
 from sft.config import above_zero, at_least
+from sft.durations import Duration
 from sft.errors import CutError, UsageError
 from sft_edge.lora_options import LoraOptions
 from sft_edge.optimizer_options import OptimizerOptions
@@ -202,14 +203,34 @@ class LinkOptions(AccessOptions):
     """where the loss is computed: on the cloud, with the labels of training rows beside the activation, or here, so
     that no label leaves the edge, at the price of a second round trip"""
 
-    connect_timeout_seconds: float = 20.0
-    """how long to wait for the server at the beginning"""
+    connect_timeout: Duration = Duration("20s")
+    """how long to wait for a server that takes a connection and then says nothing"""
 
-    reply_timeout_seconds: float = 600.0
-    """how long to wait for the answer to one message"""
+    reply_timeout: Duration = Duration("10m")
+    """how long to wait for the answer to one message before the link counts as broken"""
+
+    reconnect_timeout: Duration = Duration("30m")
+    """how long to try to mend a link that broke; 0s gives up at once"""
+
+    reconnect_backoff: Duration = Duration("500ms")
+    """about how long to wait before the first try; twice as long before each further one"""
+
+    reconnect_backoff_max: Duration = Duration("30s")
+    """longest time to wait between two tries"""
+
+    keepalive_time: Duration = Duration("20s")
+    """after how much silence the server is asked for a sign of life; from 10s on"""
+
+    keepalive_timeout: Duration = Duration("20s")
+    """how long it may take to give one before the link counts as broken"""
 
     def __post_init__(self) -> None:
-        above_zero(self, "connect_timeout_seconds", "reply_timeout_seconds")
+        above_zero(self, "connect_timeout", "reply_timeout", "reconnect_backoff", "reconnect_backoff_max")
+        above_zero(self, "keepalive_timeout")
+        if self.keepalive_time < 10:
+            raise UsageError(
+                f"--keepalive-time must be 10s or more, not {self.keepalive_time}: servers hang up on less"
+            )
         if self.server is not None:
             split_address(self.server)
         self._credentials = read_credentials(self)

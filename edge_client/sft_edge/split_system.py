@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from typing import Deque, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
+from typing import Callable, Deque, Dict, Iterable, Iterator, List, Sequence, Tuple
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
 
-import sft
 from sft.batch import Batch
 from sft.codec import (
     DATA_TYPES,
@@ -27,15 +25,16 @@ from sft.ledger import Ledger, Traffic, plain_split_bytes
 from sft.lora import add_lora, lora_to_json, merged_tensors
 from sft.losses import head_loss
 from sft.models import Cut, Net1, build_net_1, build_net_2
-from sft.parameter_groups import OptimizerSpec, make_optimizer, scale_gradients, spec_to_proto, squared_gradient_norm
-from sft.protocol import PROTOCOL_VERSION
+from sft.parameter_groups import OptimizerSpec, make_optimizer, scale_gradients, squared_gradient_norm
 from sft.seeding import seeded
 from sft.tensor_stream import safetensors_chunks
 from sft.v1 import split_training_pb2 as pb
 from sft.weights import factor_tensors, fill, pretrained_tensors
 from sft_edge.adapters import NO_LORA, HalfLora
 from sft_edge.link import Blob, Link, PendingReply
-from sft_edge.offers import HEADS, cut_to_proto, offer
+from sft_edge.offers import offer
+from sft_edge.patience import Patience
+from sft_edge.session_request import session_request
 from sft_edge.source import Source
 from sft_edge.systems import Shard, StepTimer, System
 from sft_edge.transport import Transport
@@ -190,7 +189,8 @@ def open_split_system(
     wire_dtype: str,
     device: torch.device,
     transport: Transport,
-    reply_timeout_seconds: float,
+    patience: Patience = Patience(),  # noqa: B008  # a tuple
+    on_status: Callable[[str], None] = lambda text: None,
     *,
     labels: str = "cloud",
     freeze_edge: bool = False,
@@ -220,26 +220,17 @@ def open_split_system(
     cloud_names = sorted(set(net_2.whole_names.values()).difference(net_1.whole_names.values()))
     if lora.cloud is not None:
         add_lora(net_2, lora.cloud, seed)  # for the names of what is trained there
-    request = pb.OpenSessionRequest(
-        protocol_version=PROTOCOL_VERSION,
-        package_version=sft.__version__,
-        model_name=source.name,
-        config_json=_config_json(config),
-        head=HEADS[head],
-        cut=cut_to_proto(cut),
-        seed=seed,
-        weights_sha256=weights_sha256,
+    request = session_request(
+        source,
+        head,
+        cut,
+        optimizer_spec.restricted_to(net_2.whole_names.values()),
+        seed,
+        wire_dtype,
+        weights_sha256,
         factors_sha256=offer(for_cloud, blobs),
-        optimizer=spec_to_proto(optimizer_spec.restricted_to(net_2.whole_names.values())),
-        wire_data_type=DATA_TYPES[wire_dtype],
         lora_json="" if lora.cloud is None else lora_to_json(lora.cloud),
     )
-    link = Link(transport, request, blobs, reply_timeout_seconds)
+    link = Link(transport, request, blobs, patience, on_status)
     link.open()
     return SplitSystem(net_1, optimizer, link, cloud_names, seed, wire_dtype, labels)
-
-
-def _config_json(config: PretrainedConfig) -> str:
-    """Without what differs between releases and says nothing about the model."""
-    text: Optional[str] = config.to_json_string(use_diff=False)
-    return str(text)

@@ -56,6 +56,10 @@ class System(ABC):
     def update(self, step: int, clip_scale: float) -> None:
         """Multiplies all gradients by `clip_scale`, takes the step on both halves, and forgets the gradients."""
 
+    def undo(self) -> None:
+        """Forgets the gradients of a step that the cloud has undone for want of memory: it may be begun anew."""
+        self.optimizer.zero_grad(set_to_none=True)
+
     @abstractmethod
     def logits(self, batches: Iterable[Batch], step: int) -> Iterator[Tensor]:
         """For every batch in order: (B, C), or (B, S, 2) for question answering. No dropout, no gradient."""

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from sft.batch import Batch
-from sft.errors import NonFiniteLossError
+from sft.errors import CloudMemoryError, NonFiniteLossError
 from sft.seeding import derive_seed
 from sft_edge.interrupts import interrupts_deferred
 from sft_edge.optimizer_options import OptimizerOptions
@@ -20,6 +20,9 @@ from sft_edge.progress import Progress
 from sft_edge.report import TrainerState
 from sft_edge.systems import System
 from sft_edge.tasks import Feature, Task
+
+_MEMORY_TRIES = 3
+"""How often a step is begun that the cloud has no memory for."""
 
 Evaluate = Callable[[int], Dict[str, float]]
 """Takes the number of steps done, gives `eval_*` figures."""
@@ -109,10 +112,7 @@ class TrainingLoop:
         """One step of Algorithm 1, lines 5 to 14, over the micro-batches of the group."""
         step, sent = self.state.global_step, self.system.ledger.traffic
         rate = float(self.system.optimizer.param_groups[0]["lr"])
-        losses = [
-            self.system.forward_backward(batch, step, micro_batch, 1 / len(group))
-            for micro_batch, batch in enumerate(group)
-        ]
+        losses = self._losses_of(group, step)
         loss = sum(losses) / len(losses)
         self._check_finite("loss", loss)
         norm, scale = self.system.gradient_norm(), 1.0
@@ -132,6 +132,22 @@ class TrainingLoop:
         wire_bytes = traffic.bytes_sent + traffic.bytes_received - sent.bytes_sent - sent.bytes_received
         self._progress.step(self.state.global_step, loss, wire_bytes)
         self._after_step(rate, norm)
+
+    def _losses_of(self, group: List[Batch], step: int) -> List[float]:
+        """Of each micro-batch. A step that the cloud had no memory for is begun anew, with the same bits: who took the
+        memory may have gone."""
+        tries_left = _MEMORY_TRIES
+        while True:
+            try:
+                return [
+                    self.system.forward_backward(batch, step, micro_batch, 1 / len(group))
+                    for micro_batch, batch in enumerate(group)
+                ]
+            except CloudMemoryError:
+                self.system.undo()
+                tries_left -= 1
+                if not tries_left:
+                    raise
 
     def _after_step(self, rate: float, norm: float) -> None:
         step, is_last = self.state.global_step, self.state.global_step == self.state.max_steps

@@ -15,8 +15,9 @@ from sft.v1 import split_training_pb2 as pb
 class Stream(ABC):
     """The cloud's side of an open training stream: iterate for serialized `CloudMessage`s, in the order sent.
 
-    The iteration ends when the cloud has ended the stream properly. It raises SessionLostError, ServerFullError or
-    ProtocolError when the stream broke.
+    The iteration ends when the cloud has ended the stream properly. It raises a LinkError when the stream broke:
+    StreamBrokenError, ServerUnavailableError and ServerFullError where another stream may go on with the session,
+    SessionLostError where there is none any more, ProtocolError and AccessError where the cloud refuses.
     """
 
     def __iter__(self) -> Iterator[bytes]:
@@ -28,27 +29,31 @@ class Stream(ABC):
 
     @abstractmethod
     def cancel(self) -> None:
-        """Breaks the stream off; whoever iterates gets SessionLostError. Harmless when it has ended."""
+        """Breaks the stream off; whoever iterates gets StreamBrokenError. Harmless when it has ended."""
 
 
 class Transport(ABC):
     """A way to one cloud. Its methods raise classes of LinkError, and what an iterator given to them raises.
 
-    State on the cloud changes in `open_session` and with the messages of `stream`. Uploading a blob twice changes
-    nothing, nor does downloading.
+    State on the cloud changes in `open_session` and with the messages of `stream`. Opening with the same request_id
+    again, or uploading a blob twice, changes nothing, nor does downloading.
     """
 
     @abstractmethod
     def open_session(self, request: pb.OpenSessionRequest) -> pb.OpenSessionResponse:
         """Asks for a session.
 
-        Raises ServerUnavailableError (nobody answers), ServerFullError, or ProtocolError (not ours, another version, or
-        a request that the cloud refuses).
+        Raises ServerUnavailableError (nobody answers), ServerFullError, AccessError, SessionLostError (the cloud holds
+        none of the checkpoints to continue from), or ProtocolError (not ours, another version, or a request that the
+        cloud refuses).
         """
 
     @abstractmethod
     def upload(self, sha256: str, total_bytes: int, chunks: Iterator[bytes]) -> None:
-        """Stores a blob on the cloud; `chunks` are together `total_bytes` long and have the hash `sha256`."""
+        """Stores a blob on the cloud; `chunks` are together `total_bytes` long and have the hash `sha256`.
+
+        Raises StreamBrokenError when the way broke; it may be tried again.
+        """
 
     @abstractmethod
     def stream(self, messages: Iterator[bytes]) -> Stream:
@@ -56,8 +61,17 @@ class Transport(ABC):
         stream properly. It is iterated in another thread."""
 
     @abstractmethod
-    def download(self, session_id: str, optimizer_state: bool = False) -> Iterator[bytes]:
-        """Net_2's parameters, or the state of its optimizer, as they are now: the bytes of one safetensors file."""
+    def download(self, session_id: str, optimizer_state: bool = False, offset: int = 0) -> Iterator[bytes]:
+        """Net_2's parameters, or the state of its optimizer, as they are now: the bytes of one safetensors file.
+
+        `offset`: so many of its first bytes are left out. Raises StreamBrokenError when the way broke; it may be tried
+        again.
+        """
+
+    @abstractmethod
+    def renew(self) -> None:
+        """What was known of the way is forgotten: the next call dials anew, with names looked up and files of secrets
+        read again. Breaks off what is under way."""
 
     @abstractmethod
     def close(self) -> None:

@@ -29,7 +29,7 @@ from sft.weights import factor_tensors, fill, pretrained_tensors
 from sft_edge.cloud_process import CloudProcess
 from sft_edge.command_options import VerifyOptions
 from sft_edge.files import json_text
-from sft_edge.grpc_transport import GrpcTransport
+from sft_edge.opening import patience_of, transport_of
 from sft_edge.optimizer_options import OptimizerOptions
 from sft_edge.options import LinkOptions
 from sft_edge.source import Source, public_name, read_config
@@ -97,8 +97,8 @@ def verify(options: VerifyOptions, optimizing: OptimizerOptions, linking: LinkOp
             options.seed,
             "float32",
             _CPU,
-            GrpcTransport(address, linking.connect_timeout_seconds, credentials=linking.credentials),
-            linking.reply_timeout_seconds,
+            transport_of(address, linking),
+            patience_of(linking),
             labels=linking.labels,
             freeze_edge=options.freeze_edge,
             calibration=_calibration(options, source.config),

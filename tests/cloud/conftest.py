@@ -9,7 +9,7 @@ import grpc
 import pytest
 import torch
 from support.tiny import make_tiny_model
-from support.tiny_edge import SEQUENCES, TinyEdge, attach
+from support.tiny_edge import SEQUENCES, TinyEdge
 from support.tls import Certificates, make_certificates
 from transformers import AutoConfig
 
@@ -48,13 +48,11 @@ def edge(make_edge: Callable[..., TinyEdge]) -> TinyEdge:
 
 @pytest.fixture
 def open_session() -> Callable[[TinyEdge], Session]:
-    """Makes a session as the service does, attached, without a server."""
+    """Makes a session as the service does, without a server."""
 
     def make(edge: TinyEdge) -> Session:
         spec = check_request(edge.request())
-        session = make_session(spec, build(spec, CPU), [*edge.weights, *edge.factors], CPU)
-        session.handle(attach("any"))
-        return session
+        return make_session(spec, build(spec, CPU), [*edge.weights, *edge.factors], CPU)
 
     return make
 
@@ -64,8 +62,9 @@ def start_server(tmp_path: Path) -> Iterator[Callable[..., CloudServer]]:
     """Starts servers on free ports, which end with the test."""
     servers: list[CloudServer] = []
 
-    def start(max_sessions: int = 4, model_dir: Path | None = None, **values: object) -> CloudServer:
-        server = CloudServer("127.0.0.1", 0, CPU, tmp_path / "state", model_dir, max_sessions, threads=1, **values)
+    def start(max_sessions: int = 4, model_dir: Path | None = None, **options: object) -> CloudServer:
+        state_dir = tmp_path / "state"
+        server = CloudServer("127.0.0.1", 0, CPU, state_dir, model_dir, max_sessions, threads=1, **options)
         servers.append(server)
         return server
 

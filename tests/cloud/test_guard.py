@@ -323,14 +323,14 @@ def test_what_happened_is_in_the_audit_log(start_server, connect, edge, tmp_path
     server = start_server(access=Access(identify=named()), audit=AuditLog(path))
     stub = As(connect(server.address), "alice")
     session_id = open_session(stub, edge)
-    list(stub.Train(iter([attach(session_id), edge.forward(0)]), timeout=SECONDS))
+    Stream(stub, attach(session_id), edge.forward(0)).end()
     refusal(lambda: stub.OpenSession(edge.request(model_name="../../etc/passwd\n")))
     refusal(lambda: list(stub.DownloadWeights(pb.DownloadWeightsRequest(session_id="x" * 1000))))
     server.stop()
     text = path.read_text()
     lines = [json.loads(line) for line in text.splitlines()]
-    events = [line["what"] for line in lines if line["what"] != "closed"]
-    assert events == ["uploaded", "uploaded", "opened", "attached", "refused", "refused"]
+    events = [line["what"] for line in lines]
+    assert events == ["uploaded", "uploaded", "opened", "attached", "closed", "refused", "refused"]
     assert {line["who"] for line in lines} == {"alice"}
     opened = next(line for line in lines if line["what"] == "opened")
     assert opened["session"] == session_id[:8]

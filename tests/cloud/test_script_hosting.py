@@ -222,15 +222,15 @@ class OneModel:
         return float(self.model.get_submodule("6").weight.detach()[0, 0])
 
 
-def test_only_a_session_that_nobody_attached_to_makes_room(tmp_path: Path) -> None:
+def test_only_a_session_that_has_had_no_message_makes_room(tmp_path: Path) -> None:
     one = OneModel(tmp_path)
-    assert isinstance(one.opener.open(one.request(1.0)), Session)
-    second = one.opener.open(one.request(2.0))
+    assert isinstance(one.opener.open(one.request(1.0), ANONYMOUS), Session)
+    second = one.opener.open(one.request(2.0), ANONYMOUS)
     assert isinstance(second, Session)
     assert one.value == 2.0
-    second.handle(pb.EdgeMessage(attach=pb.Attach(session_id="x")))
+    second.has_begun = True
     with pytest.raises(ServerFullError, match="trains with one edge"):
-        one.opener.open(one.request(3.0))
+        one.opener.open(one.request(3.0), ANONYMOUS)
     assert one.value == 2.0
     one.worker.shutdown()
 
@@ -238,9 +238,9 @@ def test_only_a_session_that_nobody_attached_to_makes_room(tmp_path: Path) -> No
 def test_an_edge_that_comes_while_another_is_looked_at(tmp_path: Path) -> None:
     """What an opener has found on the way in may no longer hold when it loads."""
     one = OneModel(tmp_path, is_over=iter([False, False, False, True]).__next__)
-    one.opener.open(one.request(1.0))
+    one.opener.open(one.request(1.0), ANONYMOUS)
     with pytest.raises(ServerFullError, match="trains with one edge"):
-        one.opener.open(one.request(2.0))
+        one.opener.open(one.request(2.0), ANONYMOUS)
     assert one.value == 1.0
     one.worker.shutdown()
 

@@ -11,6 +11,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from support.calls import Stream
 from support.tiny_edge import attach
 
 from sft import __version__
@@ -98,7 +99,8 @@ def test_it_announces_itself_serves_and_ends_on_sigterm(start, channel, connect,
     for sha256, content in edge.blobs().items():
         stub.UploadBlob(iter([pb.UploadBlobRequest(sha256=sha256, total_bytes=len(content), data=content)]))
     session_id = stub.OpenSession(edge.request()).session_id
-    assert len(list(stub.Train(iter([attach(session_id), edge.forward(0), edge.commit(0)])))) == 3
+    stream = Stream(stub, attach(session_id), edge.forward(0), edge.commit(0))
+    assert len(stream.end()) == 3
 
     process.child.send_signal(signal.SIGTERM)
     assert process.ends_with() == 0

@@ -11,8 +11,9 @@ from support.tiny_edge import attach
 
 from sft.v1 import split_training_pb2 as pb
 from sft.v1 import split_training_pb2_grpc as pb_grpc
+from sft_cloud.identity import ANONYMOUS
+from sft_cloud.registry import Registry
 from sft_cloud.service import SplitTrainingService
-from sft_cloud.session import State
 from sft_cloud.store import BlobStore
 from sft_cloud.worker import DeviceWorker
 
@@ -58,13 +59,13 @@ def test_what_was_learned_goes_down_and_up_again(stub, edge):
 @pytest.mark.parametrize("change", ["a step", "a state that is loaded"])
 def test_weights_cannot_be_read_across_a_change(stub, edge, server, change):
     session_id = open_session(stub, edge)
-    session = server.service.sessions.get(session_id).session
+    session = server.sessions.get(session_id, ANONYMOUS).session
     stored = session.stored_parameters()
     load_state = pb.LoadState(sha256=upload(stub, download(stub, session_id)))
     messages = [edge.forward(0), edge.commit(0)] if change == "a step" else [pb.EdgeMessage(load_state=load_state)]
 
     def meanwhile():
-        for message in (attach(session_id), *messages):
+        for message in messages:
             session.handle(message)
         return stored
 
@@ -81,13 +82,11 @@ def test_another_opener_serves_what_it_likes(edge, connect, open_session, tmp_pa
         def open(self, request, owner):
             if request.cut.layer_name != "blocks.5.mlp.fc2":
                 return ["f" * 64]
-            session = open_session(edge)
-            session.state = State.OPENED
-            return session
+            return open_session(edge)
 
     worker, executor = DeviceWorker(torch.device("cpu"), 4, 1), ThreadPoolExecutor(4)
     server = grpc.server(executor)
-    service = SplitTrainingService(worker, BlobStore(tmp_path), Opener(), max_sessions=1)
+    service = SplitTrainingService(worker, BlobStore(tmp_path), Opener(), Registry(1))
     pb_grpc.add_SplitTrainingServicer_to_server(service, server)
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
@@ -96,7 +95,9 @@ def test_another_opener_serves_what_it_likes(edge, connect, open_session, tmp_pa
         assert list(stub.OpenSession(pb.OpenSessionRequest(), timeout=SECONDS).missing_blobs) == ["f" * 64]
         request = pb.OpenSessionRequest(cut=pb.Cut(layer_name="blocks.5.mlp.fc2"))
         session_id = stub.OpenSession(request, timeout=SECONDS).session_id
-        answers = list(stub.Train(iter([attach(session_id), edge.forward(0)]), timeout=SECONDS))
+        forward = edge.forward(0)
+        forward.number = 1
+        answers = list(stub.Train(iter([attach(session_id), forward]), timeout=SECONDS))
         assert [answer.WhichOneof("body") for answer in answers] == ["attached", "result"]
     finally:
         server.stop(0).wait(SECONDS)

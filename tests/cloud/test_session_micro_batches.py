@@ -134,12 +134,9 @@ def test_a_commit_takes_the_weights_that_come_with_it(session, open_session, edg
 
     session.handle(edge.forward(0, 0, loss_scale=0.0))
     message = rides_on(edge.forward(1, 0, commit=edge.commit_part(0)), (0, 1.0))
-    answer = session.handle(message)
+    session.handle(message)
     assert same_bits(weights_of(session), weights_of(apart))
-    gradients = gradients_of(session)
-    assert same_bits(gradients, gradients_of(apart))
-    assert session.handle(message) == answer, "the whole message repeated"
-    assert same_bits(gradients, gradients_of(session))
+    assert same_bits(gradients_of(session), gradients_of(apart))
 
 
 def test_the_first_gradients_are_taken_as_they_are(session, edge):

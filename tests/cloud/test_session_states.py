@@ -28,7 +28,6 @@ class Rig:
         tensors = [*edge.weights, *edge.factors]
         self.edge, self.directory = edge, directory
         self.session = make_session(spec, build(spec, CPU), tensors, CPU, self.find)
-        self.session.handle(pb.EdgeMessage(attach=pb.Attach(session_id="any")))
 
     def find(self, sha256):
         path = self.directory / f"{sha256}.safetensors"

@@ -25,12 +25,14 @@ from sft.errors import (
     ServerUnavailableError,
     SessionLostError,
     SFTError,
+    StreamBrokenError,
     UsageError,
 )
 from sft.v1 import split_training_pb2 as pb
 from sft.v1.split_training_pb2_grpc import SplitTrainingServicer
 from sft_edge.grpc_transport import GrpcTransport
 from sft_edge.link import Blob, Link
+from sft_edge.patience import Patience
 from sft_edge.transport import Stream
 
 Code = grpc.StatusCode
@@ -39,6 +41,8 @@ ACTIVATION = pb.Activation(
 )
 LABELS = pb.Labels(classes=pb.Labels.Classes(ids=[0, 1]))
 REQUEST = pb.OpenSessionRequest()
+AT_ONCE = Patience(reconnect_timeout_seconds=0)
+"""With it a link that breaks is given up; test_reconnect.py is about links that are mended."""
 
 
 @pytest.fixture
@@ -55,7 +59,7 @@ def through_proxy(cloud: ScriptedCloud, **timeouts: float) -> Iterator[Tuple[Tcp
 def opening_error(address: str, expected: Type[SFTError]) -> str:
     """The message of the error that opening a session at `address` raises."""
     with pytest.raises(SFTError) as caught, Link(
-        GrpcTransport(address, connect_timeout_seconds=0.3), REQUEST, {}
+        GrpcTransport(address, connect_timeout_seconds=0.3), REQUEST, {}, AT_ONCE
     ) as link:
         link.open()
     assert type(caught.value) is expected
@@ -116,9 +120,10 @@ def test_a_grpc_server_of_another_kind() -> None:
         (Code.FAILED_PRECONDITION, ProtocolError),
         (Code.INVALID_ARGUMENT, ProtocolError),
         (Code.RESOURCE_EXHAUSTED, ServerFullError),
-        (Code.UNAVAILABLE, ServerUnavailableError),
         (Code.UNAUTHENTICATED, AccessError),
         (Code.PERMISSION_DENIED, AccessError),
+        (Code.NOT_FOUND, SessionLostError),
+        (Code.UNAVAILABLE, SessionLostError),
         (Code.INTERNAL, LinkError),
     ],
 )
@@ -199,7 +204,7 @@ def test_an_upload_that_stalls(cloud: ScriptedCloud) -> None:
             while True:  # until flow control stops it
                 yield bytes(1 << 20)
 
-        link = Link(transport, REQUEST, {"0" * 64: Blob(1 << 40, chunks)})
+        link = Link(transport, REQUEST, {"0" * 64: Blob(1 << 40, chunks)}, AT_ONCE)
         with pytest.raises(SessionLostError, match=r"nothing moved .* for 0\.3 s"), link:
             link.open()
 
@@ -208,7 +213,7 @@ def test_a_download_that_stalls(cloud: ScriptedCloud) -> None:
     with through_proxy(cloud, stall_timeout_seconds=0.3) as (proxy, transport):
         transport.open_session(REQUEST)
         proxy.down.swallow = True
-        with pytest.raises(SessionLostError, match=r"nothing moved .* for 0\.3 s"):
+        with pytest.raises(StreamBrokenError, match=r"nothing moved .* for 0\.3 s"):
             list(transport.download("s1"))
         transport.close()
 
@@ -218,7 +223,7 @@ def test_a_download_that_stalls(cloud: ScriptedCloud) -> None:
 
 def stream_error(cloud: ScriptedCloud, expected: Type[SFTError]) -> str:
     """The message of the error that both of two training messages under way end with, and everything after them."""
-    with serving(cloud) as address, Link(GrpcTransport(address), REQUEST, {}, TIMEOUT_SECONDS) as link:
+    with serving(cloud) as address, Link(GrpcTransport(address), REQUEST, {}, AT_ONCE) as link:
         link.open()
         pending = [link.forward(0, index, ACTIVATION, LABELS, 1) for index in range(2)]
         return fails(link, [each.result for each in pending], expected)
@@ -253,9 +258,8 @@ def fails(link: Link, calls: list, expected: Type[SFTError]) -> str:
         (Code.CANCELLED, SessionLostError),
         (Code.UNAVAILABLE, SessionLostError),
         (Code.INTERNAL, SessionLostError),
-        (Code.RESOURCE_EXHAUSTED, ServerFullError),
+        (Code.RESOURCE_EXHAUSTED, SessionLostError),
         (Code.UNAUTHENTICATED, AccessError),
-        (Code.PERMISSION_DENIED, AccessError),
         (Code.FAILED_PRECONDITION, ProtocolError),
         (Code.INVALID_ARGUMENT, ProtocolError),
     ],
@@ -271,7 +275,7 @@ def test_a_server_that_ends_the_stream_is_quoted(cloud: ScriptedCloud, code: Cod
 
 def test_a_stream_that_failed_leaves_no_thread(cloud: ScriptedCloud) -> None:
     cloud.last_message = lambda message: message.HasField("forward")
-    with serving(cloud) as address, Link(GrpcTransport(address), REQUEST, {}) as link:
+    with serving(cloud) as address, Link(GrpcTransport(address), REQUEST, {}, AT_ONCE) as link:
         link.open()
         before = set(threading.enumerate())
         pending = link.forward(0, 0, ACTIVATION, LABELS, 1)
@@ -287,17 +291,26 @@ def test_a_stream_that_failed_leaves_no_thread(cloud: ScriptedCloud) -> None:
 
 def test_a_server_that_ends_the_stream_without_an_error(cloud: ScriptedCloud) -> None:
     cloud.last_message = lambda message: message.HasField("forward")
-    assert "ended the session before the run did" in stream_error(cloud, SessionLostError)
+    assert "ended the stream before the run did" in stream_error(cloud, SessionLostError)
 
 
 def test_an_answer_to_no_question(cloud: ScriptedCloud) -> None:
-    cloud.change_answer = lambda answer: pb.CloudMessage(step=7, committed=pb.Committed(next_step=8))
+    cloud.change_answer = lambda answer: pb.CloudMessage(number=9, step=7, committed=pb.Committed(next_step=8))
+    assert "answered message 9, which was never sent" in stream_error(cloud, ProtocolError)
+
+
+def test_an_answer_to_another_question(cloud: ScriptedCloud) -> None:
+    def other(answer: pb.CloudMessage) -> pb.CloudMessage:
+        is_result = answer.HasField("result")
+        return pb.CloudMessage(number=1, step=7, committed=pb.Committed()) if is_result else answer
+
+    cloud.change_answer = other
     assert "answered what was not asked: committed for step 7" in stream_error(cloud, ProtocolError)
 
 
 def test_an_answer_without_a_body(cloud: ScriptedCloud) -> None:
     cloud.change_answer = lambda answer: pb.CloudMessage()
-    assert "answered what was not asked" in stream_error(cloud, ProtocolError)
+    assert "answered message 0, which was never sent" in stream_error(cloud, ProtocolError)
 
 
 class _Garbled(Stream):
@@ -320,7 +333,7 @@ class _GarblingTransport(GrpcTransport):
 
 
 def test_an_answer_that_is_none_of_ours(cloud: ScriptedCloud) -> None:
-    with serving(cloud) as address, Link(_GarblingTransport(address), REQUEST, {}) as link:
+    with serving(cloud) as address, Link(_GarblingTransport(address), REQUEST, {}, AT_ONCE) as link:
         link.open()
         with pytest.raises(ProtocolError, match="sent something that is not an answer"):
             link.forward(0, 0, ACTIVATION, LABELS, 1).result()
@@ -329,7 +342,7 @@ def test_an_answer_that_is_none_of_ours(cloud: ScriptedCloud) -> None:
 def test_a_message_over_the_limit_is_not_a_full_server(cloud: ScriptedCloud, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sft_edge.grpc_transport.CLIENT_OPTIONS", [("grpc.max_send_message_length", 1000)])
     huge = pb.Activation(packed=pb.Tensor(data=bytes(1001)))
-    with serving(cloud) as address, Link(GrpcTransport(address), REQUEST, {}) as link:
+    with serving(cloud) as address, Link(GrpcTransport(address), REQUEST, {}, AT_ONCE) as link:
         link.open()
         with pytest.raises(ProtocolError, match="larger than max"):
             link.forward(0, 0, huge, LABELS, 1).result()
@@ -337,7 +350,7 @@ def test_a_message_over_the_limit_is_not_a_full_server(cloud: ScriptedCloud, mon
 
 def test_a_server_that_vanishes_in_the_middle_of_a_step(cloud: ScriptedCloud) -> None:
     cloud.before_answer = cloud.hang
-    with through_proxy(cloud) as (proxy, transport), Link(transport, REQUEST, {}) as link:
+    with through_proxy(cloud) as (proxy, transport), Link(transport, REQUEST, {}, AT_ONCE) as link:
         link.open()
         proxy.up.cut_after = proxy.up.forwarded + 40_000
         big = pb.Activation(packed=pb.Tensor(data=bytes(100_000)))
@@ -347,7 +360,7 @@ def test_a_server_that_vanishes_in_the_middle_of_a_step(cloud: ScriptedCloud) ->
 
 
 def test_a_link_that_goes_dead_without_a_word(cloud: ScriptedCloud) -> None:
-    with through_proxy(cloud) as (proxy, transport), Link(transport, REQUEST, {}, reply_timeout_seconds=0.3) as link:
+    with through_proxy(cloud) as (proxy, transport), Link(transport, REQUEST, {}, Patience(0.3, 0)) as link:
         link.open()
         link.forward(0, 0, ACTIVATION, LABELS, 1).result()
         proxy.up.swallow = True
@@ -359,10 +372,10 @@ def test_a_link_that_goes_dead_without_a_word(cloud: ScriptedCloud) -> None:
 def test_a_cloud_that_does_not_end_the_stream_is_not_waited_for(
     cloud: ScriptedCloud, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sft_edge.link.CLOSE_TIMEOUT_SECONDS", 0.1)
+    monkeypatch.setattr("sft_edge.exchange.CLOSE_TIMEOUT_SECONDS", 0.1)
     cloud.before_answer = cloud.hang
     with serving(cloud) as address:
-        link = Link(GrpcTransport(address), REQUEST, {})
+        link = Link(GrpcTransport(address), REQUEST, {}, AT_ONCE)
         link.open()
         pending = link.forward(0, 0, ACTIVATION, LABELS, 1)
         link.close()

@@ -126,7 +126,7 @@ def test_a_loss_that_counts_infinitely() -> None:
 def test_what_is_lost_mid_loop_is_told_and_leaves_the_scripts_own_alone() -> None:
     for at in ("forward", "backward"):
         model, wire = tiny_model(), Wire()
-        with wrap(model, adamw(model), transport=wire) as optimizer:
+        with wrap(model, adamw(model), transport=wire, reconnect_timeout_seconds=0) as optimizer:
             _one_step(model, optimizer)
             wire.lose = lambda message, at=at: message.step == 1 and message.WhichOneof("body") == at
             before = {name: p.detach().clone() for name, p in model.named_parameters()}

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from sft.config import parse
+from sft.durations import Duration
 from sft.errors import CutError, UsageError
 from sft_edge.cli import main
 from sft_edge.options import (
@@ -83,8 +84,13 @@ FROZEN = """
 --token-file
 --insecure false
 --labels cloud
---connect-timeout-seconds 20.0
---reply-timeout-seconds 600.0
+--connect-timeout 20s
+--reply-timeout 10m
+--reconnect-timeout 30m
+--reconnect-backoff 500ms
+--reconnect-backoff-max 30s
+--keepalive-time 20s
+--keepalive-timeout 20s
 """
 """What scripts rely on: a line changes only together with the changelog."""
 
@@ -94,7 +100,7 @@ def test_the_options_of_train_are_frozen(capsys):
         parse(TRAIN_OPTIONS, ["--help"], "sft-edge train")
     text = " " + " ".join(capsys.readouterr().out.split("message and exit", 1)[1].split())
     lines = []
-    for part in re.split(r"(?= --[a-z0-9-]+ (?:\[|\{|N|X|TEXT|PATH|JSON))", text)[1:]:
+    for part in re.split(r"(?= --[a-z0-9-]+ (?:\[|\{|N|X|TEXT|TIME|PATH|JSON))", text)[1:]:
         flag = part.split()[0]
         note = re.search(r"\((?:default: (.*?)|(required))\)(?: |$)", part)
         lines.append(" ".join(filter(None, [flag, note and (note[1] or note[2])])))
@@ -154,7 +160,8 @@ def test_every_mode_takes_the_same_flags(mode):
         (lambda: DataOptions("sst2", max_train_samples=0), "--max-train-samples must be 1 or more"),
         (lambda: DataOptions("sst2", dataloader_num_workers=-1), "--dataloader-num-workers must be 0 or more"),
         (lambda: LoggingOptions(logging_steps=0), "--logging-steps must be 1 or more"),
-        (lambda: LinkOptions(reply_timeout_seconds=0), "--reply-timeout-seconds must be above 0"),
+        (lambda: LinkOptions(reply_timeout=Duration(0)), "--reply-timeout must be above 0"),
+        (lambda: LinkOptions(keepalive_time=Duration("5s")), "--keepalive-time must be 10s or more, not 5s"),
         (lambda: LinkOptions("cloud.example"), "--server must be HOST:PORT"),
         (lambda: LinkOptions(token_file=Path("token")), "--token-file needs --server"),
         (lambda: LinkOptions("cloud:1", tls_key=Path("key")), "--tls-cert and --tls-key belong together"),

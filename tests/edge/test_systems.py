@@ -174,7 +174,7 @@ def split(
     spec = OptimizerSpec("SGD", decay_groups(build_whole(source.config, HEAD, cut), {"lr": 0.1, **arguments}))
     with serving(cloud) as address:
         told = {"labels": labels, "freeze_edge": freeze_edge}
-        system = open_split_system(source, HEAD, cut, spec, 11, wire_dtype, CPU, GrpcTransport(address), 20.0, **told)
+        system = open_split_system(source, HEAD, cut, spec, 11, wire_dtype, CPU, GrpcTransport(address), **told)
         with system.link:
             yield Rig(system, cloud)
 

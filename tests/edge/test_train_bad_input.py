@@ -272,7 +272,7 @@ def somebody() -> Iterator[str]:
 
 
 def test_a_server_that_is_not_ours(refused: Callable[..., str], somebody: str) -> None:
-    said = refused(5, server=somebody, connect_timeout_seconds=1)
+    said = refused(5, server=somebody, connect_timeout="1s")
     assert said == f"{somebody} answers, but it is not an sft-cloud server"
 
 

@@ -92,17 +92,17 @@ def test_ctrl_c_while_the_cloud_works(
             assert go_on.wait(SECONDS), "nobody waits for what is under way"
         return handle(self, message)
 
-    def result(self, result=link_module.PendingReply.result):
+    def until_answered(self, until_answered=link_module.PendingReply.wait):
         wait = next(waits)
         if wait == 3:
             assert at_work.wait(SECONDS)
             interrupt()
         if wait > 3:
             go_on.set()
-        return result(self)
+        return until_answered(self)
 
     monkeypatch.setattr(Session, "handle", handle)
-    monkeypatch.setattr(link_module.PendingReply, "result", result)
+    monkeypatch.setattr(link_module.PendingReply, "wait", until_answered)
     assert failing()[0] == 130
     assert read_json(tmp_path / "out" / "trainer_state.json")["global_step"] == 3
     assert same_bits(weights_of(tmp_path / "out"), first_steps(3, job, model=model))

@@ -210,8 +210,11 @@ class Recorder(Transport):
 
         return self._inner.stream(recorded())
 
-    def download(self, session_id: str, optimizer_state: bool = False) -> Iterator[bytes]:
-        return self._inner.download(session_id, optimizer_state)
+    def download(self, session_id: str, optimizer_state: bool = False, offset: int = 0) -> Iterator[bytes]:
+        return self._inner.download(session_id, optimizer_state, offset)
+
+    def renew(self) -> None:
+        self._inner.renew()
 
     def close(self) -> None:
         self._inner.close()
@@ -291,5 +294,5 @@ def test_no_message_of_a_scripts_module_holds_a_label() -> None:
                 nn.utils.clip_grad_norm_(on_edge.parameters(), 1.0)
                 optimizer.step()
     bodies = [pb.EdgeMessage.FromString(data).WhichOneof("body") for data in recorder.messages]
-    assert bodies == ["attach", *["forward", "backward"] * 3, None]
+    assert bodies == ["attach", *["forward", "backward"] * 3, None, "close"]
     assert not [pattern for pattern in PATTERNS["targets"] if any(pattern in message for message in recorder.sent)]

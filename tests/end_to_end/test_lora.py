@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig
 from support.jobs import STEADY, Job, read_json, weights_of
 from support.tiny import make_tiny_model
-from support.tiny_edge import TinyEdge, attach
+from support.tiny_edge import TinyEdge
 from transformers import AutoConfig
 
 from sft.checkpoint import Checkpoint
@@ -143,7 +143,6 @@ def test_the_cloud_learns_with_adapters(edge: TinyEdge) -> None:
     session = opened(edge, lora_to_json(spec))
     before = {tensor.name: tensor.read() for tensor in session.stored_parameters()}
     assert before.keys() == set(build_net_2(edge.config, edge.head, edge.cut).whole_names.values())
-    session.handle(attach("any"))
     for step in range(2):  # B is 0 at first, and A's gradient with it
         session.handle(edge.forward(step))
         session.handle(edge.commit(step))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+from itertools import count
 from typing import Callable, Iterator, List, Tuple
 
 import grpc
@@ -22,15 +23,25 @@ class Stream:
 
     def __init__(self, stub: SplitTrainingStub, *messages: pb.EdgeMessage) -> None:
         self.outgoing: queue.SimpleQueue = queue.SimpleQueue()
+        self._numbers = count(1)
         for message in messages:
-            self.outgoing.put(message)
+            self.send(message)
         self.call = stub.Train(iter(self.outgoing.get, None), timeout=SECONDS)
 
-    def ask(self, message: pb.EdgeMessage) -> pb.CloudMessage:
+    def send(self, message: pb.EdgeMessage) -> None:
+        """With the number that it has, or the next; every answer so far counts as here."""
+        if not message.number and message.WhichOneof("body") not in ("attach", "close"):
+            message.number = next(self._numbers)
+            message.answered = message.number - 1
         self.outgoing.put(message)
+
+    def ask(self, message: pb.EdgeMessage) -> pb.CloudMessage:
+        self.send(message)
         return next(self.call)
 
     def end(self) -> List[pb.CloudMessage]:
+        """In order."""
+        self.send(pb.EdgeMessage(close=pb.Close()))
         self.outgoing.put(None)
         return list(self.call)
 

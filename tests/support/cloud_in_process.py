@@ -28,7 +28,7 @@ class CloudInProcess(InMemoryTransport):
         self._opener = TransformersOpener(_AtOnce(), self._store, WeightsFinder(path / "models"))
 
     def open_session(self, request: pb.OpenSessionRequest) -> pb.OpenSessionResponse:
-        opened = self._opener.open(request)
+        opened = self._opener.open(request, ANONYMOUS)
         if isinstance(opened, list):
             return pb.OpenSessionResponse(missing_blobs=opened)
         self.session = opened

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Iterator, Optional, Sequence
+from collections import deque
+from typing import Deque, Iterator, Optional, Sequence
 
 import torch
 
-from sft.errors import SessionLostError
+from sft.errors import SessionLostError, StreamBrokenError
 from sft.tensor_stream import StoredTensor, safetensors_chunks
 from sft.v1 import split_training_pb2 as pb
+from sft_cloud.errors import GapError
+from sft_cloud.exactly_once import ExactlyOnce
 from sft_cloud.opening import build, check_request, make_session
 from sft_cloud.session import Session
 from sft_edge.transport import Stream, Transport
@@ -21,6 +24,7 @@ class InMemoryTransport(Transport):
 
     def __init__(self, tensors: Sequence[StoredTensor]) -> None:
         self.session: Optional[Session] = None
+        self.messages = ExactlyOnce()
         self._tensors = tensors
 
     def open_session(self, request: pb.OpenSessionRequest) -> pb.OpenSessionResponse:
@@ -32,11 +36,15 @@ class InMemoryTransport(Transport):
         raise AssertionError("no cloud asked for it")
 
     def stream(self, messages: Iterator[bytes]) -> Stream:
-        return _InMemoryStream(self._opened(), messages)
+        return _InMemoryStream(self._opened(), self.messages, messages)
 
-    def download(self, session_id: str, optimizer_state: bool = False) -> Iterator[bytes]:
+    def download(self, session_id: str, optimizer_state: bool = False, offset: int = 0) -> Iterator[bytes]:
         session = self._opened()
-        return safetensors_chunks(session.stored_optimizer_state() if optimizer_state else session.stored_parameters())
+        stored = session.stored_optimizer_state() if optimizer_state else session.stored_parameters()
+        return iter([b"".join(safetensors_chunks(stored))[offset:]])
+
+    def renew(self) -> None:
+        pass
 
     def close(self) -> None:
         self.session = None
@@ -48,17 +56,35 @@ class InMemoryTransport(Transport):
 
 
 class _InMemoryStream(Stream):
-    def __init__(self, session: Session, messages: Iterator[bytes]) -> None:
+    def __init__(self, session: Session, numbered: ExactlyOnce, messages: Iterator[bytes]) -> None:
         self._session = session
+        self._numbered = numbered
         self._messages = messages
+        self._answers: Deque[pb.CloudMessage] = deque()
         self._cancelled = False
 
     def __next__(self) -> bytes:
-        data = next(self._messages)
-        if self._cancelled:
-            raise SessionLostError("the stream was broken off")
-        answer: pb.CloudMessage = self._session.handle(pb.EdgeMessage.FromString(data))
-        return answer.SerializeToString()
+        if not self._answers:
+            data = next(self._messages)
+            if self._cancelled:
+                raise StreamBrokenError("the stream was broken off")
+            self._take(pb.EdgeMessage.FromString(data))
+        return self._answers.popleft().SerializeToString()
+
+    def _take(self, message: pb.EdgeMessage) -> None:
+        if message.HasField("close"):
+            next(self._messages, None)
+            raise StopIteration
+        if message.HasField("attach"):
+            attached = pb.Attached(next_step=self._session.next_step, last_number=self._numbered.last_number)
+            self._answers.append(pb.CloudMessage(attached=attached))
+            self._answers.extend(self._numbered.answers_after(message.answered))
+        else:
+            try:
+                answer, _ = self._numbered.apply(message, lambda: self._session.handle(message))
+            except GapError as error:
+                raise StreamBrokenError(str(error)) from error
+            self._answers.append(answer)
 
     def cancel(self) -> None:
         self._cancelled = True

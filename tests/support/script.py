@@ -207,9 +207,12 @@ class Wire(Transport):
     def stream(self, messages: Iterator[bytes]) -> Stream:
         return _WireStream(self, messages)
 
-    def download(self, session_id: str, optimizer_state: bool = False) -> Iterator[bytes]:
+    def download(self, session_id: str, optimizer_state: bool = False, offset: int = 0) -> Iterator[bytes]:
         self.downloads += 1
-        return self.inner.download(session_id, optimizer_state)
+        return self.inner.download(session_id, optimizer_state, offset)
+
+    def renew(self) -> None:
+        self.inner.renew()
 
     def close(self) -> None:
         self.closed = True
@@ -235,6 +238,7 @@ class _WireStream(Stream):
             if self._wire.lose(message):
                 self._inner.cancel()
                 return
-            self._wire.sent.append(message)
+            if not message.HasField("close"):
+                self._wire.sent.append(message)
             yield data
         self._wire.ended.set()

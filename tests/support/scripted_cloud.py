@@ -73,6 +73,8 @@ class ScriptedCloud(SplitTrainingServicer):
             self.received.append(message)
             if self.last_message(message):
                 return
+            if message.HasField("close"):
+                break
             self.before_answer(message, context)
             yield self.change_answer(_answer(message))
         self.ended_properly.set()
@@ -91,7 +93,9 @@ class ScriptedCloud(SplitTrainingServicer):
 
 
 def _answer(message: pb.EdgeMessage) -> pb.CloudMessage:
-    answer = pb.CloudMessage(step=message.step, micro_batch=message.micro_batch, cloud_seconds=0.25)
+    answer = pb.CloudMessage(
+        number=message.number, step=message.step, micro_batch=message.micro_batch, cloud_seconds=0.25
+    )
     body = message.WhichOneof("body")
     if body == "attach":
         answer.attached.next_step = 0

@@ -12,10 +12,10 @@ from sft.codec import DATA_TYPES
 from sft.errors import ProtocolError, ServerFullError
 from sft.tensor_stream import in_memory, sha256_of
 from sft.v1 import split_training_pb2 as pb
-from sft_cloud.identity import ANONYMOUS, Identity
+from sft_cloud.identity import Identity
 from sft_cloud.opening import check_version
 from sft_cloud.script.hosted import ADVICE, HostedModel
-from sft_cloud.session import Session, State
+from sft_cloud.session import Session
 from sft_cloud.store import BlobStore, check_sha256, read_blob
 from sft_cloud.worker import Worker
 
@@ -45,7 +45,7 @@ class ScriptOpener:
         self._is_over = is_over
         self._session: Session | None = None
 
-    def open(self, request: pb.OpenSessionRequest, owner: Identity = ANONYMOUS) -> Session | list[str]:
+    def open(self, request: pb.OpenSessionRequest, owner: Identity) -> Session | list[str]:
         """See Opener. The model has the edge's weights from then on.
 
         Raises ServerFullError once an edge has begun: what the model has learned from it is not overwritten.
@@ -62,7 +62,7 @@ class ScriptOpener:
         # The model's own weights count if they are the edge's, to the last bit.
         if request.weights_sha256 != self._run(lambda: self._hash()):
             missing += _find(store, request.weights_sha256, self._hosted.tensors, tensors)
-        if missing:
+        if missing or request.only_check:
             return missing
 
         def begin() -> Session:
@@ -74,7 +74,7 @@ class ScriptOpener:
         return self._run(begin)
 
     def _check_free(self) -> None:
-        if self._is_over() or (self._session is not None and self._session.state is not State.OPENED):
+        if self._is_over() or (self._session is not None and self._session.has_begun):
             raise ServerFullError("the cloud's script trains with one edge, and that has come already")
 
     def _check_groups(self, theirs: pb.Optimizer) -> None:

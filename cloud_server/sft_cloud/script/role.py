@@ -18,14 +18,13 @@ from sft.errors import LinkError, SessionLostError, UsageError
 from sft.optimizer import Role, SplitOptions
 from sft_cloud.access import make_access
 from sft_cloud.access_options import AccessOptions
-from sft_cloud.registry import Entry
+from sft_cloud.registry import DONE, Entry
 from sft_cloud.script.graph_host import GraphHost
 from sft_cloud.script.groups import names_of, swap
 from sft_cloud.script.hosted import HostedModel
 from sft_cloud.script.opener import ScriptOpener
 from sft_cloud.script.transformers_host import TransformersHost
 from sft_cloud.serve import CloudServer
-from sft_cloud.session import State
 
 _TERMINATED = 128 + signal.SIGTERM
 
@@ -63,9 +62,9 @@ class CloudRole(Role):
         ends: list[LinkError | None] = []
 
         def on_close(entry: Entry, reason: str) -> None:
-            if entry.attached:
-                failed = entry.session.state is State.FAILED
-                ends.append(SessionLostError(f"the session did not get through: {reason}") if failed else None)
+            if entry.was_attached:
+                lost = SessionLostError(f"the session did not get through: {reason}")
+                ends.append(None if reason == DONE else lost)
                 done.set()
 
         with tempfile.TemporaryDirectory(prefix="sft-cloud-") as state_dir, _terminable():

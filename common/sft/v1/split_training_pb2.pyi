@@ -187,12 +187,14 @@ class UploadBlobResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class DownloadWeightsRequest(_message.Message):
-    __slots__ = ("session_id", "optimizer_state")
+    __slots__ = ("session_id", "optimizer_state", "offset")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     OPTIMIZER_STATE_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     optimizer_state: bool
-    def __init__(self, session_id: _Optional[str] = ..., optimizer_state: bool = ...) -> None: ...
+    offset: int
+    def __init__(self, session_id: _Optional[str] = ..., optimizer_state: bool = ..., offset: _Optional[int] = ...) -> None: ...
 
 class DownloadWeightsResponse(_message.Message):
     __slots__ = ("data",)
@@ -344,7 +346,7 @@ class Commit(_message.Message):
     def __init__(self, step: _Optional[int] = ..., learning_rates: _Optional[_Iterable[float]] = ..., clip_scale: _Optional[float] = ..., group_arguments: _Optional[_Iterable[_Union[GroupArguments, _Mapping]]] = ..., keep_gradients: bool = ...) -> None: ...
 
 class EdgeMessage(_message.Message):
-    __slots__ = ("step", "micro_batch", "weights", "commit", "gradient_scale", "attach", "forward", "backward", "evaluate", "load_state", "save_checkpoint", "keep_checkpoints", "close", "number", "answered")
+    __slots__ = ("step", "micro_batch", "weights", "commit", "gradient_scale", "attach", "forward", "backward", "evaluate", "load_state", "save_checkpoint", "keep_checkpoints", "close", "number", "answered", "trace_parent")
     STEP_FIELD_NUMBER: _ClassVar[int]
     MICRO_BATCH_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
@@ -360,6 +362,7 @@ class EdgeMessage(_message.Message):
     CLOSE_FIELD_NUMBER: _ClassVar[int]
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     ANSWERED_FIELD_NUMBER: _ClassVar[int]
+    TRACE_PARENT_FIELD_NUMBER: _ClassVar[int]
     step: int
     micro_batch: int
     weights: _containers.RepeatedCompositeFieldContainer[Weight]
@@ -375,7 +378,8 @@ class EdgeMessage(_message.Message):
     close: Close
     number: int
     answered: int
-    def __init__(self, step: _Optional[int] = ..., micro_batch: _Optional[int] = ..., weights: _Optional[_Iterable[_Union[Weight, _Mapping]]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., gradient_scale: _Optional[float] = ..., attach: _Optional[_Union[Attach, _Mapping]] = ..., forward: _Optional[_Union[Forward, _Mapping]] = ..., backward: _Optional[_Union[Backward, _Mapping]] = ..., evaluate: _Optional[_Union[Evaluate, _Mapping]] = ..., load_state: _Optional[_Union[LoadState, _Mapping]] = ..., save_checkpoint: _Optional[_Union[SaveCheckpoint, _Mapping]] = ..., keep_checkpoints: _Optional[_Union[KeepCheckpoints, _Mapping]] = ..., close: _Optional[_Union[Close, _Mapping]] = ..., number: _Optional[int] = ..., answered: _Optional[int] = ...) -> None: ...
+    trace_parent: str
+    def __init__(self, step: _Optional[int] = ..., micro_batch: _Optional[int] = ..., weights: _Optional[_Iterable[_Union[Weight, _Mapping]]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., gradient_scale: _Optional[float] = ..., attach: _Optional[_Union[Attach, _Mapping]] = ..., forward: _Optional[_Union[Forward, _Mapping]] = ..., backward: _Optional[_Union[Backward, _Mapping]] = ..., evaluate: _Optional[_Union[Evaluate, _Mapping]] = ..., load_state: _Optional[_Union[LoadState, _Mapping]] = ..., save_checkpoint: _Optional[_Union[SaveCheckpoint, _Mapping]] = ..., keep_checkpoints: _Optional[_Union[KeepCheckpoints, _Mapping]] = ..., close: _Optional[_Union[Close, _Mapping]] = ..., number: _Optional[int] = ..., answered: _Optional[int] = ..., trace_parent: _Optional[str] = ...) -> None: ...
 
 class Attached(_message.Message):
     __slots__ = ("next_step", "last_number")
@@ -414,12 +418,14 @@ class Evaluation(_message.Message):
     def __init__(self, logits: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
 
 class CheckpointSaved(_message.Message):
-    __slots__ = ("id", "total_bytes")
+    __slots__ = ("id", "total_bytes", "error")
     ID_FIELD_NUMBER: _ClassVar[int]
     TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
     id: CheckpointId
     total_bytes: int
-    def __init__(self, id: _Optional[_Union[CheckpointId, _Mapping]] = ..., total_bytes: _Optional[int] = ...) -> None: ...
+    error: str
+    def __init__(self, id: _Optional[_Union[CheckpointId, _Mapping]] = ..., total_bytes: _Optional[int] = ..., error: _Optional[str] = ...) -> None: ...
 
 class StepSkipped(_message.Message):
     __slots__ = ("reason",)
@@ -492,7 +498,7 @@ class SessionStatus(_message.Message):
     def __init__(self, label: _Optional[str] = ..., owner: _Optional[str] = ..., model_name: _Optional[str] = ..., next_step: _Optional[int] = ..., age_seconds: _Optional[float] = ..., idle_seconds: _Optional[float] = ..., bytes_received: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., attached: bool = ..., split_rank: _Optional[int] = ...) -> None: ...
 
 class StatusResponse(_message.Message):
-    __slots__ = ("package_version", "protocol_version", "device", "unix_seconds", "uptime_seconds", "caller", "sessions", "max_sessions", "open_sessions", "session_timeout_seconds", "token_expires_unix_seconds", "stopping")
+    __slots__ = ("package_version", "protocol_version", "device", "unix_seconds", "uptime_seconds", "caller", "sessions", "max_sessions", "open_sessions", "session_timeout_seconds", "token_expires_unix_seconds", "stopping", "limits")
     PACKAGE_VERSION_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
@@ -505,6 +511,7 @@ class StatusResponse(_message.Message):
     SESSION_TIMEOUT_SECONDS_FIELD_NUMBER: _ClassVar[int]
     TOKEN_EXPIRES_UNIX_SECONDS_FIELD_NUMBER: _ClassVar[int]
     STOPPING_FIELD_NUMBER: _ClassVar[int]
+    LIMITS_FIELD_NUMBER: _ClassVar[int]
     package_version: str
     protocol_version: int
     device: str
@@ -517,7 +524,24 @@ class StatusResponse(_message.Message):
     session_timeout_seconds: float
     token_expires_unix_seconds: float
     stopping: bool
-    def __init__(self, package_version: _Optional[str] = ..., protocol_version: _Optional[int] = ..., device: _Optional[str] = ..., unix_seconds: _Optional[float] = ..., uptime_seconds: _Optional[float] = ..., caller: _Optional[str] = ..., sessions: _Optional[_Iterable[_Union[SessionStatus, _Mapping]]] = ..., max_sessions: _Optional[int] = ..., open_sessions: _Optional[int] = ..., session_timeout_seconds: _Optional[float] = ..., token_expires_unix_seconds: _Optional[float] = ..., stopping: bool = ...) -> None: ...
+    limits: CallerLimits
+    def __init__(self, package_version: _Optional[str] = ..., protocol_version: _Optional[int] = ..., device: _Optional[str] = ..., unix_seconds: _Optional[float] = ..., uptime_seconds: _Optional[float] = ..., caller: _Optional[str] = ..., sessions: _Optional[_Iterable[_Union[SessionStatus, _Mapping]]] = ..., max_sessions: _Optional[int] = ..., open_sessions: _Optional[int] = ..., session_timeout_seconds: _Optional[float] = ..., token_expires_unix_seconds: _Optional[float] = ..., stopping: bool = ..., limits: _Optional[_Union[CallerLimits, _Mapping]] = ...) -> None: ...
+
+class CallerLimits(_message.Message):
+    __slots__ = ("max_sessions", "max_split_rank", "models", "steps_per_second", "max_bytes_per_day", "max_upload_bytes")
+    MAX_SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    MAX_SPLIT_RANK_FIELD_NUMBER: _ClassVar[int]
+    MODELS_FIELD_NUMBER: _ClassVar[int]
+    STEPS_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    MAX_BYTES_PER_DAY_FIELD_NUMBER: _ClassVar[int]
+    MAX_UPLOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    max_sessions: int
+    max_split_rank: int
+    models: _containers.RepeatedScalarFieldContainer[str]
+    steps_per_second: float
+    max_bytes_per_day: int
+    max_upload_bytes: int
+    def __init__(self, max_sessions: _Optional[int] = ..., max_split_rank: _Optional[int] = ..., models: _Optional[_Iterable[str]] = ..., steps_per_second: _Optional[float] = ..., max_bytes_per_day: _Optional[int] = ..., max_upload_bytes: _Optional[int] = ...) -> None: ...
 
 class ProbeRequest(_message.Message):
     __slots__ = ("data", "reply_bytes")

@@ -20,13 +20,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sft.codec import decode_tensor, encode_tensor
-from sft.errors import NonFiniteLossError, ProtocolError, SessionLostError, UsageError
+from sft.errors import CloudMemoryError, NonFiniteLossError, ProtocolError, SessionLostError, UsageError
 from sft.protocol import MAX_WAITING
 from sft.v1 import split_training_pb2 as pb
-from sft_edge.link import Link
+from sft_edge.link import Link, PendingReply
 from sft_edge.script.autocast import autocast_type
 from sft_edge.script.cut_model import Cross, Crossed
 from sft_edge.script.gradients import CloudGradients
+
+_Turn = Tuple[int, int]  # step, and how often a step had been undone
 
 
 class LinkCross(Cross):
@@ -46,7 +48,9 @@ class LinkCross(Cross):
         self._backwards = 0
         self._evaluations = 0
         self._waiting: Set[int] = set()  # micro-batches of that step of which the cloud keeps something
-        self._dropped: Deque[Tuple[int, int]] = deque()  # (step, micro-batch); filled by whoever collects garbage
+        self._dropped: Deque[Tuple[_Turn, int]] = deque()  # with micro-batches; filled by whoever collects garbage
+        self.undone = 0
+        """How many steps the cloud has undone for want of memory."""
 
     def __call__(
         self,
@@ -73,6 +77,11 @@ class LinkCross(Cross):
         )
         return Crossed(outputs, loss)
 
+    @property
+    def turn(self) -> _Turn:
+        """The step that is being accumulated, told from one of the same number that was undone."""
+        return self.step, self.undone
+
     def ready(self) -> float:
         """The clip scale with which the cloud can take a step now.
 
@@ -97,24 +106,38 @@ class LinkCross(Cross):
         """Tells the link what has happened since the last message; to be called before every message."""
         self._check_open()
         while self._dropped:
-            step, micro_batch = self._dropped.popleft()
-            if step == self.step and micro_batch in self._waiting:
+            turn, micro_batch = self._dropped.popleft()
+            if turn == self.turn and micro_batch in self._waiting:
                 self.link.drop(micro_batch)
                 self._waiting.discard(micro_batch)
         self.gradients.tell()
 
     def drop_waiting(self) -> None:
         """Nobody can go backward any more through a forward so far: a state is loaded, which the cloud wants alone."""
-        self._dropped.extend((self.step, micro_batch) for micro_batch in sorted(self._waiting))
+        self._dropped.extend((self.turn, micro_batch) for micro_batch in sorted(self._waiting))
         self.catch_up()
 
-    def check_backward(self, step: int, micro_batch: int) -> None:
+    def check_backward(self, turn: _Turn, micro_batch: int) -> None:
         """Called before a backward. Raises UsageError when it is too late for that."""
+        step, undone = turn
         if step != self.step:
             raise UsageError("backward() through a forward of an earlier step: the cloud has stepped since")
+        if undone != self.undone:
+            raise UsageError("backward() through a forward of a step that the cloud has undone; call the model again")
         self.catch_up()
         if micro_batch not in self._waiting:
             raise UsageError("backward() through a forward from before a state was loaded; call the model again")
+
+    def answer_to(self, pending: PendingReply) -> pb.CloudMessage:
+        """Waits for it. Raises CloudMemoryError when the cloud has undone the step: then it is undone here, too."""
+        try:
+            return pending.result().message
+        except CloudMemoryError:
+            self.forwards = self._backwards = 0
+            self._waiting.clear()
+            self.undone += 1
+            self.gradients.undone()
+            raise
 
     def begin_backward(self, micro_batch: int) -> None:
         """Called when nothing is left that could be wrong: from here on the cloud may have added the gradients."""
@@ -152,7 +175,7 @@ class LinkCross(Cross):
                 f"{MAX_WAITING} results of the model wait for a backward(): use torch.no_grad() where none will "
                 "follow, and detach() what is kept, such as a loss to be printed"
             )
-        generation, micro_batch = self.gradients.generation, self.forwards
+        generation, turn, micro_batch = self.gradients.generation, self.turn, self.forwards
         pending = self.link.forward(
             self.step,
             micro_batch,
@@ -168,11 +191,11 @@ class LinkCross(Cross):
         self._waiting.add(micro_batch)
         kind = _Labelled if labels is not None else _Unlabelled
         try:
-            question = kind(self, self.step, micro_batch, generation, activation, pending.result().message)
-            question.answered = weakref.finalize(question, self._dropped.append, (self.step, micro_batch))
+            question = kind(self, turn, micro_batch, generation, activation, self.answer_to(pending))
+            question.answered = weakref.finalize(question, self._dropped.append, (turn, micro_batch))
             question.answered.atexit = False
         except BaseException:  # Ctrl-C: the cloud answers all the same
-            self._dropped.append((self.step, micro_batch))
+            self._dropped.append((turn, micro_batch))
             raise
         return question
 
@@ -193,14 +216,14 @@ class _Question:
     def __init__(
         self,
         cross: LinkCross,
-        step: int,
+        turn: _Turn,
         micro_batch: int,
         generation: int,
         activation: Tensor,
         message: pb.CloudMessage,
     ) -> None:
         self.cross = cross
-        self.step = step
+        self.turn = turn
         self.micro_batch = micro_batch
         self.generation = generation
         self.shape = tuple(activation.shape)
@@ -217,7 +240,7 @@ class _Question:
         """The gradient by the activation; None for a frozen edge."""
         if not self.answered.alive:
             raise UsageError("backward() went through this forward before; call the model again")
-        self.cross.check_backward(self.step, self.micro_batch)
+        self.cross.check_backward(self.turn, self.micro_batch)
         return self._backward(grad_loss, grad_outputs)
 
     def _begin(self) -> None:
@@ -286,7 +309,7 @@ class _Unlabelled(_Question):
         cross = self.cross
         message = cross.encode_gradient(grad_outputs)
         self._begin()
-        result = cross.link.backward(self.step, self.micro_batch, message).result().message.result
+        result = cross.answer_to(cross.link.backward(cross.step, self.micro_batch, message)).result
         gradient = self._gradient(result)
         cross.end_backward(result.squared_gradient_norm)
         return None if gradient is None else gradient.to(self.dtype)

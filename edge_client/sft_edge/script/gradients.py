@@ -59,6 +59,12 @@ class CloudGradients:
         self.parameter.grad = torch.tensor(norm, dtype=self.parameter.dtype, device=self.parameter.device)
         self._norm = float(self.parameter.grad)  # as rounded
 
+    def undone(self) -> None:
+        """The cloud has forgotten its gradients by itself."""
+        self.parameter.grad = self._norm = None
+        self._committed = self._stays_unknown = False
+        self.generation += 1
+
     def tell(self) -> None:
         """Tells the link what the script has done with gradients since; to be called before every message."""
         if self._norm is None:

@@ -24,6 +24,7 @@ from sft.v1 import split_training_pb2 as pb
 from sft_edge.grpc_transport import GrpcTransport
 from sft_edge.link import Blob, Link
 from sft_edge.offers import offer
+from sft_edge.patience import Patience
 from sft_edge.script.adapters import without_peft
 from sft_edge.script.crossing import LinkCross
 from sft_edge.script.cut_model import CutModel
@@ -59,7 +60,8 @@ class EdgeRole(Role):
         transport = options.transport or GrpcTransport(
             str(options.server), options.connect_timeout_seconds, credentials=_credentials(options)
         )
-        link = Link(transport, request, blobs, options.reply_timeout_seconds)
+        patience = Patience(options.reply_timeout_seconds, options.reconnect_timeout_seconds)
+        link = Link(transport, request, blobs, patience)
         link.open()  # from here on nothing is left that could be wrong
         try:
             self._cross = LinkCross(link, DATA_TYPES[options.wire_dtype], next(model.parameters()).device)
@@ -77,11 +79,12 @@ class EdgeRole(Role):
         )
         self._state.follow(model)
         self._on_cloud = arguments_of(optimizer)
+        self._skipped, self._undone = False, 0
         self._title = f"role='edge', server={options.server!r}, {cut_model.describe()}"
 
     def step(self, closure: Optional[Callable[[], Any]]) -> Any:
         """Algorithm 1, lines 13 and 14. The edge's half first: if that raises, neither half takes the step."""
-        self.step_was_skipped = True
+        self._skipped = True
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -95,8 +98,13 @@ class EdgeRole(Role):
             self.optimizer.step()
         self._cross.commit(rates, clip_scale, _changed(arguments, self._on_cloud))
         self._on_cloud = arguments
-        self.step_was_skipped = False
+        self._skipped, self._undone = False, self._cross.undone
         return loss
+
+    @property
+    def step_was_skipped(self) -> bool:  # type: ignore[override]  # an attribute there
+        """See Role. Also for a step that the cloud has undone for want of memory, before it was asked to take it."""
+        return self._skipped or self._cross.undone != self._undone
 
     def zero_grad(self, set_to_none: bool) -> None:
         """See Role. The cloud's are forgotten with the parameter that stands for them."""
@@ -185,6 +193,8 @@ def _check(options: SplitOptions) -> None:
     for name in ("connect_timeout_seconds", "reply_timeout_seconds"):
         if not getattr(options, name) > 0:
             raise UsageError(f"{name} must be above 0, not {getattr(options, name)}")
+    if not options.reconnect_timeout_seconds >= 0:
+        raise UsageError(f"reconnect_timeout_seconds must be 0 or more, not {options.reconnect_timeout_seconds}")
     if options.calibration is not None and options.residual != "low-rank":
         raise UsageError("calibration is for residual='low-rank'; leave it out")
 

@@ -1,0 +1,186 @@
+"""Watches the service's calls: figures for `Metrics`, spans for a tracer. The service knows no more of either.
+
+Spans are made only where the edge traces: of a call under the span that gRPC's metadata name, of a message under the
+one that the message names.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, TypeVar
+
+import grpc
+
+from sft.errors import SFTError
+from sft.tracing import METADATA_KEY, NO_SPAN, NO_TRACER, Span, Tracer, Value
+from sft.v1 import split_training_pb2 as pb
+from sft_cloud.identity import Identity
+from sft_cloud.metrics import UNKNOWN, Metrics
+
+T = TypeVar("T")
+
+_METHODS = {method.name for method in pb.DESCRIPTOR.services_by_name["SplitTraining"].methods} | {
+    "Check",
+    "Watch",
+    "ServerReflectionInfo",
+}
+"""What becomes a label: not what callers make up."""
+
+_STREAM = "Train"
+"""A call as long as a run is no piece of work; its messages are."""
+
+
+class Observer:
+    """What the service tells of messages."""
+
+    def __init__(self, metrics: Metrics | None = None, tracer: Tracer = NO_TRACER) -> None:
+        self.metrics = metrics or Metrics()
+        self.tracer = tracer
+
+    def message(self, tenant: str, label: str, message: pb.EdgeMessage) -> Watch:
+        """Watches a message until it is answered; `label` is that of its session."""
+        return Watch(self, tenant, label, message)
+
+    def interceptors(self, identify: Callable[[grpc.ServicerContext], Identity]) -> list[grpc.ServerInterceptor]:
+        """To stand before all others; none where nobody wants to know. `identify` says who calls."""
+        if type(self.metrics) is Metrics and not self.tracer.active:
+            return []
+        return [CallObserver(self.metrics, self.tracer, lambda context: identify(context).name)]
+
+
+NOBODY = Observer()
+"""Where nobody wants to know."""
+
+
+class Watch:
+    """One message on its way through the service; a context manager."""
+
+    def __init__(self, observer: Observer, tenant: str, label: str, message: pb.EdgeMessage) -> None:
+        self._metrics, self._tracer = observer.metrics, observer.tracer
+        self._tenant = tenant
+        self._message = message
+        self._span = NO_SPAN
+        if self._tracer.active and message.trace_parent:
+            attributes: dict[str, Value] = {"sft.tenant": tenant, "sft.session": label, "sft.step": message.step}
+            attributes["sft.micro_batch"] = message.micro_batch
+            self._span = self._tracer.server_span(_name_of(message), message.trace_parent, attributes)
+
+    def work(self, work: Callable[[], T]) -> Callable[[], T]:
+        """The same work, for the worker: how long it waits from now on, and how long it takes, is noted."""
+        submitted = time.perf_counter()
+        waiting = self._child("wait for the device")
+
+        def timed() -> T:
+            began = time.perf_counter()
+            waiting.end()
+            try:
+                with self._child("work on the device"):
+                    return work()
+            finally:
+                self._metrics.worked(self._tenant, began - submitted, time.perf_counter() - began)
+
+        return timed
+
+    def answered(self, answer: pb.CloudMessage, sizes: tuple[int, int], steps: int, repeated: bool) -> None:
+        """See Metrics."""
+        self._metrics.answered(self._tenant, self._message, answer, sizes, steps, repeated)
+        if repeated:
+            self._span.set("sft.repeated", True)
+
+    def _child(self, name: str) -> Span:
+        return self._tracer.span(name, self._span.parent) if self._span.parent else NO_SPAN
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._span.end("" if error is None else type(error).__name__)
+
+
+class CallObserver(grpc.ServerInterceptor):
+    """Counts the calls that end with an error, and makes spans of the others; before anything else sees them."""
+
+    def __init__(
+        self, metrics: Metrics, tracer: Tracer, tenant_of: Callable[[grpc.ServicerContext], str] = lambda _: UNKNOWN
+    ) -> None:
+        """`tenant_of` may raise any SFTError where the caller is not known."""
+        self._metrics = metrics
+        self._tracer = tracer
+        self._tenant_of = tenant_of
+
+    def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], grpc.RpcMethodHandler[Any, Any] | None],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        """See grpc.ServerInterceptor."""
+        handler = continuation(handler_call_details)
+        if handler is None:
+            return None
+        method = handler_call_details.method.rpartition("/")[2]
+        if method not in _METHODS:
+            method = UNKNOWN  # whoever stands before this refuses methods that there are not, too
+        parent = ""
+        if self._tracer.active and method != _STREAM:
+            metadata = dict(handler_call_details.invocation_metadata or ())
+            parent = str(metadata.get(METADATA_KEY, ""))
+        return _watched(handler, lambda context: self._call(method, parent, context))
+
+    @contextmanager
+    def _call(self, method: str, parent: str, context: grpc.ServicerContext) -> Iterator[None]:
+        span = self._tracer.server_span(method, parent) if parent else NO_SPAN
+        try:
+            with span:
+                yield
+        except Exception as error:
+            code = context.code()  # type: ignore[attr-defined]  # missing in the stubs
+            if isinstance(code, grpc.StatusCode):  # none where the edge has gone
+                self._metrics.refused(self._tenant(context), method, code.name, _reason(error, code))
+            raise
+
+    def _tenant(self, context: grpc.ServicerContext) -> str:
+        try:
+            return self._tenant_of(context)
+        except SFTError:
+            return UNKNOWN
+
+
+def _watched(handler: Any, watch: Callable[[grpc.ServicerContext], Any]) -> grpc.RpcMethodHandler[Any, Any]:
+    """A handler of the same kind whose call is watched until its last answer."""
+    kind = f"{'stream' if handler.request_streaming else 'unary'}_{'stream' if handler.response_streaming else 'unary'}"
+    behaviour = getattr(handler, kind)
+    if hasattr(behaviour, "experimental_non_blocking"):
+        return handler  # type: ignore[no-any-return]  # the health service's Watch, which nobody refuses
+
+    def one_answer(request: Any, context: grpc.ServicerContext) -> Any:
+        with watch(context):
+            return behaviour(request, context)
+
+    def many_answers(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+        with watch(context):
+            yield from behaviour(request, context)
+
+    make = getattr(grpc, f"{kind}_rpc_method_handler")
+    watched: grpc.RpcMethodHandler[Any, Any] = make(
+        many_answers if handler.response_streaming else one_answer,
+        request_deserializer=handler.request_deserializer,
+        response_serializer=handler.response_serializer,
+    )
+    return watched
+
+
+def _reason(error: BaseException, code: grpc.StatusCode) -> str:
+    """The class of the error for which a handler broke the call off; the code where it gave none."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, SFTError):
+        cause = cause.__context__
+    return code.name if cause is None else type(cause).__name__
+
+
+def _name_of(message: pb.EdgeMessage) -> str:
+    return message.WhichOneof("body") or ("commit" if message.HasField("commit") else "no body")

@@ -1,0 +1,50 @@
+"""The request that opens a session for a transformers model."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+from transformers import PretrainedConfig
+
+import sft
+from sft.codec import DATA_TYPES
+from sft.models import Cut
+from sft.parameter_groups import OptimizerSpec, spec_to_proto
+from sft.protocol import PROTOCOL_VERSION
+from sft.v1 import split_training_pb2 as pb
+from sft_edge.offers import HEADS, cut_to_proto
+from sft_edge.source import Source
+
+
+def session_request(
+    source: Source,
+    head: str,
+    cut: Cut,
+    optimizer_spec: OptimizerSpec,
+    seed: int,
+    wire_dtype: str,
+    weights_sha256: str,
+    factors_sha256: str,
+    lora_json: str = "",
+) -> pb.OpenSessionRequest:
+    """`optimizer_spec` is net_2's; the blobs are named by hashes, see `sft_edge.offers`."""
+    return pb.OpenSessionRequest(
+        protocol_version=PROTOCOL_VERSION,
+        package_version=sft.__version__,
+        model_name=source.name,
+        config_json=_config_json(source.config),
+        head=HEADS[head],
+        cut=cut_to_proto(cut),
+        seed=seed,
+        weights_sha256=weights_sha256,
+        factors_sha256=factors_sha256,
+        optimizer=spec_to_proto(optimizer_spec),
+        wire_data_type=DATA_TYPES[wire_dtype],
+        lora_json=lora_json,
+    )
+
+
+def _config_json(config: PretrainedConfig) -> str:
+    """Without what differs between releases and says nothing about the model."""
+    text: Optional[str] = config.to_json_string(use_diff=False)
+    return str(text)
