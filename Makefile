@@ -16,7 +16,7 @@ SLOW ?= 0
 RATE ?= 100mbit
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format proto test-jetpack lock emulate clean
+.PHONY: help setup demo test check audit format proto test-jetpack lock emulate clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,10 +44,14 @@ check: setup $(PROTO_BIN)/.installed  ## format, lint, types, import contracts, 
 	$(BIN)/ruff check
 	$(BIN)/vermin --quiet --no-tips --violations --target=3.8- common edge_client
 	$(BIN)/mypy
+	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive common edge_client cloud_server
 	$(BIN)/lint-imports --no-logo
 	rm -rf build/proto && mkdir -p build/proto
 	$(call generate,build/proto)
 	diff -rq -x __init__.py -x __pycache__ build/proto/sft/v1 common/sft/v1 || { echo "common/sft/v1 is out of date: run make proto" >&2; exit 1; }
+
+audit: setup  ## look up the pinned releases in the databases of known vulnerabilities; needs the network and pip-audit
+	pip-audit --disable-pip --no-deps --requirement constraints.txt
 
 format: setup  ## format the code and mend what the linter can
 	$(BIN)/ruff check --fix

@@ -13,6 +13,7 @@ from sft.durations import Duration
 from sft.errors import UsageError
 from sft_cloud.access_options import AccessOptions, check_together
 from sft_cloud.certs_command import certs_command
+from sft_cloud.limit_options import LimitOptions
 from sft_cloud.metrics_options import MetricsOptions
 from sft_cloud.status_command import status_command
 from sft_cloud.token_commands import token_command
@@ -80,8 +81,8 @@ class ServeOptions:
 
 def serve_command(prog: str, argv: list[str]) -> int:
     """Wait for edges and train their upper halves."""
-    options, access_options, metrics_options = parse(
-        [ServeOptions, AccessOptions, MetricsOptions], argv, prog, serve_command.__doc__
+    options, access_options, limits, metrics_options = parse(
+        [ServeOptions, AccessOptions, LimitOptions, MetricsOptions], argv, prog, serve_command.__doc__
     )
     check_together(access_options, dashes="--")
     from sft_cloud.logs import set_up_logging
@@ -97,6 +98,7 @@ def serve_command(prog: str, argv: list[str]) -> int:
         max_sessions=options.max_sessions,
         threads=options.threads,
         exit_with_stdin=options.exit_with_stdin,
+        limits=limits,
         session_timeout_seconds=options.session_timeout,
         access_options=access_options,
         checkpoint_store=options.checkpoint_store,

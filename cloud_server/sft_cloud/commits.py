@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from sft.errors import ProtocolError
+from sft.errors import ProtocolError, TrainingError
 from sft.parameter_groups import arguments_from_proto
 from sft.v1 import split_training_pb2 as pb
+from sft_cloud.errors import is_out_of_memory
 
 
 def check_commit(commit: pb.Commit, optimizer: torch.optim.Optimizer) -> None:
@@ -24,6 +25,17 @@ def check_commit(commit: pb.Commit, optimizer: torch.optim.Optimizer) -> None:
     for group, message in zip(optimizer.param_groups, commit.group_arguments, strict=False):  # there may be none
         for name, value in arguments_from_proto(message.arguments).items():
             _check_argument(group, name, value)
+
+
+def take_step(optimizer: torch.optim.Optimizer) -> None:
+    """The step itself. Raises TrainingError when the optimizer cannot take it with the settings that the edge chose."""
+    try:
+        optimizer.step()
+    except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise TrainingError(f"{type(optimizer).__name__} cannot take this step with its settings: {reason}") from error
 
 
 def apply_group_arguments(commit: pb.Commit, optimizer: torch.optim.Optimizer) -> None:

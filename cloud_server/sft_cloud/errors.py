@@ -9,7 +9,7 @@
     SessionLostError: no such session, or it has ended                  NOT_FOUND
     UnauthenticatedError: no identity, or it is no longer good          UNAUTHENTICATED
     AccessError: a known caller, but this is not for it                 PERMISSION_DENIED
-    ServerFullError, StorageError, out of memory: no room               RESOURCE_EXHAUSTED
+    ServerFullError, QuotaError, StorageError, out of memory: no room   RESOURCE_EXHAUSTED
     ServerUnavailableError: the server is shutting down                 UNAVAILABLE
     anything else, logged here with its traceback                       INTERNAL
 
@@ -43,6 +43,10 @@ class PreconditionError(ProtocolError):
     """The message is sound, but not what may come now."""
 
 
+class QuotaError(ServerFullError):
+    """The caller has used up what is for it, for now."""
+
+
 class StreamTakenError(SFTError):
     """Another stream has the session now."""
 
@@ -62,6 +66,9 @@ class UnauthenticatedError(AccessError):
         self.reason = reason
 
 
+MAX_DETAILS = 1000
+"""Characters of a sentence that leave the server: what an edge sent is quoted in some, and headers must stay small."""
+
 _CODES: tuple[tuple[type[SFTError], grpc.StatusCode], ...] = (
     (PreconditionError, grpc.StatusCode.FAILED_PRECONDITION),
     (GapError, grpc.StatusCode.ABORTED),
@@ -80,13 +87,20 @@ def status_of(error: Exception) -> tuple[grpc.StatusCode, str]:
     """The status code and the one line that the edge gets; nothing of an unexpected error leaves the server."""
     for kind, code in _CODES:
         if isinstance(error, kind):
-            return code, " ".join(str(error).split())
+            return code, one_line(error)
     if is_out_of_memory(error):
         return (
             grpc.StatusCode.RESOURCE_EXHAUSTED,
             "the cloud's device is out of memory; try smaller batches or another cut",
         )
     return grpc.StatusCode.INTERNAL, "internal error, see the server's log"
+
+
+def one_line(error: Exception) -> str:
+    """Its sentence, in printable characters and not without end."""
+    text = " ".join(str(error).split())
+    text = "".join(character if character.isprintable() else "?" for character in text[: MAX_DETAILS + 1])
+    return text if len(text) <= MAX_DETAILS else text[: MAX_DETAILS - 3] + "..."
 
 
 def is_out_of_memory(error: Exception) -> bool:

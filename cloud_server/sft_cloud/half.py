@@ -29,6 +29,7 @@ from sft.models import Net2, max_positions
 from sft.protocol import MAX_MESSAGE_BYTES
 from sft.tensor_stream import StoredTensor, in_memory
 from sft.v1 import split_training_pb2 as pb
+from sft_cloud.memory import UNKNOWN, BatchMemory
 
 MAX_PADDED_TOKENS = 1 << 18
 """Largest B x S of a batch: 512 sequences of 512 tokens. A few bytes of lengths could otherwise ask for any memory."""
@@ -66,6 +67,9 @@ class HalfModel(Protocol):
     def stored_parameters(self) -> Sequence[StoredTensor]:
         """What a download holds: those, with adapters merged into what they adapt unless the edge has drawn them."""
 
+    def training_bytes(self, activation: pb.Activation) -> int:
+        """About what a training micro-batch with it would take, seen before anything is made of it; 0 if unknown."""
+
     def decode(self, activation: pb.Activation) -> Given:
         """Raises ProtocolError when the activation is none of this model's."""
 
@@ -94,15 +98,23 @@ class HalfModel(Protocol):
 class TransformersHalf:
     """The upper half of a model of the library."""
 
-    def __init__(self, net_2: Net2, config: PretrainedConfig, data_type: pb.DataType, merges: bool = True) -> None:
+    def __init__(
+        self,
+        net_2: Net2,
+        config: PretrainedConfig,
+        data_type: pb.DataType,
+        merges: bool = True,
+        batch_memory: BatchMemory = UNKNOWN,
+    ) -> None:
         """`net_2` filled and on its device; `data_type` of activations and gradients on the wire.
 
-        `merges`: whether adapters are merged in what is downloaded.
+        `merges`: whether adapters are merged in what is downloaded; `batch_memory`: as `sft_cloud.memory` measured it.
         """
         self.net_2 = net_2
         self._config = config
         self._data_type = data_type
         self._merges = merges
+        self._batch_memory = batch_memory
 
     @property
     def device(self) -> torch.device:
@@ -133,9 +145,13 @@ class TransformersHalf:
             return in_memory(dict(own))
         return [tensor for tensor in merged_tensors(self.net_2) if tensor.name in own]
 
+    def training_bytes(self, activation: pb.Activation) -> int:
+        """See HalfModel."""
+        return self._batch_memory.of(len(activation.lengths), activation.padded_length)
+
     def decode(self, activation: pb.Activation) -> Given:
         """See HalfModel."""
-        padded_tokens = len(activation.lengths) * activation.padded_length
+        padded_tokens = len(activation.lengths) * max(1, activation.padded_length)
         if padded_tokens > MAX_PADDED_TOKENS:
             raise ProtocolError(f"a batch of {padded_tokens} padded tokens is too large; at most {MAX_PADDED_TOKENS}")
         return Given(*decode_activation(activation, self.net_2.width, max_positions(self._config), self.device))

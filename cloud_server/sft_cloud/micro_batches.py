@@ -25,6 +25,8 @@ from sft.v1 import split_training_pb2 as pb
 from sft_cloud.errors import PreconditionError
 from sft_cloud.half import Given, HalfModel
 
+_LARGEST = torch.finfo(torch.float32).max
+
 _DROPPED = None
 """Stands for the weight of what was dropped."""
 
@@ -44,6 +46,7 @@ class MicroBatches:
         self._graphs: dict[int, _Graph] = {}
         self._kept: dict[int, list[Tensor | None]] = {}  # gradients, in the order of `_trained`
         self._weights: dict[int, float | None] = {}  # of those that were weighed, or `_DROPPED`
+        self._sizes: dict[int, int] = {}  # bytes of what waits, as estimated
 
     def check_room(self, weights: Sequence[pb.Weight]) -> None:
         """Raises PreconditionError when one more may not wait, once `weights` are applied."""
@@ -52,6 +55,10 @@ class MicroBatches:
                 f"{MAX_WAITING} results of the model are waiting for a backward(); use torch.no_grad() where none will "
                 "follow, or let go of them"
             )
+
+    def waiting_bytes(self, weights: Sequence[pb.Weight] = ()) -> int:
+        """About how much memory what waits takes, once `weights` are applied."""
+        return sum(self._sizes.get(micro_batch, 0) for micro_batch in self._left(weights))
 
     def check_nothing_waits(self, weights: Sequence[pb.Weight]) -> None:
         """Raises PreconditionError when something would, once `weights` are applied."""
@@ -100,9 +107,10 @@ class MicroBatches:
         self._answer_gradient(graph.given, graph.given.a.grad, result)
         result.squared_gradient_norm = self.squared_norm()
 
-    def keep_graph(self, micro_batch: int, given: Given, outputs: Tensor) -> None:
-        """For a Backward to come."""
+    def keep_graph(self, micro_batch: int, given: Given, outputs: Tensor, size: int = 0) -> None:
+        """For a Backward to come; `size`: bytes that it takes."""
         self._graphs[micro_batch] = _Graph(given, outputs)
+        self._sizes[micro_batch] = size
 
     def add(self, given: Given, loss: Tensor, result: pb.Result) -> None:
         """Adds the gradients of `loss`."""
@@ -120,6 +128,7 @@ class MicroBatches:
             gradients = _own(torch.autograd.grad(loss, inputs, allow_unused=True))
         self._answer_gradient(given, gradients.pop(0) if given.a.requires_grad else None, result)
         self._kept[micro_batch] = gradients
+        self._sizes[micro_batch] = self.gradient_bytes()
         result.squared_gradient_norm = self.squared_norm()
         result.own_squared_norm = squared_norm(gradients)
         result.gradient_product = scalar_product(gradients, (parameter.grad for parameter in trained))
@@ -137,6 +146,11 @@ class MicroBatches:
         self._graphs.clear()
         self._kept.clear()
         self._weights.clear()
+        self._sizes.clear()
+
+    def gradient_bytes(self) -> int:
+        """Of one set of gradients that is kept aside."""
+        return sum(parameter.numel() * parameter.element_size() for parameter in self._trained())
 
     def squared_norm(self) -> float:
         """Of the gradients added so far."""
@@ -161,8 +175,8 @@ class MicroBatches:
 def _meaning(message: pb.Weight) -> tuple[int, float | None]:
     """Micro-batch, and its weight or `_DROPPED`. Raises ProtocolError."""
     weight = message.weight
-    if not math.isfinite(weight):
-        raise ProtocolError(f"the weight of a micro-batch must be finite, not {weight}")
+    if not math.isfinite(weight) or abs(weight) > _LARGEST:
+        raise ProtocolError(f"the weight of a micro-batch must be finite, and so as a float32, not {weight}")
     if message.dropped and weight != 0.0:
         raise ProtocolError(f"micro-batch {message.micro_batch} is dropped, so that it cannot have weight {weight}")
     return message.micro_batch, _DROPPED if message.dropped else weight

@@ -9,6 +9,8 @@ from sft.models import Net2
 from sft.v1 import split_training_pb2 as pb
 from sft_cloud.errors import PreconditionError
 from sft_cloud.identity import Identity
+from sft_cloud.limits import check_rank
+from sft_cloud.memory import MemoryBudget
 from sft_cloud.opening import SessionSpec, build, check_request, make_session
 from sft_cloud.saved_session import Checkpoints, restore
 from sft_cloud.session import Session
@@ -23,7 +25,7 @@ class Opener(Protocol):
     """Makes sessions; called in any thread."""
 
     def open(self, request: pb.OpenSessionRequest, owner: Identity) -> Session | list[str]:
-        """A session as the request of `owner` wants it, or the hashes of the blobs that are missing for it;
+        """A session as the request of `owner` wants it, or the hashes of the blobs of `owner` that are missing;
         always these, be they none, for a request that only checks.
 
         Every field is checked here, since anybody may have written it: raises PreconditionError for an edge of another
@@ -35,24 +37,33 @@ class TransformersOpener:
     """For any model that `sft.models` can cut."""
 
     def __init__(
-        self, worker: Worker, store: BlobStore, weights: WeightsFinder, checkpoints: Checkpoints | None = None
+        self,
+        worker: Worker,
+        store: BlobStore,
+        weights: WeightsFinder,
+        checkpoints: Checkpoints | None = None,
+        budget: MemoryBudget | None = None,
     ) -> None:
-        """What touches the device runs on `worker`; without `checkpoints` no run goes on."""
+        """What touches the device runs on `worker`; without `checkpoints` no run goes on; all sessions together take at
+        most the `budget`.
+        """
         self._worker = worker
         self._store = store
         self._weights = weights
         self._checkpoints = checkpoints
+        self._budget = budget
 
     def open(self, request: pb.OpenSessionRequest, owner: Identity) -> Session | list[str]:
         """See Opener."""
-        spec, device = check_request(request), self._worker.device
+        spec, device, store = check_request(request), self._worker.device, self._store.of(owner)
         net_2 = self._run(lambda: build(spec, device))
+        check_rank(owner.limits, net_2.width)
         if request.resume_from:
             return self._resume(request, owner, spec, net_2)
-        tensors, missing = self._weights.find(spec, net_2)
+        tensors, missing = self._weights.find(spec, net_2, store)
         if missing or request.only_check:
             return missing
-        return self._run(lambda: make_session(spec, net_2, tensors, device, self._store.find))
+        return self._run(lambda: make_session(spec, net_2, tensors, device, store.find, self._budget))
 
     def _resume(self, request: pb.OpenSessionRequest, owner: Identity, spec: SessionSpec, net_2: Net2) -> Session:
         if self._checkpoints is None:
@@ -61,7 +72,7 @@ class TransformersOpener:
 
             def work() -> Session:
                 # Filled from the seed: whatever that gives is replaced, to the last parameter.
-                session = make_session(spec, net_2, [], self._worker.device, self._store.find)
+                session = make_session(spec, net_2, [], self._worker.device, self._store.of(owner).find, self._budget)
                 restore(session, files)
                 return session
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,21 +13,24 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from sft import __version__
 from sft.codec import DATA_TYPES
 from sft.errors import ProtocolError, ServerFullError, UnsupportedModelError
-from sft.lora import LoraSpec, add_lora, is_adapter, lora_from_json
+from sft.lora import LoraSpec, adapter_shapes, add_lora, is_adapter, lora_from_json
 from sft.manifests import is_run_id
 from sft.models import Cut, Net2, build_net_2, family_of, max_positions
 from sft.parameter_groups import OptimizerSpec, make_optimizer, spec_from_proto
 from sft.protocol import PROTOCOL_VERSION
+from sft.seeding import seeded
 from sft.tensor_stream import StoredTensor
 from sft.v1 import split_training_pb2 as pb
 from sft.weights import fill
 from sft_cloud.errors import PreconditionError, is_out_of_memory
 from sft_cloud.half import TransformersHalf
+from sft_cloud.memory import BatchMemory, MemoryBudget, MemoryShare, measure, memory_bytes, session_bytes
 from sft_cloud.session import Session
 from sft_cloud.store import check_sha256
 
@@ -41,10 +44,8 @@ _MODES = {pb.MODE_SFT: "sft", pb.MODE_SL: "sl"}
 _PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 _IGNORED_SETTINGS = (
-    # Would have the library run code from the hub:
+    # Would have the library run code from the hub, as would those that `_is_ignored` finds by their names:
     "auto_map",
-    "attn_implementation",
-    "_attn_implementation",
     "quantization_config",
     # Parameters are float32 and outputs are named here, whatever the checkpoint says:
     "dtype",
@@ -56,8 +57,7 @@ _IGNORED_SETTINGS = (
 )
 
 _MAX_CONFIG_BYTES = 1 << 20
-_MAX_BLOCKS, _MAX_LABELS, _MAX_POSITIONS = 1024, 1 << 16, 1 << 17
-_COPIES = 2  # net_2's weights and their gradients: less than that cannot train, but for LoRA
+_MAX_BLOCKS, _MAX_LABELS, _MAX_POSITIONS = 256, 1 << 16, 1 << 17
 
 _LIBRARY_ERRORS = (
     ArithmeticError,
@@ -151,11 +151,24 @@ def build(spec: SessionSpec, device: torch.device) -> Net2:
     """
     with _blames_config():
         net_2 = build_net_2(spec.config, spec.head, spec.cut)
-    needed = (_COPIES if spec.lora is None else 1) * sum(4 * parameter.numel() for parameter in net_2.parameters())
-    memory = _memory_bytes(device)
+    needed, memory = _needed_bytes(spec, net_2), memory_bytes(device)
     if needed > memory:
         raise ServerFullError(f"training net_2 takes at least {needed} bytes, but {device} has {memory} in all")
     return net_2
+
+
+def _needed_bytes(spec: SessionSpec, net_2: Net2) -> int:
+    """What the session takes before its first batch."""
+    own = net_2.whole_parameters()
+    names = {name for group in spec.optimizer.groups for name in group.parameter_names}
+    trained = sum(parameter.numel() for name, parameter in own.items() if name in names)
+    weights = sum(parameter.numel() for parameter in own.values())
+    if spec.lora is not None:
+        adapters = sum(math.prod(shape) for shape in adapter_shapes(net_2, spec.lora).values())
+        weights, trained = weights + adapters, trained + adapters
+    # Buffers such as masks and tables of positions can be large where a configuration wants them to.
+    buffers = sum(buffer.numel() * buffer.element_size() for buffer in net_2.buffers())
+    return session_bytes(weights, trained, spec.optimizer.name) + buffers
 
 
 def make_session(
@@ -164,11 +177,31 @@ def make_session(
     tensors: Sequence[StoredTensor],
     device: torch.device,
     find_blob: Callable[[str], Path | None] = lambda sha256: None,
+    budget: MemoryBudget | None = None,
 ) -> Session:
-    """Fills net_2 with `tensors` and the seed's draws, and makes its optimizer. Raises ProtocolError and UsageError.
+    """Fills net_2 with `tensors` and the seed's draws, and makes its optimizer.
 
     Adapters that are among `tensors` are the edge's own: downloads then hold them as they are, and merge nothing.
+    Raises ProtocolError and UsageError, and ServerFullError where it does not fit into the `budget` beside the others.
     """
+    share = MemoryShare() if budget is None else budget.open(_needed_bytes(spec, net_2))
+    try:
+        session = _make_session(spec, net_2, tensors, device, find_blob, share)
+    except BaseException:
+        share.release()
+        raise
+    share.release_with(session)
+    return session
+
+
+def _make_session(
+    spec: SessionSpec,
+    net_2: Net2,
+    tensors: Sequence[StoredTensor],
+    device: torch.device,
+    find_blob: Callable[[str], Path | None],
+    share: MemoryShare,
+) -> Session:
     with _blames_config():
         fill(net_2, tensors, spec.seed, device)
         if spec.lora is not None:
@@ -182,8 +215,19 @@ def make_session(
         # No gradients, and no part in their norm, for nothing.
         parameter.requires_grad_(parameter.requires_grad and name in trained)
     merges = not any(is_adapter(tensor.name) for tensor in tensors)
-    half = TransformersHalf(net_2, spec.config, spec.data_type, merges)
-    return Session(half, optimizer, spec.seed, find_blob)
+    half = TransformersHalf(net_2, spec.config, spec.data_type, merges, _batch_memory(spec, net_2))
+    return Session(half, optimizer, spec.seed, find_blob, share)
+
+
+def _batch_memory(spec: SessionSpec, net_2: Net2) -> BatchMemory:
+    def run(length: int) -> Tensor:
+        a = torch.zeros(1, length, net_2.width, device=net_2.device, requires_grad=True)
+        logits: Tensor = net_2(a, [length], {}).logits
+        return logits
+
+    net_2.train()
+    with _blames_config(), seeded(net_2.device, spec.seed, "batch memory"):
+        return measure(run, list(net_2.parameters()), max_positions(spec.config))
 
 
 def _parse_config(text: str, head: str) -> PretrainedConfig:
@@ -194,8 +238,7 @@ def _parse_config(text: str, head: str) -> PretrainedConfig:
         model_type = str(values.get("model_type"))
         if model_type not in CONFIG_MAPPING:
             raise UnsupportedModelError(f"models of type '{model_type[:80]}' cannot be cut")
-        for name in _IGNORED_SETTINGS:
-            values.pop(name, None)
+        values = {name: value for name, value in values.items() if not _is_ignored(name)}
         # Before the library makes names for so many labels.
         _check_limit("num_labels", int(values.get("num_labels", 1)), _MAX_LABELS)
         config: PretrainedConfig = CONFIG_MAPPING[model_type].from_dict(values)
@@ -208,6 +251,11 @@ def _parse_config(text: str, head: str) -> PretrainedConfig:
     if head == "sequence-classification" and config.problem_type not in _PROBLEM_TYPES:
         raise ProtocolError(f"problem_type must be one of {', '.join(_PROBLEM_TYPES)}, not {config.problem_type!r}")
     return config
+
+
+def _is_ignored(name: str) -> bool:
+    # The library's own notes in a configuration begin with an underscore, and some win over what they are notes of.
+    return name in _IGNORED_SETTINGS or name.startswith("_") or "implementation" in name or "kernel" in name
 
 
 def _check_limit(name: str, value: int, limit: int) -> None:
@@ -227,9 +275,3 @@ def _blames_config() -> Iterator[None]:
         raise ProtocolError(
             f"config_json does not describe a model that runs: {type(error).__name__}: {reason}"
         ) from error
-
-
-def _memory_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

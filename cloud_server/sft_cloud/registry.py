@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 
 from sft.errors import ServerFullError, ServerUnavailableError, SessionLostError
 from sft.v1 import split_training_pb2 as pb
+from sft_cloud.errors import QuotaError
 from sft_cloud.exactly_once import ExactlyOnce
 from sft_cloud.identity import Identity
+from sft_cloud.limits import max_sessions_of
 from sft_cloud.session import Session
 
 SESSION_TIMEOUT_SECONDS = 600.0
@@ -110,7 +112,7 @@ class Registry:
         """Holds a place while a session is made, and gives the function that puts it there.
 
         An older session of the same run makes room first, as its edge begins anew; then those that have been without a
-        stream for a while. Raises ServerFullError when there is no room.
+        stream for a while. Raises ServerFullError when there is no room, QuotaError when the owner has used up its own.
         """
         if request.run_id:
             self._close_where("its run goes on in another session", lambda entry: _is_run(entry, request, owner))
@@ -120,8 +122,16 @@ class Registry:
                 "it had no stream, and its place was needed",
                 lambda entry: entry.stream is None and self.idle(entry) > SPARED_SECONDS,
             )
+        allowed = max_sessions_of(owner.limits, self.max_sessions)
+        if self._in_use_by(owner) >= allowed:
+            self._close_where(
+                "it had no stream, and its place was needed",
+                lambda e: e.owner.name == owner.name and e.stream is None and self.idle(e) > SPARED_SECONDS,
+            )
         mark = (owner.name, request.request_id)
         with self._lock:
+            if self._in_use_by(owner) >= allowed < self.max_sessions:
+                raise QuotaError(f"all of your {allowed} sessions are in use; end one")
             if self._in_use() >= self.max_sessions:
                 raise ServerFullError(f"the server has no room: all of its {self.max_sessions} sessions are in use")
             self._opening.append(mark)
@@ -184,6 +194,10 @@ class Registry:
         for entry in self.entries():
             if is_meant(entry):
                 self.close(entry.session_id, reason)
+
+    def _in_use_by(self, owner: Identity) -> int:
+        open_ones = sum(entry.owner.name == owner.name for entry in list(self._entries.values()))
+        return open_ones + sum(name == owner.name for name, _ in self._opening)
 
     def _is_full(self) -> bool:
         with self._lock:

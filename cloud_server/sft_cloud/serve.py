@@ -30,7 +30,13 @@ from sft.v1 import split_training_pb2 as pb
 from sft.v1 import split_training_pb2_grpc as pb_grpc
 from sft_cloud.access import Access, make_access
 from sft_cloud.access_options import AccessOptions
+from sft_cloud.audit import AuditLog
+from sft_cloud.call_watch import CallWatch
 from sft_cloud.checkpoints import CheckpointStore
+from sft_cloud.guard import Guard
+from sft_cloud.limit_options import LimitOptions
+from sft_cloud.limits import Quotas
+from sft_cloud.memory import MemoryBudget, default_budget
 from sft_cloud.metrics_options import MetricsOptions
 from sft_cloud.observation import observation
 from sft_cloud.observing import NOBODY, Observer
@@ -80,23 +86,35 @@ class CloudServer:
         access: Access = _OPEN,
         observer: Observer = NOBODY,
         checkpoint_store: str | Path | None = None,
+        limits: LimitOptions | None = None,
+        audit: AuditLog | None = None,
     ) -> None:
         """Binds and starts. `port` 0 takes a free one. `make_opener`: for other models than the library's; `on_close`
         is told of every session that ends, and why; `has_flags`: whether host and port came from a command line, of
         which errors then speak; `access`: TLS, and who is let in; `observer` is told what happens;
-        `checkpoint_store`: a directory or URL, by default below `state_dir`. Raises UsageError when it cannot bind,
+        `checkpoint_store`: a directory or URL, by default below `state_dir`; `limits`: what each caller may take;
+        `audit`: where who did what is written down. Raises UsageError when it cannot bind,
         StorageError.
         """
         dashes = "--" if has_flags else ""
         _check_bindable(host, port, dashes)
+        limits = LimitOptions() if limits is None else limits
+        audit = AuditLog(None) if audit is None else audit
         calls = max_sessions + _SPARE_THREADS
-        store = BlobStore(state_dir / "blobs")
+        store = BlobStore(state_dir / "blobs", limits.max_upload_bytes)
         # Without a model directory, names are still not looked up as paths: they come from edges.
-        weights = WeightsFinder(store, state_dir / "models" if model_dir is None else model_dir)
+        weights = WeightsFinder(state_dir / "models" if model_dir is None else model_dir, limits.download_models)
+        self.quotas = Quotas(max_sessions, limits.opens_per_minute)
+        self.call_watch = CallWatch(limits.stall_timeout, limits.idle_timeout)
+        self.guard = Guard(access.identify, self.quotas, self.call_watch, audit)
         self._executor = ThreadPoolExecutor(calls, thread_name_prefix="call")
         self._server = grpc.server(
             self._executor,
-            interceptors=[*observer.interceptors(access.identify), *([access.gate] if access.gate else [])],
+            interceptors=[
+                *observer.interceptors(access.identify),
+                *([access.gate] if access.gate else []),
+                self.guard,
+            ],
             options=SERVER_OPTIONS,
             maximum_concurrent_rpcs=calls,
         )
@@ -114,15 +132,17 @@ class CloudServer:
         self.device = device
         # Each call waits for at most one piece of work, so the queue holds whatever is admitted.
         self._worker = DeviceWorker(device, calls, threads)
+        self.memory = MemoryBudget(default_budget(device) if limits.memory_limit is None else limits.memory_limit)
         checkpoints: Checkpoints | None = None  # of a script's model none are kept
         if make_opener:
             opener = make_opener(self._worker, store)
         else:
             checkpoints = Checkpoints(CheckpointStore(checkpoint_store or state_dir / "checkpoints"))
-            opener = TransformersOpener(self._worker, store, weights, checkpoints)
+            opener = TransformersOpener(self._worker, store, weights, checkpoints, self.memory)
 
         def closed(entry: Entry, reason: str) -> None:
             log_closed(entry, reason, self.sessions.age(entry))
+            audit.write("closed", entry.owner.name, "-", session=entry.label, reason=reason)
             observer.metrics.closed(entry.owner.name)
             on_close(entry, reason)
 
@@ -144,6 +164,7 @@ class CloudServer:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
+        self.call_watch.start()
         self._server.start()
         self._stopping = threading.Event()
         self._threads = [threading.Thread(target=self._keep_house, name="housekeeper", daemon=True)]
@@ -177,6 +198,7 @@ class CloudServer:
         self._health.enter_graceful_shutdown()
         self.service.drain()
         self._server.stop(grace_seconds).wait()
+        self.call_watch.stop()
         self._worker.shutdown()
         self._executor.shutdown()
 
@@ -196,6 +218,7 @@ def serve(
     exit_with_stdin: bool,
     session_timeout_seconds: float,
     access_options: AccessOptions,
+    limits: LimitOptions,
     metrics_options: MetricsOptions,
     checkpoint_store: str | None,
     grace_seconds: float,
@@ -220,7 +243,12 @@ def serve(
         signal.signal(number, on_signal)
     if exit_with_stdin:
         threading.Thread(target=_wait_for_end_of_stdin, args=(stop, hurry), daemon=True).start()
-    access = make_access(access_options, host)
+    audit = AuditLog(limits.audit_log)
+    access = make_access(
+        access_options,
+        host,
+        on_refused=lambda peer, reason: audit.write("refused", "-", peer, code="UNAUTHENTICATED", reason=reason),
+    )
     found = find_device(device)
     observing = ExitStack()
     observer, metrics_url = observing.enter_context(observation(metrics_options, found))
@@ -236,6 +264,8 @@ def serve(
         access=access,
         checkpoint_store=checkpoint_store,
         observer=observer,
+        limits=limits,
+        audit=audit,
     )
     try:
         protection = {"tls": access.credentials is not None, "everybody": access.gate is None}

@@ -121,7 +121,7 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
             if first is None:
                 raise ProtocolError("the upload holds no chunk; the first one names the blob")
             chunks = (request.data for request in itertools.chain([first], request_iterator))
-            self._store.add(first.sha256, first.total_bytes, chunks)
+            self._store.of(caller).add(first.sha256, first.total_bytes, chunks)
             self._observer.metrics.uploaded(caller.name, first.total_bytes)
             _log.info("blob stored", extra={"fields": {"sha256": first.sha256, "bytes": first.total_bytes}})
         return pb.UploadBlobResponse()

@@ -24,15 +24,16 @@ from pathlib import Path
 
 import torch
 
-from sft.errors import ProtocolError
+from sft.errors import ProtocolError, ServerFullError
 from sft.optimizer_state import stored_state
 from sft.parameter_groups import scale_gradients, set_learning_rates
 from sft.seeding import seeded
 from sft.tensor_stream import StoredTensor
 from sft.v1 import split_training_pb2 as pb
-from sft_cloud.commits import apply_group_arguments, check_commit
+from sft_cloud.commits import apply_group_arguments, check_commit, take_step
 from sft_cloud.errors import PreconditionError, is_out_of_memory
 from sft_cloud.half import HalfModel
+from sft_cloud.memory import MemoryShare
 from sft_cloud.micro_batches import MicroBatches
 from sft_cloud.room import check_room_for_step
 from sft_cloud.states import Loader
@@ -44,6 +45,9 @@ _AUTOCAST = {pb.DATA_TYPE_BFLOAT16: torch.bfloat16, pb.DATA_TYPE_FLOAT16: torch.
 
 
 _NO_MEMORY = "the cloud's device is out of memory; try smaller batches or another cut"
+
+_EVALUATION_TAKES = 4
+"""Of the memory of training, at most this part: nothing is kept for a backward pass."""
 
 
 class State(enum.Enum):
@@ -63,8 +67,11 @@ class Session:
         optimizer: torch.optim.Optimizer,
         seed: int,
         find_blob: Callable[[str], Path | None] = lambda sha256: None,
+        memory: MemoryShare | None = None,
     ) -> None:
-        """`optimizer` over the parameters of `half`; `find_blob` gives the file of a blob that was uploaded."""
+        """`optimizer` over the parameters of `half`; `find_blob` gives the file of an uploaded blob; `memory` is
+        what the session may take of the server's.
+        """
         self.state = State.READY
         self.next_step = 0
         """The first step that is not committed."""
@@ -75,6 +82,7 @@ class Session:
         self._half = self.half = half
         self._optimizer = self.optimizer = optimizer
         self._seed = seed
+        self._memory = MemoryShare() if memory is None else memory
         self._loader = Loader(half, optimizer, find_blob)
         self._micro_batches = MicroBatches(half)
         self._forwards = 0  # answered in step `next_step`
@@ -98,18 +106,21 @@ class Session:
         commits = message.HasField("commit")
         if commits:
             self._check_commit(message.commit)
-        # All of the message is checked before any of it is done.
-        self._check_rides(message, commits)
-        work = self._check_body(message, body, commits)
-        self.state, self.has_begun = State.FAILED, True
-        self._ride(message, commits)
         try:
-            work(answer)
-        except Exception as error:
-            if body not in ("forward", "backward") or not is_out_of_memory(error):
-                raise
-            self._undo_step()
-            answer.step_skipped.reason = _NO_MEMORY
+            # All of the message is checked before any of it is done.
+            self._check_rides(message, commits)
+            work = self._check_body(message, body, commits)
+            self.state, self.has_begun = State.FAILED, True
+            self._ride(message, commits)
+            try:
+                work(answer)
+            except Exception as error:
+                if body not in ("forward", "backward") or not is_out_of_memory(error):
+                    raise
+                self._undo_step()
+                answer.step_skipped.reason = _NO_MEMORY
+        finally:
+            self._memory.hold(self._micro_batches.waiting_bytes())
         self.state = State.ACCUMULATING if self._forwards else State.READY
         return answer
 
@@ -156,7 +167,7 @@ class Session:
         set_learning_rates(self._optimizer, list(commit.learning_rates))
         apply_group_arguments(commit, self._optimizer)
         scale_gradients(self._half.parameters(), commit.clip_scale)
-        self._optimizer.step()
+        take_step(self._optimizer)
         self._micro_batches.clear()
         self._keeps_gradients = commit.keep_gradients
         if not commit.keep_gradients:
@@ -207,7 +218,14 @@ class Session:
         if not (math.isfinite(forward.loss_scale) and forward.loss_scale >= 0):
             raise ProtocolError(f"loss_scale must be finite and not negative, not {forward.loss_scale}")
         _check_autocast(forward.autocast)
-        given, has_labels = self._half.decode(forward.activation), forward.HasField("labels")
+        has_labels = forward.HasField("labels")
+        waits = 0 if commits else self._micro_batches.waiting_bytes(message.weights)
+        graph = self._half.training_bytes(forward.activation)
+        needed = waits + graph
+        if has_labels and not forward.loss_scale:
+            needed += self._micro_batches.gradient_bytes()
+        self._memory.check(needed)
+        given = self._half.decode(forward.activation)
         labels = self._half.decode_labels(forward.labels, given) if has_labels else {}
         if not has_labels or forward.want_logits:
             self._half.check_outputs(given)
@@ -215,6 +233,7 @@ class Session:
             self._micro_batches.check_room(message.weights)
 
         def work(answer: pb.CloudMessage) -> None:
+            self._memory.hold(needed)
             given.a.requires_grad_(not forward.frozen_edge)
             self._half.train(not forward.eval_mode)
             with (
@@ -225,7 +244,7 @@ class Session:
                 loss = self._half.loss(outputs, labels, given) if has_labels else None
             if loss is None:
                 answer.outputs.logits.CopyFrom(self._half.encode_outputs(outputs, given))
-                self._micro_batches.keep_graph(message.micro_batch, given, outputs)
+                self._micro_batches.keep_graph(message.micro_batch, given, outputs, graph)
             else:
                 # A loss that is not finite is answered as it is: whether to go on is for the edge to decide.
                 answer.result.loss = loss.item()
@@ -265,6 +284,13 @@ class Session:
 
     def _check_evaluate(self, message: pb.EdgeMessage) -> Work:
         _check_autocast(message.evaluate.autocast)
+        needed = self._micro_batches.waiting_bytes(message.weights)
+        needed += self._half.training_bytes(message.evaluate.activation) // _EVALUATION_TAKES
+        self._memory.check(needed)
+        try:
+            self._memory.hold(needed)
+        except MemoryError as error:
+            raise ServerFullError(f"there is no memory for this batch now: {error}; try again") from error
         given = self._half.decode(message.evaluate.activation)
         self._half.check_outputs(given)
 

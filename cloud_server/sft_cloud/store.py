@@ -1,4 +1,7 @@
-"""Blobs on disk, each under the SHA-256 of its bytes: what edges uploaded once and every later session finds."""
+"""Blobs on disk, each under the SHA-256 of its bytes: what a caller uploaded once and its later sessions find.
+
+Every caller has a directory of its own, so that nobody can find out, or use, what another has uploaded.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +10,36 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from urllib.parse import quote
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from sft.errors import ProtocolError, StorageError
+from sft_cloud.errors import QuotaError
+from sft_cloud.identity import Identity
 
 MAX_BLOB_BYTES = 64 << 30
 """Largest blob accepted: float32 weights of 16 billion parameters."""
 
+MAX_HEADER_BYTES = 4 << 20
+"""Of a safetensors file: names, types, shapes of some 30,000 tensors. More would take gigabytes as Python objects."""
+
 _ABANDONED_SECONDS = 24 * 3600
+_IN_USE_SECONDS = 24 * 3600
+"""A blob that was used so recently is not deleted to make room."""
+
+_DTYPES = (
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+    *(torch.int64, torch.int32, torch.int8, torch.uint8, torch.bool),
+)
 
 
 def check_sha256(text: str) -> str:
@@ -33,17 +52,37 @@ def check_sha256(text: str) -> str:
 def read_blob(path: Path) -> dict[str, Tensor]:
     """The tensors of a blob, mapped from the file: they take memory as they are read. Raises ProtocolError."""
     try:
-        return load_file(path)
-    except SafetensorError as error:
+        with path.open("rb") as file:
+            header_bytes = int.from_bytes(file.read(8), "little")
+        if header_bytes > MAX_HEADER_BYTES:
+            raise ValueError(f"a header of {header_bytes} bytes, where {MAX_HEADER_BYTES} is the most")
+        tensors: dict[str, Tensor] = load_file(path)
+    except (SafetensorError, ValueError, TypeError, OverflowError, RuntimeError) as error:
         raise ProtocolError(f"blob {path.stem} is not a safetensors file ({error})") from error
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _DTYPES:
+            raise ProtocolError(f"blob {path.stem}: '{name[:200]}' has type {tensor.dtype}, which is not supported")
+    return tensors
+
+
+def directory_name(owner: Identity) -> str:
+    """A name for what belongs to a caller, whatever it is called."""
+    name = quote(owner.name, safe="", errors="surrogatepass").replace(".", "%2E")
+    if len(name) > 200:
+        name = "%" + hashlib.sha256(owner.name.encode(errors="surrogatepass")).hexdigest()
+    return name or "%"
 
 
 class BlobStore:
     """A directory of files named `<sha256>.safetensors`. Safe to use from several threads and processes."""
 
-    def __init__(self, directory: Path) -> None:
-        """Makes the directory. Raises StorageError."""
+    def __init__(self, directory: Path, max_bytes: int | None = None) -> None:
+        """Makes the directory. `max_bytes` of all blobs in it. Raises StorageError."""
         self._directory = directory
+        self.max_bytes = max_bytes
+        self._lock = threading.Lock()
+        self._coming = 0  # bytes that uploads have announced and not finished
+        self._owners: dict[str, BlobStore] = {}
         try:
             directory.mkdir(parents=True, exist_ok=True)
             for part in directory.glob("*.part"):  # of servers that were killed
@@ -52,16 +91,31 @@ class BlobStore:
         except OSError as error:
             raise StorageError(f"cannot use {directory}: {error.strerror}; choose another --state-dir") from error
 
+    def of(self, owner: Identity) -> BlobStore:
+        """The caller's own store, in a directory of this one; as large as its limits say, or as this one may be."""
+        limit = owner.limits.max_upload_bytes
+        with self._lock:
+            name = directory_name(owner)
+            store = self._owners.get(name)
+            if store is None:
+                store = self._owners[name] = BlobStore(self._directory / name)
+            store.max_bytes = self.max_bytes if limit is None else limit
+            return store
+
     def find(self, sha256: str) -> Path | None:
         """The file of a blob, if it is here."""
         path = self._path(sha256)
-        return path if path.is_file() else None
+        if not path.is_file():
+            return None
+        with suppress(OSError):  # a disk that is read-only
+            os.utime(path)  # when it was used last
+        return path
 
     def add(self, sha256: str, total_bytes: int, chunks: Iterable[bytes]) -> None:
         """Stores a blob, all of it or nothing.
 
-        Raises ProtocolError when it is too large or has another size or hash than announced, StorageError when the disk
-        does not take it.
+        Raises ProtocolError when it is too large or has another size or hash than announced, QuotaError when the caller
+        has no room for it, StorageError when the disk does not take it.
         """
         path = self._path(sha256)
         if total_bytes > MAX_BLOB_BYTES:
@@ -72,7 +126,10 @@ class BlobStore:
             free = shutil.disk_usage(self._directory).free
             if total_bytes > free:
                 raise StorageError(f"the cloud's disk has {free} bytes left, the upload needs {total_bytes}")
-            with tempfile.NamedTemporaryFile(dir=self._directory, suffix=".part", delete=False) as file:
+            with (
+                self._room_for(total_bytes),
+                tempfile.NamedTemporaryFile(dir=self._directory, suffix=".part", delete=False) as file,
+            ):
                 try:
                     _write(file, sha256, total_bytes, chunks)
                     os.replace(file.name, path)
@@ -81,6 +138,38 @@ class BlobStore:
                     raise
         except OSError as error:
             raise StorageError(f"the cloud cannot store the upload: {error.strerror}") from error
+
+    @contextmanager
+    def _room_for(self, size: int) -> Iterator[None]:
+        """Holds room while a blob comes; what was not used for long makes way."""
+        with self._lock:
+            if self.max_bytes is not None:
+                self._make_room(size, self.max_bytes)
+            self._coming += size
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._coming -= size
+
+    def _make_room(self, size: int, max_bytes: int) -> None:
+        held = sorted((stat.st_mtime, stat.st_size, path) for path, stat in self._blobs())
+        total = self._coming + sum(held_size for _, held_size, _ in held)
+        for used_at, held_size, path in held:
+            if total + size <= max_bytes or used_at > time.time() - _IN_USE_SECONDS:
+                break
+            path.unlink(missing_ok=True)
+            total -= held_size
+        if total + size > max_bytes:
+            raise QuotaError(
+                f"the server keeps at most {max_bytes} bytes of uploads for you; there are {total}, and {size} more do "
+                "not fit: they make way a day after they were used last"
+            )
+
+    def _blobs(self) -> Iterator[tuple[Path, os.stat_result]]:
+        for path in self._directory.glob("*.safetensors"):
+            with suppress(FileNotFoundError):  # another process was faster
+                yield path, path.stat()
 
     def _path(self, sha256: str) -> Path:
         return self._directory / f"{check_sha256(sha256)}.safetensors"

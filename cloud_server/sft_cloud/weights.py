@@ -16,21 +16,27 @@ from sft.weights import pretrained_tensors, shapes
 from sft_cloud.opening import SessionSpec
 from sft_cloud.store import BlobStore, read_blob
 
+MAX_HASHES = 256
+"""Of the cloud's own models, each for one cut; more would be of somebody who tries them all."""
+
 _log = logging.getLogger(__name__)
 
 
 class WeightsFinder:
     """Finds net_2's tensors by the hashes that a request names. Safe to use from several threads."""
 
-    def __init__(self, store: BlobStore, model_dir: Path) -> None:
-        """`model_dir` holds models by name, and nothing outside it is read by name; it need not exist."""
-        self._store = store
+    def __init__(self, model_dir: Path, download: bool = False) -> None:
+        """`model_dir` holds models by name, and nothing outside it is read by name; it need not exist.
+
+        `download`: whether a model that is neither there nor in the hub's cache is fetched from the hub.
+        """
         self._model_dir = model_dir
+        self._download = download
         self._hashes: dict[tuple[object, ...], str] = {}
         self._lock = threading.Lock()
 
-    def find(self, spec: SessionSpec, net_2: Net2) -> tuple[list[StoredTensor], list[str]]:
-        """Net_2's stored tensors, and the hashes of the blobs that are missing.
+    def find(self, spec: SessionSpec, net_2: Net2, store: BlobStore) -> tuple[list[StoredTensor], list[str]]:
+        """Net_2's stored tensors, and the hashes of the blobs that are missing in `store`.
 
         A model of the cloud's own counts only if its tensors have the very hash that the request names: then it is the
         edge's. Raises ProtocolError when a blob holds something else than tensors of this net_2.
@@ -41,7 +47,7 @@ class WeightsFinder:
         tensors: list[StoredTensor] = []
         missing: list[str] = []
         if spec.factors_sha256:
-            path = self._store.find(spec.factors_sha256)
+            path = store.find(spec.factors_sha256)
             if path is None:
                 missing.append(spec.factors_sha256)
             else:
@@ -53,7 +59,7 @@ class WeightsFinder:
                     )
                 tensors += factors
         if spec.weights_sha256:
-            path = self._store.find(spec.weights_sha256)
+            path = store.find(spec.weights_sha256)
             if path is not None:
                 tensors += _read_blob(path, {name: wanted[name] for name in wanted.keys() - factor_names})
             else:
@@ -66,7 +72,7 @@ class WeightsFinder:
 
     def _own_model(self, spec: SessionSpec, net_2: Net2) -> list[StoredTensor] | None:
         try:
-            directory = find_model(spec.model_name, self._model_dir)
+            directory = find_model(spec.model_name, self._model_dir, self._download)
             tensors = pretrained_tensors(net_2, Checkpoint(directory))
             found = self._hash(directory, tensors)
         except (CheckpointError, OSError) as error:
@@ -86,6 +92,8 @@ class WeightsFinder:
         if known is None:
             known = sha256_of(tensors)
             with self._lock:
+                if len(self._hashes) >= MAX_HASHES:
+                    self._hashes.clear()
                 self._hashes[key] = known
         return known
 

@@ -185,7 +185,7 @@ def _from_hub(name: str, download: bool) -> Path:
     # The hub's client raises errors of many kinds (its own, requests', httpx', OSError, ValueError), by release.
     for local_only in (True, False) if download else (True,):
         try:
-            return Path(snapshot_download(name, allow_patterns=wanted, local_files_only=local_only))
+            return Path(snapshot_download(name, allow_patterns=wanted, local_files_only=local_only))  # nosec B615 # data only
         except Exception as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     raise CheckpointError(f"model '{name}': no such directory, and the hub does not give it ({reason})")

@@ -32,6 +32,9 @@ _TORCH = {
     pb.DATA_TYPE_FLOAT16: torch.float16,
 }
 
+MAX_DIMENSIONS = 16
+"""Of a tensor on the wire: the product of more sizes than that is not even computed."""
+
 
 def encode_tensor(x: Tensor, data_type: pb.DataType = pb.DATA_TYPE_FLOAT32) -> pb.Tensor:
     """Any float tensor, converted to the wire's type."""
@@ -45,13 +48,27 @@ def decode_tensor(message: pb.Tensor, device: torch.device) -> Tensor:
     dtype = _TORCH.get(message.data_type)
     if dtype is None:
         raise ProtocolError(f"tensor of unknown element type {int(message.data_type)}")
+    if len(message.shape) > MAX_DIMENSIONS:
+        raise ProtocolError(f"tensor of {len(message.shape)} dimensions; at most {MAX_DIMENSIONS} are accepted")
     size = math.prod(message.shape) * (4 if dtype == torch.float32 else 2)
     if size != len(message.data):
         raise ProtocolError(f"tensor of shape {list(message.shape)} needs {size} bytes, {len(message.data)} came")
     if not size:
-        return torch.zeros(tuple(message.shape), device=device)
+        return torch.zeros(_without_elements(message.shape), device=device)
     x = torch.frombuffer(bytearray(message.data), dtype=dtype).reshape(tuple(message.shape))
     return x.to(device, torch.float32)
+
+
+def _without_elements(shape: Sequence[int]) -> Tuple[int, ...]:
+    # Beside a 0, the other sizes may be any, and torch multiplies them for its strides.
+    if max(shape) >= 1 << 31 or math.prod(size for size in shape if size) >= 1 << 31:
+        raise ProtocolError(f"tensor of shape {list(shape)}; it is too large, though it has no elements")
+    return tuple(shape)
+
+
+def _shown(shape: Sequence[int]) -> str:
+    """For an error's sentence."""
+    return str(list(shape[:MAX_DIMENSIONS])) + (" and more" if len(shape) > MAX_DIMENSIONS else "")
 
 
 def pack(x_BSR: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -81,9 +98,9 @@ def decode_logits(
 ) -> Tensor:
     """The inverse of `encode_logits`, with `columns` C; zeros at padding. Raises ProtocolError for another shape."""
     rows = sum(lengths) if is_packed(head) else len(lengths)
-    if list(message.shape) != [rows, columns]:
+    if len(message.shape) != 2 or list(message.shape) != [rows, columns]:
         raise ProtocolError(
-            f"logits, or their gradient, of shape {list(message.shape)} came; it has to be {[rows, columns]}"
+            f"logits, or their gradient, of shape {_shown(message.shape)} came; it has to be {[rows, columns]}"
         )
     logits = decode_tensor(message, device)
     return unpack(logits, lengths, padded_length) if is_packed(head) else logits
@@ -107,14 +124,20 @@ def decode_activation(
 
     Raises ProtocolError when the fields contradict each other or the model; sizes are checked before memory is taken.
     """
-    lengths, padded_length = list(message.lengths), message.padded_length
-    if not lengths or min(lengths) < 1 or max(lengths) > padded_length:
-        raise ProtocolError(f"lengths must be from 1 to the padded length {padded_length}, and at least one")
+    padded_length, shape = message.padded_length, message.packed.shape
     if padded_length > max_length:
         raise ProtocolError(f"padded length {padded_length} is more than the model's {max_length} positions")
+    if message.lengths and (len(shape) != 2 or len(message.lengths) > shape[0]):
+        raise ProtocolError(
+            f"the activation has shape {_shown(shape)}, which is not a row for each token of "
+            f"{len(message.lengths)} sequences"
+        )
+    lengths = list(message.lengths)
+    if not lengths or min(lengths) < 1 or max(lengths) > padded_length:
+        raise ProtocolError(f"lengths must be from 1 to the padded length {padded_length}, and at least one")
     expected = [sum(lengths), width]
-    if list(message.packed.shape) != expected:
-        raise ProtocolError(f"the activation has shape {list(message.packed.shape)}, the lengths say {expected}")
+    if list(shape) != expected:
+        raise ProtocolError(f"the activation has shape {list(shape)}, the lengths say {expected}")
     return unpack(decode_tensor(message.packed, device), lengths, padded_length), lengths
 
 
@@ -144,21 +167,21 @@ def decode_labels(
         raise ProtocolError(f"this head learns from {_kind_for(config, head)}, but the labels are {kind}")
     B, num_labels = len(lengths), int(config.num_labels or 0)
     if kind == "spans":
+        _check_count(len(message.spans.starts), B)
+        _check_count(len(message.spans.ends), B)
         starts, ends = list(message.spans.starts), list(message.spans.ends)
-        _check_count(len(starts), B)
-        _check_count(len(ends), B)
         if max(starts + ends) >= padded_length:
             raise ProtocolError(f"an answer span reaches beyond the padded length {padded_length}")
         return {"start_positions": torch.tensor(starts), "end_positions": torch.tensor(ends)}
     if kind == "classes":
+        _check_count(len(message.classes.ids), B)
         ids = list(message.classes.ids)
-        _check_count(len(ids), B)
         if min(ids) < 0 or max(ids) >= num_labels:
             raise ProtocolError(f"class ids must be from 0 to {num_labels - 1}")
         return {"labels": torch.tensor(ids)}
     if kind == "tokens":
+        _check_count(len(message.tokens.ids), sum(lengths))
         tokens_T = torch.tensor(list(message.tokens.ids))
-        _check_count(len(tokens_T), sum(lengths))
         if bool(((tokens_T != IGNORED) & ((tokens_T < 0) | (tokens_T >= config.vocab_size))).any()):
             raise ProtocolError(f"token ids must be from 0 to {config.vocab_size - 1}, or {IGNORED}")
         labels_BS = torch.full((B, padded_length), IGNORED)

@@ -260,7 +260,7 @@ def _read_file(path: Path, options: Mapping[str, Option]) -> Dict[str, Any]:
         if path.suffix == ".json":
             content = json.loads(text, parse_int=str, parse_float=str, parse_constant=str)
         else:
-            content = yaml.load(text, Loader=yaml.BaseLoader)
+            content = yaml.load(text, Loader=yaml.BaseLoader)  # nosec B506 # makes nothing but text
     except OSError as error:
         raise UsageError(f"--config {path}: {error.strerror}") from error
     except (UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:

@@ -63,7 +63,7 @@ def read_config(path: Path, overrides: Dict[str, Any]) -> PretrainedConfig:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
     with _blames(path):
-        config: PretrainedConfig = AutoConfig.from_pretrained(str(path), **overrides)
+        config: PretrainedConfig = AutoConfig.from_pretrained(str(path), **overrides)  # nosec B615 # a file
         family_of(config)
         build_whole(config, HEADS[0])
     if hasattr(config, "auto_map"):
@@ -85,7 +85,7 @@ def _blames(path: Path) -> Iterator[None]:
 def read_tokenizer(directory: Path) -> Any:
     """A tokenizer from a directory. Raises CheckpointError."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(directory))
+        tokenizer = AutoTokenizer.from_pretrained(str(directory))  # nosec B615 # a directory
     except Exception as error:  # of many kinds; the tokenizers package raises this very class
         raise CheckpointError(f"{directory}: no tokenizer can be read from here ({first_line(error)})") from error
     names = sorted(tokenizer.vocab_files_names.values())

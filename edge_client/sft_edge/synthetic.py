@@ -66,7 +66,7 @@ class _Grammar:
     """Draws sentences. Only `random()` is drawn from, whose numbers every Python gives alike for one seed."""
 
     def __init__(self, seed: int) -> None:
-        self._random = random.Random(seed)
+        self._random = random.Random(seed)  # nosec B311 # it draws sentences
 
     def chance(self, probability: float) -> bool:
         return self._random.random() < probability

@@ -31,7 +31,7 @@ def try_to_open(edge, **overrides):
 def test_a_sound_request(edge):
     spec = check_request(edge.request())
     assert (spec.head, spec.cut, spec.seed) == (edge.head, edge.cut, edge.seed)
-    assert {**spec.config.to_dict(), "dtype": None} == {**edge.config.to_dict(), "dtype": None}
+    assert {**spec.config.to_dict(), "dtype": None} == {**edge.config.to_dict(), "dtype": None, "_name_or_path": ""}
     assert try_to_open(edge).next_step == 0
 
 
@@ -89,6 +89,7 @@ def test_fields_that_make_no_sense(edge, overrides, says):
         {"num_hidden_layers": 0},
         {"num_hidden_layers": 2.5},
         {"num_hidden_layers": 10**9},
+        {"num_hidden_layers": 257},
         {"num_labels": 10**9},
         {"num_labels": -1},
         {"num_labels": "many"},
@@ -135,6 +136,10 @@ def test_a_language_model_needs_a_decoder(edge):
         {"auto_map": {"AutoConfig": "evil.Config", "AutoModelForSequenceClassification": "evil.Model"}},
         {"attn_implementation": "someone/kernel"},
         {"_attn_implementation": "someone/kernel"},
+        {"_attn_implementation_internal": "someone/kernel"},
+        {"experts_implementation": "someone/kernel"},
+        {"use_kernels": True},
+        {"_name_or_path": "/etc"},
         {"quantization_config": {"quant_method": "bitsandbytes"}},
         {"torch_dtype": "float16"},
         {"dtype": "bfloat16"},

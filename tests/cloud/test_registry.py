@@ -4,7 +4,8 @@ import pytest
 
 from sft.errors import ServerFullError, ServerUnavailableError, SessionLostError
 from sft.v1 import split_training_pb2 as pb
-from sft_cloud.identity import Identity
+from sft_cloud.errors import QuotaError
+from sft_cloud.identity import Identity, Limits
 from sft_cloud.registry import SPARED_SECONDS, Registry, StreamHandle
 
 ANN, BOB = Identity("ann"), Identity("bob")
@@ -48,6 +49,28 @@ def request(**fields):
 def add(registry, owner=ANN, **fields):
     with registry.place(request(**fields), owner) as put:
         return put(object())
+
+
+def test_a_caller_has_so_many_sessions(registry, clock):
+    few = Identity("few", Limits(max_sessions=1))
+    entry = add(registry, few)
+    with pytest.raises(QuotaError, match="all of your 1 sessions are in use"):
+        add(registry, few)
+    with registry.place(request(), BOB) as put:  # one that is being opened counts, too
+        with pytest.raises(ServerFullError, match="all of its 2 sessions"):
+            add(registry, ANN)
+        put(object())
+    registry.close(entry.session_id, "done")
+    with registry.place(request(), few), pytest.raises(QuotaError), registry.place(request(), few):
+        pass
+
+
+def test_a_caller_s_session_without_a_stream_makes_room_for_its_next(registry, clock, closed):
+    few = Identity("few", Limits(max_sessions=1))
+    entry = add(registry, few)
+    clock.now = SPARED_SECONDS + 1
+    add(registry, few)
+    assert closed == [(entry.session_id, "it had no stream, and its place was needed")]
 
 
 def test_sessions_by_id(registry, closed):

@@ -7,7 +7,7 @@ import torch
 from support.tiny_edge import QUESTIONS, attach
 
 from sft.codec import decode_activation, decode_tensor, encode_tensor, pack
-from sft.errors import ProtocolError
+from sft.errors import ProtocolError, TrainingError
 from sft.models import Cut
 from sft.parameter_groups import make_optimizer
 from sft.seeding import seeded
@@ -362,7 +362,7 @@ def test_a_session_that_failed_half_way_does_not_go_on(make_edge, open_session):
     edge.groups[-1].arguments["capturable"] = True  # torch notices that this is a CPU as late as in step()
     session = open_session(edge)
     session.handle(edge.forward(0))
-    with pytest.raises(AssertionError):
+    with pytest.raises(TrainingError, match="AdamW cannot take this step with its settings"):
         session.handle(edge.commit(0))
     assert session.state is State.FAILED
     with pytest.raises(PreconditionError, match="half-way"):

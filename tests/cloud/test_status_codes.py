@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sft import errors
-from sft_cloud.errors import PreconditionError, UnauthenticatedError, status_of
+from sft_cloud.errors import MAX_DETAILS, PreconditionError, QuotaError, UnauthenticatedError, status_of
 
 CODES = {
     PreconditionError: "FAILED_PRECONDITION",
@@ -16,6 +16,7 @@ CODES = {
     errors.UnsupportedModelError: "INVALID_ARGUMENT",
     errors.TrainingError: "INVALID_ARGUMENT",
     errors.SessionLostError: "NOT_FOUND",
+    QuotaError: "RESOURCE_EXHAUSTED",
     errors.AccessError: "PERMISSION_DENIED",
     errors.ServerFullError: "RESOURCE_EXHAUSTED",
     errors.StorageError: "RESOURCE_EXHAUSTED",
@@ -29,6 +30,13 @@ def test_our_errors_keep_their_sentence_on_one_line(kind):
         grpc.StatusCode[CODES[kind]],
         "what was wrong; what to do",
     )
+
+
+def test_what_an_edge_sent_is_quoted_only_so_far_and_in_print():
+    details = status_of(errors.ProtocolError("you sent \x00\x1b[31m " + "x" * 100_000))[1]
+    assert len(details) == MAX_DETAILS
+    assert details.startswith("you sent ??[31m xxx")
+    assert details.endswith("xxx...")
 
 
 def test_a_stranger_is_not_told_the_reason_that_the_log_has():

@@ -22,9 +22,9 @@ def store(tmp_path):
     return BlobStore(tmp_path / "blobs")
 
 
-def find(finder, edge, **overrides):
+def find(finder, store, edge, **overrides):
     spec = check_request(edge.request(**overrides))
-    return finder.find(spec, build(spec, CPU))
+    return finder.find(spec, build(spec, CPU), store)
 
 
 def upload(store, edge):
@@ -43,55 +43,55 @@ def assert_all_of_net_2(tensors, edge):
 
 
 def test_uploads_by_hash(store, tmp_path, edge):
-    finder = WeightsFinder(store, tmp_path / "no-models")
-    assert find(finder, edge) == ([], [sha256_of(edge.factors), sha256_of(edge.weights)])
+    finder = WeightsFinder(tmp_path / "no-models")
+    assert find(finder, store, edge) == ([], [sha256_of(edge.factors), sha256_of(edge.weights)])
     upload(store, edge)
-    tensors, missing = find(finder, edge)
+    tensors, missing = find(finder, store, edge)
     assert missing == []
     assert_all_of_net_2(tensors, edge)
 
 
 def test_plain_split_learning_needs_no_factors(store, tmp_path, make_edge):
     edge = make_edge(cut=Cut("sl", 2))
-    finder = WeightsFinder(store, tmp_path / "no-models")
-    assert find(finder, edge) == ([], [sha256_of(edge.weights)])
+    finder = WeightsFinder(tmp_path / "no-models")
+    assert find(finder, store, edge) == ([], [sha256_of(edge.weights)])
     upload(store, edge)
-    assert_all_of_net_2(find(finder, edge)[0], edge)
+    assert_all_of_net_2(find(finder, store, edge)[0], edge)
 
 
 def test_without_pretrained_weights_only_factors_are_needed(store, tmp_path, edge):
-    finder = WeightsFinder(store, tmp_path / "no-models")
-    assert find(finder, edge, weights_sha256="") == ([], [sha256_of(edge.factors)])
+    finder = WeightsFinder(tmp_path / "no-models")
+    assert find(finder, store, edge, weights_sha256="") == ([], [sha256_of(edge.factors)])
     upload(store, edge)
-    tensors, missing = find(finder, edge, weights_sha256="")
+    tensors, missing = find(finder, store, edge, weights_sha256="")
     assert missing == []
     assert values(tensors).keys() == values(edge.factors).keys()
 
 
 @pytest.mark.parametrize("model_name", ["tiny", "someone/tiny"])
 def test_the_cloud_s_own_model_spares_the_upload(store, edge, tiny_directory, model_name):
-    finder = WeightsFinder(store, tiny_directory.parent)
-    tensors, missing = find(finder, edge, model_name=model_name)
+    finder = WeightsFinder(tiny_directory.parent)
+    tensors, missing = find(finder, store, edge, model_name=model_name)
     assert missing == [sha256_of(edge.factors)]
     assert values(tensors).keys() == values(edge.weights).keys()
 
 
 def test_a_model_without_a_name_is_asked_for(store, edge, tiny_directory):
-    finder = WeightsFinder(store, tiny_directory)  # which would be found under the empty name
-    assert sha256_of(edge.weights) in find(finder, edge, model_name="")[1]
+    finder = WeightsFinder(tiny_directory)  # which would be found under the empty name
+    assert sha256_of(edge.weights) in find(finder, store, edge, model_name="")[1]
 
 
 def test_a_model_of_the_same_name_with_other_weights_does_not_count(store, tmp_path, edge):
     make_tiny_model(tmp_path / "models" / "tiny", "bert", layers=3, seed=5)
-    assert sha256_of(edge.weights) in find(WeightsFinder(store, tmp_path / "models"), edge)[1]
+    assert sha256_of(edge.weights) in find(WeightsFinder(tmp_path / "models"), store, edge)[1]
 
 
 def test_a_model_that_changes_under_way_is_noticed(store, tmp_path, edge, tiny_directory):
     shutil.copytree(tiny_directory, tmp_path / "models" / "tiny")
-    finder = WeightsFinder(store, tmp_path / "models")
-    assert find(finder, edge)[1] == [sha256_of(edge.factors)]
+    finder = WeightsFinder(tmp_path / "models")
+    assert find(finder, store, edge)[1] == [sha256_of(edge.factors)]
     make_tiny_model(tmp_path / "models" / "tiny", "bert", layers=3, seed=5)
-    assert sha256_of(edge.weights) in find(finder, edge)[1]
+    assert sha256_of(edge.weights) in find(finder, store, edge)[1]
 
 
 @pytest.mark.parametrize("harm", ["torn", "pickled", "empty"])
@@ -105,12 +105,12 @@ def test_a_model_that_cannot_be_read_is_asked_for(store, tmp_path, edge, tiny_di
         weights.unlink()
         if harm == "pickled":
             (model / "pytorch_model.bin").write_bytes(b"x")
-    assert sha256_of(edge.weights) in find(WeightsFinder(store, tmp_path / "models"), edge)[1]
+    assert sha256_of(edge.weights) in find(WeightsFinder(tmp_path / "models"), store, edge)[1]
 
 
 def test_a_directory_outside_the_model_directory_is_not_looked_into(store, tmp_path, edge, tiny_directory, monkeypatch):
     monkeypatch.chdir(tiny_directory.parent)  # where a path `tiny` would lead to the very model
-    assert sha256_of(edge.weights) in find(WeightsFinder(store, tmp_path / "no-models"), edge)[1]
+    assert sha256_of(edge.weights) in find(WeightsFinder(tmp_path / "no-models"), store, edge)[1]
 
 
 def other_blob(edge, **tensors):
@@ -134,7 +134,7 @@ def test_blobs_that_hold_something_else(store, tmp_path, edge, change, says):
     sha256 = sha256_of(other_blob(edge, **change))
     store.add(sha256, len(content), [content])
     with pytest.raises(ProtocolError, match=says):
-        find(WeightsFinder(store, tmp_path / "no-models"), edge, factors_sha256=sha256)
+        find(WeightsFinder(tmp_path / "no-models"), store, edge, factors_sha256=sha256)
 
 
 QUERY = "bert.encoder.layer.2.attention.self.query"
@@ -157,15 +157,15 @@ def test_adapters_beside_the_factors(store, tmp_path, edge, adapters, module, sa
     content, sha256 = b"".join(safetensors_chunks(blob)), sha256_of(blob)
     store.add(sha256, len(content), [content])
     lora = LoraSpec(2, 8, 0.0, False, True, [module])
-    finder = WeightsFinder(store, tmp_path / "no-models")
+    finder = WeightsFinder(tmp_path / "no-models")
     request = {"weights_sha256": "", "factors_sha256": sha256, "lora_json": lora_to_json(lora)}
     if says is None:
-        tensors, missing = find(finder, edge, **request)
+        tensors, missing = find(finder, store, edge, **request)
         assert missing == []
         assert values(tensors).keys() == values(edge.factors).keys() | adapters.keys()
     else:
         with pytest.raises(SFTError, match=says):
-            find(finder, edge, **request)
+            find(finder, store, edge, **request)
 
 
 def test_blobs_that_are_no_tensors(store, tmp_path, edge):
@@ -175,4 +175,4 @@ def test_blobs_that_are_no_tensors(store, tmp_path, edge):
     sha256 = hashlib.sha256(content).hexdigest()
     store.add(sha256, len(content), [content])
     with pytest.raises(ProtocolError, match="is not a safetensors file"):
-        find(WeightsFinder(store, tmp_path / "no-models"), edge, weights_sha256=sha256)
+        find(WeightsFinder(tmp_path / "no-models"), store, edge, weights_sha256=sha256)

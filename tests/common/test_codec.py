@@ -55,6 +55,9 @@ def test_small_shapes(shape):
         (pb.Tensor(data_type=pb.DATA_TYPE_FLOAT32, shape=[2], data=b"1234"), "needs 8 bytes, 4 came"),
         (pb.Tensor(data_type=pb.DATA_TYPE_FLOAT32, shape=[2**31, 2**31], data=b""), "0 came"),
         (pb.Tensor(data_type=pb.DATA_TYPE_FLOAT16, shape=[1], data=b"1234"), "needs 2 bytes, 4 came"),
+        (pb.Tensor(data_type=1, shape=[2**32 - 1] * 1_000_000), "of 1000000 dimensions; at most 16 are accepted"),
+        (pb.Tensor(data_type=1, shape=[0, 2**32 - 1]), "too large, though it has no elements"),
+        (pb.Tensor(data_type=1, shape=[0, 2**20, 2**20, 2**20, 2**20]), "too large, though it has no elements"),
     ],
 )
 def test_tensors_that_contradict_themselves(message, says):
@@ -92,6 +95,8 @@ def activation(rows=6, width=2, lengths=(3, 1, 2), padded_length=4):
         (activation(lengths=[]), "lengths must be"),
         (activation(lengths=[3, 0, 3]), "lengths must be"),
         (activation(lengths=[5, 1]), "lengths must be from 1 to the padded length 4"),
+        (activation(lengths=[0] * 1_000_000, padded_length=0), "not a row for each token of 1000000 sequences"),
+        (pb.Activation(packed=pb.Tensor(shape=[1] * 1000), lengths=[1], padded_length=4), "1, 1] and more, which is"),
         (activation(padded_length=17), "more than the model's 16"),
         (activation(rows=5), r"shape \[5, 2\], the lengths say \[6, 2\]"),
         (activation(width=3), r"shape \[6, 3\], the lengths say \[6, 2\]"),

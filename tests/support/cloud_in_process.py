@@ -25,7 +25,7 @@ class CloudInProcess(InMemoryTransport):
         self._directory = tempfile.TemporaryDirectory()
         path = Path(self._directory.name)
         self._store = BlobStore(path / "blobs")
-        self._opener = TransformersOpener(_AtOnce(), self._store, WeightsFinder(self._store, path / "models"))
+        self._opener = TransformersOpener(_AtOnce(), self._store, WeightsFinder(path / "models"))
 
     def open_session(self, request: pb.OpenSessionRequest) -> pb.OpenSessionResponse:
         opened = self._opener.open(request, ANONYMOUS)
@@ -35,7 +35,7 @@ class CloudInProcess(InMemoryTransport):
         return pb.OpenSessionResponse(session_id="in process", device="cpu")
 
     def upload(self, sha256: str, total_bytes: int, chunks: Iterator[bytes]) -> None:
-        self._store.add(sha256, total_bytes, chunks)
+        self._store.of(ANONYMOUS).add(sha256, total_bytes, chunks)
 
     def close(self) -> None:
         super().close()

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from sft.codec import decode_tensor, encode_tensor
+from sft.codec import MAX_DIMENSIONS, decode_tensor, encode_tensor
 from sft.errors import CutError, ProtocolError, UsageError
 from sft.graph_cut import GraphCut, cut
 from sft.protocol import MAX_MESSAGE_BYTES
@@ -86,9 +86,13 @@ class GraphHalf:
         """See HalfModel."""
         return in_memory(self._tensors)
 
+    def training_bytes(self, activation: pb.Activation) -> int:
+        """See HalfModel: what the script's own module does with it is not known."""
+        return 0
+
     def decode(self, activation: pb.Activation) -> Given:
         """See HalfModel."""
-        shape, rank = list(activation.packed.shape), self._cut.split_rank
+        shape, rank = list(activation.packed.shape[: MAX_DIMENSIONS + 1]), self._cut.split_rank
         if activation.lengths or activation.padded_length:
             raise ProtocolError("the activation of a script's module has no lengths")
         if len(shape) < 2 or shape[-1] != rank or 0 in shape:
@@ -118,8 +122,9 @@ class GraphHalf:
 
     def decode_output_gradient(self, message: pb.Tensor, outputs: Tensor, given: Given) -> Tensor:
         """See HalfModel."""
-        if list(message.shape) != list(outputs.shape):
-            raise ProtocolError(f"the gradient has shape {list(message.shape)}, the output {list(outputs.shape)}")
+        theirs, ours = list(message.shape[: outputs.dim() + 1]), list(outputs.shape)
+        if theirs != ours:
+            raise ProtocolError(f"the gradient has shape {theirs}, the output {ours}")
         return decode_tensor(message, self.device).to(outputs.dtype)
 
     def decode_labels(self, message: pb.Labels, given: Given) -> dict[str, Tensor]:

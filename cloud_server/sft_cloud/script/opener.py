@@ -57,20 +57,21 @@ class ScriptOpener:
         self._check_free()
         if request.wire_data_type not in DATA_TYPES.values():
             raise ProtocolError(f"unknown wire_data_type {int(request.wire_data_type)}")
+        store = self._store.of(owner)
         half = self._run(lambda: self._hosted.make_half(request))
         self._check_groups(request.optimizer)
         tensors: dict[str, Tensor] = {}
-        missing = self._find(request.factors_sha256, self._hosted.factors, tensors)
+        missing = _find(store, request.factors_sha256, self._hosted.factors, tensors)
         # The model's own weights count if they are the edge's, to the last bit.
         if request.weights_sha256 != self._run(lambda: self._hash()):
-            missing += self._find(request.weights_sha256, self._hosted.tensors, tensors)
+            missing += _find(store, request.weights_sha256, self._hosted.tensors, tensors)
         if missing or request.only_check:
             return missing
 
         def begin() -> Session:
             self._check_free()  # once more: messages are handled on this thread, too, so none comes in between
             self._load(tensors)
-            self._session = Session(half, self._optimizer, request.seed, self._store.find)
+            self._session = Session(half, self._optimizer, request.seed, store.find)
             return self._session
 
         return self._run(begin)
@@ -94,27 +95,6 @@ class ScriptOpener:
                     f"of the {lacks}'s; {ADVICE}"
                 )
 
-    def _find(self, sha256: str, wanted: Mapping[str, Tensor], found: dict[str, Tensor]) -> list[str]:
-        """Adds a blob's tensors to `found`; returns its hash if it is missing. Raises ProtocolError."""
-        if not wanted and not sha256:
-            return []
-        path = self._store.find(check_sha256(sha256))
-        if path is None:
-            return [sha256]
-        tensors = read_blob(path)
-        odd = sorted(tensors.keys() ^ wanted.keys())
-        if odd:
-            where = "the cloud's model lacks" if odd[0] in tensors else "the edge's model lacks"
-            raise ProtocolError(f"{where} '{odd[0][:200]}' above the cut; {ADVICE}")
-        for name, tensor in tensors.items():
-            if tensor.shape != wanted[name].shape:
-                raise ProtocolError(
-                    f"'{name}' has shape {list(tensor.shape)} on the edge, {list(wanted[name].shape)} on the cloud; "
-                    f"{ADVICE}"
-                )
-        found.update(tensors)
-        return []
-
     def _hash(self) -> str:
         tensors = in_memory(dict(self._hosted.tensors))
         return sha256_of(tensors) if tensors else ""
@@ -129,3 +109,25 @@ class ScriptOpener:
 
     def _run(self, work: Callable[[], T]) -> T:
         return self._worker.submit(work).result()
+
+
+def _find(store: BlobStore, sha256: str, wanted: Mapping[str, Tensor], found: dict[str, Tensor]) -> list[str]:
+    """Adds a blob's tensors to `found`; returns its hash if it is missing. Raises ProtocolError."""
+    if not wanted and not sha256:
+        return []
+    path = store.find(check_sha256(sha256))
+    if path is None:
+        return [sha256]
+    tensors = read_blob(path)
+    odd = sorted(tensors.keys() ^ wanted.keys())
+    if odd:
+        where = "the cloud's model lacks" if odd[0] in tensors else "the edge's model lacks"
+        raise ProtocolError(f"{where} '{odd[0][:200]}' above the cut; {ADVICE}")
+    for name, tensor in tensors.items():
+        if tensor.shape != wanted[name].shape:
+            raise ProtocolError(
+                f"'{name}' has shape {list(tensor.shape)} on the edge, {list(wanted[name].shape)} on the cloud; "
+                f"{ADVICE}"
+            )
+    found.update(tensors)
+    return []

@@ -1,0 +1,516 @@
+"""Attacks on a server of one's own, and what each of them got.
+
+    python bench/attacks.py
+
+Starts `sft-cloud serve` with TLS and tokens, and a second one that asks for client certificates, too; tries what is in
+the table below against them, while a good session trains again and again beside it; and prints the table. Exit code 1
+when an attack got something else than it should, or when the good session did not end with the bits of its run alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+from fuzz import tiny_edge  # noqa: E402
+from support.fuzzing import SERVICE, good_run  # noqa: E402
+from support.tiny_edge import TinyEdge, attach  # noqa: E402
+from support.tls import Certificates, make_certificates, make_token  # noqa: E402
+
+from sft.v1 import split_training_pb2 as pb  # noqa: E402
+from sft.v1.split_training_pb2_grpc import SplitTrainingStub  # noqa: E402
+from sft_cloud.tokens import TokenFile  # noqa: E402
+
+STEPS = 20
+SECONDS = 60.0
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
+
+
+@dataclass
+class Server:
+    """A process."""
+
+    address: str
+    tokens: Path
+    child: subprocess.Popen[bytes]
+    log: Path
+
+
+@dataclass
+class Table:
+    """What was tried, what it got, and whether that is what it should get."""
+
+    rows: list[tuple[str, str, bool]] = field(default_factory=list)
+
+    def add(self, attack: str, expected: str, call: Callable[[], object]) -> None:
+        """`expected`: how what it gets begins."""
+        begun = time.monotonic()
+        try:
+            got = f"let in: {call()}"
+        except grpc.RpcError as error:
+            got = f"{error.code().name}: {' '.join(str(error.details()).split())}"
+        except (OSError, TimeoutError) as error:
+            got = f"{type(error).__name__}: {error}"
+        seconds = time.monotonic() - begun
+        got += f" (after {seconds:.0f} s)" if seconds > 1 else ""
+        self.rows.append((attack, got, got.startswith(expected)))
+        print(
+            f"| {attack} | {got[:160]} |" + ("" if got.startswith(expected) else f" **expected {expected}**"),
+            flush=True,
+        )
+
+
+def main() -> int:
+    """Prints the table, and returns the exit code."""
+    with tempfile.TemporaryDirectory() as scratch:
+        return attack(Path(scratch))
+
+
+def attack(scratch: Path) -> int:
+    """The whole of it, in a directory of its own."""
+    edge = tiny_edge(scratch / "tiny")
+    certificates = make_certificates(scratch)
+    server_flags = [f"--tls-cert={certificates.server.cert}", f"--tls-key={certificates.server.key}"]
+    mutual_flags = [*server_flags, f"--tls-client-ca={certificates.ca}"]
+    with serving(scratch / "tls", server_flags) as tls, serving(scratch / "mutual", mutual_flags) as mutual:
+        good_token = make_token(tls.tokens, "good")
+        good = SplitTrainingStub(channel(tls, certificates, good_token))
+        alone = good_run(good, edge, STEPS)
+        beside: list[str] = []
+        over = threading.Event()
+
+        def train() -> None:
+            while not over.is_set():
+                try:
+                    beside.append(good_run(good, edge, STEPS))
+                except grpc.RpcError as error:
+                    beside.append(f"{error.code().name}: {error.details()}")
+
+        thread = threading.Thread(target=train)
+        thread.start()
+        table = Table()
+        print("| attack | what it got |\n|---|---|", flush=True)
+        try:
+            identity(table, tls, mutual, certificates)
+            tenants(table, tls, certificates, edge)
+            sizes(table, tls, certificates, edge)
+            names(table, tls, certificates, edge)
+            slowness(table, tls, certificates, edge)
+            quotas(table, tls, certificates, edge)
+        finally:
+            over.set()
+            thread.join()
+        lives = tls.child.poll() is None and mutual.child.poll() is None
+        tracebacks = sum(server.log.read_text(errors="replace").count("Traceback") for server in (tls, mutual))
+    same = sum(one == alone for one in beside)
+    expected = sum(is_expected for _, _, is_expected in table.rows)
+    print()
+    print(f"{expected} of {len(table.rows)} attacks got what they should; both servers {'live' if lives else 'DIED'};")
+    print(
+        f"tracebacks in their logs: {tracebacks}; the good session beside them ran {len(beside)} times, {same} with the"
+    )
+    print("bits of its run alone")
+    return 0 if lives and not tracebacks and beside and same == len(beside) and expected == len(table.rows) else 1
+
+
+@contextmanager
+def serving(directory: Path, flags: list[str]) -> Iterator[Server]:
+    """A server with a token file of its own."""
+    directory.mkdir()
+    tokens, log = directory / "tokens.json", directory / "log"
+    make_token(tokens, "first")
+    command = [sys.executable, "-m", "sft_cloud", "serve", "--port=0", "--device=cpu", "--threads=1"]
+    command += [f"--state-dir={directory / 'state'}", f"--tokens={tokens}", "--stall-timeout=2s", "--idle-timeout=2s"]
+    command += [
+        "--opens-per-minute=200",
+        f"--memory-limit={64 << 20}",
+        f"--audit-log={directory / 'audit.jsonl'}",
+        *flags,
+    ]
+    with log.open("wb") as stderr:
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr)
+    try:
+        assert child.stdout is not None
+        yield Server(json.loads(child.stdout.readline())["address"], tokens, child, log)
+    finally:
+        child.kill()
+        child.wait()
+
+
+def channel(
+    server: Server,
+    certificates: Certificates,
+    token: str | None,
+    client: Any = None,
+    ca: Path | None = None,
+    **options: Any,
+) -> grpc.Channel:
+    """To a server, as who holds the token and the client certificate."""
+    files = (
+        {}
+        if client is None
+        else {"private_key": client.key.read_bytes(), "certificate_chain": client.cert.read_bytes()}
+    )
+    credentials = grpc.ssl_channel_credentials((ca or certificates.ca).read_bytes(), **files)
+    if token is not None:
+        credentials = grpc.composite_channel_credentials(credentials, grpc.access_token_call_credentials(token))
+    settings = [("grpc.max_send_message_length", -1), ("grpc.enable_retries", 0), ("grpc.use_local_subchannel_pool", 1)]
+    return grpc.secure_channel(server.address, credentials, options=settings, **options)
+
+
+def status(one: grpc.Channel) -> str:
+    """What Status says of the caller."""
+    return SplitTrainingStub(one).Status(pb.StatusRequest(), timeout=10).caller
+
+
+def identity(table: Table, tls: Server, mutual: Server, certificates: Certificates) -> None:
+    """Who is let in."""
+    table.add("no token", "UNAUTHENTICATED", lambda: status(channel(tls, certificates, None)))
+    token = make_token(tls.tokens, "alice")
+    guess = token[:-1] + ("A" if token[-1] != "A" else "B")
+    table.add("a token with one wrong letter", "UNAUTHENTICATED", lambda: status(channel(tls, certificates, guess)))
+    expired = make_token(tls.tokens, "alice", lifetime_seconds=-1.0)
+    table.add("an expired token", "UNAUTHENTICATED", lambda: status(channel(tls, certificates, expired)))
+    listing = channel(tls, certificates, None).stream_stream(
+        "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
+    )
+    table.add("listing the methods without a token", "UNAUTHENTICATED", lambda: list(listing(iter([b""]), timeout=10)))
+
+    def replayed() -> object:
+        outgoing = Held()
+        call = SplitTrainingStub(channel(tls, certificates, token)).Train(outgoing, timeout=SECONDS)
+        TokenFile(tls.tokens).revoke(lambda one: one.name == "alice")
+        outgoing.say(attach("any"))
+        return list(call)
+
+    table.add("a token that is revoked while its stream runs", "UNAUTHENTICATED", replayed)
+    table.add("a revoked token, replayed", "UNAUTHENTICATED", lambda: status(channel(tls, certificates, token)))
+
+    def plaintext() -> object:
+        return status(grpc.insecure_channel(tls.address))
+
+    table.add("plaintext to the TLS port", "UNAVAILABLE", plaintext)
+    wrong_ca = {"ca": certificates.other_ca}
+    table.add(
+        "a client told to trust another CA (somebody in the middle)",
+        "UNAVAILABLE",
+        lambda: status(channel(tls, certificates, guess, **wrong_ca)),
+    )
+    stolen = make_token(mutual.tokens, "alice")
+    who = {
+        "a stolen token without its certificate": (None, "UNAVAILABLE"),
+        "a stolen token with another's certificate": (certificates.bob, "UNAUTHENTICATED"),
+        "a certificate of the right name by another CA": (certificates.other_alice, "UNAVAILABLE"),
+        "an expired certificate": (certificates.expired_alice, "UNAVAILABLE"),
+    }
+    for name, (client, expected) in who.items():
+        table.add(name, expected, lambda client=client: status(channel(mutual, certificates, stolen, client)))
+    table.add(
+        "(its owner, with both)",
+        "let in: alice",
+        lambda: status(channel(mutual, certificates, stolen, certificates.alice)),
+    )
+
+
+def tenants(table: Table, tls: Server, certificates: Certificates, edge: TinyEdge) -> None:
+    """What is another's."""
+    victim = SplitTrainingStub(channel(tls, certificates, make_token(tls.tokens, "victim")))
+    thief = SplitTrainingStub(channel(tls, certificates, make_token(tls.tokens, "thief")))
+    session_id = opened(victim, edge)
+    outgoing = Held(attach(session_id))
+    held = victim.Train(outgoing, timeout=SECONDS)
+    next(held)
+    train = lambda: list(thief.Train(iter([attach(session_id)]), timeout=10))  # noqa: E731
+    table.add("training with another tenant's session id", "NOT_FOUND", train)
+    request = pb.DownloadWeightsRequest(session_id=session_id)
+    table.add(
+        "downloading another tenant's weights", "NOT_FOUND", lambda: list(thief.DownloadWeights(request, timeout=10))
+    )
+
+    def listed() -> object:
+        sessions = thief.Status(pb.StatusRequest(), timeout=10).sessions
+        return f"{len(sessions)} sessions of others seen" if sessions else "nothing seen"
+
+    table.add("listing other tenants' sessions", "let in: nothing seen", listed)
+
+    def probed() -> object:
+        missing = len(thief.OpenSession(edge.request(), timeout=10).missing_blobs)
+        return f"all {missing} named as missing" if missing == len(edge.blobs()) else "known"
+
+    table.add("opening a session with the hashes of another's uploads", f"let in: all {len(edge.blobs())}", probed)
+    outgoing.say(pb.EdgeMessage(close=pb.Close()))
+    outgoing.end()
+    list(held)
+
+
+def sizes(table: Table, tls: Server, certificates: Certificates, edge: TinyEdge) -> None:
+    """A little that stands for much."""
+    token = make_token(tls.tokens, "sizes")
+
+    def raw(method: str, *messages: bytes, **options: Any) -> Callable[[], object]:
+        one = channel(tls, certificates, token, **options)
+        return lambda: list(one.stream_stream(SERVICE + method)(iter(messages), timeout=SECONDS))
+
+    table.add("a message of 300 MiB", "RESOURCE_EXHAUSTED", raw("Train", bytes(300 << 20)))
+    table.add("a request to open a session of 17 MiB", "INVALID_ARGUMENT", raw("OpenSession", bytes(17 << 20)))
+    bomb = raw("Train", bytes(250 << 20), compression=grpc.Compression.Gzip)
+    table.add("a decompression bomb: 250 MiB of zeros in 250 kB of gzip", "UNIMPLEMENTED", bomb)
+    table.add(
+        "a protobuf bomb: 4 million empty messages in 8 MiB", "INVALID_ARGUMENT", raw("Train", b"\x1a\x00" * (4 << 20))
+    )
+    metadata = [("x-filler", "x" * 100_000)]
+    stub = SplitTrainingStub(channel(tls, certificates, token))
+    table.add(
+        "100 kB of headers",
+        "RESOURCE_EXHAUSTED",
+        lambda: stub.Status(pb.StatusRequest(), metadata=metadata, timeout=10),
+    )
+
+    def batch() -> object:
+        B, S = 2048, 128
+        packed = pb.Tensor(data_type=1, shape=[B, edge.width], data=bytes(4 * B * edge.width))
+        activation = pb.Activation(packed=packed, lengths=[1] * B, padded_length=S)
+        return trained(stub, edge, edge.forward(0, activation=activation, labels=None, loss_scale=0.0))
+
+    table.add("a batch of 2,048 tokens padded to 262,144", "INVALID_ARGUMENT", batch)
+
+    def shape() -> object:
+        packed = pb.Tensor(data_type=1, shape=[2**32 - 1] * 1_000_000)
+        return trained(
+            stub, edge, edge.forward(0, activation=pb.Activation(packed=packed, lengths=[1], padded_length=4))
+        )
+
+    table.add("a tensor of a million dimensions", "INVALID_ARGUMENT", shape)
+
+    def header() -> object:
+        entry = '"%d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
+        text = ("{" + ",".join(entry % number for number in range(200_000)) + "}").encode()
+        return with_blob(stub, edge, len(text).to_bytes(8, "little") + text)
+
+    table.add("weights whose header names 200,000 tensors", "INVALID_ARGUMENT", header)
+    table.add(
+        "a pickle in the place of weights", "INVALID_ARGUMENT", lambda: with_blob(stub, edge, b"\x80\x04\x95posix")
+    )
+    config = json.loads(edge.request().config_json)
+    for what, changes in {
+        "a configuration with 1,000,000 blocks": {"num_hidden_layers": 10**6},
+        "a configuration of 100 TB": {"hidden_size": 1 << 20, "intermediate_size": 1 << 22},
+    }.items():
+        expected = "INVALID_ARGUMENT" if "blocks" in what else "RESOURCE_EXHAUSTED"
+        text = json.dumps({**config, **changes})
+        table.add(what, expected, lambda text=text: stub.OpenSession(edge.request(config_json=text), timeout=SECONDS))
+    deep = edge.request(config_json="[" * 1_000_000)
+    table.add("JSON a million levels deep", "INVALID_ARGUMENT", lambda: stub.OpenSession(deep, timeout=SECONDS))
+
+
+def names(table: Table, tls: Server, certificates: Certificates, edge: TinyEdge) -> None:
+    """Names that lead elsewhere."""
+    stub = SplitTrainingStub(channel(tls, certificates, make_token(tls.tokens, "names")))
+    for what, overrides in {
+        "model_name ../../etc": {"model_name": "../../etc"},
+        "model_name /etc/passwd": {"model_name": "/etc/passwd"},
+        "weights_sha256 ../../tokens.json": {"weights_sha256": "../../tokens.json"},
+        "run_id ../../../tmp/x": {"run_id": "../../../tmp/x"},
+    }.items():
+        request = edge.request(**overrides)
+        table.add(f"path traversal: {what}", "INVALID_ARGUMENT", lambda one=request: stub.OpenSession(one, timeout=10))
+    first = pb.UploadBlobRequest(sha256="../../../../tmp/x", total_bytes=1, data=b"x")
+    table.add("path traversal: upload to ../../../../tmp/x", "INVALID_ARGUMENT", lambda: stub.UploadBlob(iter([first])))
+
+
+def slowness(table: Table, tls: Server, certificates: Certificates, edge: TinyEdge) -> None:
+    """Who holds a place and does nothing with it."""
+    token = make_token(tls.tokens, "slow")
+    stub = SplitTrainingStub(channel(tls, certificates, token))
+    host, port = tls.address.rsplit(":", 1)
+
+    def silent(data: bytes, count: int) -> Callable[[], object]:
+        def call() -> object:
+            sockets = [socket.create_connection((host, int(port)), SECONDS) for _ in range(count)]
+            for one in sockets:
+                one.settimeout(SECONDS)
+                one.sendall(data)
+            for one in sockets:
+                while one.recv(4096):
+                    pass
+            raise ConnectionError(f"all {count} connections were closed")
+
+        return call
+
+    table.add("slow loris: 100 TCP connections that say nothing", "ConnectionError", silent(b"", 100))
+    table.add("slow loris: 100 that begin without TLS", "ConnectionError", silent(PREFACE, 100))
+    half = channel(tls, certificates, token)
+    for method in ("OpenSession", "Train", "UploadBlob"):
+        held = Held()
+        one = half.stream_stream(SERVICE + method)
+        table.add(
+            f"slow loris: {method} without its message",
+            "CANCELLED",
+            lambda one=one, held=held: list(one(held, timeout=SECONDS)),
+        )
+        held.end()
+    sha256, content = next(iter(edge.blobs().items()))
+    upload = Held(pb.UploadBlobRequest(sha256=sha256, total_bytes=len(content), data=content[:100]))
+    table.add(
+        "slow loris: an upload that stops half-way", "CANCELLED", lambda: stub.UploadBlob(upload, timeout=SECONDS)
+    )
+    upload.end()
+
+    def idle() -> object:
+        outgoing = Held(attach(opened(stub, edge)))
+        try:
+            return list(stub.Train(outgoing, timeout=SECONDS))
+        finally:
+            outgoing.end()
+
+    table.add("a stream on which nothing comes after its attach", "CANCELLED", idle)
+
+    def unread() -> object:
+        data = [pb.ProbeRequest(reply_bytes=4 << 20).SerializeToString()]
+        call = half.stream_stream(SERVICE + "Probe")(iter(data), timeout=SECONDS)
+        over = threading.Event()
+        call.add_callback(over.set)
+        over.wait(SECONDS)  # nothing is read until the call has ended
+        return f"{len(list(call))} answers"
+
+    table.add("an answer of 4 MiB that is not read", "CANCELLED", unread)
+
+
+def quotas(table: Table, tls: Server, certificates: Certificates, edge: TinyEdge) -> None:
+    """Who takes more than is for it."""
+
+    def caller(name: str, **limits: object) -> SplitTrainingStub:
+        return SplitTrainingStub(channel(tls, certificates, make_token(tls.tokens, name, **limits)))
+
+    greedy = caller("greedy", max_sessions=2)
+    table.add("a third session of two", "RESOURCE_EXHAUSTED", lambda: [opened(greedy, edge) for _ in range(3)])
+    opening = caller("opening")
+
+    def hurried() -> object:
+        return [opening.OpenSession(edge.request(only_check=True), timeout=10) for _ in range(300)]
+
+    table.add("300 requests to open a session at once, of 200 a minute", "RESOURCE_EXHAUSTED", hurried)
+    probing = caller("probing", max_bytes_per_day=1 << 20)
+    probe = pb.ProbeRequest(data=bytes(300_000))
+    table.add("2 MB of 1 MiB a day", "RESOURCE_EXHAUSTED", lambda: [probing.Probe(probe, timeout=10) for _ in range(7)])
+    uploading = caller("uploading", max_upload_bytes=100_000)
+
+    def upload() -> object:
+        for number in range(3):
+            content = bytes([number]) * 50_000
+            first = pb.UploadBlobRequest(sha256=hashlib.sha256(content).hexdigest(), total_bytes=50_000, data=content)
+            uploading.UploadBlob(iter([first]), timeout=10)
+        return "150 kB"
+
+    table.add("150 kB of uploads, of 100", "RESOURCE_EXHAUSTED", upload)
+    calling = caller("calling", max_sessions=1)
+    holds = [Held() for _ in range(6)]
+
+    def calls() -> object:
+        ends = []
+        for call in [calling.Train(held, timeout=SECONDS) for held in holds]:
+            try:
+                list(call)
+            except grpc.RpcError as error:
+                ends.append(error)
+        raise next((end for end in ends if end.code() is not grpc.StatusCode.CANCELLED), ends[0])
+
+    table.add("six calls at a time, of five", "RESOURCE_EXHAUSTED", calls)
+    for held in holds:
+        held.end()
+    ranked = caller("ranked", max_split_rank=2)
+    table.add("rank 4, of at most 2", "PERMISSION_DENIED", lambda: ranked.OpenSession(edge.request(), timeout=10))
+    picky = caller("picky", models=("bert-*",))
+    table.add(
+        "another model than those of the token",
+        "PERMISSION_DENIED",
+        lambda: picky.OpenSession(edge.request(), timeout=10),
+    )
+
+
+class Held:
+    """Messages for a call that go on only when they are told."""
+
+    def __init__(self, *messages: Any) -> None:
+        self._messages = list(messages)
+        self._changed = threading.Condition()
+        self._ended = False
+
+    def __iter__(self) -> Held:
+        return self
+
+    def __next__(self) -> Any:
+        with self._changed:
+            self._changed.wait_for(lambda: self._messages or self._ended)
+            if not self._messages:
+                raise StopIteration
+            return self._messages.pop(0)
+
+    def say(self, message: Any) -> None:
+        """One more."""
+        with self._changed:
+            self._messages.append(message)
+            self._changed.notify_all()
+
+    def end(self) -> None:
+        """No more."""
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+
+
+def opened(stub: SplitTrainingStub, edge: TinyEdge) -> str:
+    """A session, with what has to be uploaded for it."""
+    response = stub.OpenSession(edge.request(), timeout=SECONDS)
+    for sha256 in response.missing_blobs:
+        content = edge.blobs()[sha256]
+        first = pb.UploadBlobRequest(sha256=sha256, total_bytes=len(content), data=content)
+        stub.UploadBlob(iter([first]), timeout=SECONDS)
+    if response.missing_blobs:
+        response = stub.OpenSession(edge.request(), timeout=SECONDS)
+    return str(response.session_id)
+
+
+def trained(stub: SplitTrainingStub, edge: TinyEdge, message: pb.EdgeMessage) -> object:
+    """What a session answers to a message."""
+    message.number = 1
+    messages = [attach(opened(stub, edge)), message, pb.EdgeMessage(close=pb.Close())]
+    return [answer.WhichOneof("body") for answer in stub.Train(iter(messages), timeout=SECONDS)]
+
+
+def with_blob(stub: SplitTrainingStub, edge: TinyEdge, content: bytes) -> object:
+    """Opens a session whose weights are these bytes."""
+    sha256 = hashlib.sha256(content).hexdigest()
+
+    def chunks() -> Iterator[pb.UploadBlobRequest]:
+        for start in range(0, len(content), 1 << 20):
+            part = content[start : start + (1 << 20)]
+            yield pb.UploadBlobRequest(
+                sha256="" if start else sha256, total_bytes=0 if start else len(content), data=part
+            )
+
+    stub.UploadBlob(chunks(), timeout=SECONDS)
+    opened(stub, edge)
+    return stub.OpenSession(edge.request(weights_sha256=sha256), timeout=SECONDS)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    sys.exit(main())
