@@ -1,4 +1,4 @@
-"""What TLS, client certificates and tokens cost: the same steps without them, with each, and with all.
+"""What TLS, client certificates, tokens and the memory of answers cost: the same steps without, with each, with all.
 
     python bench/protection.py
     python bench/protection.py --mode sl --steps 30
@@ -24,10 +24,15 @@ from typing import NamedTuple
 
 from runs import BIN, train
 
+from sft.v1 import split_training_pb2 as pb
 from sft_edge.cloud_process import CloudProcess
 from sft_edge.synthetic import write_synthetic
 
 SHORT = 3
+CORES = sorted(os.sched_getaffinity(0))  # the first for the edge, the others for the cloud
+NO_MEMORY = "nothing, and no memory of answers"
+FORGETFUL = [sys.executable, str(Path(__file__).with_name("forgetful_cloud.py")), "serve"]
+FORGETFUL += ["--host=127.0.0.1", "--port=0", "--exit-with-stdin", "--log-level=warning"]
 FLAGS = ["--task=sst2", "--model=minilm", "--split-layer=5", "--split-rank=8", "--per-device-train-batch-size=32"]
 FLAGS += ["--max-eval-samples=32", "--seed=0"]
 
@@ -83,14 +88,18 @@ def main() -> None:
         step_bytes = {}
         for _ in range(options.rounds):
             for variant, (serve, edge) in variants.items():
-                with CloudProcess([*serve, "--threads", "1"]) as cloud:
+                serving = [*serve, "--threads", "1"]
+                command = [*FORGETFUL, f"--state-dir={scratch / 'state'}", *serving] if variant == NO_MEMORY else None
+                with CloudProcess(serving, command=command) as cloud:
+                    if len(CORES) > 1:
+                        os.sched_setaffinity(cloud.pid, CORES[1:])
                     relay = Relay(int(cloud.address.rpartition(":")[2]))
                     flags = [*FLAGS, f"--data-dir={scratch / 'data'}", f"--mode={options.mode}", *edge]
                     flags.append(f"--server={relay.address}")
                     counts = []
                     for steps in (SHORT, options.steps):
                         before = relay.bytes
-                        train([*flags, f"--max-steps={steps}"], scratch / "out")
+                        train([*flags, f"--max-steps={steps}"], scratch / "out", ["taskset", "-c", str(CORES[0])])
                         counts.append(relay.bytes - before)
                     step_bytes[variant] = (counts[1] - counts[0]) / (options.steps - SHORT)
                     steps_of[variant] += read_steps(scratch / "out")
@@ -98,6 +107,8 @@ def main() -> None:
     for variant, steps in steps_of.items():
         whole, link = (statistics.median(values) for values in zip(*steps, strict=True))
         print(f"{variant:<38}{whole:>10.3f}{1000 * link:>20.2f}{step_bytes[variant]:>12,.0f}")
+    numbers = pb.EdgeMessage(number=1000, answered=999).ByteSize() + pb.CloudMessage(number=1000).ByteSize()
+    print(f"of these bytes, numbers of messages: {numbers}, in all variants")
 
 
 def make_variants(scratch: Path) -> dict[str, tuple[list[str], list[str]]]:
@@ -110,6 +121,7 @@ def make_variants(scratch: Path) -> dict[str, tuple[list[str], list[str]]]:
     client = [f"--tls-cert={certs / 'edge.pem'}", f"--tls-key={certs / 'edge-key.pem'}"]
     ca, shows = f"--tls-ca={certs / 'ca.pem'}", f"--token-file={token}"
     return {
+        NO_MEMORY: ([], []),
         "nothing": ([], []),
         "tokens": ([f"--tokens={tokens}"], [shows]),
         "TLS": (tls, [ca]),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from sft.config import above_zero, parse, run
+from sft.config import above_zero, at_least, parse, run
 from sft.durations import Duration
 from sft.errors import UsageError
 from sft_cloud.access_options import AccessOptions, check_together
@@ -49,6 +49,13 @@ class ServeOptions:
     session_timeout: Duration = Duration("10m")
     """how long a session waits for its edge when the link has broken"""
 
+    checkpoint_store: str | None = None
+    """directory, or URL that fsspec knows, such as s3://bucket/folder, for the cloud's halves of checkpoints; without
+    it `checkpoints` in --state-dir"""
+
+    grace: Duration = Duration("30s")
+    """how long edges may take to save their checkpoints when the server is told to stop"""
+
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """least level that is logged"""
 
@@ -67,6 +74,7 @@ class ServeOptions:
         if self.threads is not None and self.threads < 1:
             raise UsageError(f"--threads must be at least 1, not {self.threads}")
         above_zero(self, "session_timeout")
+        at_least(self, 0, "grace")
         if self.model_dir is not None and not self.model_dir.is_dir():
             raise UsageError(f"--model-dir {self.model_dir}: no such directory")
 
@@ -93,6 +101,8 @@ def serve_command(prog: str, argv: list[str]) -> int:
         limits=limits,
         session_timeout_seconds=options.session_timeout,
         access_options=access_options,
+        checkpoint_store=options.checkpoint_store,
+        grace_seconds=options.grace,
         metrics_options=metrics_options,
     )
     return 0

@@ -61,6 +61,9 @@ class HalfModel(Protocol):
     def whole_parameters(self) -> dict[str, nn.Parameter]:
         """Those that the edge has not, by names in the whole model: what is trained of them, and what is not."""
 
+    def all_parameters(self) -> dict[str, nn.Parameter]:
+        """Those that both halves have included, which nobody trains: what a checkpoint holds."""
+
     def stored_parameters(self) -> Sequence[StoredTensor]:
         """What a download holds: those, with adapters merged into what they adapt unless the edge has drawn them."""
 
@@ -130,6 +133,10 @@ class TransformersHalf:
         """See HalfModel."""
         shared = {id(parameter) for module in self._shared_modules() for parameter in module.parameters()}
         return {name: p for name, p in self.net_2.whole_parameters().items() if id(p) not in shared}
+
+    def all_parameters(self) -> dict[str, nn.Parameter]:
+        """See HalfModel."""
+        return self.net_2.whole_parameters()
 
     def stored_parameters(self) -> Sequence[StoredTensor]:
         """See HalfModel."""

@@ -20,6 +20,7 @@ from sft import __version__
 from sft.codec import DATA_TYPES
 from sft.errors import ProtocolError, ServerFullError, UnsupportedModelError
 from sft.lora import LoraSpec, adapter_shapes, add_lora, is_adapter, lora_from_json
+from sft.manifests import is_run_id
 from sft.models import Cut, Net2, build_net_2, family_of, max_positions
 from sft.parameter_groups import OptimizerSpec, make_optimizer, spec_from_proto
 from sft.protocol import PROTOCOL_VERSION
@@ -121,7 +122,10 @@ def check_request(request: pb.OpenSessionRequest) -> SessionSpec:
         raise ProtocolError(f"unknown wire_data_type {int(request.wire_data_type)}")
     residual = _RESIDUALS[request.cut.residual]
     cut = Cut(_MODES[request.cut.mode], request.cut.split_layer, request.cut.split_rank, residual)
-    if bool(request.factors_sha256) is not (cut.mode == "sft"):
+    if request.run_id and not is_run_id(request.run_id):
+        raise ProtocolError("run_id must be 32 lower-case hexadecimal digits")
+    # A run that goes on has its weights on the cloud.
+    if bool(request.factors_sha256) is not (cut.mode == "sft") and not request.resume_from:
         raise ProtocolError("factors_sha256 must name a blob for mode sft, and be empty for mode sl")
     for sha256 in filter(None, (request.weights_sha256, request.factors_sha256)):
         check_sha256(sha256)

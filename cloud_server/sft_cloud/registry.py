@@ -27,6 +27,9 @@ DONE = "the edge is done"
 """Why a session ends that its edge has ended."""
 
 
+_IS_BEING_OPENED = "this session is being opened; ask again"
+
+
 class StreamHandle:
     """A stream that has, or had, a session. Compared by identity."""
 
@@ -52,6 +55,8 @@ class Entry:
     """Held while a message is applied, so that a stream that takes over finds nothing half-done."""
     stream: StreamHandle | None = None
     was_attached: bool = False
+    saves: int = 0
+    """Checkpoints that were saved."""
     bytes_received: int = 0
     bytes_sent: int = 0
 
@@ -99,7 +104,7 @@ class Registry:
             return None
         with self._lock:
             if (owner.name, request.request_id) in self._opening:
-                raise ServerUnavailableError("this session is being opened; ask again")
+                raise ServerUnavailableError(_IS_BEING_OPENED)
             for entry in self._entries.values():
                 if entry.owner.name == owner.name and entry.request.request_id == request.request_id:
                     return entry
@@ -128,6 +133,8 @@ class Registry:
             )
         mark = (owner.name, request.request_id)
         with self._lock:
+            if request.request_id and mark in self._opening:
+                raise ServerUnavailableError(_IS_BEING_OPENED)
             if self._in_use_by(owner) >= allowed < self.max_sessions:
                 raise QuotaError(f"all of your {allowed} sessions are in use; end one")
             if self._in_use() >= self.max_sessions:

@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -31,6 +32,7 @@ from sft_cloud.access import Access, make_access
 from sft_cloud.access_options import AccessOptions
 from sft_cloud.audit import AuditLog
 from sft_cloud.call_watch import CallWatch
+from sft_cloud.checkpoints import CheckpointStore
 from sft_cloud.guard import Guard
 from sft_cloud.limit_options import LimitOptions
 from sft_cloud.limits import Quotas
@@ -40,6 +42,7 @@ from sft_cloud.observation import observation
 from sft_cloud.observing import NOBODY, Observer
 from sft_cloud.openers import Opener, TransformersOpener
 from sft_cloud.registry import SESSION_TIMEOUT_SECONDS, Entry, Registry
+from sft_cloud.saved_session import Checkpoints
 from sft_cloud.service import SplitTrainingService, log_closed
 from sft_cloud.store import BlobStore
 from sft_cloud.weights import WeightsFinder
@@ -49,6 +52,9 @@ SERVICE_NAME = pb.DESCRIPTOR.services_by_name["SplitTraining"].full_name
 
 GRACE_SECONDS = 3.0
 """How long calls may take to end once the server stops."""
+
+_LOOK_SECONDS = 0.05
+"""Between two looks at whether all sessions are saved."""
 
 _HOUSEKEEPING_SECONDS = 1.0
 """Between two looks at what has waited for too long."""
@@ -79,13 +85,15 @@ class CloudServer:
         session_timeout_seconds: float = SESSION_TIMEOUT_SECONDS,
         access: Access = _OPEN,
         observer: Observer = NOBODY,
+        checkpoint_store: str | Path | None = None,
         limits: LimitOptions | None = None,
         audit: AuditLog | None = None,
     ) -> None:
         """Binds and starts. `port` 0 takes a free one. `make_opener`: for other models than the library's; `on_close`
         is told of every session that ends, and why; `has_flags`: whether host and port came from a command line, of
-        which errors then speak; `access`: TLS, and who is let in; `observer` is told what happens; `limits`: what each
-        caller may take; `audit`: where who did what is written down. Raises UsageError when it cannot bind,
+        which errors then speak; `access`: TLS, and who is let in; `observer` is told what happens;
+        `checkpoint_store`: a directory or URL, by default below `state_dir`; `limits`: what each caller may take;
+        `audit`: where who did what is written down. Raises UsageError when it cannot bind,
         StorageError.
         """
         dashes = "--" if has_flags else ""
@@ -125,10 +133,12 @@ class CloudServer:
         # Each call waits for at most one piece of work, so the queue holds whatever is admitted.
         self._worker = DeviceWorker(device, calls, threads)
         self.memory = MemoryBudget(default_budget(device) if limits.memory_limit is None else limits.memory_limit)
-        if make_opener is None:
-            opener: Opener = TransformersOpener(self._worker, store, weights, self.memory)
-        else:
+        checkpoints: Checkpoints | None = None  # of a script's model none are kept
+        if make_opener:
             opener = make_opener(self._worker, store)
+        else:
+            checkpoints = Checkpoints(CheckpointStore(checkpoint_store or state_dir / "checkpoints"))
+            opener = TransformersOpener(self._worker, store, weights, checkpoints, self.memory)
 
         def closed(entry: Entry, reason: str) -> None:
             log_closed(entry, reason, self.sessions.age(entry))
@@ -143,7 +153,7 @@ class CloudServer:
         if access.credentials is not None:
             observer.metrics.watch_certificate(access.certificate_expires)
         self.service = SplitTrainingService(
-            self._worker, store, opener, self.sessions, access.identify, observer=observer
+            self._worker, store, opener, self.sessions, access.identify, checkpoints, observer
         )
         pb_grpc.add_SplitTrainingServicer_to_server(self.service, self._server)
         self._health = health.HealthServicer(
@@ -164,6 +174,21 @@ class CloudServer:
             )
         for thread in self._threads:
             thread.start()
+
+    def wait_for_checkpoints(self, seconds: float, hurry: threading.Event) -> None:
+        """Has every edge that is connected save a checkpoint, so that it loses nothing when the server stops.
+
+        Returns when all that can have done so, after so many seconds, or with `hurry`. No session is opened any more.
+        """
+        before = {entry.session_id: entry.saves for entry in self.sessions.entries()}
+        self.service.stopping.set()
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and any(
+            entry.stream is not None and entry.request.run_id and entry.saves == before.get(entry.session_id, 0)
+            for entry in self.sessions.entries()
+        ):
+            if hurry.wait(_LOOK_SECONDS):
+                return
 
     def stop(self, grace_seconds: float = GRACE_SECONDS) -> None:
         """Takes no new call, lets running steps finish, and returns when nothing runs any more."""
@@ -195,8 +220,12 @@ def serve(
     access_options: AccessOptions,
     limits: LimitOptions,
     metrics_options: MetricsOptions,
+    checkpoint_store: str | None,
+    grace_seconds: float,
 ) -> None:
     """Serves until SIGTERM or SIGINT, or the end of standard input if `exit_with_stdin`. Main thread only.
+
+    Edges then have `grace_seconds` to save their checkpoints, until a second signal, or the end of standard input.
 
     Prints one line of JSON on standard output when it is ready: `event`, `address`, `device`, and `metrics` where there
     are some.
@@ -205,11 +234,15 @@ def serve(
     transformers_logging.disable_default_handler()
     transformers_logging.enable_propagation()
     disable_progress_bars()
-    stop = threading.Event()
+    stop, hurry = threading.Event(), threading.Event()
+
+    def on_signal(*_: object) -> None:
+        (hurry if stop.is_set() else stop).set()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+        signal.signal(number, on_signal)
     if exit_with_stdin:
-        threading.Thread(target=_wait_for_end_of_stdin, args=(stop,), daemon=True).start()
+        threading.Thread(target=_wait_for_end_of_stdin, args=(stop, hurry), daemon=True).start()
     audit = AuditLog(limits.audit_log)
     access = make_access(
         access_options,
@@ -229,6 +262,7 @@ def serve(
         threads,
         session_timeout_seconds=session_timeout_seconds,
         access=access,
+        checkpoint_store=checkpoint_store,
         observer=observer,
         limits=limits,
         audit=audit,
@@ -243,16 +277,18 @@ def serve(
         sys.stdout.flush()
         stop.wait()
         _log.info("stopping")
+        server.wait_for_checkpoints(grace_seconds, hurry)
     finally:
         server.stop()
         observing.close()
 
 
-def _wait_for_end_of_stdin(stop: threading.Event) -> None:
+def _wait_for_end_of_stdin(stop: threading.Event, hurry: threading.Event) -> None:
     # Not through sys.stdin: its lock would be held when the interpreter ends.
     with contextlib.suppress(OSError):  # closed from the start
         while os.read(0, 4096):
             pass
+    hurry.set()  # whose child this is has gone, and was its only edge
     stop.set()
 
 

@@ -92,6 +92,8 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
                 missing = self._opener.open(request, caller)
                 response.missing_blobs.extend([] if isinstance(missing, Session) else missing)
                 return response
+            if self.stopping.is_set():
+                raise ServerUnavailableError("the server is about to stop")
             entry = self.sessions.opened(request, caller)
             if entry is None:
                 started = time.monotonic()
@@ -251,7 +253,9 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
         if self._checkpoints is None or not entry.request.run_id:
             raise PreconditionError("this session was opened without a run_id, or this server saves no checkpoints")
         try:
-            return self._checkpoints.save(entry, self._run)
+            saved = self._checkpoints.save(entry, self._run)
+            entry.saves += 1
+            return saved
         except StorageError as error:
             _log.warning("checkpoint not saved", extra={"fields": {"session": entry.label, "reason": str(error)}})
             return pb.CheckpointSaved(error=str(error))

@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 
 from sft.errors import ProtocolError, ServerFullError
+from sft.optimizer_state import stored_state
 from sft.parameter_groups import scale_gradients, set_learning_rates
 from sft.seeding import seeded
 from sft.tensor_stream import StoredTensor
@@ -34,7 +35,6 @@ from sft_cloud.errors import PreconditionError, is_out_of_memory
 from sft_cloud.half import HalfModel
 from sft_cloud.memory import MemoryShare
 from sft_cloud.micro_batches import MicroBatches
-from sft_cloud.optimizer_state import stored_state
 from sft_cloud.room import check_room_for_step
 from sft_cloud.states import Loader
 
@@ -79,8 +79,8 @@ class Session:
         """Counts the changes of weights and of the optimizer's state."""
         self.has_begun = False
         """Whether a message was applied."""
-        self._half = half
-        self._optimizer = optimizer
+        self._half = self.half = half
+        self._optimizer = self.optimizer = optimizer
         self._seed = seed
         self._memory = MemoryShare() if memory is None else memory
         self._loader = Loader(half, optimizer, find_blob)
@@ -129,7 +129,7 @@ class Session:
         return [_copied(tensor) for tensor in self._half.stored_parameters()]
 
     def stored_optimizer_state(self) -> list[StoredTensor]:
-        """The state of net_2's optimizer, see `sft_cloud.optimizer_state`."""
+        """The state of net_2's optimizer, see `sft.optimizer_state`."""
         return stored_state(self._optimizer, self._half.whole_parameters())
 
     # What rides on a message.

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from sft.errors import ProtocolError
 from sft.lora import is_adapter
+from sft.optimizer_state import checked_state, copied_state
 from sft.v1 import split_training_pb2 as pb
 from sft_cloud.half import HalfModel
-from sft_cloud.optimizer_state import checked_state
 from sft_cloud.store import check_sha256, read_blob
 
 
@@ -35,7 +33,7 @@ class Loader:
         parameters, tensors = self._half.whole_parameters(), read_blob(path)
         if message.optimizer_state:
             state = checked_state(self._optimizer, parameters, tensors)
-            return lambda: self._optimizer.load_state_dict(_copied(state))
+            return lambda: self._optimizer.load_state_dict(copied_state(state))
         adapters = {name for name in parameters if is_adapter(name)}
         if adapters and not adapters & tensors.keys():
             raise ProtocolError(
@@ -59,12 +57,3 @@ class Loader:
                     parameter.copy_(tensors[name])
 
         return load
-
-
-def _copied(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """With memory of its own in the place of the blob's file."""
-    state = {
-        index: {key: value.clone() if isinstance(value, Tensor) else value for key, value in of_parameter.items()}
-        for index, of_parameter in state_dict["state"].items()
-    }
-    return {**state_dict, "state": state}

@@ -153,6 +153,8 @@ class Option:
         self.doc = doc
         self.default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         self.required = self.default is dataclasses.MISSING
+        self.alone: Optional[str] = field.metadata.get("alone")
+        """What the flag means without a value."""
         self.optional = type(None) in get_args(hint)
         if self.optional:
             (hint,) = [argument for argument in get_args(hint) if argument is not type(None)]
@@ -231,6 +233,8 @@ def _parser(dataclass_types: Sequence[type], prog: str, description: Optional[st
             shape: Dict[str, Any] = {"nargs": "+"} if option.many else {}
             if option.type is bool:
                 shape = {"nargs": "?", "const": "true"}
+            elif option.alone is not None:
+                shape = {"nargs": "?", "const": option.alone}
             group.add_argument(
                 option.flag, metavar=option.metavar, default=argparse.SUPPRESS, help=option.help, **shape
             )

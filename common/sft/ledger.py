@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from array import array
 from dataclasses import dataclass, fields
-from typing import Dict, Iterator, List, NamedTuple, Optional
+from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Optional
 
 PHASES = ("edge_forward", "uplink_wait", "cloud", "edge_backward")
 """The phases of a step, in the order they happen. `uplink_wait` is waiting for the cloud's answer less the time the
@@ -140,6 +140,18 @@ class Ledger:
         """Adds an evaluation batch, which no figure of training counts."""
         self.evaluation = self.evaluation + traffic
         self.evaluation_samples += samples
+
+    def columns(self) -> Dict[str, array[Any]]:
+        """What is known of every step, whole numbers as `q` and seconds as `d`: for `load`."""
+        return {**self._counts, **self._seconds}
+
+    def load(self, columns: Mapping[str, array[Any]], evaluation: Traffic, evaluation_samples: int) -> None:
+        """Takes on what `columns` gave and what evaluation moved, in the place of what is here."""
+        self._counts = {name: columns[name] for name in self._counts}
+        self._seconds = {name: columns[name] for name in self._seconds}
+        self.traffic = Traffic(*(sum(columns[name]) for name in _TRAFFIC_COLUMNS))
+        self.plain_bytes, self.samples = sum(columns["plain_bytes"]), sum(columns["samples"])
+        self.evaluation, self.evaluation_samples = evaluation, evaluation_samples
 
     def __len__(self) -> int:
         """Number of training steps."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 from sft.batch import Batch
 from sft.checkpoint import Checkpoint
 from sft.decompose import decompose, decompose_with_residual
-from sft.errors import UsageError
+from sft.errors import CheckpointError, UsageError
 from sft.models import (
     Cut,
     Moments,
@@ -87,6 +87,20 @@ def pretrained_tensors(net: Net, checkpoint: Optional[Checkpoint]) -> List[Store
             (embedding,) = checkpoint.tensors({tied.embedding: wanted.pop(tied.head)}, prefix)
             copies.append(embedding._replace(name=tied.head))
     return sorted(checkpoint.tensors(wanted, prefix) + copies, key=lambda tensor: tensor.name)
+
+
+def load_parameters(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]) -> None:
+    """Replaces the values of parameters, all of them. Raises CheckpointError unless names and shapes are the same."""
+    odd = sorted(tensors.keys() ^ parameters.keys())
+    if odd:
+        raise CheckpointError(f"'{odd[0][:200]}' {'is missing' if odd[0] in parameters else 'does not belong there'}")
+    for name, parameter in parameters.items():
+        if tensors[name].shape != parameter.shape or tensors[name].dtype != parameter.dtype:
+            theirs, ours = (f"{x.dtype} {list(x.shape)}" for x in (tensors[name], parameter))
+            raise CheckpointError(f"'{name}' is {theirs}, not {ours}")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
 
 
 def live_tensors(model: Any, net: Net) -> List[StoredTensor]:

@@ -89,7 +89,7 @@ class CloudProcess:
     ) -> None:
         try:
             if isinstance(error, (ServerUnavailableError, SessionLostError)) and self._has_ended(DEATH_NOTICE_SECONDS):
-                raise self._death() from error
+                raise SessionLostError(str(self._death())) from error
         finally:
             self.close()
 

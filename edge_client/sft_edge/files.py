@@ -47,6 +47,15 @@ def write_file(path: Path, chunks: Iterable[bytes]) -> int:
     return size
 
 
+def sync_directory(path: Path) -> None:
+    """Until then a crash of the machine may forget what was renamed in it. Raises OSError."""
+    handle = os.open(str(path), os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def write_json(path: Path, content: Any) -> None:
     """Writes a mapping or a dataclass; NaN and infinity, which JSON lacks, become null. Raises StorageError."""
     if is_dataclass(content) and not isinstance(content, type):

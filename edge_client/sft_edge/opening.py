@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Callable, Iterator, Optional, Sequence
 
 import torch
@@ -12,8 +13,10 @@ from sft.errors import UsageError
 from sft.lora import add_lora
 from sft.models import Cut, build_whole
 from sft.parameter_groups import OptimizerSpec, decay_groups, make_optimizer
+from sft.v1 import split_training_pb2 as pb
 from sft.weights import factor_tensors, fill, pretrained_tensors
 from sft_edge.adapters import half_lora, whole_lora
+from sft_edge.checkpoints import EdgeCheckpoint
 from sft_edge.cloud_process import CloudProcess
 from sft_edge.grpc_transport import GrpcTransport, Keepalive
 from sft_edge.lora_options import LoraOptions
@@ -57,10 +60,15 @@ def open_system(
     adapting: LoraOptions = _NO_LORA,
     calibration: Sequence[Batch] = (),
     on_status: Callable[[str], None] = lambda text: None,
+    run_id: str = "",
+    resumes_from: Sequence[EdgeCheckpoint] = (),
+    checkpoint_store: Optional[Path] = None,
 ) -> Iterator[System]:
     """The system for the block; the session, and a cloud that was started for it, end with the block.
 
-    `calibration`: what a low-rank residual is fitted to; `on_status` is told what a broken link is waiting for.
+    `calibration`: what a low-rank residual is fitted to; `on_status` is told what a broken link is waiting for;
+    `run_id`: whose checkpoints are saved, if any are; `resumes_from`: those of which it may go on, see
+    `open_split_system`; `checkpoint_store`: where a cloud that is started for it keeps its halves.
 
     Raises what building, connecting and opening a session raise: CutError, CheckpointError, UsageError, LinkError.
     """
@@ -70,8 +78,9 @@ def open_system(
     whole = build_whole(source.config, head, cut)
     if cutting.mode == "local":
         adapters = whole_lora(adapting, whole)
-        tensors = pretrained_tensors(whole, source.checkpoint)
-        if cut is not None:
+        # What goes on from a checkpoint takes all values from there.
+        tensors = [] if resumes_from else pretrained_tensors(whole, source.checkpoint)
+        if cut is not None and not resumes_from:
             for factors in factor_tensors(source.config, head, cut, source.checkpoint, training.seed, calibration):
                 tensors += factors
         fill(whole, tensors, training.seed, device)
@@ -83,7 +92,7 @@ def open_system(
     assert cut is not None  # every other mode is cut
     lora = half_lora(adapting, whole, source.config, cut, training.seed)
     spec = OptimizerSpec(optimizing.optim, decay_groups(whole, optimizing.arguments()))
-    with _server(linking) as address:
+    with _server(linking, checkpoint_store) as address:
         transport = transport_of(address, linking)
         system = open_split_system(
             source,
@@ -100,6 +109,8 @@ def open_system(
             freeze_edge=cutting.freeze_edge,
             calibration=calibration,
             lora=lora,
+            run_id=run_id,
+            resume_from=[pb.CheckpointId(step=c.step, sha256=c.manifest.other_half or "") for c in resumes_from],
         )
         with system.link:
             yield system
@@ -122,9 +133,10 @@ def patience_of(linking: LinkOptions) -> Patience:
 
 
 @contextmanager
-def _server(linking: LinkOptions) -> Iterator[str]:
+def _server(linking: LinkOptions, checkpoint_store: Optional[Path]) -> Iterator[str]:
     if linking.server is not None:
         yield linking.server
         return
-    with CloudProcess() as cloud:
+    store = [] if checkpoint_store is None else ["--checkpoint-store", str(checkpoint_store)]
+    with CloudProcess(store) as cloud:
         yield cloud.address

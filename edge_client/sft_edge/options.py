@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Optional, Tuple
 
@@ -18,6 +18,9 @@ from sft.durations import Duration
 from sft.errors import CutError, UsageError
 from sft_edge.lora_options import LoraOptions
 from sft_edge.optimizer_options import OptimizerOptions
+
+NEWEST = "newest"
+"""What --resume-from-checkpoint without a directory means."""
 
 
 @dataclass
@@ -150,6 +153,17 @@ class TrainingOptions:
     eval_steps: Optional[int] = None
     """steps between evaluations with --eval-strategy steps; without it --logging-steps"""
 
+    save_steps: Optional[int] = None
+    """steps between checkpoints in --output-dir and on the cloud, of which a run that was broken off goes on; without
+    it, or with 0, one is saved on SIGTERM only"""
+
+    save_total_limit: Optional[int] = None
+    """checkpoints that are kept, the newest; without it all are"""
+
+    resume_from_checkpoint: Optional[str] = field(default=None, metadata={"alone": NEWEST})
+    """go on from this directory; without one, from the newest checkpoint in --output-dir, or from the beginning while
+    there is none"""
+
     seed: int = 42
     """draws new weights, the order of the rows and dropout"""
 
@@ -158,7 +172,8 @@ class TrainingOptions:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
-        at_least(self, 1, "eval_steps")
+        at_least(self, 1, "eval_steps", "save_total_limit")
+        at_least(self, 0, "save_steps")
         above_zero(self, "num_train_epochs")
         if self.max_steps != -1 and self.max_steps < 1:
             raise UsageError(f"--max-steps must be 1 or more, or -1 to count epochs, not {self.max_steps}")
@@ -168,8 +183,13 @@ class TrainingOptions:
             raise UsageError(f"--seed must be 0 or more and below 2^63, not {self.seed}")
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise UsageError(f"--device must be auto, cpu, cuda or cuda:N, not {self.device!r}")
+        resumes = self.resume_from_checkpoint
+        if resumes == NEWEST and self.output_dir is None:
+            raise UsageError("--resume-from-checkpoint needs --output-dir, or the directory of a checkpoint")
+        if resumes not in (None, NEWEST) and self.output_dir is None:
+            self.output_dir = Path(str(resumes)).resolve().parent
         if self.output_dir is not None:
-            check_output_dir(self.output_dir, self.overwrite_output_dir)
+            check_output_dir(self.output_dir, self.overwrite_output_dir or resumes is not None)
 
 
 @dataclass
@@ -275,7 +295,10 @@ def split_address(server: str) -> Tuple[str, int]:
 def check_output_dir(output_dir: Path, overwrite: bool) -> None:
     """Raises UsageError where a run, hours later, could not write its results or would mix them with others."""
     if output_dir.is_dir() and any(output_dir.iterdir()) and not overwrite:
-        raise UsageError(f"--output-dir {output_dir} is not empty; name another or add --overwrite-output-dir")
+        raise UsageError(
+            f"--output-dir {output_dir} is not empty; name another, or add --overwrite-output-dir, or "
+            "--resume-from-checkpoint to go on where a run was broken off"
+        )
     existing = output_dir
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent

@@ -155,14 +155,17 @@ def open_progress(logging_steps: int, disable_tqdm: bool = False, stream: Option
 class TensorBoard:
     """Writes the log history where TensorBoard reads it. A context manager."""
 
-    def __init__(self, logging_dir: Path) -> None:
-        """Raises UsageError without the package and StorageError where the directory cannot be written."""
+    def __init__(self, logging_dir: Path, first_step: int = 0) -> None:
+        """A run that goes on from `first_step` has what is there after it forgotten.
+
+        Raises UsageError without the package and StorageError where the directory cannot be written.
+        """
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise UsageError("--report-to tensorboard needs a package: pip install tensorboard") from error
         try:
-            self._writer = SummaryWriter(str(logging_dir))
+            self._writer = SummaryWriter(str(logging_dir), purge_step=first_step + 1 if first_step else None)
         except OSError as error:
             raise StorageError(f"cannot write --logging-dir {logging_dir}: {error.strerror}") from error
 

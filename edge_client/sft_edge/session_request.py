@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import Optional, Sequence
 
 from transformers import PretrainedConfig
 
@@ -26,8 +26,13 @@ def session_request(
     weights_sha256: str,
     factors_sha256: str,
     lora_json: str = "",
+    run_id: str = "",
+    resume_from: Sequence[pb.CheckpointId] = (),
 ) -> pb.OpenSessionRequest:
-    """`optimizer_spec` is net_2's; the blobs are named by hashes, see `sft_edge.offers`."""
+    """`optimizer_spec` is net_2's; the blobs are named by hashes, see `sft_edge.offers`.
+
+    `run_id` and `resume_from` are of checkpoints.
+    """
     return pb.OpenSessionRequest(
         protocol_version=PROTOCOL_VERSION,
         package_version=sft.__version__,
@@ -41,6 +46,8 @@ def session_request(
         optimizer=spec_to_proto(optimizer_spec),
         wire_data_type=DATA_TYPES[wire_dtype],
         lora_json=lora_json,
+        run_id=run_id,
+        resume_from=resume_from,
     )
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from typing import Callable, Deque, Dict, Iterable, Iterator, List, Sequence, Tuple
+from typing import Callable, Deque, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sft.batch import Batch
 from sft.codec import (
@@ -27,7 +27,7 @@ from sft.losses import head_loss
 from sft.models import Cut, Net1, build_net_1, build_net_2
 from sft.parameter_groups import OptimizerSpec, make_optimizer, scale_gradients, squared_gradient_norm
 from sft.seeding import seeded
-from sft.tensor_stream import safetensors_chunks
+from sft.tensor_stream import StoredTensor, safetensors_chunks
 from sft.v1 import split_training_pb2 as pb
 from sft.weights import factor_tensors, fill, pretrained_tensors
 from sft_edge.adapters import NO_LORA, HalfLora
@@ -55,11 +55,12 @@ class SplitSystem(System):
         seed: int,
         wire_dtype: str,
         labels: str = "cloud",
+        first_step: int = 0,
     ) -> None:
         """`net_1` filled, `link` open; `cloud_names` are net_2's parameters, under whole-model names.
 
         `labels`: `cloud` where they travel with the activation, `local` where they stay here. Without a parameter of
-        net_1 that is trained there is no backward pass here.
+        net_1 that is trained there is no backward pass here. `first_step` is the cloud's next.
         """
         self.net_1 = net_1
         self.optimizer = optimizer
@@ -68,6 +69,7 @@ class SplitSystem(System):
         self._cloud_names = sorted(cloud_names)
         self._seed = seed
         self._data_type = DATA_TYPES[wire_dtype]
+        self._first_step = first_step
         self._labels_stay = labels == "local"
         self._frozen = not any(parameter.requires_grad for parameter in net_1.parameters())
         self._model_width = int(net_1.model.config.hidden_size)
@@ -167,6 +169,23 @@ class SplitSystem(System):
         while on_their_way:
             yield self._evaluated(*on_their_way.popleft())
 
+    def own_parameters(self) -> Dict[str, nn.Parameter]:
+        return self.net_1.whole_parameters()
+
+    @property
+    def first_step(self) -> int:
+        return self._first_step
+
+    @property
+    def stopping(self) -> bool:
+        return self.link.stopping
+
+    def save_other_half(self) -> Optional[str]:
+        return self.link.save_checkpoint().id.sha256
+
+    def keep_checkpoints(self, steps: Sequence[int]) -> None:
+        self.link.keep_checkpoints(steps)
+
     def shards(self) -> List[Shard]:
         here = merged_tensors(self.net_1)
         return [
@@ -196,12 +215,16 @@ def open_split_system(
     freeze_edge: bool = False,
     calibration: Sequence[Batch] = (),
     lora: HalfLora = NO_LORA,
+    run_id: str = "",
+    resume_from: Sequence[pb.CheckpointId] = (),
 ) -> SplitSystem:
     """Algorithm 1, lines 1 to 3: cuts the model, fills net_1, and opens a session in which the cloud fills net_2.
 
     The edge never holds net_2: what the cloud lacks of it is copied from the checkpoint one tensor at a time. `labels`
     as SplitSystem has it; `freeze_edge`: net_1 is not trained; `calibration`: what a low-rank residual is fitted to;
-    `lora`: the adapters of the halves, whose parameters `optimizer_spec` names.
+    `lora`: the adapters of the halves, whose parameters `optimizer_spec` names; `run_id`: whose checkpoints are saved,
+    if any are. With `resume_from` the cloud goes on from one of these, and net_1 has memory, but no values of any
+    worth: the caller loads those of the step that the cloud has got to.
 
     Raises CutError, CheckpointError, UsageError, and what opening a link raises.
     """
@@ -209,14 +232,19 @@ def open_split_system(
     net_1, net_2 = build_net_1(config, head, cut), build_net_2(config, head, cut)
     if freeze_edge:
         net_1.requires_grad_(False)
-    for_edge, for_cloud = factor_tensors(config, head, cut, checkpoint, seed, calibration)
-    fill(net_1, [*pretrained_tensors(net_1, checkpoint), *for_edge], seed, device)
+    for_edge: List[StoredTensor] = []
+    for_cloud: List[StoredTensor] = []
+    blobs: Dict[str, Blob] = {}
+    weights_sha256 = ""
+    if not resume_from:
+        for_edge, for_cloud = factor_tensors(config, head, cut, checkpoint, seed, calibration)
+        for_edge += pretrained_tensors(net_1, checkpoint)
+        weights_sha256 = offer(pretrained_tensors(net_2, checkpoint), blobs)
+    fill(net_1, for_edge, seed, device)
     if lora.edge is not None:
         add_lora(net_1, lora.edge, seed)
     trained_here = [name for name, parameter in net_1.whole_parameters().items() if parameter.requires_grad]
     optimizer = make_optimizer(optimizer_spec.restricted_to(trained_here), net_1.whole_parameters())
-    blobs: Dict[str, Blob] = {}
-    weights_sha256 = offer(pretrained_tensors(net_2, checkpoint), blobs)
     cloud_names = sorted(set(net_2.whole_names.values()).difference(net_1.whole_names.values()))
     if lora.cloud is not None:
         add_lora(net_2, lora.cloud, seed)  # for the names of what is trained there
@@ -230,7 +258,9 @@ def open_split_system(
         weights_sha256,
         factors_sha256=offer(for_cloud, blobs),
         lora_json="" if lora.cloud is None else lora_to_json(lora.cloud),
+        run_id=run_id,
+        resume_from=resume_from,
     )
     link = Link(transport, request, blobs, patience, on_status)
-    link.open()
-    return SplitSystem(net_1, optimizer, link, cloud_names, seed, wire_dtype, labels)
+    next_step = link.open().next_step
+    return SplitSystem(net_1, optimizer, link, cloud_names, seed, wire_dtype, labels, next_step)

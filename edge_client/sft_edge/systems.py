@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 import time
 from abc import ABC, abstractmethod
-from typing import Iterable, Iterator, List, NamedTuple
+from typing import Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sft.batch import Batch
 from sft.ledger import NO_TRAFFIC, PHASES, Ledger, StepRecord, Traffic
@@ -65,6 +65,28 @@ class System(ABC):
         """For every batch in order: (B, C), or (B, S, 2) for question answering. No dropout, no gradient."""
 
     @abstractmethod
+    def own_parameters(self) -> Dict[str, nn.Parameter]:
+        """All that are in this process, by names in the whole model: what a checkpoint holds of this side."""
+
+    @property
+    def first_step(self) -> int:
+        """The step that the other side has got to when the system was opened; 0 in a new run, and in one process."""
+        return 0
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the other side is about to end, and waits for a checkpoint."""
+        return False
+
+    def save_other_half(self) -> Optional[str]:
+        """Has the cloud save its half; gives the hash of its manifest, None in one process. Raises StorageError."""
+        return None
+
+    def keep_checkpoints(self, steps: Sequence[int]) -> None:
+        """Tells the cloud which steps are left; it deletes the others. Raises nothing for old ones that stay."""
+        del steps
+
+    @abstractmethod
     def shards(self) -> List[Shard]:
         """All parameters as they are now, adapters merged: what is here, and what is on the cloud."""
 
@@ -104,6 +126,9 @@ class LocalSystem(System):
         for batch in batches:
             with torch.no_grad():
                 yield self.net(batch.inputs, batch.lengths, {}).logits.cpu()
+
+    def own_parameters(self) -> Dict[str, nn.Parameter]:
+        return self.net.whole_parameters()
 
     def shards(self) -> List[Shard]:
         tensors = merged_tensors(self.net)

@@ -7,10 +7,11 @@ import math
 import shutil
 import sys
 import tempfile
+import threading
 from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Callable, Dict, List, NamedTuple, Optional
 
 import torch
 
@@ -18,10 +19,12 @@ from sft.batch import Batch
 from sft.errors import LinkError, StorageError, TrainingError
 from sft.models import build_whole
 from sft_edge.card import model_card
+from sft_edge.checkpointing import Checkpointing, Stopped
 from sft_edge.evaluation import EvaluationSet, batches_of, evaluate
 from sft_edge.files import write_file, write_json
+from sft_edge.likeness import likeness
 from sft_edge.lora_options import LoraOptions
-from sft_edge.opening import cut_of, device_of, open_system
+from sft_edge.opening import cut_of, device_of, open_system, patience_of
 from sft_edge.optimizer_options import OptimizerOptions
 from sft_edge.options import (
     CutOptions,
@@ -32,15 +35,30 @@ from sft_edge.options import (
     TrainingOptions,
 )
 from sft_edge.progress import Progress, TensorBoard, open_progress
+from sft_edge.recovery import Recovery
 from sft_edge.report import all_results, ledger_lines, peak_memory_bytes, print_report
 from sft_edge.saving import Description, save_model
 from sft_edge.source import Source, open_source
 from sft_edge.systems import System
 from sft_edge.tasks import Feature, Task, make_task
+from sft_edge.terminations import terminations_noted
 from sft_edge.training_loop import TrainingLoop
 
 CALIBRATION_ROWS = 256
 """How many of the first training rows a low-rank residual is fitted to."""
+
+
+CLOUD_STORE = "cloud-checkpoints"
+"""Below the output directory: where a cloud of the run's own keeps its halves of checkpoints."""
+
+
+class _Job(NamedTuple):
+    """What is trained on what."""
+
+    task: Task
+    source: Source
+    features: List[Feature]
+    validation: EvaluationSet
 
 
 class TrainingRun:
@@ -66,7 +84,7 @@ class TrainingRun:
         """Trains, evaluates, saves and prints the report; returns the content of `all_results.json`.
 
         A run that is interrupted, or whose loss is no longer finite, leaves the model of its last good step before the
-        error goes on. Raises any SFTError.
+        error goes on. One that is terminated leaves a checkpoint, and returns nothing. Raises any SFTError.
         """
         task = make_task(self.reading.task, self.reading.data_dir, self.reading.problem_type)
         source = open_source(self.modeling, task.config_overrides())
@@ -76,38 +94,105 @@ class TrainingRun:
         length = self.modeling.max_seq_length
         features = task.encode(train_rows, source.tokenizer, length)
         validation = EvaluationSet(eval_rows, task.encode(eval_rows, source.tokenizer, length))
+        job = _Job(task, source, features, validation)
         with ExitStack() as stack:
             progress = stack.enter_context(open_progress(self.logging.logging_steps, self.logging.disable_tqdm))
-            progress.status(self._opening())
+            terminated = stack.enter_context(terminations_noted())
+            checkpointing = Checkpointing(self.output_dir, self.training, self._likeness(job), progress, terminated)
+            stack.enter_context(checkpointing)
+            try:
+                return self._with_recovery(job, progress, checkpointing, terminated)
+            except Stopped as stopped:
+                progress.stop()
+                sys.stdout.write(self._farewell(stopped) + "\n")
+                return {}
+
+    def _likeness(self, job: _Job) -> Dict[str, str]:
+        options = (self.cutting, self.reading, self.training, self.optimizing, self.adapting, self.linking)
+        return likeness(*options, job.source.config, job.features)
+
+    def _farewell(self, stopped: Stopped) -> str:
+        if stopped.directory is None:
+            return "stopped before the first step; the same command begins anew"
+        named = "" if self.training.output_dir is not None else f"--output-dir {self.output_dir} "
+        return (
+            f"stopped after step {stopped.step}, which is saved in {stopped.directory}; the same command with "
+            f"{named}--resume-from-checkpoint goes on"
+        )
+
+    def _with_recovery(
+        self, job: _Job, progress: Progress, checkpointing: Checkpointing, terminated: threading.Event
+    ) -> Dict[str, Any]:
+        """Attempts, each with a session of its own, until one gets to the end."""
+        recovery = Recovery(self.linking.reconnect_timeout, patience_of(self.linking).delays, terminated)
+
+        def after_step(loop: TrainingLoop) -> None:
+            recovery.reached(loop.state.global_step)
+            checkpointing.after_step(loop)
+
+        while True:
+            self._loop: Optional[TrainingLoop] = None
+            try:
+                return self._attempt(job, progress, checkpointing, after_step)
+            except LinkError as error:
+                had_session = self._loop is not None
+                if not (checkpointing.can_go_on and recovery.is_worth_trying(error, had_session)):
+                    raise
+                progress.status(f"{error}: going on in another session")
+                if self._loop is not None:
+                    checkpointing.recover(self._loop.state.global_step)
+            recovery.wait()
+            checkpointing.check_stop()
+
+    def _attempt(
+        self,
+        job: _Job,
+        progress: Progress,
+        checkpointing: Checkpointing,
+        after_step: Callable[[TrainingLoop], None],
+    ) -> Dict[str, Any]:
+        """From a new session to the end of the run."""
+        offered = checkpointing.offers()
+        progress.status(self._opening())
+        with ExitStack() as stack:
             system = stack.enter_context(
                 open_system(
-                    source,
-                    task.head,
+                    job.source,
+                    job.task.head,
                     self.cutting,
                     self.training,
                     self.optimizing,
                     self.linking,
                     self.adapting,
-                    self._calibration(task, features),
+                    [] if offered else self._calibration(job.task, job.features),
+                    progress.status,
+                    run_id=checkpointing.run_id,
+                    resumes_from=offered,
+                    checkpoint_store=self.output_dir / CLOUD_STORE,
                 )
             )
+            chosen = checkpointing.choose(system, offered)
             report = None
             if self.logging.report_to == "tensorboard":
                 directory = self.logging.logging_dir or self.output_dir / "runs"
-                report = stack.enter_context(TensorBoard(directory)).log
+                report = stack.enter_context(TensorBoard(directory, chosen.step if chosen else 0)).log
+            batch_size = self.training.per_device_eval_batch_size
             loop = TrainingLoop(
                 system,
-                task,
-                features,
+                job.task,
+                job.features,
                 self.training,
                 self.optimizing,
                 self.logging.logging_steps,
                 self.reading.dataloader_num_workers,
                 progress,
-                lambda step: evaluate(system, task, validation, self.training.per_device_eval_batch_size, step),
+                lambda step: evaluate(system, job.task, job.validation, batch_size, step),
                 report,
+                after_step,
             )
-            return self._train(loop, system, source, task, progress)
+            checkpointing.begin(system, loop, chosen)
+            self._loop = loop
+            return self._train(loop, system, job.source, job.task, progress, checkpointing)
 
     def _calibration(self, task: Task, features: List[Feature]) -> List[Batch]:
         """The same for every system, so that all decompose alike."""
@@ -121,12 +206,18 @@ class TrainingRun:
         return f"opening a session at {self.linking.server}" if self.linking.server else "starting a cloud here"
 
     def _train(
-        self, loop: TrainingLoop, system: System, source: Source, task: Task, progress: Progress
+        self,
+        loop: TrainingLoop,
+        system: System,
+        source: Source,
+        task: Task,
+        progress: Progress,
+        checkpointing: Checkpointing,
     ) -> Dict[str, Any]:
         try:
             loop.run()
             evaluation = loop.evaluate()
-            results = self._results(loop, system, evaluation)
+            results = {**self._results(loop, system, evaluation), **checkpointing.counts}
             progress.status("saving")
             self._save(loop, system, source, task, results)
         except (KeyboardInterrupt, TrainingError, OSError, RuntimeError) as error:

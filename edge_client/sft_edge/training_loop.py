@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import asdict
 from itertools import count, islice
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Sized, Tuple
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler
 
 from sft.batch import Batch
 from sft.errors import CloudMemoryError, NonFiniteLossError
@@ -43,18 +44,23 @@ class TrainingLoop:
         progress: Progress,
         evaluate: Optional[Evaluate] = None,
         report: Optional[Callable[[int, Dict[str, Any]], None]] = None,
+        after_step: Callable[[TrainingLoop], None] = lambda loop: None,
     ) -> None:
-        """`evaluate` runs as `training.eval_strategy` says; `report` gets every entry of the history and its step."""
+        """`evaluate` runs as `training.eval_strategy` says; `report` gets every entry of the history and its step.
+
+        `after_step` is called when all of a step has been noted, but the evaluation of an epoch that ends with it: then
+        `saved_state` is that of a run which goes on from there.
+        """
         self.system = system
         self.main_metric = f"eval_{task.main_metric}"
         self.seconds = 0.0
         """Of training, waiting for data included, evaluation left out."""
         self._since = time.perf_counter()
         self._order = torch.Generator()
+        self._rows = _Rows(features, training.per_device_train_batch_size, self._order)
         self._loader: DataLoader[Any] = DataLoader(
             features,  # type: ignore[arg-type]  # a list is a map-style dataset
-            batch_size=training.per_device_train_batch_size,
-            shuffle=True,
+            batch_sampler=self._rows,
             generator=self._order,
             collate_fn=task.collate,
             num_workers=num_workers,
@@ -64,6 +70,7 @@ class TrainingLoop:
         self._progress = progress
         self._evaluate = evaluate
         self._report = report
+        self._after = after_step
         self._steps_per_epoch = math.ceil(len(self._loader) / training.gradient_accumulation_steps)
         by_epochs = math.ceil(training.num_train_epochs * self._steps_per_epoch)
         max_steps = training.max_steps if training.max_steps > 0 else by_epochs
@@ -84,16 +91,38 @@ class TrainingLoop:
 
     def run(self) -> None:
         """Takes every step that is left. Raises NonFiniteLossError, before the step in question is taken."""
-        self._progress.start(self.state.max_steps)
+        self._progress.start(self.state.max_steps, self.state.global_step)
         self._since = time.perf_counter()
-        for epoch in count():
+        if self.state.global_step == self.state.max_steps:
+            return
+        first_epoch, done = self._position()
+        for epoch in count(first_epoch):
             self._order.manual_seed(derive_seed(self._training.seed, "order", epoch))
+            self._rows.skip, done = done * self._training.gradient_accumulation_steps, 0
             for group in _groups(self._loader, self._training.gradient_accumulation_steps):
                 self._step(group)
                 if self.state.global_step == self.state.max_steps:
                     return
             if self._training.eval_strategy == "epoch":
                 self.evaluate()
+
+    def saved_state(self) -> Dict[str, Any]:
+        """What `load_state` takes: numbers and text, which JSON holds as they are (NaN as Python writes it)."""
+        return {
+            "trainer_state": asdict(self.state),
+            "scheduler": self._scheduler.state_dict(),
+            "losses": self._losses.saved_state(),
+            "all_losses": self._all_losses.saved_state(),
+            "seconds": self.seconds,
+        }
+
+    def load_state(self, saved: Mapping[str, Any]) -> None:
+        """Goes on where a loop over the same rows was. The optimizer's own state is loaded after this."""
+        for name in ("global_step", "epoch", "best_metric", "log_history"):
+            setattr(self.state, name, saved["trainer_state"][name])
+        self._scheduler.load_state_dict(saved["scheduler"])
+        self._losses, self._all_losses = _Mean(*saved["losses"]), _Mean(*saved["all_losses"])
+        self.seconds = saved["seconds"]
 
     def evaluate(self) -> Dict[str, float]:
         """Evaluates the model as it is now, and notes the result in the history."""
@@ -132,6 +161,18 @@ class TrainingLoop:
         wire_bytes = traffic.bytes_sent + traffic.bytes_received - sent.bytes_sent - sent.bytes_received
         self._progress.step(self.state.global_step, loss, wire_bytes)
         self._after_step(rate, norm)
+        self._after(self)
+        self._since = time.perf_counter()
+
+    def _position(self) -> Tuple[int, int]:
+        """The epoch that is being trained on and how many of its steps are done.
+
+        At the end of an epoch that is all of them: it is to be evaluated yet.
+        """
+        if not self.state.global_step:
+            return 0, 0
+        epoch, last = divmod(self.state.global_step - 1, self._steps_per_epoch)
+        return epoch, last + 1
 
     def _losses_of(self, group: List[Batch], step: int) -> List[float]:
         """Of each micro-batch. A step that the cloud had no memory for is begun anew, with the same bits: who took the
@@ -173,9 +214,29 @@ class TrainingLoop:
             )
 
 
+class _Rows(Sampler):  # type: ignore[type-arg]  # torch 2.1's does not say of what
+    """Which rows are in which batch: all of them once, in an order drawn from the generator.
+
+    Its length is that of a whole epoch. What is skipped is drawn, but nobody prepares it.
+    """
+
+    def __init__(self, features: Sized, batch_size: int, order: torch.Generator) -> None:
+        self.skip = 0
+        self._batches = BatchSampler(RandomSampler(features, generator=order), batch_size, drop_last=False)
+
+    def __iter__(self) -> Iterator[List[int]]:
+        return islice(iter(self._batches), self.skip, None)
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+
 class _Mean:
-    def __init__(self) -> None:
-        self._sum, self._count = 0.0, 0
+    def __init__(self, total: float = 0.0, count: int = 0) -> None:
+        self._sum, self._count = total, count
+
+    def saved_state(self) -> List[float]:
+        return [self._sum, self._count]
 
     def add(self, value: float) -> None:
         self._sum, self._count = self._sum + value, self._count + 1

@@ -180,6 +180,10 @@ def test_a_request_that_comes_again_too_soon_is_told_so(registry):
     with registry.place(again, ANN), pytest.raises(ServerUnavailableError, match="is being opened"):
         registry.opened(again, ANN)
     assert registry.opened(again, ANN) is None
+    with registry.place(again, ANN), pytest.raises(ServerUnavailableError), registry.place(again, ANN):
+        pass
+    with registry.place(request(), ANN), registry.place(request(), ANN):
+        pass
 
 
 def test_a_run_that_begins_anew_ends_its_older_session(registry, closed):

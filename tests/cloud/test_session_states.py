@@ -10,11 +10,11 @@ from torch import nn
 
 from sft.errors import ProtocolError, UsageError
 from sft.lora import LoraSpec, lora_to_json
+from sft.optimizer_state import MAX_SCALARS_BYTES, SCALARS, checked_state, stored_state
 from sft.tensor_stream import safetensors_chunks, sha256_of
 from sft.v1 import split_training_pb2 as pb
 from sft_cloud.errors import PreconditionError
 from sft_cloud.opening import build, check_request, make_session
-from sft_cloud.optimizer_state import MAX_SCALARS_BYTES, SCALARS, checked_state, stored_state
 from sft_cloud.session import State
 
 CPU = torch.device("cpu")

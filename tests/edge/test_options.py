@@ -52,6 +52,9 @@ FROZEN = """
 --max-steps -1
 --eval-strategy no
 --eval-steps
+--save-steps
+--save-total-limit
+--resume-from-checkpoint
 --seed 42
 --device auto
 --optim AdamW
@@ -216,6 +219,8 @@ def test_only_the_plain_local_mode_has_no_cut():
         ({"max_steps": -2}, "--max-steps must be 1 or more, or -1"),
         ({"eval_steps": 10}, "--eval-steps needs --eval-strategy steps"),
         ({"eval_steps": 0, "eval_strategy": "steps"}, "--eval-steps must be 1 or more"),
+        ({"save_steps": -1}, "--save-steps must be 0 or more"),
+        ({"save_total_limit": 0}, "--save-total-limit must be 1 or more"),
         ({"seed": -1}, "--seed must be 0 or more"),
         ({"seed": 2**63}, "--seed must be 0 or more and below"),
         ({"device": "tpu"}, "--device must be auto, cpu, cuda or cuda:N, not 'tpu'"),
@@ -238,6 +243,21 @@ def test_a_filled_output_dir_is_refused_unless_asked_for(tmp_path):
     with pytest.raises(UsageError, match=f"--output-dir {tmp_path} is not empty; .* --overwrite-output-dir"):
         TrainingOptions(tmp_path)
     assert TrainingOptions(tmp_path, overwrite_output_dir=True).output_dir == tmp_path
+
+
+def test_a_run_that_goes_on_finds_a_filled_output_dir(tmp_path):
+    (tmp_path / "checkpoint-3").mkdir()
+    with pytest.raises(UsageError, match=r"is not empty; .* or --resume-from-checkpoint to go on"):
+        TrainingOptions(tmp_path)
+    for flags in (["--resume-from-checkpoint"], ["--resume-from-checkpoint", "newest"]):
+        with pytest.raises(UsageError, match="--resume-from-checkpoint needs --output-dir, or the directory"):
+            parse([TrainingOptions], flags, "sft-edge train")
+        (options,) = parse([TrainingOptions], [*flags, "--output-dir", str(tmp_path)], "sft-edge train")
+        assert (options.resume_from_checkpoint, options.output_dir) == ("newest", tmp_path)
+    (options,) = parse([TrainingOptions], ["--resume-from-checkpoint", f"{tmp_path}/checkpoint-3"], "sft-edge train")
+    assert options.output_dir == tmp_path
+    (options,) = parse([TrainingOptions], [], "sft-edge train")
+    assert options.resume_from_checkpoint is None
 
 
 @pytest.mark.parametrize("name", ["file", "file/out"])

@@ -237,7 +237,7 @@ def test_an_output_directory_in_use(job: Job, model: Path, tmp_path: Path, capsy
     (tmp_path / "used" / "thesis.txt").write_text("years of work")
     assert main(["train", *job.flags(model=model, output_dir=tmp_path / "used")]) == 2
     said = error_line(capsys.readouterr().err)
-    assert said.endswith("is not empty; name another or add --overwrite-output-dir")
+    assert "is not empty; name another, or add --overwrite-output-dir, or --resume-from-checkpoint" in said
     assert os.listdir(str(tmp_path / "used")) == ["thesis.txt"]
 
 

@@ -21,6 +21,7 @@ from sft_cloud.session import Session
 from sft_edge import cloud_process, split_system
 from sft_edge.cli import main
 from sft_edge.cloud_process import CloudProcess
+from sft_edge.patience import Retries
 
 SECONDS = 60
 
@@ -64,6 +65,30 @@ def test_a_server_that_is_killed(
     assert line.startswith(f"the link to {cloud.address} broke")
     assert "tries in 300ms did not help" in line
     assert read_json(tmp_path / "out" / "trainer_state.json")["global_step"] == 3
+
+
+def test_a_server_that_freezes_for_a_while(
+    job: Job,
+    model: Path,
+    first_steps: Callable[..., dict[str, torch.Tensor]],
+    at_step: Callable[[int, Callable[[], object]], None],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """Its connections stay open, and nothing comes over them: only the time-out can tell."""
+    waited_for: list[str] = []
+    with CloudProcess(["--device", "cpu", "--threads", "1", "--state-dir", str(tmp_path / "state")]) as cloud:
+
+        def thaw(self, error, after=Retries.after):
+            waited_for.append(str(error))
+            os.kill(cloud.pid, signal.SIGCONT)
+            after(self, error)
+
+        monkeypatch.setattr(Retries, "after", thaw)
+        at_step(3, lambda: os.kill(cloud.pid, signal.SIGSTOP))
+        frozen = first_steps(5, job, model=model, server=cloud.address, reply_timeout="1s", reconnect_backoff="1ms")
+    assert waited_for[0] == "the cloud did not answer within 1 s"
+    assert same_bits(frozen, first_steps(5, job, model=model))
 
 
 def test_a_cloud_of_its_own_that_is_killed(

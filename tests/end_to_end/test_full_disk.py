@@ -13,9 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.jobs import Job, error_line, same_bits, weights_of
+from support.jobs import STEADY, Job, error_line, same_bits, weights_of
 
+from sft_cloud.checkpoint_files import LocalFiles
+from sft_cloud.checkpoints import CheckpointStore
+from sft_cloud.serve import CloudServer
 from sft_edge import train as train_module
+from sft_edge.checkpoints import check_hashes, checkpoints_in
+from sft_edge.cli import main
 from sft_edge.saving import load_model
 
 SECONDS = 60
@@ -100,6 +105,49 @@ def test_a_disk_without_room_from_the_start(failing: Callable[..., tuple[int, st
     code, line = failing(output_dir=small_disk / "out")
     assert code == 7
     assert re.search(r"the model needs [\d,]+ bytes, the disk has [\d,]+ free", line)
+
+
+@pytest.mark.parametrize("side", ["edge", "cloud"])
+@pytest.mark.parametrize("leave", [0, 20_000, 60_000])
+def test_a_disk_that_is_full_when_a_checkpoint_is_saved(
+    job: Job,
+    model: Path,
+    first_steps: Callable[..., dict[str, torch.Tensor]],
+    at_step: Callable[[int, Callable[[], object]], None],
+    small_disk: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    side: str,
+    leave: int,
+) -> None:
+    """Whichever file does not fit any more: training goes on, and the checkpoint before is whole."""
+    subprocess.run(["mount", "-o", "remount,size=4m", small_disk], check=True)
+    out, store = (
+        (small_disk / "out", tmp_path / "store") if side == "edge" else (tmp_path / "out", small_disk / "store")
+    )
+    monkeypatch.setattr(LocalFiles, "check_room", lambda self, total_bytes: None)  # it was there when it was asked
+    server = CloudServer(
+        "127.0.0.1", 0, torch.device("cpu"), tmp_path / "state", None, 2, threads=1, checkpoint_store=store
+    )
+    at_step(3, lambda: fill(small_disk, leave))
+    at_step(5, lambda: (small_disk / "filler").unlink())
+    options = {**STEADY, "model": model, "output_dir": out, "server": server.address, "save_steps": 2, "max_steps": 5}
+    try:
+        assert main(["train", *job.flags(**options)]) == 0
+    finally:
+        server.stop(grace_seconds=0)
+    told = capsys.readouterr().err
+    assert re.search(r"no checkpoint of step 4: .*No space left on device.*; training goes on", told)
+    (checkpoint,) = checkpoints_in(out)
+    assert checkpoint.step == 2
+    check_hashes(checkpoint)
+    wanted = [(2, checkpoint.manifest.other_half or "")]
+    with CheckpointStore(store).run("anonymous", checkpoint.manifest.run_id).newest_of(wanted) as files:
+        assert files is not None
+    halves = [path for path in store.glob("*/*/*") if side == "cloud"] or list(out.glob(".checkpoint*"))
+    assert len(halves) == (1 if side == "cloud" else 0), "what was begun is gone"
+    assert same_bits(weights_of(out), first_steps(5, job, model=model))
 
 
 WITH_SMALL_FILES = """

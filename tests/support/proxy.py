@@ -84,7 +84,8 @@ class TcpProxy:
             with self._changed:
                 self._sockets += [edge, cloud]
             for source, sink, direction in ((edge, cloud, self.up), (cloud, edge, self.down)):
-                source.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                with suppress(OSError):  # cut already
+                    source.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 thread = threading.Thread(target=self._pump, args=(source, sink, direction), daemon=True)
                 self._threads.append(thread)
                 thread.start()

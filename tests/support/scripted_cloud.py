@@ -31,9 +31,13 @@ class ScriptedCloud(SplitTrainingServicer):
         self.before_answer: Callable[[pb.EdgeMessage, grpc.ServicerContext], None] = lambda message, context: None
         """Called in the stream's thread before a message is answered."""
         self.change_answer: Callable[[pb.CloudMessage], pb.CloudMessage] = lambda answer: answer
+        self.before_chunk: Callable[[grpc.ServicerContext], None] = lambda context: None
+        """Called before a chunk of a download is sent."""
         self.last_message: Callable[[pb.EdgeMessage], bool] = lambda message: False
         """When it holds the stream ends properly, without an answer."""
         self.received: List[pb.EdgeMessage] = []
+        self.answers: Dict[int, pb.CloudMessage] = {}
+        """By number: what a message that comes again is answered with."""
         self.blobs: Dict[str, bytes] = {}
         self.requests: List[pb.OpenSessionRequest] = []
         self.ended_properly = threading.Event()
@@ -76,14 +80,28 @@ class ScriptedCloud(SplitTrainingServicer):
             if message.HasField("close"):
                 break
             self.before_answer(message, context)
-            yield self.change_answer(_answer(message))
+            if message.number not in self.answers:
+                self.answers[message.number] = _answer(message)
+            if message.HasField("attach"):
+                attached = self.answers.pop(0)
+                attached.attached.last_number = max(self.answers, default=0)
+                yield self.change_answer(attached)
+                for number in sorted(self.answers):
+                    if number > message.answered:
+                        yield self.answers[number]
+            else:
+                yield self.change_answer(self.answers[message.number])
         self.ended_properly.set()
 
     def DownloadWeights(
         self, request: pb.DownloadWeightsRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.DownloadWeightsResponse]:
+        skip = request.offset
         for data in OPTIMIZER_STATE if request.optimizer_state else WEIGHTS:
-            yield pb.DownloadWeightsResponse(data=data)
+            if skip < len(data):
+                self.before_chunk(context)
+                yield pb.DownloadWeightsResponse(data=data[skip:])
+            skip = max(skip - len(data), 0)
 
     def hang(self, message: pb.EdgeMessage, context: grpc.ServicerContext) -> None:
         """A script: no training message is answered before the test is over."""

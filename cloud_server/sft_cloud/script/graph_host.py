@@ -78,6 +78,10 @@ class GraphHalf:
         """See HalfModel: buffers, too, such as a norm's statistics."""
         return cast("dict[str, nn.Parameter]", dict(self._tensors))
 
+    def all_parameters(self) -> dict[str, nn.Parameter]:
+        """See HalfModel."""
+        return self.whole_parameters()
+
     def stored_parameters(self) -> Sequence[StoredTensor]:
         """See HalfModel."""
         return in_memory(self._tensors)

@@ -12,6 +12,7 @@ from sft.codec import DATA_TYPES
 from sft.errors import ProtocolError, ServerFullError
 from sft.tensor_stream import in_memory, sha256_of
 from sft.v1 import split_training_pb2 as pb
+from sft_cloud.errors import PreconditionError
 from sft_cloud.identity import Identity
 from sft_cloud.opening import check_version
 from sft_cloud.script.hosted import ADVICE, HostedModel
@@ -51,6 +52,8 @@ class ScriptOpener:
         Raises ServerFullError once an edge has begun: what the model has learned from it is not overwritten.
         """
         check_version(request)
+        if request.resume_from:
+            raise PreconditionError("a script's cloud keeps no checkpoints; save the optimizer's state_dict instead")
         self._check_free()
         if request.wire_data_type not in DATA_TYPES.values():
             raise ProtocolError(f"unknown wire_data_type {int(request.wire_data_type)}")

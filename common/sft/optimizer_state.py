@@ -1,4 +1,4 @@
-"""The state of an optimizer as tensors with names, for the way to an edge and back.
+"""The state of an optimizer as tensors with names, for the way to an edge and back, and for checkpoints.
 
 Of parameter `p`, what the optimizer keeps as `exp_avg` is the tensor `p/exp_avg`. What is no tensor (a count of steps,
 for some optimizers) is in the tensor `scalars`: UTF-8 JSON, from parameter to name to value.
@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, Dict, List, Mapping, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +22,13 @@ MAX_SCALARS_BYTES = 16 << 20
 """Of the JSON: some 300,000 parameters with two numbers each."""
 
 
-def stored_state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> list[StoredTensor]:
+def stored_state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> List[StoredTensor]:
     """What the optimizer knows of `parameters`, sorted; reading a tensor copies it to the CPU as it is then.
 
     Raises UsageError when there is something that is neither a tensor nor a number.
     """
-    stored: list[StoredTensor] = []
-    scalars: dict[str, dict[str, Any]] = {}
+    stored: List[StoredTensor] = []
+    scalars: Dict[str, Dict[str, Any]] = {}
     for name, parameter in sorted(parameters.items()):
         for key, value in sorted(optimizer.state.get(parameter, {}).items()):
             if isinstance(value, Tensor):
@@ -50,7 +49,7 @@ def stored_tensor(name: str, tensor: Tensor) -> StoredTensor:
 
 def checked_state(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
-) -> dict[str, Any]:
+) -> Dict[str, Any]:
     """What `optimizer.load_state_dict` takes, from the tensors that `stored_state` gave.
 
     Raises ProtocolError when they are not of an optimizer over these parameters.
@@ -72,14 +71,46 @@ def checked_state(
     return by_index
 
 
-def _scalars(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+def copied_state(state_dict: Dict[str, Any]) -> Dict[str, Any]:
+    """What `checked_state` gave, with memory of its own in the place of a file's."""
+    state = {
+        index: {key: value.clone() if isinstance(value, Tensor) else value for key, value in of_parameter.items()}
+        for index, of_parameter in state_dict["state"].items()
+    }
+    return {**state_dict, "state": state}
+
+
+def group_settings(optimizer: torch.optim.Optimizer) -> List[Dict[str, Any]]:
+    """The settings of every parameter group that JSON holds as they are, learning rates among them; tuples as lists."""
+    return [
+        {name: value for name, value in group.items() if name != "params" and _is_plain(value)}
+        for group in optimizer.param_groups
+    ]
+
+
+def set_group_settings(optimizer: torch.optim.Optimizer, settings: List[Dict[str, Any]]) -> None:
+    """Puts back what `group_settings` gave. Raises ProtocolError when it is of another optimizer."""
+    if [sorted(group) for group in group_settings(optimizer)] != [sorted(group) for group in settings]:
+        raise ProtocolError("the settings of the optimizer's groups are not those of an optimizer like this one")
+    for group, values in zip(optimizer.param_groups, settings):
+        for name, value in values.items():
+            group[name] = tuple(value) if isinstance(value, list) else value
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(isinstance(number, (int, float)) for number in value)
+    return isinstance(value, (bool, int, float, str))
+
+
+def _scalars(tensors: Mapping[str, Tensor]) -> Dict[str, Dict[str, Any]]:
     text = tensors.get(SCALARS)
     try:
         if text is None or text.dtype != torch.uint8 or text.dim() != 1:
             raise ValueError("it is missing")
         if text.numel() > MAX_SCALARS_BYTES:
             raise ValueError("it is too large")
-        states: dict[str, dict[str, Any]] = json.loads(text.numpy().tobytes())
+        states: Dict[str, Dict[str, Any]] = json.loads(text.numpy().tobytes())
         for state in states.values():
             if not all(value is None or isinstance(value, (bool, int, float)) for value in state.values()):
                 raise ValueError("it holds something else than numbers")
@@ -113,9 +144,9 @@ class _Samples:
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._class: Any = type(optimizer)
         self._groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
-        self._states: dict[tuple[int, int], dict[str, Any]] = {}  # by group and number of dimensions
+        self._states: Dict[Tuple[int, int], Dict[str, Any]] = {}  # by group and number of dimensions
 
-    def expected(self, parameter: nn.Parameter) -> dict[str, Any]:
+    def expected(self, parameter: nn.Parameter) -> Dict[str, Any]:
         """The state to expect; its tensors, on the meta device, have nothing but a shape. Raises ProtocolError."""
         group = self._groups[id(parameter)]
         # No two sizes are the same, nor 1, so that those in the state tell which of the parameter's they stand for.
@@ -123,7 +154,7 @@ class _Samples:
         key = id(group), parameter.dim()
         if key not in self._states:
             self._states[key] = self._step(group, parameter.new_zeros(tuple(sizes)))
-        own = dict(zip(sizes, parameter.shape, strict=True))
+        own = dict(zip(sizes, parameter.shape))
         return {
             name: torch.empty([own.get(size, size) for size in value.shape], dtype=value.dtype, device="meta")
             if isinstance(value, Tensor)
@@ -131,7 +162,7 @@ class _Samples:
             for name, value in self._states[key].items()
         }
 
-    def _step(self, group: dict[str, Any], sample: Tensor) -> dict[str, Any]:
+    def _step(self, group: Dict[str, Any], sample: Tensor) -> Dict[str, Any]:
         sample = nn.Parameter(sample)
         sample.grad = torch.ones_like(sample)
         known = inspect.signature(self._class).parameters
@@ -144,7 +175,7 @@ class _Samples:
         return dict(own.state[sample])
 
 
-def _by_index(optimizer: torch.optim.Optimizer, states: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
+def _by_index(optimizer: torch.optim.Optimizer, states: Mapping[int, Dict[str, Any]]) -> Dict[str, Any]:
     # As torch counts: group after group.
     held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     strangers = states.keys() - {id(parameter) for parameter in held}

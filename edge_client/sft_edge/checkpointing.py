@@ -1,0 +1,213 @@
+"""When a run saves a checkpoint, which are kept, and from which one it goes on."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import List, Mapping, Optional, Type
+
+from sft.errors import CheckpointError, ProtocolError, SessionLostError, StorageError
+from sft_edge.checkpoints import (
+    EdgeCheckpoint,
+    check_hashes,
+    checkpoints_in,
+    only_run_in,
+    open_checkpoint,
+    remove_all_but,
+    write_checkpoint,
+)
+from sft_edge.files import storage_errors
+from sft_edge.likeness import check_likeness
+from sft_edge.options import NEWEST, TrainingOptions
+from sft_edge.progress import Progress
+from sft_edge.saved_run import parts_of, read_state, restore
+from sft_edge.systems import System
+from sft_edge.training_loop import TrainingLoop
+
+
+class CloudStoppingError(SessionLostError):
+    """The server ends in order, and a checkpoint is saved: the run goes on when it is back."""
+
+
+class Stopped(Exception):
+    """The run was asked to stop, and did, at `step`; `directory` is its newest checkpoint, if there is one."""
+
+    def __init__(self, step: int, directory: Optional[Path]) -> None:
+        super().__init__(step, directory)
+        self.step, self.directory = step, directory
+
+
+class Checkpointing:
+    """Of one run, however often its session is lost. A context manager: meanwhile no other run may use its directory.
+
+    Raises UsageError and CheckpointError where `--resume-from-checkpoint` cannot be done.
+    """
+
+    def __init__(
+        self,
+        output_dir: Path,
+        training: TrainingOptions,
+        likeness: Mapping[str, str],
+        progress: Progress,
+        terminated: threading.Event,
+    ) -> None:
+        """`terminated`: the run is to stop after its step, with a checkpoint."""
+        self._output_dir = output_dir
+        self._every = training.save_steps or 0
+        self._limit = training.save_total_limit
+        self._likeness = dict(likeness)
+        self._progress = progress
+        self._terminated = terminated
+        self._lock: Optional[ExitStack] = None
+        self.counts = {"recoveries": 0, "steps_recomputed": 0}
+        """For `all_results.json`; they survive with the checkpoints."""
+        self._lost_at = 0
+        self._named: Optional[EdgeCheckpoint] = None  # on the command line
+        newest = self._first(training.resume_from_checkpoint)
+        self.run_id = newest.manifest.run_id if newest else secrets.token_hex(16)
+        self._newest_step = newest.step if newest else -1  # what is newer, the run was told to do without
+
+    @property
+    def can_go_on(self) -> bool:
+        """Whether a run whose session is lost begins anew: it was asked to save, or did."""
+        return bool(self._every or self._mine())
+
+    def recover(self, lost_at: int) -> None:
+        """The session was lost when so many steps were taken: what is saved comes next."""
+        self.counts["recoveries"] += 1
+        self._lost_at = lost_at
+
+    def offers(self) -> List[EdgeCheckpoint]:
+        """From what the next attempt may go on, the newest first; nothing where it begins at step 0.
+
+        The newest one was read, and is whole to the last bit. Raises CheckpointError, and UsageError for a run that
+        would be another.
+        """
+        found = self._mine()
+        if self._named is not None and self._is_outside(self._named):
+            found.append(self._named)
+        for index, checkpoint in enumerate(found):
+            try:
+                check_hashes(checkpoint)
+            except CheckpointError:
+                if checkpoint is found[-1]:
+                    raise
+                continue
+            check_likeness(self._likeness, read_state(checkpoint)["likeness"], checkpoint.directory)
+            return found[index:]
+        return []
+
+    def choose(self, system: System, offered: List[EdgeCheckpoint]) -> Optional[EdgeCheckpoint]:
+        """Of what `offers` gave, the one that a system which was opened with it goes on from."""
+        if not offered:
+            return None
+        if offered[0].manifest.other_half is None:
+            return offered[0]
+        chosen = next((checkpoint for checkpoint in offered if checkpoint.step == system.first_step), None)
+        if chosen is None:
+            raise ProtocolError(f"the cloud goes on from step {system.first_step}, of which nothing was offered")
+        if chosen is not offered[0]:
+            check_hashes(chosen)
+        return chosen
+
+    def begin(self, system: System, loop: TrainingLoop, chosen: Optional[EdgeCheckpoint]) -> None:
+        """Puts a new loop to where the chosen checkpoint is. Raises Stopped where the run was asked to stop already."""
+        step = 0
+        if chosen is not None:
+            step = chosen.step
+            restore(chosen, system, loop)
+            saved = read_state(chosen)["counts"]
+            self.counts = {name: max(count, saved[name]) for name, count in self.counts.items()}  # of this process, too
+            self._progress.status(f"going on from step {step}, as it is in {chosen.directory}")
+        self.counts["steps_recomputed"] += max(self._lost_at - step, 0)
+        self._lost_at = 0
+        self.check_stop(loop)
+
+    def after_step(self, loop: TrainingLoop) -> None:
+        """Saves where it is due. Raises Stopped, CloudStoppingError, StorageError where a last checkpoint fails."""
+        step = loop.state.global_step
+        asked, stopping = self._terminated.is_set(), loop.system.stopping
+        if not (asked or stopping or (self._every and step % self._every == 0)):
+            return
+        try:
+            checkpoint = self._save(loop)
+        except StorageError as error:
+            if asked:
+                mine = self._mine()
+                last = f"the newest is {mine[0].directory}" if mine else "there is none"
+                raise StorageError(f"no checkpoint of step {step} could be saved ({error}); {last}") from error
+            self._progress.status(f"no checkpoint of step {step}: {error}; training goes on")
+            return
+        if asked:
+            raise Stopped(step, checkpoint.directory)
+        if loop.system.stopping:
+            raise CloudStoppingError("the server stops")
+
+    def check_stop(self, loop: Optional[TrainingLoop] = None) -> None:
+        """Raises Stopped where the run is to stop and nothing is to be saved first."""
+        if self._terminated.is_set():
+            mine = self._mine()
+            step = loop.state.global_step if loop is not None else mine[0].step if mine else 0
+            raise Stopped(step, mine[0].directory if mine else None)
+
+    def __enter__(self) -> Checkpointing:
+        if self._newest_step >= 0:
+            self._own_directory()
+        return self
+
+    def __exit__(
+        self, kind: Optional[Type[BaseException]], error: Optional[BaseException], trace: Optional[TracebackType]
+    ) -> None:
+        if self._lock is not None:
+            self._lock.close()
+
+    def _first(self, wanted: Optional[str]) -> Optional[EdgeCheckpoint]:
+        if wanted is None:
+            return None
+        if wanted != NEWEST:
+            self._named = open_checkpoint(Path(wanted))
+            return self._named
+        found = checkpoints_in(self._output_dir)
+        if not found:
+            self._progress.status(f"no checkpoint in {self._output_dir} yet: beginning at step 0")
+        return found[0] if found else None
+
+    def _mine(self) -> List[EdgeCheckpoint]:
+        """Of this run, in its directory, the newest first."""
+        found = checkpoints_in(self._output_dir)
+        return [c for c in found if c.manifest.run_id == self.run_id and c.step <= self._newest_step]
+
+    def _is_outside(self, checkpoint: EdgeCheckpoint) -> bool:
+        return checkpoint.directory.resolve().parent != self._output_dir.resolve()
+
+    def _own_directory(self) -> None:
+        if self._lock is None:
+            with storage_errors(self._output_dir):
+                self._output_dir.mkdir(parents=True, exist_ok=True)
+            self._lock = ExitStack()
+            self._lock.enter_context(only_run_in(self._output_dir))
+
+    def _save(self, loop: TrainingLoop) -> EdgeCheckpoint:
+        """Both halves, in an order that docs/checkpoints.md is about."""
+        step, system = loop.state.global_step, loop.system
+        self._progress.status(f"saving a checkpoint of step {step}")
+        self._own_directory()
+        other_half = system.save_other_half()
+        files = parts_of(system, loop, {"likeness": self._likeness, "counts": self.counts})
+        checkpoint = write_checkpoint(self._output_dir, self.run_id, step, other_half, files)
+        self._newest_step = step
+        self._tidy(system)
+        self._progress.status("")
+        return checkpoint
+
+    def _tidy(self, system: System) -> None:
+        """Deletes what is not to be kept, the cloud's halves first: what is left here has its other half."""
+        kept = self._mine()[: self._limit]
+        steps = {checkpoint.step for checkpoint in kept}
+        if self._named is not None and self._is_outside(self._named):
+            steps.add(self._named.step)
+        system.keep_checkpoints(sorted(steps))
+        remove_all_but([checkpoint.directory for checkpoint in kept], self._output_dir)

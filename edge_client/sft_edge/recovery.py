@@ -1,0 +1,53 @@
+"""How often and how long a run whose session is gone opens another one."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Callable, Iterator, Optional
+
+from sft.errors import LinkError, ServerFullError, ServerUnavailableError, SessionLostError, StreamBrokenError
+
+
+class Recovery:
+    """Of one run. There is time as long as it gets further than it had been."""
+
+    def __init__(
+        self,
+        timeout_seconds: float,
+        delays: Callable[[], Iterator[float]],
+        terminated: threading.Event,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`timeout_seconds` to try for since the furthest step so far; `delays`: seconds to wait before each try;
+        `terminated` ends a wait.
+        """
+        self._timeout_seconds = timeout_seconds
+        self._new_delays = delays
+        self._terminated = terminated
+        self._clock = clock
+        self._furthest = -1
+        self._reached_at = clock()
+        self._delays: Optional[Iterator[float]] = None
+
+    def reached(self, steps: int) -> None:
+        """So many steps are taken. Those that are taken again do not count: some step may be what kills the server."""
+        if steps > self._furthest:
+            self._furthest, self._reached_at = steps, self._clock()
+
+    def is_worth_trying(self, error: LinkError, had_session: bool) -> bool:
+        """Whether to open a session after this error, of a session or of an attempt to open one."""
+        if had_session:
+            if not isinstance(error, SessionLostError):
+                return False
+            self._delays = self._new_delays()
+        elif self._delays is None or not isinstance(
+            error, (ServerUnavailableError, ServerFullError, SessionLostError, StreamBrokenError)
+        ):
+            return False  # also the first attempt of all: a wrong address should not be tried for long
+        return self._clock() < self._reached_at + self._timeout_seconds
+
+    def wait(self) -> None:
+        """Until the next try is due, or the run is to stop."""
+        assert self._delays is not None
+        self._terminated.wait(next(self._delays))

@@ -1,0 +1,29 @@
+"""SIGTERM, which is an order to stop and to lose nothing."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from contextlib import contextmanager
+from typing import Any, Iterator
+
+
+@contextmanager
+def terminations_noted() -> Iterator[threading.Event]:
+    """The event is set by the first SIGTERM during the block; the second one ends the process as ever."""
+    asked = threading.Event()
+    handler: Any = signal.getsignal(signal.SIGTERM)
+    # Signals reach the main thread only, and whoever has a handler of its own keeps it.
+    if threading.current_thread() is not threading.main_thread() or handler is not signal.SIG_DFL:
+        yield asked
+        return
+
+    def note(*_: object) -> None:
+        asked.set()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    signal.signal(signal.SIGTERM, note)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, handler)
