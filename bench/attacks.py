@@ -16,6 +16,7 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from support.fuzzing import SERVICE, good_run
 from support.tiny_edge import TinyEdge, attach
 from support.tls import Certificates, make_certificates, make_token
 
+from sft.models import Cut
 from sft.v1 import split_training_pb2 as pb
 from sft.v1.split_training_pb2_grpc import SplitTrainingStub
 from sft_cloud.tokens import TokenFile
@@ -304,14 +306,22 @@ def slowness(table: Table, tls: Server, certificates: Certificates, edge: TinyEd
     table.add("a stream on which nothing comes after its attach", "CANCELLED", idle)
 
     def unread() -> object:
-        data = [pb.ProbeRequest(reply_bytes=200_000).SerializeToString()]
-        call = half.stream_stream(SERVICE + "Probe")(iter(data), timeout=SECONDS)
-        over = threading.Event()
-        call.add_callback(over.set)
-        over.wait(SECONDS)  # nothing is read until the call has ended
-        return f"{len(list(call))} answers"
+        wide = TinyEdge(edge.directory, edge.config, cut=Cut("sl", 1), lengths=(128,) * 16)
+        messages = [attach(opened(stub, wide))]
+        for number in range(1, 31):  # each is answered with a quarter of a megabyte
+            messages.append(wide.forward(0, number - 1))
+            messages[-1].number = number
+        call = stub.Train(iter(messages), timeout=2 * SECONDS)
+        next(call)  # and nothing more
+        label = messages[0].attach.session_id[:8]
+        for _ in range(2 * int(SECONDS)):
+            sessions = stub.Status(pb.StatusRequest(), timeout=10).sessions
+            if not any(session.label == label and session.attached for session in sessions):
+                raise ConnectionError("the stream was ended")
+            time.sleep(0.5)
+        return "still there"
 
-    table.add("an answer of 200 kB that is not read", "CANCELLED", unread)
+    table.add("answers of 8 MB that are not read", "ConnectionError", unread)
 
 
 def quotas(table: Table, tls: Server, certificates: Certificates, edge: TinyEdge) -> None:

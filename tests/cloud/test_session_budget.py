@@ -108,6 +108,18 @@ def test_what_waits_counts_until_it_is_let_go(session, edge, budget, way):
     assert budget.held_bytes == begins_with
 
 
+def test_answers_that_are_remembered_count(session, edge, budget):
+    begins_with = budget.held_bytes
+    session.handle(edge.forward(0, 0), remembered_bytes=5000)
+    assert budget.held_bytes == begins_with + 5000
+    leave(budget, 1000)
+    for message in (edge.forward(0, 1), edge.evaluate()):
+        with pytest.raises(ProtocolError, match="send smaller batches"):
+            session.handle(message, remembered_bytes=1 << 40)
+    session.handle(edge.commit(0), remembered_bytes=1 << 20)  # what is there is counted, be it too much
+    assert budget.held_bytes == begins_with + (1 << 20)
+
+
 def test_a_server_has_so_much_for_all_sessions(start_server, connect, edge):
     server = start_server(limits=LimitOptions(memory_limit=1 << 20))
     stub = connect(server.address)
