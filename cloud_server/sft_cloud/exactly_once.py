@@ -32,6 +32,11 @@ class ExactlyOnce:
         self._answers: dict[int, _Remembered] = {}  # the oldest first
         self._bytes = 0
 
+    @property
+    def held_bytes(self) -> int:
+        """Of the answers that are remembered."""
+        return self._bytes
+
     def apply(self, message: pb.EdgeMessage, work: Callable[[], pb.CloudMessage]) -> tuple[pb.CloudMessage, bool]:
         """The answer to a message, and whether it came from memory: `work` makes it the first time.
 

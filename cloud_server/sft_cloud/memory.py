@@ -70,9 +70,9 @@ class MemoryBudget:
             )
         return share
 
-    def _add(self, size: int) -> bool:
+    def _add(self, size: int, forced: bool = False) -> bool:
         with self._lock:
-            if size > 0 and self._held + size > self.total_bytes:
+            if size > 0 and not forced and self._held + size > self.total_bytes:
                 return False
             self._held += size
             return True
@@ -110,6 +110,12 @@ class MemoryShare:
         if self._budget is not None:
             if not self._budget._add(self._fixed + size - self._held[0]):
                 raise MemoryError(f"{_gib(size)} are wanted beside the {_gib(self._budget.held_bytes)} that are taken")
+            self._held[0] = self._fixed + size
+
+    def settle(self, size: int) -> None:
+        """As `hold`, for what is taken already."""
+        if self._budget is not None:
+            self._budget._add(self._fixed + size - self._held[0], forced=True)
             self._held[0] = self._fixed + size
 
 

@@ -226,7 +226,8 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
         entry = self.sessions.get(session_id, caller)
 
         def work() -> pb.CloudMessage:
-            handled = watch.work(lambda: self.sessions.get(session_id, caller).session.handle(message))
+            remembered = entry.messages.held_bytes
+            handled = watch.work(lambda: self.sessions.get(session_id, caller).session.handle(message, remembered))
             answer = self._run(handled)
             if message.HasField("save_checkpoint"):
                 answer.checkpoint_saved.CopyFrom(self._save(entry))

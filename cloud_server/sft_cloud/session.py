@@ -83,13 +83,14 @@ class Session:
         self._optimizer = self.optimizer = optimizer
         self._seed = seed
         self._memory = MemoryShare() if memory is None else memory
+        self._remembered_bytes = 0
         self._loader = Loader(half, optimizer, find_blob)
         self._micro_batches = MicroBatches(half)
         self._forwards = 0  # answered in step `next_step`
         self._keeps_gradients = False  # there are some of the step before
 
-    def handle(self, message: pb.EdgeMessage) -> pb.CloudMessage:
-        """Does what a message asks and returns the answer.
+    def handle(self, message: pb.EdgeMessage, remembered_bytes: int = 0) -> pb.CloudMessage:
+        """Does what a message asks and returns the answer. `remembered_bytes`: of earlier answers that are kept.
 
         That to a `save_checkpoint` says only that there is a whole step to save: who calls this saves it, since a disk
         takes longer than anybody else should wait for the device.
@@ -106,6 +107,7 @@ class Session:
         commits = message.HasField("commit")
         if commits:
             self._check_commit(message.commit)
+        self._remembered_bytes = remembered_bytes
         try:
             # All of the message is checked before any of it is done.
             self._check_rides(message, commits)
@@ -120,7 +122,7 @@ class Session:
                 self._undo_step()
                 answer.step_skipped.reason = _NO_MEMORY
         finally:
-            self._memory.hold(self._micro_batches.waiting_bytes())
+            self._memory.settle(self._micro_batches.waiting_bytes() + remembered_bytes)
         self.state = State.ACCUMULATING if self._forwards else State.READY
         return answer
 
@@ -219,7 +221,7 @@ class Session:
             raise ProtocolError(f"loss_scale must be finite and not negative, not {forward.loss_scale}")
         _check_autocast(forward.autocast)
         has_labels = forward.HasField("labels")
-        waits = 0 if commits else self._micro_batches.waiting_bytes(message.weights)
+        waits = self._remembered_bytes + (0 if commits else self._micro_batches.waiting_bytes(message.weights))
         graph = self._half.training_bytes(forward.activation)
         needed = waits + graph
         if has_labels and not forward.loss_scale:
@@ -284,7 +286,7 @@ class Session:
 
     def _check_evaluate(self, message: pb.EdgeMessage) -> Work:
         _check_autocast(message.evaluate.autocast)
-        needed = self._micro_batches.waiting_bytes(message.weights)
+        needed = self._remembered_bytes + self._micro_batches.waiting_bytes(message.weights)
         needed += self._half.training_bytes(message.evaluate.activation) // _EVALUATION_TAKES
         self._memory.check(needed)
         try:

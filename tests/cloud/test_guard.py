@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from collections import Counter
 
 import grpc
 import pytest
@@ -100,15 +101,21 @@ class Announcing(dict):
     def __init__(self):
         super().__init__()
         self.changed = threading.Condition()
+        self.so_far = Counter()
 
     def __setitem__(self, number, wait):
         with self.changed:
             super().__setitem__(number, wait)
+            self.so_far[wait.reason] += 1
             self.changed.notify_all()
 
-    def come(self, reason, count=1):
+    def come(self, reason, count=1, so_far=0):
+        """Returns when so many wait now, of so many or more in all."""
         with self.changed:
-            come = self.changed.wait_for(lambda: sum(w.reason == reason for w in self.values()) >= count, SECONDS)
+            come = self.changed.wait_for(
+                lambda: sum(w.reason == reason for w in self.values()) >= count and self.so_far[reason] >= so_far,
+                SECONDS,
+            )
         assert come, f"nobody waits: {reason}"
 
 
@@ -230,8 +237,21 @@ def test_answers_that_are_not_read_end_the_stream(server, connect, make_edge):
     messages += [edge.forward(0, number) for number in range(30)]  # a quarter of a megabyte each
     stream = Stream(stub, *messages)
     next(stream.call)
+    server.call_watch._waits.come("answers are not read", so_far=17)  # four megabytes are on their way, and no more
     assert overdue(server, "answers are not read") == 1
+    assert server.sessions.entries()[0].messages.last_number < 33
     assert refusal(lambda: list(stream.call))[0] is grpc.StatusCode.CANCELLED
+
+
+def test_an_answer_of_one_message_that_is_not_read_ends_its_call(server, raw):
+    call = raw(server.address, "Probe", iter([pb.ProbeRequest(reply_bytes=4 << 20).SerializeToString()] * 1))
+    server.call_watch._waits.come("answers are not read")
+    usage = server.quotas._usage(ANONYMOUS)
+    assert (usage.calls, overdue(server, "answers are not read")) == (1, 1)
+    with pytest.raises(grpc.RpcError):
+        list(call)
+    server.stop()  # which returns when every call has ended
+    assert usage.calls == 0
 
 
 def test_a_good_stream_is_not_touched_when_others_are_ended(server, connect, edge, raw, never):
