@@ -64,11 +64,6 @@ class Run:
 
 
 @pytest.fixture
-def stub(server: CloudServer, connect):
-    return connect(server.address)
-
-
-@pytest.fixture
 def other_host(tmp_path: Path, start_server, connect) -> Callable[[], object]:
     """A server that has nothing but the store."""
 
