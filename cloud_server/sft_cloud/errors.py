@@ -5,7 +5,8 @@
       UnsupportedModelError, TrainingError: the request makes no sense
     PreconditionError: another protocol version, a message out of       FAILED_PRECONDITION
       order
-    GapError: a message before this one got lost                        ABORTED
+    GapError: a message before this one got lost; StreamTakenError:     ABORTED
+      another stream has the session
     SessionLostError: no such session, or it has ended                  NOT_FOUND
     UnauthenticatedError: no identity, or it is no longer good          UNAUTHENTICATED
     AccessError: a known caller, but this is not for it                 PERMISSION_DENIED
@@ -72,6 +73,7 @@ MAX_DETAILS = 1000
 _CODES: tuple[tuple[type[SFTError], grpc.StatusCode], ...] = (
     (PreconditionError, grpc.StatusCode.FAILED_PRECONDITION),
     (GapError, grpc.StatusCode.ABORTED),
+    (StreamTakenError, grpc.StatusCode.ABORTED),
     (SessionLostError, grpc.StatusCode.NOT_FOUND),
     (UnauthenticatedError, grpc.StatusCode.UNAUTHENTICATED),
     (AccessError, grpc.StatusCode.PERMISSION_DENIED),

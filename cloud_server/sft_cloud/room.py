@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import torch
 
+_COPIES = 1
+"""Of the trained parameters: what the step computes with."""
+
 _FIRST_STEP_COPIES = 3
-"""Of the trained parameters: what Adam keeps of each, twice, and one that the step computes with."""
+"""Of those that have not been stepped: what Adam keeps of each, twice, besides."""
 
 
 def check_room_for_step(optimizer: torch.optim.Optimizer) -> None:
@@ -18,8 +21,12 @@ def check_room_for_step(optimizer: torch.optim.Optimizer) -> None:
 
     The memory is given back at once; torch's allocator keeps it for the step.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    copies = 1 if optimizer.state else _FIRST_STEP_COPIES
-    wanted = copies * sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    wanted, device = 0, torch.device("cpu")
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.requires_grad:  # whether its gradient is in .grad by now, or kept aside
+                copies = _COPIES if optimizer.state.get(parameter) else _FIRST_STEP_COPIES
+                wanted += copies * parameter.numel() * parameter.element_size()
+                device = parameter.device
     if wanted:
-        torch.empty(wanted, dtype=torch.uint8, device=parameters[0].device)
+        torch.empty(wanted, dtype=torch.uint8, device=device)

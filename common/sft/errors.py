@@ -8,6 +8,7 @@ SFTError                        1
 │   └── UnsupportedModelError   4   an architecture or head that cannot be cut
 ├── LinkError                   5   the cloud, or the way to it
 │   ├── ServerUnavailableError  5   nobody answers
+│   │   └── NotOursError        5   somebody does, who is no sft-cloud server, or none yet
 │   ├── ServerFullError         5   no room for another session
 │   ├── AccessError             5   the other side does not know us, or we not it: token, certificate, limits of a token
 │   ├── ProtocolError           5   not ours, another version, or a message that breaks the rules
@@ -63,6 +64,11 @@ class LinkError(SFTError):
 
 class ServerUnavailableError(LinkError):
     """Nobody answers at the address."""
+
+
+class NotOursError(ServerUnavailableError):
+    """What takes connections at the address does not speak our protocol: another program, or a relay without a server
+    behind it."""
 
 
 class ServerFullError(LinkError):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from contextlib import suppress
 from typing import Callable, Optional
 
 from google.protobuf.message import DecodeError
@@ -38,6 +39,8 @@ CLOSE_TIMEOUT_SECONDS = 5.0
 
 BREAK_TIMEOUT_SECONDS = 1.0
 """The same after an error, or Ctrl-C: somebody wants to be gone."""
+
+_JOIN_SECONDS = 0.1
 
 TRANSIENT = (StreamBrokenError, ServerUnavailableError, ServerFullError)
 """After these another stream may go on."""
@@ -71,7 +74,7 @@ class Exchange:
         self._transport = transport
         self._patience = patience
         self._on_status = on_status
-        self._retries = Retries(patience, self.wake, lambda text: self._on_status(text))
+        self._retries = Retries(patience, self.wake, self._say)
         self._session_id = ""
         self._is_over = False
         self._outgoing: _Queue[Optional[bytes]] = queue.SimpleQueue()
@@ -103,19 +106,13 @@ class Exchange:
             raise SessionLostError("the link is not open")
 
     def send(self, kind: str, message: pb.EdgeMessage, payload_bytes: int, span: Span = NO_SPAN) -> PendingReply:
-        """Sends a message that the cloud answers with a `kind` for the same step and micro-batch.
+        """Sends a message that the cloud answers with a `kind` for the same step and micro-batch. Returns at once.
 
-        Returns at once, unless so many answers are due that the cloud would remember no more. `span` ends with the
-        answer.
+        To be called after `make_room`. `span` ends with the answer.
         """
         self.check()
         if self._reader is None:
             self._start()
-        while True:
-            oldest = self._oldest(MAX_UNANSWERED)
-            if oldest is None:
-                break
-            oldest.wait()
         with self._lock:
             if self._failure is not None:
                 raise self._failure
@@ -128,6 +125,14 @@ class Exchange:
             if self._flows:
                 self._outgoing.put(data)
         return pending
+
+    def make_room(self) -> None:
+        """Waits while so many answers are due that the cloud would remember no more."""
+        while True:
+            oldest = self._oldest(MAX_UNANSWERED)
+            if oldest is None:
+                return
+            oldest.wait()
 
     def settle(self) -> None:
         """Waits until everything that was sent is answered."""
@@ -150,16 +155,24 @@ class Exchange:
         self._outgoing.put(None)
         self.wake.put(None)
 
+    def hurry(self) -> None:
+        """From now on a link that breaks is not tried for long, and one that is broken is given up."""
+        self._retries.timeout_seconds = min(self._retries.timeout_seconds, CLOSE_TIMEOUT_SECONDS)
+        if self._reader is not None and not self._flows:
+            self.wake.put(None)
+
     def close(self, timeout_seconds: Optional[float] = None) -> None:
         """Ends the session; no thread is left. Idempotent."""
         if self._session_id and self._reader is None and self._failure is None:
             self._start()  # or the cloud would keep the session for a stream to come
         self.abandon()
-        if self._stream is not None and self._reader is not None:
+        if self._reader is not None:
             if self._flows:
                 self._reader.join(CLOSE_TIMEOUT_SECONDS if timeout_seconds is None else timeout_seconds)
-            self._stream.cancel()
-            self._reader.join()
+            while self._reader.is_alive():
+                if self._stream is not None:
+                    self._stream.cancel()  # which may have become another one since
+                self._reader.join(_JOIN_SECONDS)
         self._fail(SessionLostError("the link is closed"))
 
     def _start(self) -> None:
@@ -226,12 +239,13 @@ class Exchange:
             self._total += received
             if message.HasField("attached"):
                 self._send_again(message.attached.last_number)
-                return
-            is_new = self._unanswered.resolve(message, received)
-        if is_new:
+                is_whole, came_twice = not len(self._unanswered), False
+            else:
+                is_whole = self._unanswered.resolve(message, received)
+                came_twice = not is_whole
+        self.counts.came_twice += came_twice
+        if is_whole:  # what was missing is here, or nothing is
             self._retries.reset()
-        else:
-            self.counts.came_twice += 1
 
     def _send_again(self, last_number: int) -> None:
         missing = self._unanswered.after(last_number)
@@ -242,7 +256,10 @@ class Exchange:
             self._total += Traffic(bytes_sent=framed_size(len(data)))
         self.counts.sent_again += len(missing)
         self._flows = True
-        self._on_status("")
+
+    def _say(self, text: str) -> None:
+        with suppress(OSError):  # a terminal that has gone is no reason to lose a session
+            self._on_status(text)
 
     def _break_off(self) -> None:
         """An answer is late: whatever holds it up, another stream may get it."""

@@ -13,9 +13,9 @@ What a status becomes:
       UNAVAILABLE, and nobody listens                  ServerUnavailableError
       UNAVAILABLE, as TLS could not be agreed on       AccessError
       UNAVAILABLE: the port takes TCP connections,
-        but says nothing or nothing that is gRPC       ProtocolError: not an sft-cloud server
+        but says nothing or nothing that is gRPC       NotOursError
       UNAVAILABLE: whoever answered has gone, or is
-        busy                                           StreamBrokenError
+        busy; CANCELLED, ABORTED, UNKNOWN              StreamBrokenError
       DEADLINE_EXCEEDED                                ServerUnavailableError
       others                                           LinkError
     else, during stream, upload and download
@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import socket
 import threading
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Callable, Iterator, List, NamedTuple, Optional, Tuple, Type
 
@@ -36,6 +37,7 @@ from sft.channel import open_channel
 from sft.errors import (
     AccessError,
     LinkError,
+    NotOursError,
     ProtocolError,
     ServerFullError,
     ServerUnavailableError,
@@ -140,7 +142,8 @@ class GrpcTransport(Transport):
                 failure.append(error)  # the upload ends too short, which the cloud refuses
 
         with _StallGuard(self._stall_timeout_seconds) as guard:
-            call = self._stub.UploadBlob.future(requests(), metadata=self._credentials.metadata())
+            with _renewed_meanwhile():
+                call = self._stub.UploadBlob.future(requests(), metadata=self._credentials.metadata())
             guard.watch(call.cancel)
             try:
                 call.result()
@@ -160,7 +163,8 @@ class GrpcTransport(Transport):
         """See Transport. The way counts as broken when no chunk came for the stall time-out."""
         with _StallGuard(self._stall_timeout_seconds) as guard:
             request = pb.DownloadWeightsRequest(session_id=session_id, optimizer_state=optimizer_state, offset=offset)
-            call = self._stub.DownloadWeights(request, metadata=self._credentials.metadata())
+            with _renewed_meanwhile():
+                call = self._stub.DownloadWeights(request, metadata=self._credentials.metadata())
             guard.watch(call.cancel)
             try:
                 for response in call:
@@ -177,9 +181,10 @@ class GrpcTransport(Transport):
 
     def renew(self) -> None:
         """See Transport."""
-        self._channel.close()
+        before = self._channel
         if not self._is_closed:
-            self._channel = self._dial()
+            self._channel = self._dial()  # first: another thread may be about to make a call
+        before.close()
 
     def close(self) -> None:
         """See Transport."""
@@ -198,7 +203,13 @@ class GrpcTransport(Transport):
             if why is not None:
                 return AccessError(f"{self._address} {why}")
             if "failed to connect" in details:  # gRPC's words when TCP or the handshake on top of it failed
-                return self._not_ours()
+                return NotOursError(self._not_ours())
+        if code in (
+            grpc.StatusCode.UNAVAILABLE,
+            grpc.StatusCode.CANCELLED,
+            grpc.StatusCode.ABORTED,
+            grpc.StatusCode.UNKNOWN,
+        ):
             return StreamBrokenError(f"{self._address} opens no session now: {details}")
         if code == grpc.StatusCode.DEADLINE_EXCEEDED:
             return ServerUnavailableError(
@@ -227,7 +238,7 @@ class GrpcTransport(Transport):
         if code == grpc.StatusCode.PERMISSION_DENIED:
             return AccessError(f"{self._address} refuses: {details}")
         if code == grpc.StatusCode.UNIMPLEMENTED:
-            return self._not_ours()
+            return ProtocolError(self._not_ours())
         if code == grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" not in details:
             return ServerFullError(f"{self._address} has no room: {details}")
         if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
@@ -242,8 +253,8 @@ class GrpcTransport(Transport):
             return ProtocolError(f"{self._address} refuses: {details}")
         return None
 
-    def _not_ours(self) -> ProtocolError:
-        return ProtocolError(f"{self._address} answers, but it is not an sft-cloud server")
+    def _not_ours(self) -> str:
+        return f"{self._address} answers, but it is not an sft-cloud server"
 
     def _why_not_reachable(self) -> Optional[str]:
         """Why no TCP connection can be made, in the operating system's words; None when one can."""
@@ -252,6 +263,15 @@ class GrpcTransport(Transport):
         except OSError as error:
             return error.strerror or str(error)
         return None
+
+
+@contextmanager
+def _renewed_meanwhile() -> Iterator[None]:
+    """A call on a channel that another thread has just closed."""
+    try:
+        yield
+    except ValueError as error:  # as gRPC has it
+        raise StreamBrokenError("the connection was given up while it was about to be used") from error
 
 
 class _GrpcStream(Stream):

@@ -10,6 +10,7 @@ from sft.errors import ProtocolError, ServerFullError, ServerUnavailableError, S
 from sft.ledger import Traffic
 from sft.v1 import split_training_pb2 as pb
 from sft_edge.exchange import BREAK_TIMEOUT_SECONDS, TRANSIENT, Counts, Exchange
+from sft_edge.interrupts import interrupts_deferred
 from sft_edge.patience import Patience, Retries
 from sft_edge.replies import Blob, PendingReply, Reply
 from sft_edge.spans import StepSpans, edge_tracer
@@ -276,6 +277,10 @@ class Link:
         message.keep_checkpoints.steps.extend(steps)
         self._send("committed", message, payload_bytes=0).result()
 
+    def hurry(self) -> None:
+        """See Exchange: for who is about to end, and should not wait for a link that is broken."""
+        self._exchange.hurry()
+
     def check(self) -> None:
         """Raises what ended the session, if it is known to have ended."""
         self._exchange.check()
@@ -324,13 +329,15 @@ class Link:
         return message
 
     def _send_with_held(self, kind: str, message: pb.EdgeMessage, payload_bytes: int) -> PendingReply:
-        pending = self._send(kind, message, payload_bytes)
-        # Only now: lost to a Ctrl-C it would be lost for good, sent twice it is done once.
-        self._held = pb.EdgeMessage()
-        step = message.step + (message.HasField("commit") and message.WhichOneof("body") is None)
-        if step != self._step:
-            self._step, self._without_body = step, 0
+        self._exchange.make_room()
+        with interrupts_deferred():  # what is held is either still here, or on its way
+            pending = self._send(kind, message, payload_bytes)
+            self._held = pb.EdgeMessage()
+            step = message.step + (message.HasField("commit") and message.WhichOneof("body") is None)
+            if step != self._step:
+                self._step, self._without_body = step, 0
         return pending
 
     def _send(self, kind: str, message: pb.EdgeMessage, payload_bytes: int) -> PendingReply:
+        self._exchange.make_room()
         return self._exchange.send(kind, message, payload_bytes, self._spans.message(message))

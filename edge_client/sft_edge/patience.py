@@ -66,10 +66,14 @@ class Retries:
         self._patience = patience
         self._wake = wake
         self._on_status = on_status
+        self.timeout_seconds = patience.reconnect_timeout_seconds
+        self._tries = 0
         self.reset()
 
     def reset(self) -> None:
         """It goes well again."""
+        if self._tries:
+            self._on_status("")
         self._delays = self._patience.delays()
         self._since = -1.0
         self._tries = 0
@@ -77,13 +81,13 @@ class Retries:
     def after(self, error: LinkError) -> None:
         """Waits until it is time to try again. Raises SessionLostError when it is not worth it, or was woken."""
         patience, now = self._patience, self._patience.clock()
-        if not patience.reconnect_timeout_seconds:
+        if not self.timeout_seconds:
             raise SessionLostError(str(error)) from error
         if self._tries == 0:
             self._since = now
-        left = self._since + patience.reconnect_timeout_seconds - now
+        left = self._since + self.timeout_seconds - now
         if left <= 0:
-            spent = Duration(patience.reconnect_timeout_seconds)
+            spent = Duration(self.timeout_seconds)
             raise SessionLostError(f"{error}; {self._tries} tries in {spent} did not help") from error
         self._tries += 1
         delay = min(next(self._delays), left)

@@ -139,6 +139,11 @@ class SplitSystem(System):
         columns = outputs_of(self.net_1.model.config, self.net_1.head)
         return decode_logits(message, lengths, padded_length, columns, self.net_1.head, device)
 
+    def undo(self) -> None:
+        """See System."""
+        super().undo()
+        self._step.samples = self._plain_bytes = 0  # counted again when the step is begun anew
+
     def gradient_norm(self) -> float:
         return math.sqrt(squared_gradient_norm(self.net_1.parameters()) + self._cloud_squared_norm)
 

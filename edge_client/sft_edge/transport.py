@@ -43,9 +43,9 @@ class Transport(ABC):
     def open_session(self, request: pb.OpenSessionRequest) -> pb.OpenSessionResponse:
         """Asks for a session.
 
-        Raises ServerUnavailableError (nobody answers), ServerFullError, AccessError, SessionLostError (the cloud holds
-        none of the checkpoints to continue from), or ProtocolError (not ours, another version, or a request that the
-        cloud refuses).
+        Raises ServerUnavailableError (nobody answers, or nobody of ours), StreamBrokenError, ServerFullError,
+        AccessError, or ProtocolError (another version, or a request that the cloud refuses, such as one to continue
+        from checkpoints of which the cloud holds none).
         """
 
     @abstractmethod

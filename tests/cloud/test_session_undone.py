@@ -105,13 +105,14 @@ def test_room_for_a_step_is_asked_for_before_it_is_promised(monkeypatch):
     monkeypatch.setattr("sft_cloud.room.torch.empty", lambda size, **_: asked.append(size))
     trained, frozen = torch.nn.Parameter(torch.ones(10)), torch.nn.Parameter(torch.ones(1000))
     optimizer = torch.optim.AdamW([trained, frozen])
+    frozen.requires_grad_(False)
     check_room_for_step(optimizer)
-    assert asked == []
     trained.grad = torch.ones(10)
-    check_room_for_step(optimizer)
     optimizer.step()
     check_room_for_step(optimizer)
-    assert asked == [3 * 40, 40], "Adam's two moments once, and what the step computes with"
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(5))]})
+    check_room_for_step(optimizer)
+    assert asked == [3 * 40, 40, 40 + 3 * 20], "Adam's two moments once, and what the step computes with"
 
 
 def test_a_device_without_room_says_so_at_once():

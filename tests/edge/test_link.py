@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from typing import Iterator
+from typing import Any, Iterator
 
 import pytest
 from support.scripted_cloud import TIMEOUT_SECONDS, WEIGHTS, ScriptedCloud, serving
@@ -72,17 +72,29 @@ def test_a_commit_rides_with_the_first_forward_after_it(link: Link, cloud: Scrip
     assert cloud.received[3].commit == pb.Commit(step=0, learning_rates=[0.1, 0.2], clip_scale=0.75)
 
 
-def test_a_commit_survives_ctrl_c_before_it_is_sent(
-    link: Link, cloud: ScriptedCloud, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_a_commit_counts_once_when_ctrl_c_comes_while_it_is_handed_over(
+    link: Link, cloud: ScriptedCloud, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     link.forward(0, 0, activation(), LABELS, 1).result()
     link.commit(0, [0.1], 1)
+    send = link._exchange.send
+
+    def interrupted(*arguments: Any) -> Any:
+        if place == "before":
+            signal.raise_signal(signal.SIGINT)
+        pending = send(*arguments)
+        if place == "after":
+            signal.raise_signal(signal.SIGINT)
+        return pending
+
     with monkeypatch.context() as patch:
-        patch.setattr(link, "_send", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+        patch.setattr(link._exchange, "send", interrupted)
         with pytest.raises(KeyboardInterrupt):
             link.forward(1, 0, activation(), LABELS, 1)
-    assert link.flush() is not None
-    assert kinds(cloud) == [(None, "attach"), (None, "forward"), (0, None)]
+    assert link.flush() is None, "it is on its way"
+    link._settle()
+    assert kinds(cloud) == [(None, "attach"), (None, "forward"), (0, "forward")]
 
 
 def test_flush_sends_a_held_commit_alone_and_once(link: Link, cloud: ScriptedCloud) -> None:

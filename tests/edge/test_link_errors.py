@@ -20,6 +20,7 @@ from sft.errors import (
     AccessError,
     CheckpointError,
     LinkError,
+    NotOursError,
     ProtocolError,
     ServerFullError,
     ServerUnavailableError,
@@ -84,7 +85,7 @@ def test_nobody_listens() -> None:
 
 def test_a_peer_that_accepts_and_is_silent() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        message = opening_error(f"127.0.0.1:{silent.getsockname()[1]}", ProtocolError)
+        message = opening_error(f"127.0.0.1:{silent.getsockname()[1]}", NotOursError)
     assert "answers, but it is not an sft-cloud server" in message
 
 
@@ -103,7 +104,7 @@ def test_a_peer_that_speaks_something_else(handler: Type[socketserver.BaseReques
     with socketserver.ThreadingTCPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
-        message = opening_error(f"127.0.0.1:{server.server_address[1]}", ProtocolError)
+        message = opening_error(f"127.0.0.1:{server.server_address[1]}", NotOursError)
         server.shutdown()
         thread.join()
     assert "answers, but it is not an sft-cloud server" in message
@@ -124,6 +125,8 @@ def test_a_grpc_server_of_another_kind() -> None:
         (Code.PERMISSION_DENIED, AccessError),
         (Code.NOT_FOUND, SessionLostError),
         (Code.UNAVAILABLE, SessionLostError),
+        (Code.CANCELLED, SessionLostError),
+        (Code.UNKNOWN, SessionLostError),
         (Code.INTERNAL, LinkError),
     ],
 )

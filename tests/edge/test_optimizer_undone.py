@@ -72,6 +72,20 @@ def test_what_went_before_in_the_step_cannot_be_gone_back_through(monkeypatch: p
         optimizer.step()
 
 
+def test_both_halves_forget_what_had_been_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the script does not: or the two would step with gradients of different micro-batches."""
+    model = tiny_model()
+    NoMemory(monkeypatch, 2)
+    first, second = batches(2, model)
+    with wrap(model, sgd(model)) as optimizer:
+        model(**first).loss.backward()
+        trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        assert any(parameter.grad is not None for parameter in trained)
+        with pytest.raises(CloudMemoryError):
+            model(**second)
+        assert all(parameter.grad is None for parameter in trained)
+
+
 class System:
     """Finds no memory so many times."""
 

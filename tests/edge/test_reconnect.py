@@ -13,7 +13,7 @@ import pytest
 from support.proxy import TcpProxy
 from support.scripted_cloud import TIMEOUT_SECONDS, WEIGHTS, ScriptedCloud, serving
 
-from sft.errors import AccessError, LinkError, ServerUnavailableError, SessionLostError
+from sft.errors import AccessError, LinkError, ServerUnavailableError, SessionLostError, StreamBrokenError
 from sft.v1 import split_training_pb2 as pb
 from sft_edge.grpc_transport import GrpcTransport
 from sft_edge.link import Blob, Link
@@ -257,3 +257,62 @@ def test_who_is_patient_waits_for_a_server_to_come(cloud: ScriptedCloud, waits: 
         with pytest.raises(LinkError, match="5 tries in 10s did not help"), link:
             link.open(patient=True)
     assert waits.delays == [0.5, 1, 2, 4, 2.5]
+
+
+def test_an_idle_link_may_break_again_and_again(cloud: ScriptedCloud, waits: Waits) -> None:
+    """Each break counts for itself, although no answer comes in between."""
+    with through_proxy(cloud, waits, reconnect_timeout_seconds=1.0) as (proxy, link):
+        losses(link, range(1))
+        link.flush()
+        for index in range(4):
+            attaches = len([message for message in cloud.received if message.HasField("attach")])
+            proxy.cut()
+            proxy.wait_until(
+                lambda n=attaches: len([m for m in cloud.received if m.HasField("attach")]) > n  # type: ignore[misc]
+            )
+            mended = index + 1
+            proxy.wait_until(lambda n=mended: waits.said.count("") == n)  # type: ignore[misc]
+        assert losses(link, range(1, 2)) == [1, 1]
+    assert waits.delays == [0.5] * 4
+
+
+def test_a_terminal_that_has_gone_is_no_reason_to_lose_a_session(cloud: ScriptedCloud, waits: Waits) -> None:
+    def gone(text: str) -> None:
+        waits.said.append(text)
+        raise OSError("no terminal")
+
+    patience = waits.patience()
+    with serving(cloud) as address, TcpProxy(address) as proxy, Link(
+        GrpcTransport(proxy.address), pb.OpenSessionRequest(), {}, patience, gone
+    ) as link:
+        link.open()
+        losses(link, range(1))
+        proxy.cut()
+        assert losses(link, range(1, 2)) == [1, 1]
+    assert len(waits.said) == 2
+
+
+def test_who_is_in_a_hurry_gives_a_broken_link_up(cloud: ScriptedCloud) -> None:
+    with serving(cloud) as address, TcpProxy(address) as proxy:
+        broke = threading.Event()
+        patience = Patience(backoff_seconds=1000.0, backoff_max_seconds=1000.0)
+        with Link(GrpcTransport(proxy.address), pb.OpenSessionRequest(), {}, patience, lambda _: broke.set()) as link:
+            link.open()
+            losses(link, range(1))
+            proxy.cut()
+            assert broke.wait(TIMEOUT_SECONDS)
+            link.hurry()
+            with pytest.raises(SessionLostError):
+                link.flush()
+
+
+def test_another_thread_may_make_a_call_while_the_way_is_renewed(cloud: ScriptedCloud) -> None:
+    with serving(cloud) as address:
+        transport = GrpcTransport(address)
+        before = transport._stub
+        transport.renew()
+        assert transport._stub is not before
+        transport._stub = before
+        with pytest.raises(StreamBrokenError):
+            list(transport.download("s1"))
+        transport.close()

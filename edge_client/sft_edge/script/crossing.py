@@ -51,6 +51,8 @@ class LinkCross(Cross):
         self._dropped: Deque[Tuple[_Turn, int]] = deque()  # with micro-batches; filled by whoever collects garbage
         self.undone = 0
         """How many steps the cloud has undone for want of memory."""
+        self.on_undone: Callable[[], object] = lambda: None
+        """Called then: the gradients of this half are to go, too."""
 
     def __call__(
         self,
@@ -137,6 +139,7 @@ class LinkCross(Cross):
             self._waiting.clear()
             self.undone += 1
             self.gradients.undone()
+            self.on_undone()
             raise
 
     def begin_backward(self, micro_batch: int) -> None:

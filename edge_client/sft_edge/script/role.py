@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import math
 import weakref
 from contextlib import contextmanager, suppress
@@ -33,6 +34,8 @@ from sft_edge.script.groups import ScriptGroups, arguments_of, has_stepped
 from sft_edge.script.state import CloudState, check_state
 from sft_edge.script.transformers_model import TransformersModel
 
+_log = logging.getLogger("sft_edge")
+
 
 class EdgeRole(Role):
     """Algorithm 1 on the edge, driven by somebody else's loop."""
@@ -61,7 +64,7 @@ class EdgeRole(Role):
             str(options.server), options.connect_timeout_seconds, credentials=_credentials(options)
         )
         patience = Patience(options.reply_timeout_seconds, options.reconnect_timeout_seconds)
-        link = Link(transport, request, blobs, patience)
+        link = Link(transport, request, blobs, patience, _tell)
         link.open()  # from here on nothing is left that could be wrong
         try:
             self._cross = LinkCross(link, DATA_TYPES[options.wire_dtype], next(model.parameters()).device)
@@ -71,6 +74,8 @@ class EdgeRole(Role):
         except BaseException:
             link.close()
             raise
+        own = weakref.ref(optimizer)
+        self._cross.on_undone = lambda: _zero(own())
         weakref.finalize(self._cross, link.abandon)  # both model and optimizer hold it
         atexit.register(_close, weakref.ref(self))  # a script in the form of Listing 1 just ends
         self.optimizer = optimizer
@@ -140,6 +145,7 @@ class EdgeRole(Role):
     def close(self) -> None:
         """See Role. The cloud takes the last step, too, if it has not heard of it yet: its script may keep its half."""
         if not self._cross.is_closed:
+            self._cross.link.hurry()  # a script that ends must not wait for a cloud that has gone
             with suppress(LinkError):  # then there is no session left to end
                 self._cross.catch_up()
                 self._cross.link.flush()
@@ -175,6 +181,16 @@ def _credentials(options: SplitOptions) -> Credentials:
         options.insecure,
     )
     return read_credentials(access, dashes="")
+
+
+def _tell(text: str) -> None:
+    if text:
+        _log.warning("%s", text)
+
+
+def _zero(optimizer: Optional[torch.optim.Optimizer]) -> None:
+    if optimizer is not None:
+        optimizer.zero_grad(set_to_none=True)
 
 
 def _close(role: weakref.ReferenceType[EdgeRole]) -> None:
