@@ -61,6 +61,16 @@ class CheckpointStore:
             raise ProtocolError("run_id must be 32 lower-case hexadecimal digits")
         return RunCheckpoints(self._files, f"{_directory_of(owner)}/{run_id}", run_id)
 
+    def held_bytes(self, owner: str) -> int:
+        """Of all checkpoints of all runs of one owner. Raises StorageError."""
+        directory, held = _directory_of(owner), 0
+        for run_id in self._files.children(directory):
+            for name in self._files.children(f"{directory}/{run_id}"):
+                data = self._files.read(f"{directory}/{run_id}/{name}/{MANIFEST_FILE}", MAX_MANIFEST_BYTES)
+                with contextlib.suppress(CheckpointError):  # what cannot be read does not count, nor can it be resumed
+                    held += 0 if data is None else read_manifest(data, name).total_bytes
+        return held
+
 
 class RunCheckpoints:
     """The steps of one run."""

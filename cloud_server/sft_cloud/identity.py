@@ -25,7 +25,7 @@ class Limits:
     """Of streams and uploads, both ways, in one day of UTC."""
 
     max_upload_bytes: int | None = None
-    """Of all blobs that the server keeps for it."""
+    """Of all blobs that the server keeps for it, and as many of checkpoints."""
 
 
 @dataclass(frozen=True)

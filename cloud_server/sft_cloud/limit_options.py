@@ -26,7 +26,8 @@ class LimitOptions:
     """requests to open a session that one caller may make in a minute"""
 
     max_upload_bytes: int | None = None
-    """bytes of uploads kept for one caller whose token says nothing of it (default: what the disk holds)"""
+    """bytes of uploads kept for one caller whose token says nothing of it, and as many of checkpoints (default: what
+    the disk holds)"""
 
     memory_limit: int | None = None
     """bytes that the sessions may take together (default: four fifths of the device's memory)"""

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sft.errors import CheckpointError, ProtocolError
+from sft.errors import CheckpointError, ProtocolError, StorageError
 from sft.optimizer_state import checked_state, copied_state, group_settings, set_group_settings, stored_state
 from sft.tensor_stream import StoredTensor, in_memory, safetensors_chunks, safetensors_size
 from sft.v1 import split_training_pb2 as pb
@@ -55,8 +55,10 @@ Run = Callable[[Callable[[], Any]], Any]
 class Checkpoints:
     """Sessions to and from a store."""
 
-    def __init__(self, store: CheckpointStore) -> None:
+    def __init__(self, store: CheckpointStore, max_bytes: int | None = None) -> None:
+        """`max_bytes` of all checkpoints of one owner, whose token says nothing of it."""
         self._store = store
+        self._max_bytes = max_bytes
 
     def save(self, entry: Entry, run: Run) -> pb.CheckpointSaved:
         """Writes a session, which nobody may change meanwhile, in the caller's thread; the device is touched in `run`.
@@ -65,6 +67,7 @@ class Checkpoints:
         """
         session, request = entry.session, entry.request
         parts: dict[str, Part] = run(lambda: parts_of(session, request, run))
+        self._check_quota(entry.owner, sum(part.total_bytes for part in parts.values()))
         saved = self._store.run(entry.owner.name, request.run_id).save(session.next_step, parts)
         return pb.CheckpointSaved(
             id=pb.CheckpointId(step=saved.step, sha256=saved.sha256), total_bytes=saved.total_bytes
@@ -73,6 +76,17 @@ class Checkpoints:
     def keep(self, entry: Entry, steps: Iterable[int]) -> None:
         """Deletes the other steps of the session's run. Raises StorageError."""
         self._store.run(entry.owner.name, entry.request.run_id).keep(steps)
+
+    def _check_quota(self, owner: Identity, size: int) -> None:
+        limit = self._max_bytes if owner.limits.max_upload_bytes is None else owner.limits.max_upload_bytes
+        if limit is None:
+            return
+        held = self._store.held_bytes(owner.name)
+        if held + size > limit:
+            raise StorageError(
+                f"your checkpoints take {held} bytes, this one would take {size} more, and all of them together may "
+                f"take {limit}; a lower --save-total-limit, or fewer runs, need less"
+            )
 
     @contextmanager
     def find(self, request: pb.OpenSessionRequest, owner: Identity) -> Iterator[dict[str, Path]]:

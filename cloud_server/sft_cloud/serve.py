@@ -137,7 +137,9 @@ class CloudServer:
         if make_opener:
             opener = make_opener(self._worker, store)
         else:
-            checkpoints = Checkpoints(CheckpointStore(checkpoint_store or state_dir / "checkpoints"))
+            checkpoints = Checkpoints(
+                CheckpointStore(checkpoint_store or state_dir / "checkpoints"), limits.max_upload_bytes
+            )
             opener = TransformersOpener(self._worker, store, weights, checkpoints, self.memory)
 
         def closed(entry: Entry, reason: str) -> None:

@@ -47,7 +47,7 @@ class CreateOptions:
     """of streams and uploads, both ways, in one day of UTC"""
 
     max_upload_bytes: int | None = None
-    """of all blobs that the server keeps for the name"""
+    """of all blobs that the server keeps for the name, and as many of checkpoints"""
 
     sees_all: bool = False
     """sees the sessions of others in `sft-cloud status`"""

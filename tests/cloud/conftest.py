@@ -95,3 +95,9 @@ def connect() -> Iterator[Callable[[str], pb_grpc.SplitTrainingStub]]:
 @pytest.fixture(scope="session")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
     return make_certificates(tmp_path_factory.mktemp("certificates"))
+
+
+@pytest.fixture
+def stub(server: CloudServer, connect: Callable[[str], pb_grpc.SplitTrainingStub]) -> pb_grpc.SplitTrainingStub:
+    """Of the server."""
+    return connect(server.address)

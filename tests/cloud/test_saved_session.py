@@ -17,7 +17,7 @@ from transformers import AutoConfig
 from sft.models import Cut
 from sft.v1 import split_training_pb2 as pb
 from sft_cloud.access import Access
-from sft_cloud.identity import Identity
+from sft_cloud.identity import Identity, Limits
 from sft_cloud.serve import CloudServer
 
 RUN = "0123456789abcdef" * 2
@@ -61,11 +61,6 @@ class Run:
 
     def content(self) -> list[bytes]:
         return [download(self.stub, self.session_id, kind) for kind in (False, True)]
-
-
-@pytest.fixture
-def stub(server: CloudServer, connect):
-    return connect(server.address)
 
 
 @pytest.fixture
@@ -275,3 +270,20 @@ def test_what_is_saved_while_others_wait(stub, server: CloudServer, edge: TinyEd
     monkeypatch.setattr(type(store), "write", slow)
     assert run.save().id.sha256
     assert len(trained) == 5
+
+
+def test_checkpoints_of_one_caller_take_no_more_than_it_may(start_server, connect, edge: TinyEdge) -> None:
+    server = start_server(access=Access(identify=lambda context: Identity("ann")))
+    run = Run(connect(server.address), edge)
+    run.train(1)
+    size = run.save().total_bytes
+    (entry,) = server.sessions.entries()
+    entry.owner = Identity("ann", Limits(max_upload_bytes=3 * size - 1))
+    run.train(1)
+    assert not run.save().error
+    run.train(1)
+    refused = run.save()
+    assert refused.error.startswith(f"your checkpoints take {2 * size} bytes, this one would take {size} more")
+    assert not refused.id.sha256
+    run.keep(2)
+    assert not run.save().error, "there is room again, and the session has gone on"

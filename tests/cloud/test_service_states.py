@@ -18,11 +18,6 @@ from sft_cloud.store import BlobStore
 from sft_cloud.worker import DeviceWorker
 
 
-@pytest.fixture
-def stub(server, connect):
-    return connect(server.address)
-
-
 def upload(stub, content):
     """Returns the hash."""
     sha256 = hashlib.sha256(content).hexdigest()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import queue
+import threading
 from itertools import count
-from typing import Callable, Iterator, List, Tuple
+from typing import Any, Callable, Iterator, List, Tuple
 
 import grpc
 import pytest
@@ -73,3 +74,17 @@ def refusal(call: Callable[[], object]) -> Tuple[grpc.StatusCode, str]:
     with pytest.raises(grpc.RpcError) as caught:
         call()
     return caught.value.code(), caught.value.details()
+
+
+def wait_until_closed(server: Any, registry_len: int = 0) -> Callable[[], bool]:
+    """Returns once the server has that many sessions; closing is announced, not slept for."""
+    done = threading.Event()
+    registry = server.sessions
+    announce = registry._on_close
+
+    def on_close(entry, reason):
+        announce(entry, reason)
+        done.set()
+
+    registry._on_close = on_close
+    return lambda: len(registry) == registry_len or (done.wait(SECONDS) and len(registry) == registry_len)

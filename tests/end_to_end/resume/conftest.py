@@ -1,0 +1,93 @@
+"""Runs that are broken off, and servers that are replaced."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.jobs import Job
+from support.resuming import OPTIONS, Clouds, Outcome
+
+from sft_edge import checkpointing as checkpointing_module
+from sft_edge.cli import main
+from sft_edge.split_system import SplitSystem
+
+
+@pytest.fixture
+def clouds(tmp_path: Path) -> Iterator[Clouds]:
+    made = Clouds(tmp_path / "clouds")
+    yield made
+    made.server.stop(grace_seconds=0)
+
+
+@pytest.fixture
+def run(job: Job, model: Path, tmp_path: Path, clouds: Clouds) -> Callable[..., int]:
+    """`run(**options)` into `tmp_path / "out"`; gives the exit code."""
+
+    def train(**options: object) -> int:
+        values = {"model": model, "output_dir": tmp_path / "out", "server": clouds.address, **OPTIONS, **options}
+        if values.get("mode") == "local":
+            values["server"] = None
+        return main(["train", *job.flags(**values)])
+
+    return train
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def whole(run: Callable[..., int], clouds: Clouds, tmp_path: Path) -> Callable[..., Outcome]:
+    """What a run leaves that nothing disturbs."""
+
+    def train(**options: object) -> Outcome:
+        assert run(output_dir=tmp_path / "whole", **options) == 0
+        return Outcome(tmp_path / "whole", clouds.store)
+
+    return train
+
+
+@pytest.fixture
+def at_point(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, str, Callable[[], object]], list[str]]:
+    """`at_point(2, "edge saved", act)` calls `act`, once, when the second save has got there; gives what was passed."""
+
+    def install(save: int, point: str, act: Callable[[], object]) -> list[str]:
+        passed: list[str] = []
+
+        def reached(here: str) -> None:
+            passed.append(here)
+            if here == point and passed.count(point) == save:
+                act()
+
+        def around(owner: Any, name: str, before: str, after: str) -> None:
+            real = getattr(owner, name)
+
+            def instead(*arguments: Any) -> Any:
+                if before:
+                    reached(before)
+                result = real(*arguments)
+                reached(after)
+                return result
+
+            monkeypatch.setattr(owner, name, instead)
+
+        around(SplitSystem, "save_other_half", "asked", "cloud saved")
+        around(checkpointing_module, "write_checkpoint", "", "edge saved")
+        around(SplitSystem, "keep_checkpoints", "", "cloud tidied")
+        around(checkpointing_module, "remove_all_but", "", "edge tidied")
+        return passed
+
+    return install
+
+
+@pytest.fixture
+def default_sigterm() -> Iterator[None]:
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    signal.signal(signal.SIGTERM, before)
