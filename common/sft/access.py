@@ -16,7 +16,7 @@ from typing import Callable, Mapping, Optional, Tuple
 
 from sft.errors import UsageError
 
-TOKEN_VARIABLE = "SFT_TOKEN"
+TOKEN_VARIABLE = "SFT_TOKEN"  # nosec B105 # the name of a secret, not one
 """Environment variable with the token, where no file of it is named."""
 
 _SYSTEM_ROOTS = (

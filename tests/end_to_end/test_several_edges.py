@@ -41,9 +41,10 @@ def test_each_ends_with_the_bits_of_its_solo_run(
         assert main(["train", *job.flags(**every, **options, output_dir=output_dir)]) == 0
     at_once = threading.Barrier(len(RUNS))  # nobody begins before all have a session
 
-    def attach(registry, session_id, attach=Registry.attach):
-        attach(registry, session_id)
+    def attach(registry, *arguments, attach=Registry.attach):
+        entry = attach(registry, *arguments)
         at_once.wait(SECONDS)
+        return entry
 
     monkeypatch.setattr(Registry, "attach", attach)
     together = [tmp_path / f"together-{index}" for index in range(len(RUNS))]
