@@ -220,7 +220,9 @@ class _Call:
             self._guard._quotas.count_open(self._caller)
             check_model_name(self._caller.limits, message.model_name)
             check_rank(self._caller.limits, message.cut.split_rank)  # 0 for sl, whose width the opener knows
-        elif isinstance(message, pb.EdgeMessage) and message.WhichOneof("body") in ("forward", "evaluate"):
+        elif isinstance(message, pb.EdgeMessage) and message.HasField("commit"):
+            # One that comes again after a reconnect counts again: only the session knows which it has seen, and the
+            # few that can be under way are no harm.
             seconds = self._guard._quotas.seconds_to_wait(self._caller)
             if seconds:
                 self._guard._wait(self._over, seconds)

@@ -368,8 +368,11 @@ def test_who_is_too_fast_waits(server, connect, edge):
     next(stream.call)
     for step in range(4):
         stream.ask(edge.forward(step, commit=edge.commit_part(step - 1) if step else None))
-    stream.ask(edge.evaluate(commit=edge.commit_part(3)))
-    assert waits == pytest.approx([1.0, 3.0, 5.0, 7.0])  # the first was free, and half of the second
+        for micro_batch in (1, 2):  # which make a step longer, not two
+            stream.ask(edge.forward(step, micro_batch))
+        stream.ask(edge.evaluate())
+    stream.ask(edge.commit(3))
+    assert waits == pytest.approx([1.0, 3.0, 5.0])  # the first was free, and half of the second
 
 
 def test_a_caller_that_waits_for_its_turn_can_go(server, connect, edge):
@@ -381,7 +384,8 @@ def test_a_caller_that_waits_for_its_turn_can_go(server, connect, edge):
     stream = Stream(stub, attach(open_session(stub, edge)))
     next(stream.call)
     stream.ask(edge.forward(0))
-    stream.outgoing.put(edge.forward(0, 1))
+    stream.ask(edge.forward(1, commit=edge.commit_part(0)))
+    stream.send(edge.commit(1))
     assert entered.wait(SECONDS)
     stream.call.cancel()
     server.stop()  # which returns when every call has ended
