@@ -121,6 +121,7 @@ class Gate(grpc.ServerInterceptor):
                     f"{identity.name} is not let in any more",
                 )
             yield message
+            del message  # a stream that idles must not keep it
 
     def _refuse(self, context: grpc.ServicerContext, error: UnauthenticatedError) -> None:
         _log.info("caller refused", extra={"fields": {"peer": context.peer(), "reason": error.reason}})

@@ -118,10 +118,12 @@ class _Guarded:
             for response in behavior(self._argument(raw, context, call), context):
                 call.record.answered(response)
                 data = self._serialized(response)
+                del response
                 # An answer that is computed is sent: the next message is refused instead.
                 call.count(len(data), refuses=self._method != _TRAIN)
                 with watch.stalls("answers are not read", context.cancel, len(data)):
                     yield data
+                del data
             call.record.finished()
 
     @contextmanager
@@ -158,9 +160,11 @@ class _Guarded:
                 return
             call.count(len(data))
             message = self._parsed(data)
+            del data  # here and below: a stream that idles must not keep a quarter of a gigabyte
             call.record.requested(message)
             call.check(message)
             yield message
+            del message
             reason = "idle stream" if self._method == _TRAIN else "no next part"
 
     def _parsed(self, data: bytes) -> Any:

@@ -1,6 +1,7 @@
 """What a real server does with callers that send too much, too fast, too slowly, or nothing at all."""
 
 import json
+import sys
 import threading
 import time
 from collections import Counter
@@ -17,6 +18,7 @@ from sft.protocol import CLIENT_OPTIONS
 from sft.v1 import split_training_pb2 as pb
 from sft_cloud.access import Access
 from sft_cloud.audit import AuditLog
+from sft_cloud.guard import _Guarded
 from sft_cloud.health import WATCH
 from sft_cloud.identity import ANONYMOUS, Identity, Limits
 from sft_cloud.limit_options import LimitOptions
@@ -277,6 +279,36 @@ def test_a_stream_on_which_nothing_comes_is_ended_later(server, connect, edge):
     assert overdue(server, "idle stream", seconds=1799) == 0
     assert overdue(server, "idle stream", seconds=1801) == 1
     assert refusal(lambda: next(stream.call))[0] is grpc.StatusCode.CANCELLED
+
+
+def test_a_stream_that_idles_keeps_no_message(server, connect, edge, monkeypatch):
+    came, messages, answers = [], [], []
+    parsed, serialized = _Guarded._parsed, _Guarded._serialized
+
+    def parse(guarded, data):
+        came.append(data)
+        messages.append(parsed(guarded, data))
+        return messages[-1]
+
+    def serialize(guarded, response):
+        answers.append(response)
+        return serialized(guarded, response)
+
+    stub = connect(server.address)
+    session_id = open_session(stub, edge)
+    monkeypatch.setattr(_Guarded, "_parsed", parse)
+    monkeypatch.setattr(_Guarded, "_serialized", serialize)
+    stream = Stream(stub, attach(session_id))
+    next(stream.call)
+    server.call_watch._waits.come("idle stream")
+    made = [bytes(100_000)]
+    (alone,) = [sys.getrefcount(one) for one in (*made,)]
+    assert [sys.getrefcount(one) for one in (*came, *messages, *answers)] == [alone] * 3
+    stream.ask(edge.forward(0))
+    server.call_watch._waits.come("idle stream", so_far=2)
+    # The answer to a forward is remembered for who reconnects.
+    assert [sys.getrefcount(one) for one in (*came, *messages)] == [alone] * 4
+    stream.end()
 
 
 def test_answers_that_are_not_read_end_the_stream(server, connect, make_edge):
