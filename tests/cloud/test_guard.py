@@ -447,10 +447,15 @@ def test_what_happened_is_in_the_audit_log(start_server, connect, edge, tmp_path
     assert session_id not in text
 
 
-def test_the_waits_are_options(start_server, connect, raw, never):
-    server = start_server(limits=LimitOptions(stall_timeout=Duration("5s"), idle_timeout=Duration("20s")))
+def test_the_waits_are_options(start_server, connect, edge, raw, never):
+    server = start_server(limits=LimitOptions(stall_timeout=Duration("100s"), idle_timeout=Duration("200s")))
     call = raw(server.address, "Train", never())
-    assert overdue(server, "no first message", seconds=4) == 0
-    assert overdue(server, "no first message", seconds=6) == 1
+    assert overdue(server, "no first message", seconds=60) == 0
+    assert overdue(server, "no first message", seconds=101) == 1
     assert refusal(lambda: list(call))[0] is grpc.StatusCode.CANCELLED
-    assert ANONYMOUS.limits == Limits()
+    stub = connect(server.address)
+    stream = Stream(stub, attach(open_session(stub, edge)))
+    next(stream.call)
+    assert overdue(server, "idle stream", seconds=160) == 0
+    assert overdue(server, "idle stream", seconds=201) == 1
+    assert refusal(lambda: next(stream.call))[0] is grpc.StatusCode.CANCELLED
