@@ -62,6 +62,13 @@ class Gate(grpc.ServerInterceptor):
         handler = continuation(handler_call_details)
         return handler and self._guarded(handler)
 
+    def identify(self, context: grpc.ServicerContext) -> Identity:
+        """Who calls, as found out when the call began, for all who want to know. Raises UnauthenticatedError."""
+        with self._lock:
+            identity = self._running.get(context)
+        # None where the call was not let in, or has ended meanwhile.
+        return self._authentication.identify(context) if identity is None else identity
+
     def watch(self, stop: threading.Event) -> None:
         """Ends such calls every few seconds until `stop`, in a thread of the caller's."""
         while not stop.wait(RECHECK_SECONDS):

@@ -149,6 +149,14 @@ def test_a_known_caller_reaches_every_method(calls, alice, refused, method):
     assert refused == []
 
 
+def test_who_calls_is_found_out_once(server, calls, alice, monkeypatch):
+    authentication, asked = server.access.gate._authentication, []
+    identify = authentication.identify
+    monkeypatch.setattr(authentication, "identify", lambda context: asked.append(context) or identify(context))
+    assert calls(alice).cloud.Status(pb.StatusRequest(), timeout=SECONDS).caller == "alice"
+    assert len(asked) == 1
+
+
 def test_the_health_check_is_for_everybody(calls):
     answer = calls().health.Check(health_pb2.HealthCheckRequest(), timeout=SECONDS)
     assert answer.status == health_pb2.HealthCheckResponse.SERVING
