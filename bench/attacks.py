@@ -34,6 +34,7 @@ from attack_tools import (
     trained,
     with_blob,
 )
+from attacks_on_health import health_checks
 from fuzz import tiny_edge  # which has added tests/ to the path, as the one before it
 from support.fuzzing import SERVICE, good_run
 from support.tiny_edge import TinyEdge, attach
@@ -80,6 +81,7 @@ def attack(scratch: Path) -> int:
         print("| attack | what it got |\n|---|---|", flush=True)
         try:
             identity(table, tls, mutual, certificates)
+            health_checks(table, tls, certificates)
             tenants(table, tls, certificates, edge)
             sizes(table, tls, certificates, edge)
             names(table, tls, certificates, edge)

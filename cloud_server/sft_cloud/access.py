@@ -60,7 +60,8 @@ def make_access(
         return Access(credentials, certificate_expires=certificate_expires)
     tokens = None if options.tokens is None else LiveTokens(options.tokens)
     authentication = Authentication(tokens, needs_certificate=options.tls_client_ca is not None)
-    return Access(credentials, Gate(authentication, on_refused), authentication.identify, certificate_expires)
+    gate = Gate(authentication, on_refused)
+    return Access(credentials, gate, gate.identify, certificate_expires)
 
 
 def is_loopback(host: str, dashes: str = "") -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import threading
 from collections.abc import Callable, Iterator
@@ -12,10 +11,11 @@ import grpc
 
 from sft_cloud.authentication import Authentication
 from sft_cloud.errors import UnauthenticatedError
+from sft_cloud.health import CHECK
 from sft_cloud.identity import Identity
 
-OPEN_METHODS = ("/grpc.health.v1.Health/Check",)
-"""What load balancers and containers ask; it says no more than whether the server serves."""
+OPEN_METHODS = (CHECK,)
+"""What load balancers and containers ask; it says no more than whether the server serves, and reads no request."""
 
 RECHECK_SECONDS = 10.0
 """How much longer than its identity a call may last in which nothing happens."""
@@ -62,6 +62,13 @@ class Gate(grpc.ServerInterceptor):
         handler = continuation(handler_call_details)
         return handler and self._guarded(handler)
 
+    def identify(self, context: grpc.ServicerContext) -> Identity:
+        """Who calls, as found out when the call began, for all who want to know. Raises UnauthenticatedError."""
+        with self._lock:
+            identity = self._running.get(context)
+        # None where the call was not let in, or has ended meanwhile.
+        return self._authentication.identify(context) if identity is None else identity
+
     def watch(self, stop: threading.Event) -> None:
         """Ends such calls every few seconds until `stop`, in a thread of the caller's."""
         while not stop.wait(RECHECK_SECONDS):
@@ -79,13 +86,11 @@ class Gate(grpc.ServerInterceptor):
         kind, make = _KINDS[handler.request_streaming, handler.response_streaming]
         behavior = getattr(handler, kind)
 
-        # With the attributes by which grpc knows the health service's Watch, which gets a third argument.
-        @functools.wraps(behavior)
-        def one_answer(request: Any, context: grpc.ServicerContext, *rest: Any) -> Any:
+        def one_answer(request: Any, context: grpc.ServicerContext) -> Any:
             try:
                 identity = self._admit(context)
                 taken = self._checked(request, identity) if handler.request_streaming else request
-                return behavior(taken, context, *rest)
+                return behavior(taken, context)
             except UnauthenticatedError as error:
                 self._refuse(context, error)
 
@@ -97,9 +102,8 @@ class Gate(grpc.ServerInterceptor):
             except UnauthenticatedError as error:
                 self._refuse(context, error)
 
-        waits = handler.response_streaming and not hasattr(behavior, "experimental_non_blocking")
         return make(  # type: ignore[no-any-return]
-            many_answers if waits else one_answer,
+            many_answers if handler.response_streaming else one_answer,
             request_deserializer=handler.request_deserializer,
             response_serializer=handler.response_serializer,
         )
@@ -124,6 +128,7 @@ class Gate(grpc.ServerInterceptor):
                     f"{identity.name} is not let in any more",
                 )
             yield message
+            del message  # a stream that idles must not keep it
 
     def _refuse(self, context: grpc.ServicerContext, error: UnauthenticatedError) -> None:
         _log.info("caller refused", extra={"fields": {"peer": context.peer(), "reason": error.reason}})

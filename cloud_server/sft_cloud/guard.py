@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeAlias
 
 import grpc
@@ -23,6 +23,8 @@ from sft_cloud.audit import AuditLog
 from sft_cloud.call_record import CallRecord
 from sft_cloud.call_watch import CallWatch
 from sft_cloud.errors import status_of
+from sft_cloud.gate import OPEN_METHODS
+from sft_cloud.health import WATCH
 from sft_cloud.identity import Identity
 from sft_cloud.limits import Quotas, check_model_name, check_rank
 from sft_cloud.wire_check import check_wire
@@ -71,9 +73,9 @@ class Guard(grpc.ServerInterceptor):
     ) -> AnyHandler | None:
         """See grpc.ServerInterceptor."""
         handler = continuation(handler_call_details)
-        if handler is None or hasattr(handler.unary_stream, "experimental_non_blocking"):  # a health check that goes on
-            return handler
         method = str(handler_call_details.method)
+        if handler is None or method in OPEN_METHODS:  # whose handlers read nothing that a stranger sends
+            return handler
         guarded = _Guarded(self, method, handler)
         make = (
             grpc.stream_stream_rpc_method_handler
@@ -108,15 +110,20 @@ class _Guarded:
             return data
 
     def stream(self, raw: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-        with self._call(context) as call:
+        watch = self._guard._watch
+        # Who watches the server's health sends nothing more, so all of it counts as idle.
+        lasting = watch.idles("idle stream", context.cancel) if self._method == WATCH else nullcontext()
+        with self._call(context) as call, lasting:
             behavior = self._handler.stream_stream or self._handler.unary_stream
             for response in behavior(self._argument(raw, context, call), context):
                 call.record.answered(response)
                 data = self._serialized(response)
+                del response
                 # An answer that is computed is sent: the next message is refused instead.
                 call.count(len(data), refuses=self._method != _TRAIN)
-                with self._guard._watch.stalls("answers are not read", context.cancel, len(data)):
+                with watch.stalls("answers are not read", context.cancel, len(data)):
                     yield data
+                del data
             call.record.finished()
 
     @contextmanager
@@ -124,11 +131,10 @@ class _Guarded:
         guard = self._guard
         record = CallRecord(guard._audit, self._method, context.peer())
         with _tells_errors(context, record):
-            caller = guard._identify(context) if self._descriptor is not None else None
+            caller = guard._identify(context)
+            record.who = caller.name
             call = _Call(guard, record, caller, context)
-            if caller is not None:
-                record.who = caller.name
-                call.ends_with(guard._quotas.call(caller))
+            call.ends_with(guard._quotas.call(caller))
             try:
                 yield call
             finally:
@@ -154,9 +160,11 @@ class _Guarded:
                 return
             call.count(len(data))
             message = self._parsed(data)
+            del data  # here and below: a stream that idles must not keep a quarter of a gigabyte
             call.record.requested(message)
             call.check(message)
             yield message
+            del message
             reason = "idle stream" if self._method == _TRAIN else "no next part"
 
     def _parsed(self, data: bytes) -> Any:
@@ -176,11 +184,9 @@ class _Guarded:
 
 
 class _Call:
-    """One call of a caller, who is None for other services than ours."""
+    """One call of a caller."""
 
-    def __init__(
-        self, guard: Guard, record: CallRecord, caller: Identity | None, context: grpc.ServicerContext
-    ) -> None:
+    def __init__(self, guard: Guard, record: CallRecord, caller: Identity, context: grpc.ServicerContext) -> None:
         self.record = record
         self._guard = guard
         self._caller = caller
@@ -210,18 +216,17 @@ class _Call:
             end()
 
     def count(self, size: int, refuses: bool = True) -> None:
-        if self._caller is not None:
-            self._guard._quotas.count_bytes(self._caller, size, refuses)
+        self._guard._quotas.count_bytes(self._caller, size, refuses)
 
     def check(self, message: Any) -> None:
         """What a message asks for, against what is for the caller."""
-        if self._caller is None:
-            return
         if isinstance(message, pb.OpenSessionRequest):
             self._guard._quotas.count_open(self._caller)
             check_model_name(self._caller.limits, message.model_name)
             check_rank(self._caller.limits, message.cut.split_rank)  # 0 for sl, whose width the opener knows
-        elif isinstance(message, pb.EdgeMessage) and message.WhichOneof("body") in ("forward", "evaluate"):
+        elif isinstance(message, pb.EdgeMessage) and message.HasField("commit"):
+            # One that comes again after a reconnect counts again: only the session knows which it has seen, and the
+            # few that can be under way are no harm.
             seconds = self._guard._quotas.seconds_to_wait(self._caller)
             if seconds:
                 self._guard._wait(self._over, seconds)

@@ -19,7 +19,7 @@ class Limits:
     """Shell patterns, one of which a model's name has to match."""
 
     steps_per_second: float | None = None
-    """Mean over a few seconds; who is faster waits."""
+    """That are committed; a mean over a few seconds. Who is faster waits."""
 
     max_bytes_per_day: int | None = None
     """Of streams and uploads, both ways, in one day of UTC."""

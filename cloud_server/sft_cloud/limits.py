@@ -42,6 +42,12 @@ class TokenBucket:
         self._held -= amount
         return wait
 
+    def change(self, per_second: float, capacity: float, now: float) -> None:
+        """Fills at another rate from now on. What it holds, or lacks, stays."""
+        self._fill(now)
+        self._per_second = per_second
+        self._capacity = capacity
+
     def _fill(self, now: float) -> None:
         self._held = min(self._capacity, self._held + (now - self._at) * self._per_second)
         self._at = now
@@ -56,7 +62,6 @@ class _Usage:
     bytes_today: int = 0
     opens: TokenBucket | None = None
     steps: TokenBucket | None = None
-    steps_per_second: float | None = None
     seen_at: float = 0.0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -124,8 +129,12 @@ class Quotas:
             return 0.0
         usage, now = self._usage(caller), self._clock()
         with usage.lock:
-            if usage.steps is None or usage.steps_per_second != rate:  # a token's limits may change while we run
-                usage.steps, usage.steps_per_second = TokenBucket(rate, max(1.0, rate * BURST_SECONDS), now), rate
+            capacity = max(1.0, rate * BURST_SECONDS)
+            if usage.steps is None:
+                usage.steps = TokenBucket(rate, capacity, now)
+            # A token's limits may change while we run, and several tokens of one name may differ: a bucket filled
+            # anew would let who alternates between two of them take any number of steps.
+            usage.steps.change(rate, capacity, now)
             return usage.steps.take(1, now)
 
     def today(self) -> int:

@@ -154,8 +154,6 @@ def _watched(handler: Any, watch: Callable[[grpc.ServicerContext], Any]) -> grpc
     """A handler of the same kind whose call is watched until its last answer."""
     kind = f"{'stream' if handler.request_streaming else 'unary'}_{'stream' if handler.response_streaming else 'unary'}"
     behaviour = getattr(handler, kind)
-    if hasattr(behaviour, "experimental_non_blocking"):
-        return handler  # type: ignore[no-any-return]  # the health service's Watch, which nobody refuses
 
     def one_answer(request: Any, context: grpc.ServicerContext) -> Any:
         with watch(context):

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import grpc
 import torch
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from huggingface_hub.utils.tqdm import disable_progress_bars
 from transformers.utils import logging as transformers_logging
@@ -34,6 +33,8 @@ from sft_cloud.audit import AuditLog
 from sft_cloud.call_watch import CallWatch
 from sft_cloud.checkpoints import CheckpointStore
 from sft_cloud.guard import Guard
+from sft_cloud.health import SERVICE_NAME as HEALTH
+from sft_cloud.health import Health
 from sft_cloud.limit_options import LimitOptions
 from sft_cloud.limits import Quotas
 from sft_cloud.memory import MemoryBudget, default_budget
@@ -158,13 +159,9 @@ class CloudServer:
             self._worker, store, opener, self.sessions, access.identify, checkpoints, observer
         )
         pb_grpc.add_SplitTrainingServicer_to_server(self.service, self._server)
-        self._health = health.HealthServicer(
-            experimental_non_blocking=True, experimental_thread_pool=ThreadPoolExecutor(1, thread_name_prefix="health")
-        )
-        for name in ("", SERVICE_NAME):
-            self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        self._health = Health(("", SERVICE_NAME), self.call_watch)
+        self._health.add_to(self._server)
+        names = (SERVICE_NAME, HEALTH, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
         self.call_watch.start()
         self._server.start()
@@ -197,7 +194,7 @@ class CloudServer:
         self._stopping.set()
         for thread in self._threads:
             thread.join()
-        self._health.enter_graceful_shutdown()
+        self._health.stop_serving()
         self.service.drain()
         self._server.stop(grace_seconds).wait()
         self.call_watch.stop()

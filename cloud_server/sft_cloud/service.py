@@ -138,20 +138,21 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
             stream = StreamHandle(context.cancel)
             again = self.sessions.get(first.attach.session_id, caller).was_attached
             entry = self.sessions.attach(first.attach.session_id, caller, stream)
-            session_id = entry.session_id
+            session_id, answered = entry.session_id, first.answered
             self._observer.metrics.attached(caller.name, again)
             # Whoever held on to a session would keep its memory when it has ended.
-            del entry
+            del entry, first
             try:
                 # A call that ends while its thread waits for the worker must not hold the session until then.
                 if not context.add_callback(lambda: self._detach(session_id, caller, stream)):
                     return
-                yield from self._attached(session_id, caller, stream, first.answered)
+                yield from self._attached(session_id, caller, stream, answered)
                 while (message := self._wait_for_message(request_iterator, context)) is not None:
                     if message.WhichOneof("body") == "close":
                         self._end(session_id, caller, stream, DONE)
                         return
                     yield self._answer(session_id, caller, stream, message)
+                    del message  # a stream that idles must not keep it
             except Exception as error:
                 if ends_session(error):
                     reason = str(error) if isinstance(error, SFTError) else "internal error"

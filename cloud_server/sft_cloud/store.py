@@ -6,6 +6,7 @@ Every caller has a directory of its own, so that nobody can find out, or use, wh
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 import shutil
@@ -35,6 +36,8 @@ MAX_HEADER_BYTES = 4 << 20
 _ABANDONED_SECONDS = 24 * 3600
 _IN_USE_SECONDS = 24 * 3600
 """A blob that was used so recently is not deleted to make room."""
+
+_log = logging.getLogger(__name__)
 
 _DTYPES = (
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
@@ -92,13 +95,22 @@ class BlobStore:
             raise StorageError(f"cannot use {directory}: {error.strerror}; choose another --state-dir") from error
 
     def of(self, owner: Identity) -> BlobStore:
-        """The caller's own store, in a directory of this one; as large as its limits say, or as this one may be."""
+        """The caller's own store, in a directory of this one; as large as its limits say, or as this one may be.
+
+        Raises StorageError.
+        """
         limit = owner.limits.max_upload_bytes
         with self._lock:
             name = directory_name(owner)
             store = self._owners.get(name)
             if store is None:
-                store = self._owners[name] = BlobStore(self._directory / name)
+                try:
+                    store = self._owners[name] = BlobStore(self._directory / name)
+                except StorageError as error:  # whose sentence is for who runs the server: it names a path
+                    _log.error("uploads cannot be stored", extra={"fields": {"reason": str(error)}})
+                    raise StorageError(
+                        "the cloud cannot store uploads of yours; whoever runs it finds the reason in its log"
+                    ) from error
             store.max_bytes = self.max_bytes if limit is None else limit
             return store
 

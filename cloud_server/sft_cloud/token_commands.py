@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 
-from sft.config import at_least, parse, run
+from sft.config import above_zero, at_least, parse, run
 from sft.durations import Duration
 from sft.errors import UsageError
 from sft_cloud.identity import Limits
@@ -58,8 +58,8 @@ class CreateOptions:
             check_name(self.name)
         except ValueError as error:
             raise UsageError(f"--name: {error}") from error
-        at_least(self, 0, "expires", "steps_per_second", "max_sessions", "max_split_rank")
-        at_least(self, 0, "max_bytes_per_day", "max_upload_bytes")
+        at_least(self, 0, "expires", "max_sessions", "max_split_rank", "max_bytes_per_day", "max_upload_bytes")
+        above_zero(self, "steps_per_second")
 
     @property
     def limits(self) -> Limits:

@@ -12,6 +12,7 @@ import hashlib
 import hmac
 import json
 import logging
+import math
 import os
 import re
 import secrets
@@ -228,7 +229,9 @@ def _seconds(text: str) -> float:
 def _limits(values: dict[str, Any]) -> Limits:
     """Raises ValueError, TypeError for a name that is no limit."""
     for name, value in values.items():
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
+        if name == "steps_per_second":  # by which is divided
+            is_number = is_number and value > 0
         is_patterns = isinstance(value, (list, tuple)) and all(isinstance(pattern, str) for pattern in value)
         if not (is_patterns if name == "models" else is_number):
             raise ValueError(f"limit {name} cannot be {value!r}")

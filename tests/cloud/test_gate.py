@@ -1,26 +1,30 @@
 """Nobody reaches a method without an identity: the real server, over a loopback socket."""
 
+import socket
 import threading
-from types import SimpleNamespace
+import time
 
 import grpc
 import pytest
 import torch
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from support.calls import SECONDS, Stream, open_session, refusal
 from support.tiny_edge import attach
 from support.tls import make_token
 
+from sft.protocol import MAX_MESSAGE_BYTES
 from sft.v1 import split_training_pb2 as pb
 from sft.v1 import split_training_pb2_grpc as pb_grpc
 from sft_cloud import gate
 from sft_cloud.access import make_access
 from sft_cloud.access_options import AccessOptions
-from sft_cloud.serve import CloudServer
+from sft_cloud.health import CHECK
+from sft_cloud.serve import _SPARE_THREADS, CloudServer
 from sft_cloud.tokens import TokenFile
 
 Code = grpc.StatusCode
+CALLS_AT_A_TIME = 4 + _SPARE_THREADS
 STRANGER = (Code.UNAUTHENTICATED, "this server does not know the caller: it asks for a valid token")
 
 
@@ -84,8 +88,9 @@ def server(tmp_path, tokens, alice, refused):
 def calls(server):
     channels = []
 
-    def make(token=None):
-        channels.append(grpc.insecure_channel(server.address, options=[("grpc.use_local_subchannel_pool", 1)]))
+    def make(token=None, options=()):
+        options = [("grpc.use_local_subchannel_pool", 1), *options]
+        channels.append(grpc.insecure_channel(server.address, options=options))
         return Calls(channels[-1], token)
 
     yield make
@@ -144,6 +149,14 @@ def test_a_known_caller_reaches_every_method(calls, alice, refused, method):
     assert refused == []
 
 
+def test_who_calls_is_found_out_once(server, calls, alice, monkeypatch):
+    authentication, asked = server.access.gate._authentication, []
+    identify = authentication.identify
+    monkeypatch.setattr(authentication, "identify", lambda context: asked.append(context) or identify(context))
+    assert calls(alice).cloud.Status(pb.StatusRequest(), timeout=SECONDS).caller == "alice"
+    assert len(asked) == 1
+
+
 def test_the_health_check_is_for_everybody(calls):
     answer = calls().health.Check(health_pb2.HealthCheckRequest(), timeout=SECONDS)
     assert answer.status == health_pb2.HealthCheckResponse.SERVING
@@ -155,21 +168,97 @@ def test_who_watches_the_health_is_told_as_without_a_gate(calls, alice):
     watch.cancel()
 
 
-def test_who_watches_the_health_holds_no_thread(alice, tokens):
-    """grpc knows by an attribute that this method returns at once, and answers later."""
-    access = make_access(AccessOptions(tokens=tokens), "127.0.0.1")
-    watch = health.HealthServicer(experimental_non_blocking=True).Watch
-    handler = grpc.unary_stream_rpc_method_handler(watch)
-    details = SimpleNamespace(method="/any", invocation_metadata=(("authorization", f"Bearer {alice}"),))
-    guarded = access.gate.intercept_service(lambda details: handler, details)
-    assert guarded.unary_stream is not watch
-    assert guarded.unary_stream.experimental_non_blocking
+PATHS = [f"/sft.v1.SplitTraining/{method.name}" for method in pb.DESCRIPTOR.services_by_name["SplitTraining"].methods]
+PATHS += [
+    "/grpc.health.v1.Health/Watch",
+    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+    "/none/None",
+]
 
 
-def test_a_stranger_is_refused_before_its_message_is_there(calls):
+@pytest.mark.parametrize("path", PATHS)
+def test_a_stranger_is_refused_before_its_message_is_there(calls, path):
     """Else it could hold a thread, and have the server keep a message of 256 MB."""
-    call = calls().channel.stream_unary("/sft.v1.SplitTraining/OpenSession")
+    call = calls().channel.stream_unary(path)
     assert refusal(lambda: call(never(), timeout=SECONDS)) == STRANGER
+
+
+def test_a_strangers_health_check_is_answered_before_its_message_is_there(calls, alice):
+    """Else strangers could hold every thread, and those who hold a token would find none."""
+    check = calls().channel.stream_stream(CHECK)
+    serving = health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING).SerializeToString()
+    for _ in range(2 * CALLS_AT_A_TIME):
+        assert list(check(never(), timeout=SECONDS)) == [serving]
+    assert calls(alice).cloud.Status(pb.StatusRequest(), timeout=SECONDS).caller == "alice"
+
+
+@pytest.mark.parametrize("size", [100_000, MAX_MESSAGE_BYTES + 1])
+def test_no_message_of_a_health_check_is_read(calls, size):
+    """One that is larger than any may be would end its call, and one that is none would be refused."""
+    options = [("grpc.max_send_message_length", -1)]
+    check = calls(options=options).channel.stream_stream(CHECK)
+    assert len(list(check(iter([b"\xff" * size]), timeout=SECONDS))) == 1
+
+
+def test_a_health_check_whose_answer_is_not_read_holds_no_thread(server, calls, alice):
+    with Unreading(server.address) as stranger:
+        for _ in range(2 * CALLS_AT_A_TIME):
+            assert stranger.check() == "answered, and the call goes on"
+        assert calls(alice).cloud.Status(pb.StatusRequest(), timeout=SECONDS).caller == "alice"
+        server.call_watch._clock = lambda: time.monotonic() + 61
+        server.call_watch.look()
+        stranger.come_to_an_end(2 * CALLS_AT_A_TIME)
+
+
+class Unreading:
+    """A client by whose settings no byte of a message may be sent to it."""
+
+    def __init__(self, address):
+        host, port = address.rsplit(":", 1)
+        self._socket = socket.create_connection((host, int(port)), SECONDS)
+        self._socket.settimeout(SECONDS)
+        self._received = self._socket.makefile("rb")
+        self._next = 1
+        self._socket.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+        self._send(4, 0, 0, b"\0\4\0\0\0\0")  # SETTINGS: initial window size 0
+
+    def check(self):
+        """Begins a call."""
+        names = {":method": "POST", ":scheme": "http", ":path": CHECK, ":authority": "here"}
+        names.update({"content-type": "application/grpc", "te": "trailers"})
+        number, self._next = self._next, self._next + 2
+        literal = [text.encode() for pair in names.items() for text in pair]
+        block = b"".join(
+            (b"\0" if place % 2 == 0 else b"") + bytes([len(text)]) + text for place, text in enumerate(literal)
+        )
+        self._send(1, 4, number, block)
+        while True:
+            kind, flags, stream = self._receive()
+            if kind == 4 and not flags:
+                self._send(4, 1, 0, b"")
+            if stream == number and kind == 1:
+                return "refused" if flags & 1 else "answered, and the call goes on"
+
+    def come_to_an_end(self, count):
+        """Returns when so many calls were broken off."""
+        while count:
+            count -= self._receive()[0] == 3
+
+    def _send(self, kind, flags, stream, payload):
+        head = len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big")
+        self._socket.sendall(head + payload)
+
+    def _receive(self):
+        head = self._received.read(9)
+        self._received.read(int.from_bytes(head[:3], "big"))
+        return head[3], head[4], int.from_bytes(head[5:], "big")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._received.close()
+        self._socket.close()
 
 
 def test_a_run_of_a_known_caller_is_as_without_a_gate(calls, alice, edge):

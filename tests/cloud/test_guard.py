@@ -1,6 +1,7 @@
 """What a real server does with callers that send too much, too fast, too slowly, or nothing at all."""
 
 import json
+import sys
 import threading
 import time
 from collections import Counter
@@ -17,11 +18,14 @@ from sft.protocol import CLIENT_OPTIONS
 from sft.v1 import split_training_pb2 as pb
 from sft_cloud.access import Access
 from sft_cloud.audit import AuditLog
+from sft_cloud.guard import _Guarded
+from sft_cloud.health import WATCH
 from sft_cloud.identity import ANONYMOUS, Identity, Limits
 from sft_cloud.limit_options import LimitOptions
 from sft_cloud.limits import SPARE_CALLS
 
 SERVICE = "/sft.v1.SplitTraining/"
+REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
 METHODS = ("OpenSession", "UploadBlob", "Train", "DownloadWeights")
 
 
@@ -147,7 +151,7 @@ def test_what_is_no_message_is_refused_as_such(server, raw, method):
 
 
 def test_other_services_do_not_tell_what_went_wrong_inside(server, raw):
-    code, details = refusal(lambda: list(raw(server.address, "/grpc.health.v1.Health/Check", iter([b"\xff\xff"]))))
+    code, details = refusal(lambda: list(raw(server.address, "/grpc.health.v1.Health/Watch", iter([b"\xff\xff"]))))
     assert (code, details) == (grpc.StatusCode.INVALID_ARGUMENT, "what came is no message")
 
 
@@ -195,8 +199,8 @@ def test_a_call_that_says_nothing_is_ended(server, raw, never, method):
     assert refusal(lambda: list(call))[0] is grpc.StatusCode.CANCELLED
 
 
-def test_half_a_health_check_is_ended_too(server, raw, never):
-    call = raw(server.address, "/grpc.health.v1.Health/Check", never())
+def test_half_a_health_watch_is_ended_too(server, raw, never):
+    call = raw(server.address, "/grpc.health.v1.Health/Watch", never())
     assert overdue(server, "no first message") == 1
     assert refusal(lambda: list(call))[0] is grpc.StatusCode.CANCELLED
 
@@ -206,8 +210,55 @@ def test_a_health_check_may_go_on(server):
         watching = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=SECONDS)
         assert next(watching).status == health_pb2.HealthCheckResponse.SERVING
         server.service.drain()
-        server._health.enter_graceful_shutdown()
-        assert next(watching).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        server._health.stop_serving()
+        assert [answer.status for answer in watching] == [health_pb2.HealthCheckResponse.NOT_SERVING]
+
+
+def test_a_service_that_there_is_not_is_not_watched(server):
+    with grpc.insecure_channel(server.address) as channel:
+        request = health_pb2.HealthCheckRequest(service="other")
+        watching = health_pb2_grpc.HealthStub(channel).Watch(request, timeout=SECONDS)
+        assert [answer.status for answer in watching] == [health_pb2.HealthCheckResponse.SERVICE_UNKNOWN]
+
+
+def test_a_health_watch_takes_messages_of_its_size(server, raw):
+    code, details = refusal(lambda: list(raw(server.address, WATCH, iter([bytes((1 << 16) + 1)]))))
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert "this method takes at most 65536" in details
+
+
+def test_a_health_watch_ends_when_it_was_idle_for_long_or_its_caller_goes(server):
+    usage = server.quotas._usage(ANONYMOUS)
+    with grpc.insecure_channel(server.address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        gone, idle = (stub.Watch(health_pb2.HealthCheckRequest(), timeout=SECONDS) for _ in range(2))
+        next(gone), next(idle)
+        gone.cancel()
+        server.call_watch._waits.come("idle stream")
+        overdue(server, "idle stream", seconds=1801)
+        assert refusal(lambda: next(idle))[0] is grpc.StatusCode.CANCELLED
+    server.stop()  # which returns when every call has ended
+    assert usage.calls == 0
+
+
+@pytest.mark.parametrize("method", [WATCH, REFLECTION])
+def test_calls_of_other_services_are_counted_too(start_server, connect, raw, never, method):
+    server = start_server(access=Access(identify=named(max_sessions=1)))
+    held = [raw(server.address, method, never()) for _ in range(1 + SPARE_CALLS)]
+    server.call_watch._waits.come("no first message", len(held))
+    code, details = refusal(lambda: connect(server.address).Status(pb.StatusRequest(), timeout=SECONDS))
+    assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "5 calls of yours are running" in details
+    for call in held:
+        call.cancel()
+
+
+@pytest.mark.parametrize("method", [WATCH, REFLECTION])
+def test_bytes_of_other_services_are_counted_too(start_server, raw, method):
+    server = start_server(access=Access(identify=named(max_bytes_per_day=1000)))
+    code, details = refusal(lambda: list(raw(server.address, method, iter([bytes(1001)]))))
+    assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "1000 bytes that are yours for a day" in details
 
 
 def test_an_upload_that_stops_half_way_is_ended_and_leaves_nothing(server, connect, edge, never, tmp_path):
@@ -228,6 +279,36 @@ def test_a_stream_on_which_nothing_comes_is_ended_later(server, connect, edge):
     assert overdue(server, "idle stream", seconds=1799) == 0
     assert overdue(server, "idle stream", seconds=1801) == 1
     assert refusal(lambda: next(stream.call))[0] is grpc.StatusCode.CANCELLED
+
+
+def test_a_stream_that_idles_keeps_no_message(server, connect, edge, monkeypatch):
+    came, messages, answers = [], [], []
+    parsed, serialized = _Guarded._parsed, _Guarded._serialized
+
+    def parse(guarded, data):
+        came.append(data)
+        messages.append(parsed(guarded, data))
+        return messages[-1]
+
+    def serialize(guarded, response):
+        answers.append(response)
+        return serialized(guarded, response)
+
+    stub = connect(server.address)
+    session_id = open_session(stub, edge)
+    monkeypatch.setattr(_Guarded, "_parsed", parse)
+    monkeypatch.setattr(_Guarded, "_serialized", serialize)
+    stream = Stream(stub, attach(session_id))
+    next(stream.call)
+    server.call_watch._waits.come("idle stream")
+    made = [bytes(100_000)]
+    (alone,) = [sys.getrefcount(one) for one in (*made,)]
+    assert [sys.getrefcount(one) for one in (*came, *messages, *answers)] == [alone] * 3
+    stream.ask(edge.forward(0))
+    server.call_watch._waits.come("idle stream", so_far=2)
+    # The answer to a forward is remembered for who reconnects.
+    assert [sys.getrefcount(one) for one in (*came, *messages)] == [alone] * 4
+    stream.end()
 
 
 def test_answers_that_are_not_read_end_the_stream(server, connect, make_edge):
@@ -319,8 +400,11 @@ def test_who_is_too_fast_waits(server, connect, edge):
     next(stream.call)
     for step in range(4):
         stream.ask(edge.forward(step, commit=edge.commit_part(step - 1) if step else None))
-    stream.ask(edge.evaluate(commit=edge.commit_part(3)))
-    assert waits == pytest.approx([1.0, 3.0, 5.0, 7.0])  # the first was free, and half of the second
+        for micro_batch in (1, 2):  # which make a step longer, not two
+            stream.ask(edge.forward(step, micro_batch))
+        stream.ask(edge.evaluate())
+    stream.ask(edge.commit(3))
+    assert waits == pytest.approx([1.0, 3.0, 5.0])  # the first was free, and half of the second
 
 
 def test_a_caller_that_waits_for_its_turn_can_go(server, connect, edge):
@@ -332,7 +416,8 @@ def test_a_caller_that_waits_for_its_turn_can_go(server, connect, edge):
     stream = Stream(stub, attach(open_session(stub, edge)))
     next(stream.call)
     stream.ask(edge.forward(0))
-    stream.outgoing.put(edge.forward(0, 1))
+    stream.ask(edge.forward(1, commit=edge.commit_part(0)))
+    stream.send(edge.commit(1))
     assert entered.wait(SECONDS)
     stream.call.cancel()
     server.stop()  # which returns when every call has ended
@@ -362,10 +447,15 @@ def test_what_happened_is_in_the_audit_log(start_server, connect, edge, tmp_path
     assert session_id not in text
 
 
-def test_the_waits_are_options(start_server, connect, raw, never):
-    server = start_server(limits=LimitOptions(stall_timeout=Duration("5s"), idle_timeout=Duration("20s")))
+def test_the_waits_are_options(start_server, connect, edge, raw, never):
+    server = start_server(limits=LimitOptions(stall_timeout=Duration("100s"), idle_timeout=Duration("200s")))
     call = raw(server.address, "Train", never())
-    assert overdue(server, "no first message", seconds=4) == 0
-    assert overdue(server, "no first message", seconds=6) == 1
+    assert overdue(server, "no first message", seconds=60) == 0
+    assert overdue(server, "no first message", seconds=101) == 1
     assert refusal(lambda: list(call))[0] is grpc.StatusCode.CANCELLED
-    assert ANONYMOUS.limits == Limits()
+    stub = connect(server.address)
+    stream = Stream(stub, attach(open_session(stub, edge)))
+    next(stream.call)
+    assert overdue(server, "idle stream", seconds=160) == 0
+    assert overdue(server, "idle stream", seconds=201) == 1
+    assert refusal(lambda: next(stream.call))[0] is grpc.StatusCode.CANCELLED

@@ -104,10 +104,20 @@ def test_a_slow_rate_lets_one_step_through(quotas):
     assert quotas.seconds_to_wait(alice) == pytest.approx(100)
 
 
-def test_a_rate_that_changes_counts_anew(quotas):
+def test_a_rate_that_changes_counts_from_then_on(quotas, clock):
     for _ in range(5):
-        quotas.seconds_to_wait(caller(steps_per_second=0.01))
+        quotas.seconds_to_wait(caller(steps_per_second=0.01))  # four too many
+    assert quotas.seconds_to_wait(caller(steps_per_second=100.0)) == pytest.approx(0.05)
+    clock.now += 1
     assert quotas.seconds_to_wait(caller(steps_per_second=100.0)) == 0.0
+
+
+def test_who_alternates_between_two_tokens_takes_no_more_steps(quotas):
+    slow, other = caller(steps_per_second=1.0), caller(steps_per_second=1.1)
+    waits = [quotas.seconds_to_wait(one) for _ in range(10) for one in (slow, other)]
+    assert waits[:3] == [0.0] * 3  # three seconds' worth
+    assert all(wait > 0 for wait in waits[3:])
+    assert waits[-1] == pytest.approx(17 / 1.1)
 
 
 def test_callers_that_are_long_gone_are_forgotten(quotas, clock):

@@ -35,6 +35,14 @@ def test_a_blob_is_found_under_its_hash(store, tmp_path):
     assert BlobStore(tmp_path / "state" / "blobs").find(SHA256) is not None
 
 
+def test_a_caller_whose_directory_cannot_be_made_learns_no_path_of_the_server(store, tmp_path, caplog):
+    (tmp_path / "state" / "blobs" / "alice").write_text("in the way")
+    with pytest.raises(StorageError, match="the cloud cannot store uploads of yours") as caught:
+        store.of(Identity("alice"))
+    assert str(tmp_path) not in str(caught.value)
+    assert str(tmp_path / "state" / "blobs" / "alice") in caplog.records[0].fields["reason"]
+
+
 def test_what_is_there_is_not_read_again(store):
     store.add(SHA256, len(CONTENT), CHUNKS)
     chunks = iter(CHUNKS)

@@ -89,7 +89,8 @@ def test_one_token_of_a_name_is_revoked_by_its_id(run, file):
         (["create", "--name", "../alice"], "--name: '../alice' cannot be a caller's name"),
         (["create"], "--name must be given"),
         (["create", "--name", "a", "--max-sessions", "-1"], "--max-sessions must be 0 or more"),
-        (["create", "--name", "a", "--steps-per-second", "nan"], "--steps-per-second must be 0 or more"),
+        (["create", "--name", "a", "--steps-per-second", "nan"], "--steps-per-second must be above 0"),
+        (["create", "--name", "a", "--steps-per-second", "0"], "--steps-per-second must be above 0, not 0"),
         (["create", "--name", "a", "--expires", "90"], "--expires: '90' is not a duration"),
         (["create", "--name", "a", "--token", "x"], "unrecognized arguments: --token x"),  # secrets are no flags
         (["list"], "token file"),

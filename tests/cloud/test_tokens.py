@@ -108,6 +108,8 @@ BAD = {
     "a list": lambda good: "[]",
     "another version": lambda good: good.replace('"version": 1', '"version": 2'),
     "a limit that there is not": lambda good: good.replace("max_sessions", "max_cats"),
+    "no steps at all": lambda good: good.replace('"steps_per_second": 1.5', '"steps_per_second": 0'),
+    "steps without end": lambda good: good.replace('"steps_per_second": 1.5', '"steps_per_second": Infinity'),
     "a limit that is text": lambda good: good.replace('"max_sessions": 2', '"max_sessions": "2"'),
     "a negative limit": lambda good: good.replace('"max_sessions": 2', '"max_sessions": -2'),
     "models that are text": lambda good: good.replace('"bert-*"', "7"),
