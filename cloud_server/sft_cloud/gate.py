@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 
 from sft_cloud.authentication import Authentication
+from sft_cloud.background import repeat
 from sft_cloud.errors import UnauthenticatedError
 from sft_cloud.identity import Identity
 
@@ -64,8 +65,7 @@ class Gate(grpc.ServerInterceptor):
 
     def watch(self, stop: threading.Event) -> None:
         """Ends such calls every few seconds until `stop`, in a thread of the caller's."""
-        while not stop.wait(RECHECK_SECONDS):
-            self.end_stale_calls()
+        repeat(self.end_stale_calls, RECHECK_SECONDS, stop)
 
     def end_stale_calls(self) -> None:
         """Ends what runs for callers that would not be let in now, though it waits for them and nothing happens."""

@@ -12,6 +12,7 @@ import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from sft.errors import UsageError
+from sft_cloud import tls
 from sft_cloud.access import is_loopback, make_access
 from sft_cloud.access_options import AccessOptions
 from sft_cloud.serve import CloudServer
@@ -91,6 +92,25 @@ def test_files_that_are_gone_or_torn_leave_the_pair_in_use(start, pair, certific
         assert shown(server)[0] == der(certificates.server.cert)
         assert [record.message for record in caplog.records] == ["the certificate of before stays in use"]
     assert check_health(server, certificates.ca) == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_a_pair_that_could_not_be_read_at_first_is_taken_all_the_same(pair, certificates, monkeypatch):
+    cert, key = pair
+    now = [0.0]
+    server_tls = ServerTls(cert, key, None, retry_clock=lambda: now[0])
+    shutil.copy(certificates.expired_server.key, key)
+    shutil.copy(certificates.expired_server.cert, cert)
+
+    def fails(path, what):
+        raise UsageError(f"{what} {path}: Too many open files")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tls, "read_file", fails)
+        assert server_tls.changed() is None
+    assert server_tls.changed() is None  # it is not time yet
+    now[0] += 1.0
+    assert server_tls.changed() is not None
+    assert server_tls.changed() is None
 
 
 def test_a_new_client_ca_counts_for_new_connections(start, tmp_path, certificates):
