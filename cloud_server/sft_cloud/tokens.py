@@ -71,6 +71,11 @@ def make_limits(values: Mapping[str, Any]) -> Limits:
     return Limits(**fitting)
 
 
+def largest_limit(name: str) -> int:
+    """What a limit can be: as much as the wire's numbers hold."""
+    return 2**32 - 1 if name in ("max_sessions", "max_split_rank") else 2**63
+
+
 def check_name(name: str) -> str:
     """`name`, if a caller can be called so. Raises ValueError."""
     if not _NAME.fullmatch(name) or name == ANONYMOUS.name:
@@ -224,15 +229,13 @@ def _limits(values: dict[str, Any]) -> Limits:
     """Raises ValueError, TypeError for a name that is no limit."""
     for name, value in values.items():
         kinds = (int, float) if name == "steps_per_second" else int
-        is_number = isinstance(value, kinds) and not isinstance(value, bool) and 0 <= value < _MOST
+        is_number = isinstance(value, kinds) and not isinstance(value, bool) and 0 <= value <= largest_limit(name)
         is_patterns = isinstance(value, (list, tuple)) and all(isinstance(pattern, str) for pattern in value)
         if not (is_patterns if name == "models" else is_number):
             raise ValueError(f"limit {name} cannot be {value!r}")
     return make_limits(values)
 
 
-_MOST = 2**63
-"""Of any limit: what the wire's numbers hold."""
 _TIMES = ("created", "expires", "revoked")
 LIMIT_NAMES = tuple(limit.name for limit in fields(Limits))
 """Of every limit that a token can have."""

@@ -1,5 +1,6 @@
 """Nobody reaches a method without an identity: the real server, over a loopback socket."""
 
+import logging
 import threading
 from types import SimpleNamespace
 
@@ -17,8 +18,9 @@ from sft.v1 import split_training_pb2_grpc as pb_grpc
 from sft_cloud import gate
 from sft_cloud.access import make_access
 from sft_cloud.access_options import AccessOptions
+from sft_cloud.authentication import Authentication
 from sft_cloud.serve import CloudServer
-from sft_cloud.tokens import TokenFile
+from sft_cloud.tokens import LiveTokens, TokenFile
 
 Code = grpc.StatusCode
 STRANGER = (Code.UNAUTHENTICATED, "this server does not know the caller: it asks for a valid token")
@@ -136,6 +138,26 @@ def test_strangers_reach_no_method(calls, alice, refused, method):
     assert refusal(lambda: call(calls("sft_" + "0" * 12 + "_" + "x" * 43))) == STRANGER
     assert refusal(lambda: call(calls(alice[:-1] + ("A" if alice[-1] != "A" else "B")))) == STRANGER
     assert refused == [("ipv4", "no token")] + 2 * [("ipv4", "a token that is none of those here")]
+
+
+def test_strangers_cannot_fill_the_log(tokens, alice, caplog):
+    now = [0.0]
+    strangers = gate.Gate(Authentication(LiveTokens(tokens), needs_certificate=False), clock=lambda: now[0])
+    details = SimpleNamespace(method="/any", invocation_metadata=())
+
+    def call():
+        context = SimpleNamespace(peer=lambda: "ipv4:192.0.2.1:1", abort=lambda code, sentence: None)
+        strangers.intercept_service(lambda details: None, details).stream_stream(None, context)
+
+    with caplog.at_level(logging.INFO):
+        for _ in range(1000):
+            call()
+        assert [record.message for record in caplog.records] == gate.REFUSALS_PER_SECOND * ["caller refused"]
+        now[0] += 1
+        call()
+        call()
+    fields = [record.fields for record in caplog.records[-2:]]
+    assert [one.get("left_out_before") for one in fields] == [1000 - gate.REFUSALS_PER_SECOND, None]
 
 
 @pytest.mark.parametrize("method", EVERY_METHOD)
