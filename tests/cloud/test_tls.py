@@ -5,13 +5,17 @@ import re
 import shutil
 import socket
 import ssl
+import tempfile
 
 import grpc
 import pytest
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from sft.access import AccessOptions as ClientOptions
+from sft.access import read_credentials
 from sft.errors import UsageError
+from sft.handshake import look_at_tls, why_no_handshake
 from sft_cloud import tls
 from sft_cloud.access import is_loopback, make_access
 from sft_cloud.access_options import AccessOptions
@@ -139,6 +143,19 @@ def test_a_new_client_ca_counts_for_new_connections(start, tmp_path, certificate
         grpc.StatusCode.UNAVAILABLE,
         serving,
     ]
+
+
+def test_a_look_at_a_server_that_asks_for_a_certificate_writes_no_key_anywhere(
+    start, tmp_path, certificates, monkeypatch
+):
+    server = start(certificates.server.cert, certificates.server.key, certificates.ca)
+    alice = {"tls_cert": certificates.alice.cert, "tls_key": certificates.alice.key}
+    shown = read_credentials(ClientOptions(server=server.address, tls_ca=certificates.ca, **alice))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    with pytest.raises(FileNotFoundError):
+        tempfile.mkstemp()
+    assert look_at_tls("127.0.0.1", server.port, shown, SECONDS).version.startswith("TLSv1.")
+    assert why_no_handshake("127.0.0.1", server.port, shown, SECONDS) is None
 
 
 @pytest.mark.filterwarnings("ignore:ssl.TLSVersion:DeprecationWarning")
