@@ -2,9 +2,12 @@
 
 import threading
 
+import torch
 from support.calls import SECONDS
 
+from sft_cloud import serve
 from sft_cloud.background import repeat
+from sft_cloud.registry import Registry
 
 
 def test_an_error_is_logged_and_ends_nothing(caplog):
@@ -28,3 +31,21 @@ def test_nothing_is_done_once_it_is_over():
     stop = threading.Event()
     stop.set()
     repeat(lambda: 1 / 0, 0.0, stop)
+
+
+def test_the_housekeeper_outlives_an_error(tmp_path, monkeypatch):
+    looks, again = [], threading.Event()
+
+    def reap(registry):
+        looks.append(None)
+        if len(looks) == 1:
+            raise KeyError("a bug")
+        again.set()
+
+    monkeypatch.setattr(Registry, "reap", reap)
+    monkeypatch.setattr(serve, "_HOUSEKEEPING_SECONDS", 0.01)
+    server = serve.CloudServer("127.0.0.1", 0, torch.device("cpu"), tmp_path, None, 1, 1)
+    try:
+        assert again.wait(SECONDS)
+    finally:
+        server.stop(grace_seconds=0)
