@@ -16,6 +16,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from sft.errors import StorageError
+from sft_cloud.sparing import Sparing
 
 MAX_TEXT = 200
 """Characters of a value."""
@@ -34,9 +35,7 @@ class AuditLog:
         self._path = path
         self._wall_clock = wall_clock
         self._lock = threading.Lock()
-        self._second = 0
-        self._refusals = 0
-        self._left_out = 0
+        self._refusals = Sparing(REFUSALS_PER_SECOND, wall_clock)
         self._is_broken = False
         if path is not None:
             try:
@@ -50,8 +49,12 @@ class AuditLog:
             return
         with self._lock:
             now = self._wall_clock()
-            if what == "refused" and not self._may_refuse(now, fields):
-                return
+            if what == "refused":
+                left_out = self._refusals.take()
+                if left_out is None:
+                    return
+                if left_out:
+                    fields["left_out_before"] = left_out
             entry: dict[str, object] = {
                 "time": datetime.fromtimestamp(now, timezone.utc).isoformat(timespec="milliseconds"),
                 "who": who,
@@ -67,17 +70,6 @@ class AuditLog:
                 if not self._is_broken:
                     _log.error("the audit log cannot be written", extra={"fields": {"reason": error.strerror}})
                 self._is_broken = True
-
-    def _may_refuse(self, now: float, fields: dict[str, object]) -> bool:
-        if int(now) != self._second:
-            self._second, self._refusals = int(now), 0
-        self._refusals += 1
-        if self._refusals > REFUSALS_PER_SECOND:
-            self._left_out += 1
-            return False
-        if self._left_out:
-            fields["left_out_before"], self._left_out = self._left_out, 0
-        return True
 
 
 def _append(path: Path, line: bytes) -> None:

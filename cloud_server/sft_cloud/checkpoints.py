@@ -22,12 +22,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import quote
 
 from sft.errors import CheckpointError, ProtocolError, StorageError
 from sft.manifests import MANIFEST_FILE, MAX_MANIFEST_BYTES, FileEntry, Manifest, Measured, is_run_id, read_manifest
 from sft.manifests import is_whole as file_is_whole
 from sft_cloud.checkpoint_files import Files, open_files
+from sft_cloud.identity import Identity
+from sft_cloud.store import directory_name
 
 _log = logging.getLogger(__name__)
 
@@ -59,11 +60,11 @@ class CheckpointStore:
         """Those of one run. `owner` is the name of whom it belongs to. Raises ProtocolError for an odd id."""
         if not is_run_id(run_id):
             raise ProtocolError("run_id must be 32 lower-case hexadecimal digits")
-        return RunCheckpoints(self._files, f"{_directory_of(owner)}/{run_id}", run_id)
+        return RunCheckpoints(self._files, f"{directory_name(Identity(owner))}/{run_id}", run_id)
 
     def held_bytes(self, owner: str) -> int:
         """Of all checkpoints of all runs of one owner. Raises StorageError."""
-        directory, held = _directory_of(owner), 0
+        directory, held = directory_name(Identity(owner)), 0
         for run_id in self._files.children(directory):
             for name in self._files.children(f"{directory}/{run_id}"):
                 data = self._files.read(f"{directory}/{run_id}/{name}/{MANIFEST_FILE}", MAX_MANIFEST_BYTES)
@@ -160,9 +161,3 @@ def _step_of(name: str) -> int:
     """-1 for what is none of ours."""
     match = re.fullmatch(r"(\d{1,18})-[0-9a-f]{8}", name)
     return int(match[1]) if match else -1
-
-
-def _directory_of(owner: str) -> str:
-    """A name that is a directory's everywhere, and nobody else's."""
-    quoted = quote(owner, safe="").replace(".", "%2E") or "%00"
-    return quoted if len(quoted) <= 200 else f"%{hashlib.sha256(owner.encode()).hexdigest()}"

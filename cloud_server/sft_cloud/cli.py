@@ -38,7 +38,8 @@ class ServeOptions:
     """CPU threads that torch computes with (default: torch's own choice)"""
 
     model_dir: Path | None = None
-    """directory of models, each under its name; looked into before the hub and its cache"""
+    """directory of models, each under its name; looked into before the hub's cache, and before the hub with
+    --download-models"""
 
     state_dir: Path = _DEFAULT_STATE_DIR
     """directory for the weights that edges upload, kept by content hash"""

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import grpc
 
 from sft_cloud.authentication import Authentication
+from sft_cloud.background import repeat
 from sft_cloud.errors import UnauthenticatedError
 from sft_cloud.health import CHECK
 from sft_cloud.identity import Identity
+from sft_cloud.sparing import Sparing
 
 OPEN_METHODS = (CHECK,)
 """What load balancers and containers ask; it says no more than whether the server serves, and reads no request."""
 
 RECHECK_SECONDS = 10.0
 """How much longer than its identity a call may last in which nothing happens."""
+
+REFUSALS_PER_SECOND = 10
+"""Lines of the log about strangers; more are counted, and how many is said in the next one."""
 
 _KINDS: dict[tuple[bool, bool], tuple[str, Any]] = {
     (False, False): ("unary_unary", grpc.unary_unary_rpc_method_handler),
@@ -37,11 +43,15 @@ class Gate(grpc.ServerInterceptor):
     """Refuses strangers with UNAUTHENTICATED, and ends calls whose caller is not let in any more."""
 
     def __init__(
-        self, authentication: Authentication, on_refused: Callable[[str, str], None] = lambda peer, reason: None
+        self,
+        authentication: Authentication,
+        on_refused: Callable[[str, str], None] = lambda peer, reason: None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`on_refused` is told the peer's address and why, for an audit log."""
         self._authentication = authentication
         self._on_refused = on_refused
+        self._lines = Sparing(REFUSALS_PER_SECOND, clock)
         self._running: dict[grpc.ServicerContext, Identity] = {}
         self._lock = threading.Lock()
 
@@ -71,8 +81,7 @@ class Gate(grpc.ServerInterceptor):
 
     def watch(self, stop: threading.Event) -> None:
         """Ends such calls every few seconds until `stop`, in a thread of the caller's."""
-        while not stop.wait(RECHECK_SECONDS):
-            self.end_stale_calls()
+        repeat(self.end_stale_calls, RECHECK_SECONDS, stop)
 
     def end_stale_calls(self) -> None:
         """Ends what runs for callers that would not be let in now, though it waits for them and nothing happens."""
@@ -131,6 +140,13 @@ class Gate(grpc.ServerInterceptor):
             del message  # a stream that idles must not keep it
 
     def _refuse(self, context: grpc.ServicerContext, error: UnauthenticatedError) -> None:
-        _log.info("caller refused", extra={"fields": {"peer": context.peer(), "reason": error.reason}})
+        left_out = self._lines.take()
+        if left_out is not None:
+            fields = {
+                "peer": context.peer(),
+                "reason": error.reason,
+                **({"left_out_before": left_out} if left_out else {}),
+            }
+            _log.info("caller refused", extra={"fields": fields})
         self._on_refused(context.peer(), error.reason)
         context.abort(grpc.StatusCode.UNAUTHENTICATED, str(error))

@@ -103,7 +103,8 @@ class Watch:
 
 
 class CallObserver(grpc.ServerInterceptor):
-    """Counts the calls that end with an error, and makes spans of the others; before anything else sees them."""
+    """Counts the calls that end with an error, and makes spans of those of known callers; before anything else sees
+    them."""
 
     def __init__(
         self, metrics: Metrics, tracer: Tracer, tenant_of: Callable[[grpc.ServicerContext], str] = lambda _: UNKNOWN
@@ -133,7 +134,8 @@ class CallObserver(grpc.ServerInterceptor):
 
     @contextmanager
     def _call(self, method: str, parent: str, context: grpc.ServicerContext) -> Iterator[None]:
-        span = self._tracer.server_span(method, parent) if parent else NO_SPAN
+        # None for strangers, whom nobody behind this lets in: they could make as many as they like.
+        span = self._tracer.server_span(method, parent) if parent and self._is_known(context) else NO_SPAN
         try:
             with span:
                 yield
@@ -142,6 +144,13 @@ class CallObserver(grpc.ServerInterceptor):
             if isinstance(code, grpc.StatusCode):  # none where the edge has gone
                 self._metrics.refused(self._tenant(context), method, code.name, _reason(error, code))
             raise
+
+    def _is_known(self, context: grpc.ServicerContext) -> bool:
+        try:
+            self._tenant_of(context)
+        except SFTError:
+            return False
+        return True
 
     def _tenant(self, context: grpc.ServicerContext) -> str:
         try:

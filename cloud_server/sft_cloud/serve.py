@@ -30,6 +30,7 @@ from sft.v1 import split_training_pb2_grpc as pb_grpc
 from sft_cloud.access import Access, make_access
 from sft_cloud.access_options import AccessOptions
 from sft_cloud.audit import AuditLog
+from sft_cloud.background import repeat
 from sft_cloud.call_watch import CallWatch
 from sft_cloud.checkpoints import CheckpointStore
 from sft_cloud.guard import Guard
@@ -202,8 +203,7 @@ class CloudServer:
         self._executor.shutdown()
 
     def _keep_house(self) -> None:
-        while not self._stopping.wait(_HOUSEKEEPING_SECONDS):
-            self.sessions.reap()
+        repeat(self.sessions.reap, _HOUSEKEEPING_SECONDS, self._stopping)
 
 
 def serve(

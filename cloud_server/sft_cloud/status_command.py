@@ -54,13 +54,13 @@ def as_json(status: pb.StatusResponse) -> str:
 
 
 def as_text(status: pb.StatusResponse, address: str) -> str:
-    """A few lines, and a table of the sessions."""
+    """A few lines, and a table of the sessions, of a status that was `tidied`."""
     lines = [
         f"{address}: sft-cloud {status.package_version}, protocol {status.protocol_version}, on {status.device}, "
         f"up for {_duration(status.uptime_seconds)}" + (", stopping" if status.stopping else ""),
         f"{status.open_sessions} of {status.max_sessions} sessions; "
         f"one outlives its stream for {_duration(status.session_timeout_seconds)}",
-        f"you are {_plain(status.caller)}" + _until(status.token_expires_unix_seconds),
+        f"you are {status.caller}" + _until(status.token_expires_unix_seconds),
     ]
     if status.sessions:
         lines += ["", *_table(status)]
@@ -85,9 +85,9 @@ def _table(status: pb.StatusResponse) -> list[str]:
 
 def _row(session: pb.SessionStatus) -> tuple[str, ...]:
     return (
-        _plain(session.label),
-        _plain(session.owner),
-        _plain(session.model_name) or "-",
+        session.label,
+        session.owner,
+        session.model_name or "-",
         str(session.split_rank or "-"),
         str(session.next_step),
         _duration(session.age_seconds),
@@ -96,11 +96,6 @@ def _row(session: pb.SessionStatus) -> tuple[str, ...]:
         _bytes(session.bytes_sent),
         "yes" if session.attached else "no",
     )
-
-
-def _plain(text: str) -> str:
-    """What others chose must not be able to write to a terminal what it likes."""
-    return "".join(character if character.isprintable() else "?" for character in text[:80])
 
 
 def _until(unix_seconds: float) -> str:

@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 
 from sft.errors import UsageError
+from sft_cloud.reread import Reread
 from sft_cloud.secret_files import read_file, signature
 
 _log = logging.getLogger(__name__)
@@ -35,15 +36,21 @@ class ServerTls:
     """What `grpc.server` needs to speak TLS, 1.2 or later."""
 
     def __init__(
-        self, cert: Path, key: Path, client_ca: Path | None, dashes: str = "", clock: Callable[[], float] = time.time
+        self,
+        cert: Path,
+        key: Path,
+        client_ca: Path | None,
+        dashes: str = "",
+        clock: Callable[[], float] = time.time,
+        retry_clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`dashes`: `--` where files were named by flags, of which errors then speak. Raises UsageError."""
         self._cert, self._key, self._client_ca = cert, key, client_ca
         self._dashes = dashes
         self._lock = threading.Lock()
-        self._signatures = self._look()
-        self._pair = self._read()
-        expires = self._pair.expires_unix_seconds
+        # Half of a change that is under way is an error, too: its second half is noticed as a change of its own.
+        self._files = Reread(self._look, self._read, "the certificate of before stays in use", retry_clock)
+        expires = self.expires_unix_seconds
         if clock() >= expires:
             day = datetime.fromtimestamp(expires, timezone.utc).date().isoformat()
             _log.warning("the server's certificate has expired: edges will refuse it", extra={"fields": {"on": day}})
@@ -51,7 +58,7 @@ class ServerTls:
     @property
     def expires_unix_seconds(self) -> float:
         """When the certificate in use expires."""
-        return self._pair.expires_unix_seconds
+        return self._files.value.expires_unix_seconds
 
     def credentials(self) -> grpc.ServerCredentials:
         """For `add_secure_port`."""
@@ -64,25 +71,18 @@ class ServerTls:
     def changed(self) -> grpc.ServerCertificateConfiguration | None:
         """What is new since the last call; gRPC asks at every handshake. A bad pair leaves the old one in use."""
         with self._lock:
-            now = self._look()
-            if now == self._signatures:
-                return None
-            self._signatures = now
-            try:
-                self._pair = self._read()
-            except UsageError as error:
-                # Half of a change that is under way, perhaps: its second half is noticed as a change of its own.
-                _log.error("the certificate of before stays in use", extra={"fields": {"reason": str(error)}})
+            if not self._files.changed():
                 return None
             day = datetime.fromtimestamp(self.expires_unix_seconds, timezone.utc).date().isoformat()
             _log.info("certificate read again", extra={"fields": {"expires": day}})
             return self._configuration()
 
     def _configuration(self) -> grpc.ServerCertificateConfiguration:
-        return grpc.ssl_server_certificate_configuration([(self._pair.key, self._pair.chain)], self._pair.client_ca)
+        pair = self._files.value
+        return grpc.ssl_server_certificate_configuration([(pair.key, pair.chain)], pair.client_ca)
 
-    def _look(self) -> list[tuple[int, int, int] | None]:
-        return [None if path is None else signature(path) for path in (self._cert, self._key, self._client_ca)]
+    def _look(self) -> tuple[tuple[int, int, int] | None, ...]:
+        return tuple(None if path is None else signature(path) for path in (self._cert, self._key, self._client_ca))
 
     def _read(self) -> Pair:
         chain, client_ca = read_file(self._cert, self._name("cert")), None

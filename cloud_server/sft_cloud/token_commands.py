@@ -9,13 +9,17 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 
-from sft.config import above_zero, at_least, parse, run
+from sft.config import above_zero, at_least, flag, parse, run
 from sft.durations import Duration
 from sft.errors import UsageError
+from sft.printable import printable
 from sft_cloud.identity import Limits
-from sft_cloud.tokens import LIMIT_NAMES, Token, TokenFile, check_name, make_limits
+from sft_cloud.tokens import LIMIT_NAMES, Token, TokenFile, check_name, largest_limit, make_limits
 
 _DEFAULT_LIFETIME = Duration("90d")
+
+MAX_LIFETIME = Duration("36525d")
+"""Whatever is added to it, calendars still have the day."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,11 @@ class CreateOptions:
             raise UsageError(f"--name: {error}") from error
         at_least(self, 0, "expires", "max_sessions", "max_split_rank", "max_bytes_per_day", "max_upload_bytes")
         above_zero(self, "steps_per_second")
+        if self.expires > MAX_LIFETIME:
+            raise UsageError(f"--expires must be {MAX_LIFETIME} (a hundred years) or less; 0s is for ever")
+        for name in LIMIT_NAMES:
+            if name != "models" and (getattr(self, name) or 0) > largest_limit(name):
+                raise UsageError(f"{flag(name)} must be {largest_limit(name)} or less; without it there is no limit")
 
     @property
     def limits(self) -> Limits:
@@ -171,7 +180,7 @@ def _limits_in_words(token: Token) -> str:
         f"{name.replace('_', '-')}={','.join(value) if isinstance(value, tuple) else value}"
         for name, value in _limits(token).items()
     ]
-    return " ".join(words + (["sees-all"] if token.sees_all else []))
+    return printable(" ".join(words + (["sees-all"] if token.sees_all else [])))
 
 
 def _day(seconds: float) -> str:

@@ -12,7 +12,6 @@ import hashlib
 import hmac
 import json
 import logging
-import math
 import os
 import re
 import secrets
@@ -27,11 +26,13 @@ from typing import Any
 
 from sft.errors import StorageError, UsageError
 from sft_cloud.identity import ANONYMOUS, Identity, Limits
+from sft_cloud.reread import Reread
 from sft_cloud.secret_files import read_file, signature, write_file, written_by_others
 
 _VERSION = 1
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 _TEXT = re.compile(r"sft_([0-9a-f]{12})_([A-Za-z0-9_-]{43})")
+_ID = re.compile(r"[0-9a-f]{12}")
 _NOBODY = hashlib.sha256(secrets.token_bytes(32)).hexdigest()
 
 _log = logging.getLogger(__name__)
@@ -70,6 +71,11 @@ def make_limits(values: Mapping[str, Any]) -> Limits:
     return Limits(**fitting)
 
 
+def largest_limit(name: str) -> int:
+    """What a limit can be: as much as the wire's numbers hold."""
+    return 2**32 - 1 if name in ("max_sessions", "max_split_rank") else 2**63
+
+
 def check_name(name: str) -> str:
     """`name`, if a caller can be called so. Raises ValueError."""
     if not _NAME.fullmatch(name) or name == ANONYMOUS.name:
@@ -98,7 +104,8 @@ class TokenFile:
             found = {token.id: token for token in tokens}
             if len(found) < len(tokens):
                 raise ValueError("two tokens have the same id")
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        # Whatever JSON there can be in it: a list for an object, a number that no clock knows, brackets without end.
+        except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             raise UsageError(
                 f"token file {self.path} makes no sense ({type(error).__name__}: {error}); "
                 "bring back a copy of it, or make a new one with `sft-cloud token create`"
@@ -157,11 +164,12 @@ class TokenFile:
 class LiveTokens:
     """The tokens of a running server: what the file says now or, where it makes no sense, what it said last."""
 
-    def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
         """Raises UsageError where the file cannot be read at the start."""
-        self._file = TokenFile(path, clock)
-        self._signature = signature(path)
-        self._tokens = self._file.read()
+        self._path = path
+        self._file = Reread(
+            lambda: signature(path), TokenFile(path).read, "the tokens of before go on counting", clock=clock
+        )
         self._lock = threading.Lock()
         if written_by_others(path):
             _log.warning("others may write the token file, and so let themselves in", extra=_about(path))
@@ -177,24 +185,11 @@ class LiveTokens:
 
     def get(self, identifier: str) -> Token | None:
         """The token with this id."""
-        self._refresh()
-        return self._tokens.get(identifier)
-
-    def _refresh(self) -> None:
-        path = self._file.path
         with self._lock:
-            now = signature(path)
-            if now == self._signature:
-                return
-            self._signature = now
-            try:
-                self._tokens = self._file.read()
-            except UsageError as error:
-                _log.error("the tokens of before go on counting", extra={"fields": {"reason": str(error)}})
-            else:
-                _log.info(
-                    "tokens read again", extra={"fields": {**_about(path)["fields"], "tokens": len(self._tokens)}}
-                )
+            if self._file.changed():
+                fields = {**_about(self._path)["fields"], "tokens": len(self._file.value)}
+                _log.info("tokens read again", extra={"fields": fields})
+            return self._file.value.get(identifier)
 
 
 def _about(path: Path) -> dict[str, Any]:
@@ -212,9 +207,11 @@ def _to_json(token: Token) -> dict[str, Any]:
 def _from_json(entry: dict[str, Any]) -> Token:
     values = dict(entry)
     for name in _TIMES:
-        values[name] = None if values[name] is None else _seconds(values[name])
+        values[name] = None if values[name] is None and name != "created" else _seconds(values[name])
     if not isinstance(values["sees_all"], bool) or not re.fullmatch(r"[0-9a-f]{64}", values["sha256"]):
         raise ValueError("sees_all must be true or false, and sha256 64 hexadecimal digits")
+    if not _ID.fullmatch(values["id"]):
+        raise ValueError("id must be 12 hexadecimal digits")
     check_name(values["name"])
     return Token(**{**values, "limits": _limits(values["limits"])})
 
@@ -223,13 +220,16 @@ def _seconds(text: str) -> float:
     time = datetime.fromisoformat(text)
     if time.tzinfo is None:  # which would be read in the time zone of this machine
         raise ValueError(f"time {text} has no time zone")
-    return time.timestamp()
+    seconds = time.timestamp()
+    datetime.fromtimestamp(seconds, timezone.utc)  # which lists show; not every year there is in one zone is one there
+    return seconds
 
 
 def _limits(values: dict[str, Any]) -> Limits:
     """Raises ValueError, TypeError for a name that is no limit."""
     for name, value in values.items():
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
+        kinds = (int, float) if name == "steps_per_second" else int
+        is_number = isinstance(value, kinds) and not isinstance(value, bool) and 0 <= value <= largest_limit(name)
         if name == "steps_per_second":  # by which is divided
             is_number = is_number and value > 0
         is_patterns = isinstance(value, (list, tuple)) and all(isinstance(pattern, str) for pattern in value)

@@ -19,6 +19,9 @@ from sft.errors import UsageError
 TOKEN_VARIABLE = "SFT_TOKEN"  # nosec B105 # the name of a secret, not one
 """Environment variable with the token, where no file of it is named."""
 
+ROOTS_VARIABLE = "SSL_CERT_FILE"
+"""Environment variable with the name of a file of CAs, which counts in the place of the system's."""
+
 _SYSTEM_ROOTS = (
     "/etc/ssl/certs/ca-certificates.crt",  # Debian, Ubuntu, Alpine
     "/etc/pki/tls/certs/ca-bundle.crt",  # Fedora, RHEL
@@ -68,6 +71,9 @@ class Credentials:
     """Of the client, PEM."""
 
     private_key: Optional[bytes] = None
+    certificate_files: Optional[Tuple[Path, Path]] = None
+    """Where chain and key come from, for who takes them from files only."""
+
     read_token: Callable[[], Optional[str]] = lambda: None
     """The token as it is now: a file is read anew for each call."""
 
@@ -130,13 +136,14 @@ def read_credentials(
         )
     if not encrypted:
         return Credentials(read_token=read_token, dashes=dashes)
+    files = (options.tls_cert, options.tls_key) if options.tls_cert and options.tls_key else None
     chain = _read_pem(options.tls_cert, name("tls_cert"), "CERTIFICATE")
     key = _read_pem(options.tls_key, name("tls_key"), "PRIVATE KEY")
     if options.tls_key is not None:
         _warn_of_readers(options.tls_key)
     roots = _system_roots(environment) if options.tls_ca is None else None
     ca = _read_pem(options.tls_ca, name("tls_ca"), "CERTIFICATE")
-    return Credentials(True, ca or roots, chain, key, read_token, dashes)
+    return Credentials(True, ca or roots, chain, key, files, read_token, dashes)
 
 
 def is_loopback(server: str) -> bool:
@@ -212,9 +219,15 @@ def _warn_of_readers(path: Path) -> None:
 
 
 def _system_roots(environment: Mapping[str, str]) -> Optional[bytes]:
-    """gRPC's own list is that of its release; the system's is kept up to date, and knows a company's CA."""
-    for name in (environment.get("SSL_CERT_FILE"), *_SYSTEM_ROOTS):
-        if name and os.path.isfile(name):
+    """gRPC's own list is that of its release; the system's is kept up to date, and knows a company's CA.
+
+    Raises UsageError for a file that the environment names and that is none: whom it was to keep out would be let in.
+    """
+    named = environment.get(ROOTS_VARIABLE)
+    if named:
+        return _read_pem(Path(named), f"the environment variable {ROOTS_VARIABLE}:", "CERTIFICATE")
+    for name in _SYSTEM_ROOTS:
+        if os.path.isfile(name):
             with open(name, "rb") as file:
                 return file.read()
     return None

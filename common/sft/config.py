@@ -38,6 +38,7 @@ from typing import (
 from sft import __version__
 from sft.durations import Duration
 from sft.errors import SFTError, StorageError, UsageError
+from sft.printable import printable
 
 Command = Callable[[str, List[str]], int]
 """A subcommand: takes its full name (`sft-edge train`) and its arguments, returns the exit code. The first line of its
@@ -344,5 +345,5 @@ def _settle_stdout() -> None:
 
 
 def _fail(name: str, error: SFTError) -> int:
-    sys.stderr.write(f"{name}: error: {' '.join(str(error).split())}\n")
+    sys.stderr.write(f"{name}: error: {printable(str(error))}\n")
     return error.exit_code

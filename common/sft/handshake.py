@@ -5,11 +5,8 @@ A second connection is made with Python's own ssl, and what goes wrong on it is 
 
 from __future__ import annotations
 
-import os
 import socket
 import ssl
-import tempfile
-from contextlib import suppress
 from typing import NamedTuple, Optional
 
 from sft.access import Credentials
@@ -46,16 +43,6 @@ def look_at_tls(host: str, port: int, credentials: Credentials, timeout_seconds:
         with plain, _verified(credentials).wrap_socket(plain, server_hostname=host) as encrypted:
             expires = str((encrypted.getpeercert() or {})["notAfter"])
             return TlsLook(str(encrypted.version()), float(ssl.cert_time_to_seconds(expires)))
-    except OSError:
-        return None
-
-
-def server_certificate(host: str, port: int, timeout_seconds: float) -> Optional[bytes]:
-    """The certificate that the server shows, DER, whoever signed it; None where it shows none."""
-    try:
-        plain = socket.create_connection((host, port), timeout_seconds)
-        with plain, _unverified().wrap_socket(plain, server_hostname=host) as encrypted:
-            return encrypted.getpeercert(binary_form=True)
     except OSError:
         return None
 
@@ -124,16 +111,9 @@ def _verified(credentials: Credentials) -> ssl.SSLContext:
     roots = credentials.root_certificates
     context = ssl.create_default_context(cadata=None if roots is None else roots.decode("ascii", "replace"))
     context.set_alpn_protocols(["h2"])
-    if credentials.certificate_chain is not None and credentials.private_key is not None:
-        # ssl takes a certificate from a file only.
-        descriptor, name = tempfile.mkstemp(prefix="sft-")  # readable by its owner alone
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(credentials.certificate_chain + b"\n" + credentials.private_key)
-            context.load_cert_chain(name)
-        finally:
-            with suppress(OSError):
-                os.unlink(name)
+    if credentials.certificate_files is not None:
+        cert, key = credentials.certificate_files
+        context.load_cert_chain(str(cert), str(key), password="")  # nosec B106 # or it would ask on the terminal
     return context
 
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import NamedTuple, Optional
+from typing import NamedTuple, Optional, cast
 
 import grpc
 
 from sft.access import PLAINTEXT, Credentials
 from sft.errors import AccessError, LinkError, ProtocolError, ServerFullError, ServerUnavailableError
+from sft.printable import finite, printable, tidied
 from sft.v1 import split_training_pb2 as pb
 from sft.v1.split_training_pb2_grpc import SplitTrainingStub
 
@@ -44,14 +45,14 @@ class Inquiry:
         self._credentials = credentials
 
     def status(self) -> pb.StatusResponse:
-        """What the server is, and what it does for us. Raises LinkError and its classes."""
+        """What the server is, and what it does for us, `tidied`. Raises LinkError and its classes."""
         try:
             response: pb.StatusResponse = self._stub.Status(
                 pb.StatusRequest(), timeout=self._timeout_seconds, metadata=self._credentials.metadata()
             )
         except grpc.RpcError as error:
             raise self._error(error) from error
-        return response
+        return cast(pb.StatusResponse, tidied(response))
 
     def probe(self, sent_bytes: int = 0, received_bytes: int = 0) -> Probed:
         """Sends so many bytes and gets so many back. Raises LinkError and its classes."""
@@ -69,8 +70,8 @@ class Inquiry:
                 f"{self._address} sent {len(response.data)} bytes where {received_bytes} were asked for"
             )
         return Probed(
-            seconds=max(seconds - response.cloud_seconds, 0.0),
-            clock_ahead_seconds=response.unix_seconds - (began_unix + seconds / 2),
+            seconds=max(seconds - max(finite(response.cloud_seconds), 0.0), 0.0),
+            clock_ahead_seconds=finite(response.unix_seconds) - (began_unix + seconds / 2),
         )
 
     def wait_idle(self, seconds: float) -> Optional[str]:
@@ -89,12 +90,12 @@ class Inquiry:
             code = watch.code()
             if code is grpc.StatusCode.UNIMPLEMENTED:
                 raise ProtocolError(f"{self._address} does not offer a stream to watch")
-            return f"{code.name}: {watch.details()}"
+            return f"{code.name}: {printable(watch.details() or '')}"
         finally:
             watch.cancel()
 
     def _error(self, error: grpc.RpcError) -> LinkError:
-        code, details = error.code(), " ".join((error.details() or "").split())
+        code, details = error.code(), printable(error.details() or "")
         if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
             return AccessError(f"{self._address} refuses: {details}")
         if code is grpc.StatusCode.UNIMPLEMENTED:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from sft.printable import printable
+
 Verdict = Literal["ok", "warning", "failed", "skipped"]
 
 _NAME_WIDTH = 10  # of the longest
@@ -45,7 +47,7 @@ def skipped(name: str, found: str) -> Finding:
 
 def text_of(finding: Finding) -> str:
     """For people: a line, and the advice below."""
-    text = f"{finding.verdict:<7}  {finding.name:<{_NAME_WIDTH}}  {finding.found}\n"
+    text = f"{finding.verdict:<7}  {finding.name:<{_NAME_WIDTH}}  {printable(finding.found)}\n"
     if finding.advice:
-        text += f"{'':7}  {'':{_NAME_WIDTH}}  -> {finding.advice}\n"
+        text += f"{'':7}  {'':{_NAME_WIDTH}}  -> {printable(finding.advice)}\n"
     return text

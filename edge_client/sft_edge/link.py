@@ -8,6 +8,7 @@ from typing import Callable, Iterator, Mapping, Optional, Sequence, Type
 
 from sft.errors import ProtocolError, ServerFullError, ServerUnavailableError, StorageError, StreamBrokenError
 from sft.ledger import Traffic
+from sft.printable import printable
 from sft.v1 import split_training_pb2 as pb
 from sft_edge.exchange import BREAK_TIMEOUT_SECONDS, TRANSIENT, Counts, Exchange
 from sft_edge.interrupts import interrupts_deferred
@@ -268,7 +269,7 @@ class Link:
         message.save_checkpoint.SetInParent()
         saved = self._send("checkpoint_saved", message, payload_bytes=0).result().message.checkpoint_saved
         if saved.error:
-            raise StorageError(f"the cloud could not save its half of the checkpoint: {saved.error}")
+            raise StorageError(f"the cloud could not save its half of the checkpoint: {printable(saved.error)}")
         return saved
 
     def keep_checkpoints(self, steps: Sequence[int]) -> None:

@@ -8,6 +8,7 @@ from typing import Callable, Iterator, NamedTuple, Optional
 
 from sft.errors import CloudMemoryError, LinkError, SessionLostError
 from sft.ledger import Traffic
+from sft.printable import printable
 from sft.tracing import NO_SPAN, Span
 from sft.v1 import split_training_pb2 as pb
 
@@ -65,7 +66,7 @@ class PendingReply:
         if self._message is None:
             raise self._error or SessionLostError("the link is closed")
         if self._message.HasField("step_skipped"):
-            raise CloudMemoryError(self._message.step_skipped.reason)
+            raise CloudMemoryError(printable(self._message.step_skipped.reason))
         return Reply(
             message=self._message,
             traffic=self._sent + self._received,

@@ -16,6 +16,8 @@ from sft.manifests import MANIFEST_FILE, Manifest
 from sft_cloud import checkpoints as checkpoints_module
 from sft_cloud.checkpoint_files import FsspecFiles, LocalFiles
 from sft_cloud.checkpoints import CheckpointStore, Part, RunCheckpoints
+from sft_cloud.identity import Identity
+from sft_cloud.store import directory_name
 
 RUN, OTHER_RUN = "0" * 32, "f" * 32
 
@@ -185,6 +187,8 @@ def test_owners_have_a_directory_each(store: CheckpointStore) -> None:
     owners = ["a", "A", ".", "..", "", "a/b", "a%2Fb", "é", "x" * 300, "x" * 301, "C:\\", "a\0b"]
     directories = {store.run(owner, RUN)._directory for owner in owners}
     assert len(directories) == len(owners)
+    # As that of its uploads is called, so that who looks after the disk has one name to look for.
+    assert directories == {f"{directory_name(Identity(owner))}/{RUN}" for owner in owners}
     for directory in directories:
         assert directory.count("/") == 1
         assert "." not in directory

@@ -1,8 +1,10 @@
 """Nobody reaches a method without an identity: the real server, over a loopback socket."""
 
+import logging
 import socket
 import threading
 import time
+from types import SimpleNamespace
 
 import grpc
 import pytest
@@ -19,9 +21,10 @@ from sft.v1 import split_training_pb2_grpc as pb_grpc
 from sft_cloud import gate
 from sft_cloud.access import make_access
 from sft_cloud.access_options import AccessOptions
+from sft_cloud.authentication import Authentication
 from sft_cloud.health import CHECK
 from sft_cloud.serve import _SPARE_THREADS, CloudServer
-from sft_cloud.tokens import TokenFile
+from sft_cloud.tokens import LiveTokens, TokenFile
 
 Code = grpc.StatusCode
 CALLS_AT_A_TIME = 4 + _SPARE_THREADS
@@ -141,6 +144,26 @@ def test_strangers_reach_no_method(calls, alice, refused, method):
     assert refusal(lambda: call(calls("sft_" + "0" * 12 + "_" + "x" * 43))) == STRANGER
     assert refusal(lambda: call(calls(alice[:-1] + ("A" if alice[-1] != "A" else "B")))) == STRANGER
     assert refused == [("ipv4", "no token")] + 2 * [("ipv4", "a token that is none of those here")]
+
+
+def test_strangers_cannot_fill_the_log(tokens, alice, caplog):
+    now = [0.0]
+    strangers = gate.Gate(Authentication(LiveTokens(tokens), needs_certificate=False), clock=lambda: now[0])
+    details = SimpleNamespace(method="/any", invocation_metadata=())
+
+    def call():
+        context = SimpleNamespace(peer=lambda: "ipv4:192.0.2.1:1", abort=lambda code, sentence: None)
+        strangers.intercept_service(lambda details: None, details).stream_stream(None, context)
+
+    with caplog.at_level(logging.INFO):
+        for _ in range(1000):
+            call()
+        assert [record.message for record in caplog.records] == gate.REFUSALS_PER_SECOND * ["caller refused"]
+        now[0] += 1
+        call()
+        call()
+    fields = [record.fields for record in caplog.records[-2:]]
+    assert [one.get("left_out_before") for one in fields] == [1000 - gate.REFUSALS_PER_SECOND, None]
 
 
 @pytest.mark.parametrize("method", EVERY_METHOD)
@@ -309,8 +332,15 @@ def test_what_runs_is_forgotten_when_it_ends(calls, alice, server):
 def test_the_server_looks_for_such_calls_by_itself(alice, tokens, tmp_path, monkeypatch):
     monkeypatch.setattr(gate, "RECHECK_SECONDS", 0.01)
     access = make_access(AccessOptions(tokens=tokens), "127.0.0.1")
-    ended = threading.Event()
-    monkeypatch.setattr(access.gate, "end_stale_calls", ended.set)
+    looks, ended = [], threading.Event()
+
+    def look():
+        looks.append(None)
+        if len(looks) == 1:
+            raise KeyError("which is no reason to stop")
+        ended.set()
+
+    monkeypatch.setattr(access.gate, "end_stale_calls", look)
     server = CloudServer("127.0.0.1", 0, torch.device("cpu"), tmp_path / "other", None, 1, 1, access=access)
     try:
         assert ended.wait(SECONDS)

@@ -152,6 +152,17 @@ def test_a_call_that_fails_ends_both_spans_with_the_reason(start):
     assert client.status.description == "RESOURCE_EXHAUSTED"
 
 
+def test_strangers_make_no_span(start, told):
+    def tenant_of(context):
+        raise AccessError("not known")
+
+    spans = RecordedSpans()
+    stub = SplitTrainingStub(traced(start(ScriptedCloud(), spans.tracer, tenant_of, [Closed()]), spans.tracer))
+    assert refusal(lambda: stub.OpenSession(pb.OpenSessionRequest(), timeout=SECONDS))[1] == "who are you?"
+    assert told.changed.wait(SECONDS)
+    assert [span.kind.name for span in spans.named("OpenSession")] == ["CLIENT"]
+
+
 def test_an_edge_that_does_not_trace_leaves_no_span(start):
     spans = RecordedSpans()
     stub = SplitTrainingStub(start(ScriptedCloud(), spans.tracer))

@@ -1,11 +1,13 @@
 """What a server says of itself, and how `sft-cloud status` shows it."""
 
 import json
+import math
 import socket
 
 import pytest
 import torch
 from support.calls import SECONDS, open_session, refusal
+from support.scripted_cloud import ScriptedCloud, serving
 
 from sft import __version__
 from sft.errors import ProtocolError
@@ -156,13 +158,6 @@ def test_a_server_that_stops_and_a_token_that_ends():
     assert len(said) == 3
 
 
-def test_names_cannot_write_to_the_terminal_what_they_like():
-    session = pb.SessionStatus(label="Xy", owner="\x1b[2J\nben", model_name="a" * 200)
-    line = as_text(response(sessions=[session]), "cloud:50051").splitlines()[-1]
-    assert "?[2J?ben" in line
-    assert "a" * 81 not in line
-
-
 def test_the_json_has_every_field():
     session = pb.SessionStatus(label="Xy", owner="anna")
     said = json.loads(as_json(response(sessions=[session], limits=pb.CallerLimits(models=["bert-*"]))))
@@ -180,6 +175,35 @@ def test_the_command_asks_a_running_server(server, connect, edge, capsys):
     assert "1 of 4 sessions" in said
     assert said.splitlines()[-1].startswith(f"{session_id[:8]}  anonymous  tiny")
     assert session_id not in said
+
+
+class HostileCloud(ScriptedCloud):
+    """Says what would draw on a terminal, and numbers that no calendar has."""
+
+    def Status(self, request, context):
+        odd = "\x1b[2J"
+        session = pb.SessionStatus(label=odd, owner=odd, model_name=odd, age_seconds=math.inf, idle_seconds=-1e300)
+        return response(
+            package_version=odd,
+            device=odd,
+            caller=odd,
+            uptime_seconds=math.inf,
+            session_timeout_seconds=math.nan,
+            token_expires_unix_seconds=1e300,
+            sessions=[session],
+        )
+
+
+def test_what_a_hostile_server_says_is_shown_harmlessly(capsys):
+    with serving(HostileCloud()) as address:
+        assert main(["status", "--server", address]) == 0
+        text = capsys.readouterr().out
+        assert main(["status", "--server", address, "--json"]) == 0
+        document = capsys.readouterr().out
+    assert text.count("?[2J") == 6
+    assert "\x1b" not in text
+    assert "Infinity" not in document
+    assert json.loads(document)["caller"] == "?[2J"
 
 
 def test_the_service_answers_probes_and_refuses_large_ones(server, connect):

@@ -5,13 +5,18 @@ import re
 import shutil
 import socket
 import ssl
+import tempfile
 
 import grpc
 import pytest
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from sft.access import AccessOptions as ClientOptions
+from sft.access import read_credentials
 from sft.errors import UsageError
+from sft.handshake import look_at_tls, why_no_handshake
+from sft_cloud import tls
 from sft_cloud.access import is_loopback, make_access
 from sft_cloud.access_options import AccessOptions
 from sft_cloud.serve import CloudServer
@@ -93,6 +98,25 @@ def test_files_that_are_gone_or_torn_leave_the_pair_in_use(start, pair, certific
     assert check_health(server, certificates.ca) == health_pb2.HealthCheckResponse.SERVING
 
 
+def test_a_pair_that_could_not_be_read_at_first_is_taken_all_the_same(pair, certificates, monkeypatch):
+    cert, key = pair
+    now = [0.0]
+    server_tls = ServerTls(cert, key, None, retry_clock=lambda: now[0])
+    shutil.copy(certificates.expired_server.key, key)
+    shutil.copy(certificates.expired_server.cert, cert)
+
+    def fails(path, what):
+        raise UsageError(f"{what} {path}: Too many open files")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tls, "read_file", fails)
+        assert server_tls.changed() is None
+    assert server_tls.changed() is None  # it is not time yet
+    now[0] += 1.0
+    assert server_tls.changed() is not None
+    assert server_tls.changed() is None
+
+
 def test_a_new_client_ca_counts_for_new_connections(start, tmp_path, certificates):
     client_ca = tmp_path / "client_ca.pem"
     shutil.copy(certificates.ca, client_ca)
@@ -119,6 +143,19 @@ def test_a_new_client_ca_counts_for_new_connections(start, tmp_path, certificate
         grpc.StatusCode.UNAVAILABLE,
         serving,
     ]
+
+
+def test_a_look_at_a_server_that_asks_for_a_certificate_writes_no_key_anywhere(
+    start, tmp_path, certificates, monkeypatch
+):
+    server = start(certificates.server.cert, certificates.server.key, certificates.ca)
+    alice = {"tls_cert": certificates.alice.cert, "tls_key": certificates.alice.key}
+    shown = read_credentials(ClientOptions(server=server.address, tls_ca=certificates.ca, **alice))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    with pytest.raises(FileNotFoundError):
+        tempfile.mkstemp()
+    assert look_at_tls("127.0.0.1", server.port, shown, SECONDS).version.startswith("TLSv1.")
+    assert why_no_handshake("127.0.0.1", server.port, shown, SECONDS) is None
 
 
 @pytest.mark.filterwarnings("ignore:ssl.TLSVersion:DeprecationWarning")

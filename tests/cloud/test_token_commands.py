@@ -51,6 +51,11 @@ def test_a_token_lasts_ninety_days_unless_told_otherwise(run, file):
     assert alice.limits == bob.limits == type(alice.limits)()
 
 
+def test_a_token_may_last_for_a_hundred_years(run, file):
+    assert run("create", "--name", "alice", "--expires", "36525d", "--max-sessions", "4294967295")[0] == 0
+    assert run("list")[0] == 0
+
+
 def test_the_list_shows_everything_but_what_lets_in(run, file):
     _, secret, _ = run("create", "--name", "alice", "--max-sessions=2", "--models", "bert-*", "gpt2")
     run("create", "--name", "bob", "--expires=0s", "--sees-all")
@@ -92,6 +97,9 @@ def test_one_token_of_a_name_is_revoked_by_its_id(run, file):
         (["create", "--name", "a", "--steps-per-second", "nan"], "--steps-per-second must be above 0"),
         (["create", "--name", "a", "--steps-per-second", "0"], "--steps-per-second must be above 0, not 0"),
         (["create", "--name", "a", "--expires", "90"], "--expires: '90' is not a duration"),
+        (["create", "--name", "a", "--expires", "9999999d"], "--expires must be 36525d (a hundred years) or less"),
+        (["create", "--name", "a", "--max-sessions", "4294967296"], "--max-sessions must be 4294967295 or less"),
+        (["create", "--name", "a", "--max-upload-bytes", "1" + 30 * "0"], "--max-upload-bytes must be 9223"),
         (["create", "--name", "a", "--token", "x"], "unrecognized arguments: --token x"),  # secrets are no flags
         (["list"], "token file"),
         (["revoke"], "exactly one of --id and --name"),

@@ -4,12 +4,17 @@ import json
 import logging
 import multiprocessing
 import os
+import re
 import stat
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sft.errors import StorageError, UsageError
+from sft_cloud import reread, tokens
 from sft_cloud.identity import Identity, Limits
+from sft_cloud.token_commands import token_command
 from sft_cloud.tokens import LiveTokens, TokenFile
 
 LIMITS = Limits(2, 16, ("bert-*", "*/minilm"), 1.5, 10**9, 10**8)
@@ -118,6 +123,15 @@ BAD = {
     "a time without a zone": lambda good: good.replace("+00:00", ""),
     "a name that is none": lambda good: good.replace('"alice"', '"../alice"'),
     "sees_all as text": lambda good: good.replace('"sees_all": false', '"sees_all": "false"'),
+    "limits that are a list": lambda good: re.sub(r'"limits": \{.*?\}', '"limits": []', good, flags=re.DOTALL),
+    "limits that are nothing": lambda good: re.sub(r'"limits": \{.*?\}', '"limits": null', good, flags=re.DOTALL),
+    "a limit beyond the wire": lambda good: good.replace('"max_sessions": 2', '"max_sessions": 1' + 30 * "0"),
+    "a limit without end": lambda good: good.replace('"steps_per_second": 1.5', '"steps_per_second": Infinity'),
+    "half a session": lambda good: good.replace('"max_sessions": 2', '"max_sessions": 1.5'),
+    "a time before time": lambda good: re.sub(r'"created": "[^"]*"', '"created": "0001-01-01T00:00:00+14:00"', good),
+    "an id that is none": lambda good: re.sub(r'"id": "[^"]*"', '"id": ["a"]', good),
+    "an id that is a number": lambda good: re.sub(r'"id": "[^"]*"', '"id": 7', good),
+    "brackets without end": lambda good: 100_000 * "[",
     "a field that there is not": lambda good: good.replace('"sees_all"', '"sees_nothing"'),
     "a token twice": lambda good: json.dumps({**json.loads(good), "tokens": json.loads(good)["tokens"] * 2}),
 }
@@ -141,6 +155,55 @@ def test_a_bad_file_is_an_error_at_the_start_and_leaves_a_running_server_its_tok
     assert [record.message for record in caplog.records] == ["the tokens of before go on counting"]  # once
     file.path.write_text(good.replace("alice", "carol"))
     assert live.find(text).name == "carol"
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(["1e999", "0001-01-01"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+ENTRY = {"id": "0" * 12, "name": "alice", "sha256": "0" * 64, "created": "2026-01-01T00:00:00+00:00", "expires": None}
+ENTRY = {**ENTRY, "revoked": None, "sees_all": False, "limits": {}}
+ODD_LIMITS = st.dictionaries(st.sampled_from(tokens.LIMIT_NAMES), JSON, max_size=3)
+ODD_ENTRIES = st.dictionaries(st.sampled_from(sorted(ENTRY)), JSON | ODD_LIMITS, max_size=2).map(
+    lambda odd: {"version": 1, "tokens": [{**ENTRY, **odd}]}
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(JSON | ODD_ENTRIES | JSON.map(lambda entries: {"version": 1, "tokens": entries}))
+def test_whatever_json_is_in_the_file_it_is_tokens_or_one_error(tmp_path_factory, document):
+    path = tmp_path_factory.getbasetemp() / "odd.json"
+    path.write_text(json.dumps(document))
+    code = 0
+    try:
+        TokenFile(path).read()
+    except UsageError:
+        code = UsageError.exit_code
+    assert token_command("token", ["list", "--tokens", str(path)]) == code
+
+
+def test_a_revocation_that_could_not_be_read_at_first_is_seen_all_the_same(file, clock, caplog, monkeypatch):
+    token, text = create(file)
+    live = LiveTokens(file.path, clock)
+    tries = []
+
+    def fails(path, what):
+        tries.append(clock.now)
+        raise UsageError(f"{what} {path}: Too many open files")
+
+    file.revoke(lambda one: True)
+    with monkeypatch.context() as patched:
+        patched.setattr(tokens, "read_file", fails)
+        for _ in range(3):
+            assert live.find(text) == token  # as before
+        clock.now += reread.RETRY_SECONDS
+        assert live.find(text) == token
+    assert len(tries) == 2  # not at every message
+    assert [record.message for record in caplog.records] == ["the tokens of before go on counting"]  # once
+    assert live.find(text).revoked is None  # it is not time yet
+    clock.now += reread.RETRY_SECONDS
+    assert live.find(text).revoked is not None
 
 
 def test_a_file_that_is_gone(file, caplog):

@@ -58,6 +58,7 @@ def test_a_certificate_means_encryption_here_too(files: Dict[str, Path]) -> None
     assert read(HERE, tls=True).encrypted
     assert read(HERE, tls_ca=files["tls_ca"]).root_certificates == CERTIFICATE
     both = read(HERE, tls_cert=files["tls_cert"], tls_key=files["tls_key"])
+    assert both.certificate_files == (files["tls_cert"], files["tls_key"])
     assert (both.encrypted, both.certificate_chain, both.private_key) == (True, CERTIFICATE, KEY)
     assert not read(THERE, tls=False).encrypted
 
@@ -66,6 +67,17 @@ def test_the_system_s_roots_count_where_no_ca_is_named(tmp_path: Path) -> None:
     roots = tmp_path / "roots.pem"
     roots.write_bytes(CERTIFICATE)
     assert read(THERE, {"SSL_CERT_FILE": str(roots)}).root_certificates == CERTIFICATE
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no certificate"])
+def test_roots_that_the_environment_names_are_never_replaced_by_others(
+    tmp_path: Path, content: Optional[bytes]
+) -> None:
+    roots = tmp_path / "roots.pem"
+    if content is not None:
+        roots.write_bytes(content)
+    assert f"SSL_CERT_FILE: {roots}" in refusal(THERE, {"SSL_CERT_FILE": str(roots)})
+    assert not read(HERE, {"SSL_CERT_FILE": str(roots)}).encrypted  # nobody asks for it there
 
 
 def test_a_token_comes_from_its_file_or_else_from_the_environment(files: Dict[str, Path]) -> None:

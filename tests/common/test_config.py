@@ -223,6 +223,10 @@ def torn(prog, argv):
     "Fails as a torn checkpoint does."
     raise CheckpointError("model.safetensors is torn;\\n  copy it again")
 
+def hostile(prog, argv):
+    "Repeats what a server said."
+    raise CheckpointError("the server says \\x1b[2J")
+
 def interrupted(prog, argv):
     "Is interrupted."
     os.kill(os.getpid(), signal.SIGINT)
@@ -238,7 +242,7 @@ def broken(prog, argv):
     "Has a bug."
     return [][0]
 
-sys.exit(run("car", {"torn": torn, "interrupted": interrupted, "talk": talk, "broken": broken}))
+sys.exit(run("car", {"torn": torn, "hostile": hostile, "interrupted": interrupted, "talk": talk, "broken": broken}))
 """
 
 
@@ -252,6 +256,10 @@ def test_an_error_is_one_line_and_the_exit_code_of_its_class():
     done = run_script("torn")
     assert done.returncode == CheckpointError.exit_code
     assert done.stderr == "car torn: error: model.safetensors is torn; copy it again\n"
+
+
+def test_an_error_cannot_draw_on_the_terminal():
+    assert run_script("hostile").stderr == "car hostile: error: the server says ?[2J\n"
 
 
 def test_an_interrupt_ends_without_a_traceback():

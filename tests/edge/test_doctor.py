@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 import time
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from sft.protocol import CLIENT_OPTIONS, PROTOCOL_VERSION
 from sft.v1 import split_training_pb2 as pb
 from sft_edge.cli import main
 from sft_edge.doctor_cloud import Way, estimate, look_at_idle_way, look_at_server, measure
-from sft_edge.findings import Finding
+from sft_edge.findings import Finding, text_of
 
 NOW = 1_800_000_000.0
 DAY = 86400.0
@@ -141,6 +142,50 @@ def test_a_caller_that_is_not_let_in(code: grpc.StatusCode) -> None:
     assert (found.verdict, found.name) == ("failed", "access")
     assert "the token is not known" in found.found
     assert "ask the server's operator" in found.advice
+
+
+class HostileCloud(ExaminedCloud):
+    """Says what would draw on a terminal, and numbers that no calendar has."""
+
+    def __init__(self) -> None:
+        odd = "\x1b[2J"
+        session = pb.SessionStatus(label=odd, owner=odd, model_name=odd, age_seconds=math.inf, idle_seconds=-1e300)
+        super().__init__(
+            package_version=odd,
+            device=odd,
+            caller=odd,
+            uptime_seconds=math.inf,
+            session_timeout_seconds=math.nan,
+            token_expires_unix_seconds=1e300,
+            limits=pb.CallerLimits(models=[odd], steps_per_second=math.inf),
+            sessions=[session],
+        )
+        self.ahead_seconds = -math.inf
+
+    def Probe(self, request: pb.ProbeRequest, context: grpc.ServicerContext) -> pb.ProbeResponse:
+        answer = super().Probe(request, context)
+        answer.cloud_seconds = math.nan
+        return answer
+
+
+def test_what_a_hostile_cloud_says_is_shown_harmlessly() -> None:
+    with serving(HostileCloud()) as address, asking(address) as inquiry:
+        findings, status = look_at_server(inquiry, NOW)
+        measured, _ = measure(inquiry)
+    assert status is not None
+    said = "".join(map(text_of, [*findings, *measured]))
+    assert said.count("?[2J") == 4
+    assert "\x1b" not in said
+
+
+def test_a_hostile_refusal_is_shown_harmlessly() -> None:
+    class Refusing(ScriptedCloud):
+        def Status(self, request: pb.StatusRequest, context: grpc.ServicerContext) -> pb.StatusResponse:
+            context.abort(grpc.StatusCode.INTERNAL, "\x1b[2J\nall is well")
+
+    with serving(Refusing()) as address, asking(address) as inquiry:
+        (found,), _ = look_at_server(inquiry, NOW)
+    assert "?[2J all is well" in found.found
 
 
 def test_a_server_of_grpc_that_is_not_ours() -> None:

@@ -136,6 +136,12 @@ def test_a_server_that_refuses_is_quoted(cloud: ScriptedCloud, code: Code, expec
         assert "the sentence of the server" in opening_error(address, expected)
 
 
+def test_a_server_that_is_quoted_cannot_draw_on_the_terminal(cloud: ScriptedCloud) -> None:
+    cloud.open_error = Code.FAILED_PRECONDITION, "\x1b[2J\x07all is well"
+    with serving(cloud) as address:
+        assert "?[2J?all is well" in opening_error(address, ProtocolError)
+
+
 def test_a_server_that_opens_no_session_in_time(cloud: ScriptedCloud) -> None:
     with through_proxy(cloud, open_timeout_seconds=0.3) as (proxy, transport):
         transport.open_session(REQUEST)

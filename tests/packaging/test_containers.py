@@ -18,10 +18,11 @@ from cryptography import x509
 from dockerfile_parse import DockerfileParser
 
 from sft.config import parse
+from sft.durations import Duration
 from sft_cloud.access import make_access
 from sft_cloud.access_options import AccessOptions
 from sft_cloud.cli import ServeOptions
-from sft_cloud.serve import CloudServer
+from sft_cloud.serve import GRACE_SECONDS, CloudServer
 from sft_edge.options import TRAIN_OPTIONS, LinkOptions
 
 ROOT = Path(__file__).parents[2]
@@ -171,6 +172,16 @@ def read_certificate(path: Path) -> list[str]:
     certificate = x509.load_pem_x509_certificate(path.read_bytes())
     names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     return [str(name.value) for name in names]
+
+
+def test_compose_lets_the_cloud_wait_for_checkpoints(
+    compose: dict[str, Any], make_secrets: Callable[[], None], tmp_path: Path
+) -> None:
+    make_secrets()
+    for name in ("cloud", "cloud-gpu"):
+        service = compose["services"][name]
+        options, _ = parse_command(service["command"], tmp_path)
+        assert Duration(service["stop_grace_period"]) > options.grace + GRACE_SECONDS
 
 
 def test_compose_asks_for_a_gpu_in_its_profile_only(compose: dict[str, Any]) -> None:

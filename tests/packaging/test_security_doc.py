@@ -1,23 +1,33 @@
 """docs/security.md says what the code does."""
 
+import json
 import re
 import shlex
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 
 from sft.config import options_of
+from sft.v1 import split_training_pb2 as pb
+from sft_cloud import gate
 from sft_cloud.access_options import AccessOptions
+from sft_cloud.audit import MAX_TEXT, REFUSALS_PER_SECOND, AuditLog
+from sft_cloud.call_record import CallRecord
 from sft_cloud.certs_command import InitOptions
 from sft_cloud.cli import ServeOptions
 from sft_cloud.gate import RECHECK_SECONDS
+from sft_cloud.limit_options import LimitOptions
+from sft_cloud.metrics_options import MetricsOptions
+from sft_cloud.serve import GRACE_SECONDS
 from sft_cloud.token_commands import CreateOptions, ListOptions, RevokeOptions
 from sft_cloud.tokens import LIMIT_NAMES
 from sft_edge.options import TRAIN_OPTIONS
 
-TEXT = (Path(__file__).parents[2] / "docs" / "security.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[2]
+TEXT = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
 COMMANDS = {
-    "sft-cloud serve": (ServeOptions, AccessOptions),
+    "sft-cloud serve": (ServeOptions, AccessOptions, LimitOptions, MetricsOptions),
     "sft-cloud certs init": (InitOptions,),
     "sft-cloud token create": (CreateOptions,),
     "sft-cloud token list": (ListOptions,),
@@ -48,9 +58,52 @@ def test_every_flag_that_is_named_exists():
     assert set(re.findall(r"--[a-z][a-z-]+", TEXT)) - known == set()
 
 
+def section(title):
+    return re.search(rf"^## {title}\n(.*?)(?=^## )", TEXT, re.DOTALL | re.MULTILINE)[1]
+
+
 def test_every_limit_of_a_token_is_in_the_table():
-    table = re.findall(r"^\| `(--[a-z-]+)` \|", TEXT, re.MULTILINE)
+    table = re.findall(r"^\| `(--[a-z-]+)` \|", section("Tokens"), re.MULTILINE)
     assert table == ["--" + name.replace("_", "-") for name in (*LIMIT_NAMES, "sees_all")]
+
+
+LIMITS = section("Limits of the server, and the audit log")
+
+
+def test_every_limit_of_the_server_is_in_the_table_with_its_default():
+    table = dict(re.findall(r"^\| `(--[a-z-]+)` \| (.*?) \|", LIMITS, re.MULTILINE))
+    limits = {option.flag: option for option in options_of(LimitOptions)}
+    assert set(limits) - set(table) == set()
+    known = {**{option.flag: option for option in options_of(ServeOptions)}, **limits}
+    for flag, default in table.items():
+        value = known[flag].default
+        assert not default.startswith("`") if value is None else default == f"`{str(value).lower()}`", flag
+
+
+def test_no_option_of_serve_is_undocumented():
+    texts = [path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))]
+    named = set(re.findall(r"--[a-z][a-z-]+", "".join(texts)))
+    assert flags_of("sft-cloud serve") - named == set()
+
+
+def test_the_lines_of_the_audit_log_are_as_they_are_shown(tmp_path):
+    shown = [json.loads(line) for line in re.search(r"```json\n(.*?)```", LIMITS, re.DOTALL)[1].splitlines()]
+    path = tmp_path / "audit.jsonl"
+    log = AuditLog(path, lambda: datetime.fromisoformat(shown[0]["time"]).timestamp())
+    record = CallRecord(log, "/sft.v1.SplitTraining/OpenSession", shown[0]["peer"], shown[0]["who"])
+    record.requested(pb.OpenSessionRequest(model_name=shown[0]["model"], cut=pb.Cut(split_rank=8)))
+    record.answered(pb.OpenSessionResponse(session_id=shown[0]["session"] + "x" * 20))
+    written = [json.loads(line) for line in path.read_text().splitlines()]
+    assert written == shown[:1]
+    assert list(shown[1]) == ["time", "who", "peer", "what", "code", "reason"]
+
+
+def test_what_is_said_of_the_audit_log():
+    assert f"cut at {MAX_TEXT} characters" in " ".join(LIMITS.split())
+    assert "at most ten lines a second" in LIMITS
+    assert REFUSALS_PER_SECOND == gate.REFUSALS_PER_SECOND == 10
+    assert "calls then have three seconds more to end" in LIMITS
+    assert GRACE_SECONDS == 3
 
 
 def test_the_time_that_an_idle_stream_has():

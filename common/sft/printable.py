@@ -1,0 +1,49 @@
+"""What the other side says, made fit for a terminal and for arithmetic."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+MAX_TEXT = 400
+"""Characters of a text in an answer."""
+
+MAX_SECONDS = 253_370_764_800.0
+"""The year 9999, in Unix seconds: later than anything that calendars and durations can show."""
+
+
+def printable(text: str) -> str:
+    """One line, in which nothing moves a terminal's cursor, changes its colours or turns the writing round."""
+    return "".join(character if character.isprintable() else "?" for character in " ".join(text.split()))
+
+
+def finite(number: float) -> float:
+    """`number`, no further from 0 than MAX_SECONDS; 0 for what is none."""
+    return 0.0 if math.isnan(number) else max(-MAX_SECONDS, min(number, MAX_SECONDS))
+
+
+def tidied(message: Any) -> Any:
+    """A copy of a protobuf message, with every text `printable` and not too long, and every number `finite`."""
+    tidy = type(message)()
+    tidy.CopyFrom(message)
+    _tidy(tidy)
+    return tidy
+
+
+def _tidy(message: Any) -> None:
+    for field, value in message.ListFields():
+        if hasattr(value, "ListFields"):  # a message; the class is not named, as --help needs no protobuf
+            _tidy(value)
+        elif isinstance(value, (str, float)):
+            setattr(message, field.name, _tidied(value))
+        elif field.message_type is not None:  # the rest are lists of these
+            for one in value:
+                _tidy(one)
+        elif not isinstance(value, (bool, int, bytes)):
+            value[:] = [_tidied(one) for one in value]
+
+
+def _tidied(value: Any) -> Any:
+    if isinstance(value, str):
+        return printable(value[:MAX_TEXT])
+    return finite(value) if isinstance(value, float) else value

@@ -1,0 +1,44 @@
+"""What the other side says can neither write to a terminal what it likes nor be too large to show."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from sft.printable import MAX_SECONDS, MAX_TEXT, finite, printable, tidied
+from sft.v1 import split_training_pb2 as pb
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a sentence, Zo\u00eb's", "a sentence, Zo\u00eb's"),
+        ("\x1b[2J\x1b]0;title\x07", "?[2J?]0;title?"),
+        ("one\nline\r\n  of\ttext", "one line of text"),
+        ("\u202egnp.exe", "?gnp.exe"),
+        ("\ud800", "?"),
+        ("", ""),
+    ],
+    ids=ascii,
+)
+def test_texts(text: str, shown: str) -> None:
+    assert printable(text) == shown
+
+
+def test_numbers() -> None:
+    assert [finite(number) for number in (1.5, -2.0, math.nan)] == [1.5, -2.0, 0.0]
+    assert [finite(number) for number in (math.inf, -math.inf, 1e300)] == [MAX_SECONDS, -MAX_SECONDS, MAX_SECONDS]
+
+
+def test_every_part_of_an_answer_is_tidied_and_the_answer_itself_left() -> None:
+    limits = pb.CallerLimits(models=["bert-*", "\x1b[31m"], steps_per_second=math.nan, max_sessions=3)
+    session = pb.SessionStatus(owner="\x1b[2J\nben", model_name="a" * 1000, age_seconds=math.inf, next_step=2)
+    said = pb.StatusResponse(caller="\x07", uptime_seconds=math.inf, stopping=True, sessions=[session], limits=limits)
+    tidy = tidied(said)
+    assert (tidy.caller, tidy.uptime_seconds, tidy.stopping) == ("?", MAX_SECONDS, True)
+    assert (tidy.sessions[0].owner, tidy.sessions[0].model_name) == ("?[2J ben", "a" * MAX_TEXT)
+    assert (tidy.sessions[0].age_seconds, tidy.sessions[0].next_step) == (MAX_SECONDS, 2)
+    assert list(tidy.limits.models) == ["bert-*", "?[31m"]
+    assert (tidy.limits.steps_per_second, tidy.limits.max_sessions) == (0.0, 3)
+    assert said.caller == "\x07"
