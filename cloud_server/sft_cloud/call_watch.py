@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
+from sft_cloud.background import repeat
+
 LOOK_SECONDS = 1.0
 """How often the thread looks."""
 
@@ -87,7 +89,8 @@ class CallWatch:
 
     def start(self) -> None:
         """Has a thread look every LOOK_SECONDS until `stop`."""
-        self._thread = threading.Thread(target=self._run, name="call-watch", daemon=True)
+        look = (self.look, LOOK_SECONDS, self._stop)
+        self._thread = threading.Thread(target=repeat, args=look, name="call-watch", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
@@ -95,10 +98,6 @@ class CallWatch:
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
-
-    def _run(self) -> None:
-        while not self._stop.wait(LOOK_SECONDS):
-            self.look()
 
     def _begin(self, seconds: float, reason: str, cancel: Callable[[], object]) -> Callable[[], None]:
         wait = _Wait(self._clock() + seconds, reason, cancel)
