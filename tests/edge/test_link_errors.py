@@ -9,6 +9,7 @@ import socket
 import socketserver
 import threading
 from contextlib import contextmanager
+from functools import partial
 from typing import Callable, Iterator, Tuple, Type
 
 import grpc
@@ -234,8 +235,17 @@ def stream_error(cloud: ScriptedCloud, expected: Type[SFTError]) -> str:
     """The message of the error that both of two training messages under way end with, and everything after them."""
     with serving(cloud) as address, Link(GrpcTransport(address), REQUEST, {}, AT_ONCE) as link:
         link.open()
-        pending = [link.forward(0, index, ACTIVATION, LABELS, 1) for index in range(2)]
-        return fails(link, [each.result for each in pending], expected)
+        calls = []
+        for index in range(2):
+            try:
+                calls.append(link.forward(0, index, ACTIVATION, LABELS, 1).result)
+            except expected as error:  # as soon as that
+                calls.append(partial(_raise, error))
+        return fails(link, calls, expected)
+
+
+def _raise(error: BaseException) -> None:
+    raise error
 
 
 def fails(link: Link, calls: list, expected: Type[SFTError]) -> str:

@@ -238,7 +238,8 @@ class _WireStream(Stream):
             if self._wire.lose(message):
                 self._inner.cancel()
                 return
-            if not message.HasField("close"):
+            if message.HasField("close"):
+                self._wire.ended.set()
+            else:
                 self._wire.sent.append(message)
             yield data
-        self._wire.ended.set()
