@@ -80,6 +80,7 @@ class Exchange:
         self._outgoing: _Queue[Optional[bytes]] = queue.SimpleQueue()
         self._stream: Optional[Stream] = None
         self._reader: Optional[threading.Thread] = None
+        self._watch = threading.Timer(0.0, lambda: None)  # for the answer to the attach of the stream that is open now
         self._why: Optional[LinkError] = None  # the stream was broken off here
         self._lock = threading.Lock()  # guards what follows
         self._unanswered = Unanswered()
@@ -189,10 +190,20 @@ class Exchange:
             outgoing.put(data)
             self._total += Traffic(bytes_sent=framed_size(len(data)))
             self._outgoing, self._flows = outgoing, flows
-        self._stream = self._transport.stream(iter(outgoing.get, None))
+        stream = self._stream = self._transport.stream(iter(outgoing.get, None))
+        self._watch = threading.Timer(self._patience.attach_timeout_seconds, self._not_attached, [stream])
+        self._watch.daemon = True
+        self._watch.start()
         if self._is_over:  # since before the queue was this one
             self.abandon()
         return self._stream
+
+    def _not_attached(self, stream: Stream) -> None:
+        """Who took the connection says nothing: a server that is being stopped or started may leave it so for ever."""
+        if self._stream is stream:
+            seconds = self._patience.attach_timeout_seconds
+            self._why = StreamBrokenError(f"the cloud took the connection, and said nothing for {seconds:g} s")
+        stream.cancel()
 
     def _run(self, stream: Stream) -> None:
         """The reader thread: until there is no going on."""
@@ -210,6 +221,7 @@ class Exchange:
         except LinkError as fatal:
             error = fatal
         finally:
+            self._watch.cancel()
             stream.cancel()
             self._fail(error)
 
@@ -222,6 +234,7 @@ class Exchange:
             broken: LinkError = StreamBrokenError("the cloud ended the stream before the run did")
         except TRANSIENT as error:
             broken = error
+        self._watch.cancel()
         with self._lock:
             self._flows = False
             self._outgoing.put(None)  # ends the thread of the transport that takes messages
@@ -235,6 +248,8 @@ class Exchange:
             raise ProtocolError("the cloud sent something that is not an answer") from error
         self.stopping = message.stopping
         received = Traffic(payload_bytes_received=_payload_bytes(message), bytes_received=framed_size(len(data)))
+        if message.HasField("attached"):
+            self._watch.cancel()
         with self._lock:
             self._total += received
             if message.HasField("attached"):

@@ -126,6 +126,7 @@ def patience_of(linking: LinkOptions) -> Patience:
     """How long to wait and to try again. A cloud of the edge's own that has died does not come back."""
     return Patience(
         reply_timeout_seconds=linking.reply_timeout,
+        attach_timeout_seconds=linking.connect_timeout,
         reconnect_timeout_seconds=linking.reconnect_timeout if linking.server is not None else 0.0,
         backoff_seconds=linking.reconnect_backoff,
         backoff_max_seconds=linking.reconnect_backoff_max,

@@ -28,6 +28,9 @@ class Patience(NamedTuple):
     reply_timeout_seconds: float = 600.0
     """How long an answer may take before the stream counts as broken."""
 
+    attach_timeout_seconds: float = 20.0
+    """How long a server that took a connection may take to say something."""
+
     reconnect_timeout_seconds: float = 1800.0
     """How long to try for since the link broke; 0 gives up at once."""
 

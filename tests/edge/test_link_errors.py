@@ -379,7 +379,9 @@ def test_a_server_that_vanishes_in_the_middle_of_a_step(cloud: ScriptedCloud) ->
 
 
 def test_a_link_that_goes_dead_without_a_word(cloud: ScriptedCloud) -> None:
-    with through_proxy(cloud) as (proxy, transport), Link(transport, REQUEST, {}, Patience(0.3, 0)) as link:
+    with through_proxy(cloud) as (proxy, transport), Link(
+        transport, REQUEST, {}, Patience(0.3, reconnect_timeout_seconds=0)
+    ) as link:
         link.open()
         link.forward(0, 0, ACTIVATION, LABELS, 1).result()
         proxy.up.swallow = True

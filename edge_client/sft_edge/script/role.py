@@ -63,7 +63,9 @@ class EdgeRole(Role):
         transport = options.transport or GrpcTransport(
             str(options.server), options.connect_timeout_seconds, credentials=_credentials(options)
         )
-        patience = Patience(options.reply_timeout_seconds, options.reconnect_timeout_seconds)
+        patience = Patience(
+            options.reply_timeout_seconds, options.connect_timeout_seconds, options.reconnect_timeout_seconds
+        )
         link = Link(transport, request, blobs, patience, _tell)
         link.open()  # from here on nothing is left that could be wrong
         try:
