@@ -27,3 +27,16 @@ def terminations_noted() -> Iterator[threading.Event]:
         yield asked
     finally:
         signal.signal(signal.SIGTERM, handler)
+
+
+def note_termination_in_worker(worker: int) -> None:
+    """For a process that loads data: a SIGTERM that its whole group gets is for the run, which ends the process.
+
+    The second one ends it as ever. What torch has set for it ends it with the first, and the run with an error.
+    """
+    del worker
+
+    def note(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    signal.signal(signal.SIGTERM, note)
