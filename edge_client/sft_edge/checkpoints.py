@@ -114,12 +114,23 @@ def remove_all_but(kept: Sequence[Path], output_dir: Path) -> None:
     """Deletes the other checkpoints, those of other runs, torn and unfinished ones included. Raises StorageError."""
     for directory in output_dir.glob(f"{PREFIX}*"):
         if directory not in kept and re.fullmatch(rf"{PREFIX}\d+", directory.name):
-            with storage_errors(directory):
-                (directory / MANIFEST_FILE).unlink(missing_ok=True)  # first: half of one is none
-                shutil.rmtree(str(directory), ignore_errors=True)
+            _remove(directory)
     for leftover in output_dir.glob(f".{PREFIX}*"):
         if re.fullmatch(rf"\.{PREFIX}\d+\.(partial|replaced)", leftover.name):
             shutil.rmtree(str(leftover), ignore_errors=True)
+
+
+def remove_others(run_id: str, output_dir: Path) -> None:
+    """Deletes the checkpoints of other runs. Raises StorageError."""
+    for checkpoint in checkpoints_in(output_dir):
+        if checkpoint.manifest.run_id != run_id and re.fullmatch(rf"{PREFIX}\d+", checkpoint.directory.name):
+            _remove(checkpoint.directory)
+
+
+def _remove(directory: Path) -> None:
+    with storage_errors(directory):
+        (directory / MANIFEST_FILE).unlink(missing_ok=True)  # first: half of one is none
+        shutil.rmtree(str(directory), ignore_errors=True)
 
 
 @contextmanager

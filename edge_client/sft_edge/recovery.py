@@ -8,7 +8,6 @@ from typing import Callable, Iterator, Optional
 
 from sft.errors import LinkError, ServerFullError, ServerUnavailableError, SessionLostError, StreamBrokenError
 
-
 _MAX_LOSSES = 5
 """Of sessions, without the run getting further than it had been: some step may be what kills the server."""
 
@@ -23,8 +22,8 @@ class Recovery:
         terminated: threading.Event,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`timeout_seconds` to try for since a session was lost; `delays`: seconds to wait before each try; `terminated`
-        ends a wait.
+        """`timeout_seconds` to try for since a session was lost; `delays`: seconds to wait before each try;
+        `terminated` ends a wait.
         """
         self._timeout_seconds = timeout_seconds
         self._new_delays = delays
