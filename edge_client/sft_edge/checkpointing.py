@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import List, Mapping, Optional, Type
 
-from sft.errors import CheckpointError, ProtocolError, SessionLostError, StorageError
+from sft.errors import CheckpointError, LinkError, ProtocolError, SessionLostError, StorageError
 from sft_edge.checkpoints import (
     EdgeCheckpoint,
     check_hashes,
@@ -20,6 +20,7 @@ from sft_edge.checkpoints import (
     remove_others,
     write_checkpoint,
 )
+from sft_edge.exchange import TRANSIENT
 from sft_edge.likeness import check_likeness
 from sft_edge.options import NEWEST, TrainingOptions
 from sft_edge.progress import Progress
@@ -149,6 +150,15 @@ class Checkpointing:
             raise Stopped(step, checkpoint.directory)
         if loop.system.stopping:
             raise CloudStoppingError("the server stops")
+
+    def check_lost(self, lost_at: int, error: LinkError) -> None:
+        """The session was lost when so many steps were taken. Raises Stopped, or StorageError where nothing is saved,
+        for a run that is to stop: nobody is left to save a checkpoint with.
+        """
+        if self._terminated.is_set() and isinstance(error, (SessionLostError, *TRANSIENT)):
+            if lost_at and not self._mine():
+                raise StorageError(f"no checkpoint of step {lost_at} could be saved ({error}); there is none")
+            self.check_stop()
 
     def check_stop(self, loop: Optional[TrainingLoop] = None) -> None:
         """Raises Stopped where the run is to stop and nothing is to be saved first."""
