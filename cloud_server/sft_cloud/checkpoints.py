@@ -111,11 +111,12 @@ class RunCheckpoints:
                     return
             yield None
 
-    def keep(self, steps: Iterable[int]) -> None:
-        """Deletes all other steps. Raises StorageError; what is left over goes another time."""
+    def keep(self, steps: Iterable[int], newest: int) -> None:
+        """Deletes all other steps up to `newest`. Raises StorageError; what is left over goes another time."""
         kept = set(steps)
         for name in self._files.children(self._directory):
-            if _step_of(name) not in kept:
+            step = _step_of(name)
+            if step not in kept and step <= newest:
                 self._remove(f"{self._directory}/{name}")
 
     def _write(self, name: str, chunks: Iterable[bytes]) -> FileEntry:

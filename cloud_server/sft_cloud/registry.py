@@ -56,7 +56,7 @@ class Entry:
     stream: StreamHandle | None = None
     was_attached: bool = False
     saves: int = 0
-    """Checkpoints that were saved."""
+    """Checkpoints that both sides have, of the step that was the last one then."""
     bytes_received: int = 0
     bytes_sent: int = 0
 

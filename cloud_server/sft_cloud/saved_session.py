@@ -74,8 +74,12 @@ class Checkpoints:
         )
 
     def keep(self, entry: Entry, steps: Iterable[int]) -> None:
-        """Deletes the other steps of the session's run. Raises StorageError."""
-        self._store.run(entry.owner.name, entry.request.run_id).keep(steps)
+        """Deletes the other steps of the session's run. Raises StorageError.
+
+        Only those that this session can have known of: its edge may long have gone on at another server that has the
+        same store, and have saved there what is newer.
+        """
+        self._store.run(entry.owner.name, entry.request.run_id).keep(steps, entry.session.next_step)
 
     def _check_quota(self, owner: Identity, size: int) -> None:
         limit = self._max_bytes if owner.limits.max_upload_bytes is None else owner.limits.max_upload_bytes

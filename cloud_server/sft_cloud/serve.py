@@ -178,6 +178,8 @@ class CloudServer:
     def wait_for_checkpoints(self, seconds: float, hurry: threading.Event) -> None:
         """Has every edge that is connected save a checkpoint, so that it loses nothing when the server stops.
 
+        It has done so once it says that it keeps the step: until then its own half may not be written.
+
         Returns when all that can have done so, after so many seconds, or with `hurry`. No session is opened any more.
         """
         before = {entry.session_id: entry.saves for entry in self.sessions.entries()}

@@ -233,8 +233,10 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
             if message.HasField("save_checkpoint"):
                 answer.checkpoint_saved.CopyFrom(self._save(entry))
             if message.HasField("keep_checkpoints") and self._checkpoints is not None:
+                steps = message.keep_checkpoints.steps
+                entry.saves += entry.session.next_step in steps
                 with suppress(StorageError):  # too many is no harm; they are told again with the next checkpoint
-                    self._checkpoints.keep(entry, message.keep_checkpoints.steps)
+                    self._checkpoints.keep(entry, steps)
             answer.cloud_seconds = time.monotonic() - arrived
             return answer
 
@@ -255,9 +257,7 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
         if self._checkpoints is None or not entry.request.run_id:
             raise PreconditionError("this session was opened without a run_id, or this server saves no checkpoints")
         try:
-            saved = self._checkpoints.save(entry, self._run)
-            entry.saves += 1
-            return saved
+            return self._checkpoints.save(entry, self._run)
         except StorageError as error:
             _log.warning("checkpoint not saved", extra={"fields": {"session": entry.label, "reason": str(error)}})
             return pb.CheckpointSaved(error=str(error))

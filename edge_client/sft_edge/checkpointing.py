@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import List, Mapping, Optional, Type
 
-from sft.errors import CheckpointError, ProtocolError, SessionLostError, StorageError
+from sft.errors import CheckpointError, LinkError, ProtocolError, SessionLostError, StorageError
 from sft_edge.checkpoints import (
     EdgeCheckpoint,
     check_hashes,
@@ -17,9 +17,10 @@ from sft_edge.checkpoints import (
     only_run_in,
     open_checkpoint,
     remove_all_but,
+    remove_others,
     write_checkpoint,
 )
-from sft_edge.files import storage_errors
+from sft_edge.exchange import TRANSIENT
 from sft_edge.likeness import check_likeness
 from sft_edge.options import NEWEST, TrainingOptions
 from sft_edge.progress import Progress
@@ -43,7 +44,7 @@ class Stopped(Exception):
 class Checkpointing:
     """Of one run, however often its session is lost. A context manager: meanwhile no other run may use its directory.
 
-    Raises UsageError and CheckpointError where `--resume-from-checkpoint` cannot be done.
+    Entering it raises UsageError where one does, and CheckpointError where `--resume-from-checkpoint` cannot be done.
     """
 
     def __init__(
@@ -61,14 +62,15 @@ class Checkpointing:
         self._likeness = dict(likeness)
         self._progress = progress
         self._terminated = terminated
-        self._lock: Optional[ExitStack] = None
+        self._lock = ExitStack()
+        self._wanted = training.resume_from_checkpoint
         self.counts = {"recoveries": 0, "steps_recomputed": 0}
         """For `all_results.json`; they survive with the checkpoints."""
         self._lost_at = 0
         self._named: Optional[EdgeCheckpoint] = None  # on the command line
-        newest = self._first(training.resume_from_checkpoint)
-        self.run_id = newest.manifest.run_id if newest else secrets.token_hex(16)
-        self._newest_step = newest.step if newest else -1  # what is newer, the run was told to do without
+        self._has_saved = False
+        self.run_id = secrets.token_hex(16)
+        self._newest_step = -1  # what is newer, the run was told to do without
 
     @property
     def can_go_on(self) -> bool:
@@ -86,9 +88,10 @@ class Checkpointing:
         The newest one was read, and is whole to the last bit. Raises CheckpointError, and UsageError for a run that
         would be another.
         """
-        found = self._mine()
-        if self._named is not None and self._is_outside(self._named):
-            found.append(self._named)
+        found, named = self._mine(), self._named
+        if named is not None:  # that one and no other, until the run has saved one itself
+            newer = [checkpoint for checkpoint in found if checkpoint.step > named.step]
+            found = [*(newer if self._has_saved else []), named]
         for index, checkpoint in enumerate(found):
             try:
                 check_hashes(checkpoint)
@@ -124,6 +127,8 @@ class Checkpointing:
             self._progress.status(f"going on from step {step}, as it is in {chosen.directory}")
         self.counts["steps_recomputed"] += max(self._lost_at - step, 0)
         self._lost_at = 0
+        # Had this run died before its first save, the next one would take them for its own.
+        remove_others(self.run_id, self._output_dir)
         self.check_stop(loop)
 
     def after_step(self, loop: TrainingLoop) -> None:
@@ -146,6 +151,15 @@ class Checkpointing:
         if loop.system.stopping:
             raise CloudStoppingError("the server stops")
 
+    def check_lost(self, lost_at: int, error: LinkError) -> None:
+        """The session was lost when so many steps were taken. Raises Stopped, or StorageError where nothing is saved,
+        for a run that is to stop: nobody is left to save a checkpoint with.
+        """
+        if self._terminated.is_set() and isinstance(error, (SessionLostError, *TRANSIENT)):
+            if lost_at and not self._mine():
+                raise StorageError(f"no checkpoint of step {lost_at} could be saved ({error}); there is none")
+            self.check_stop()
+
     def check_stop(self, loop: Optional[TrainingLoop] = None) -> None:
         """Raises Stopped where the run is to stop and nothing is to be saved first."""
         if self._terminated.is_set():
@@ -154,15 +168,18 @@ class Checkpointing:
             raise Stopped(step, mine[0].directory if mine else None)
 
     def __enter__(self) -> Checkpointing:
-        if self._newest_step >= 0:
-            self._own_directory()
+        with ExitStack() as stack:
+            stack.enter_context(only_run_in(self._output_dir))
+            newest = self._first(self._wanted)  # not before: until then another run may have written there
+            if newest is not None:
+                self.run_id, self._newest_step = newest.manifest.run_id, newest.step
+            self._lock = stack.pop_all()
         return self
 
     def __exit__(
         self, kind: Optional[Type[BaseException]], error: Optional[BaseException], trace: Optional[TracebackType]
     ) -> None:
-        if self._lock is not None:
-            self._lock.close()
+        self._lock.__exit__(kind, error, trace)
 
     def _first(self, wanted: Optional[str]) -> Optional[EdgeCheckpoint]:
         if wanted is None:
@@ -183,29 +200,33 @@ class Checkpointing:
     def _is_outside(self, checkpoint: EdgeCheckpoint) -> bool:
         return checkpoint.directory.resolve().parent != self._output_dir.resolve()
 
-    def _own_directory(self) -> None:
-        if self._lock is None:
-            with storage_errors(self._output_dir):
-                self._output_dir.mkdir(parents=True, exist_ok=True)
-            self._lock = ExitStack()
-            self._lock.enter_context(only_run_in(self._output_dir))
-
     def _save(self, loop: TrainingLoop) -> EdgeCheckpoint:
-        """Both halves, in an order that docs/checkpoints.md is about."""
+        """A new checkpoint. Where there is no room for it, those that it would take the place of go first."""
         step, system = loop.state.global_step, loop.system
         self._progress.status(f"saving a checkpoint of step {step}")
-        self._own_directory()
-        other_half = system.save_other_half()
-        files = parts_of(system, loop, {"likeness": self._likeness, "counts": self.counts})
-        checkpoint = write_checkpoint(self._output_dir, self.run_id, step, other_half, files)
-        self._newest_step = step
-        self._tidy(system)
-        self._progress.status("")
+        try:
+            checkpoint = self._write(loop)
+        except StorageError:
+            # Also halves that a save left on the cloud which failed here. The newest stays, whatever the limit.
+            self._tidy(system, None if self._limit is None else max(self._limit - 1, 1))
+            checkpoint = self._write(loop)
+        self._newest_step, self._has_saved = step, True
+        try:
+            self._tidy(system, self._limit)
+            self._progress.status("")
+        except StorageError as error:
+            self._progress.status(f"older checkpoints are still there: {error}")
         return checkpoint
 
-    def _tidy(self, system: System) -> None:
+    def _write(self, loop: TrainingLoop) -> EdgeCheckpoint:
+        """Both halves, in an order that docs/checkpoints.md is about."""
+        other_half = loop.system.save_other_half()
+        files = parts_of(loop.system, loop, {"likeness": self._likeness, "counts": self.counts})
+        return write_checkpoint(self._output_dir, self.run_id, loop.state.global_step, other_half, files)
+
+    def _tidy(self, system: System, limit: Optional[int]) -> None:
         """Deletes what is not to be kept, the cloud's halves first: what is left here has its other half."""
-        kept = self._mine()[: self._limit]
+        kept = self._mine()[:limit]
         steps = {checkpoint.step for checkpoint in kept}
         if self._named is not None and self._is_outside(self._named):
             steps.add(self._named.step)

@@ -13,13 +13,14 @@ both sides: docs/checkpoints.md says why a crash at any other moment loses nothi
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import re
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence
+from typing import Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple
 
 from sft.errors import CheckpointError, UsageError
 from sft.manifests import MANIFEST_FILE, Manifest, Measured, is_whole, read_manifest
@@ -100,6 +101,9 @@ def write_checkpoint(
             partial.rename(directory)
             sync_directory(output_dir)
     except BaseException:
+        if replaced.exists() and not directory.exists():
+            with contextlib.suppress(OSError):
+                replaced.rename(directory)
         shutil.rmtree(str(partial), ignore_errors=True)
         raise
     shutil.rmtree(str(replaced), ignore_errors=True)
@@ -107,28 +111,76 @@ def write_checkpoint(
 
 
 def remove_all_but(kept: Sequence[Path], output_dir: Path) -> None:
-    """Deletes the other checkpoints, those of other runs and torn ones included. Raises StorageError."""
+    """Deletes the other checkpoints, those of other runs, torn and unfinished ones included. Raises StorageError."""
     for directory in output_dir.glob(f"{PREFIX}*"):
         if directory not in kept and re.fullmatch(rf"{PREFIX}\d+", directory.name):
-            with storage_errors(directory):
-                (directory / MANIFEST_FILE).unlink(missing_ok=True)  # first: half of one is none
-                shutil.rmtree(str(directory), ignore_errors=True)
+            _remove(directory)
+    for leftover in output_dir.glob(f".{PREFIX}*"):
+        if re.fullmatch(rf"\.{PREFIX}\d+\.(partial|replaced)", leftover.name):
+            shutil.rmtree(str(leftover), ignore_errors=True)
+
+
+def remove_others(run_id: str, output_dir: Path) -> None:
+    """Deletes the checkpoints of other runs. Raises StorageError."""
+    for checkpoint in checkpoints_in(output_dir):
+        if checkpoint.manifest.run_id != run_id and re.fullmatch(rf"{PREFIX}\d+", checkpoint.directory.name):
+            _remove(checkpoint.directory)
+
+
+def _remove(directory: Path) -> None:
+    with storage_errors(directory):
+        (directory / MANIFEST_FILE).unlink(missing_ok=True)  # first: half of one is none
+        shutil.rmtree(str(directory), ignore_errors=True)
 
 
 @contextmanager
 def only_run_in(output_dir: Path) -> Iterator[None]:
     """Two runs in one directory would take each other's session and checkpoints: the second gets a UsageError.
 
-    The directory must be there.
+    The directory is made where it is missing, and goes again when nothing is in it. Raises StorageError.
     """
-    handle = os.open(str(output_dir), os.O_RDONLY)
+    with storage_errors(output_dir):
+        handle, was_made = _locked(output_dir)
+    _locks.add(handle)
     try:
+        yield
+        was_made = False
+    finally:
+        if was_made:
+            with contextlib.suppress(OSError):  # something is in it
+                output_dir.rmdir()
+        if handle in _locks:
+            _locks.remove(handle)
+            os.close(handle)
+
+
+def _locked(output_dir: Path) -> Tuple[int, bool]:
+    """The open directory, and whether it had to be made."""
+    was_made = False
+    while True:
+        if not output_dir.is_dir():
+            output_dir.mkdir(parents=True, exist_ok=True)
+            was_made = True
+        handle = os.open(str(output_dir), os.O_RDONLY)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            os.close(handle)
             raise UsageError(f"--output-dir {output_dir}: another run is writing into it") from None
         except OSError:
-            pass  # a file system without locks
-        yield
-    finally:
-        os.close(handle)
+            return handle, was_made  # a file system without locks
+        if output_dir.is_dir() and os.path.samestat(os.fstat(handle), os.stat(str(output_dir))):
+            return handle, was_made
+        os.close(handle)  # of a directory that another run has removed meanwhile
+
+
+_locks: Set[int] = set()
+"""Of this process. A lock lives as long as any process has it open: one that loads data must not outlive the run."""
+
+
+def _let_go_in_child() -> None:
+    while _locks:
+        os.close(_locks.pop())
+
+
+os.register_at_fork(after_in_child=_let_go_in_child)

@@ -286,6 +286,10 @@ class Link:
         """Raises what ended the session, if it is known to have ended."""
         self._exchange.check()
 
+    def give_up_waiting(self) -> None:
+        """A link that is broken, now or later, ends the session at once. For signal handlers: it takes no lock."""
+        self._exchange.wake.put(None)
+
     def abandon(self) -> None:
         """Ends the session without waiting for anything. For finalizers: it takes no lock and starts no thread."""
         self._exchange.abandon()

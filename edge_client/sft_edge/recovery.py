@@ -8,9 +8,12 @@ from typing import Callable, Iterator, Optional
 
 from sft.errors import LinkError, ServerFullError, ServerUnavailableError, SessionLostError, StreamBrokenError
 
+_MAX_LOSSES = 5
+"""Of sessions, without the run getting further than it had been: some step may be what kills the server."""
+
 
 class Recovery:
-    """Of one run. There is time as long as it gets further than it had been."""
+    """Of one run."""
 
     def __init__(
         self,
@@ -19,7 +22,7 @@ class Recovery:
         terminated: threading.Event,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`timeout_seconds` to try for since the furthest step so far; `delays`: seconds to wait before each try;
+        """`timeout_seconds` to try for since a session was lost; `delays`: seconds to wait before each try;
         `terminated` ends a wait.
         """
         self._timeout_seconds = timeout_seconds
@@ -27,25 +30,28 @@ class Recovery:
         self._terminated = terminated
         self._clock = clock
         self._furthest = -1
-        self._reached_at = clock()
+        self._losses = 0  # since the furthest step
+        self._lost_at = clock()
         self._delays: Optional[Iterator[float]] = None
 
     def reached(self, steps: int) -> None:
-        """So many steps are taken. Those that are taken again do not count: some step may be what kills the server."""
+        """So many steps are taken. Those that are taken again do not count."""
         if steps > self._furthest:
-            self._furthest, self._reached_at = steps, self._clock()
+            self._furthest, self._losses = steps, 0
 
     def is_worth_trying(self, error: LinkError, had_session: bool) -> bool:
         """Whether to open a session after this error, of a session or of an attempt to open one."""
         if had_session:
             if not isinstance(error, SessionLostError):
                 return False
-            self._delays = self._new_delays()
+            # Not since the last step: an evaluation after it may have taken longer than all tries may.
+            self._delays, self._lost_at = self._new_delays(), self._clock()
+            self._losses += 1
         elif self._delays is None or not isinstance(
             error, (ServerUnavailableError, ServerFullError, SessionLostError, StreamBrokenError)
         ):
             return False  # also the first attempt of all: a wrong address should not be tried for long
-        return self._clock() < self._reached_at + self._timeout_seconds
+        return self._losses <= _MAX_LOSSES and self._clock() < self._lost_at + self._timeout_seconds
 
     def wait(self) -> None:
         """Until the next try is due, or the run is to stop."""

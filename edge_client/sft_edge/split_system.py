@@ -185,6 +185,9 @@ class SplitSystem(System):
     def stopping(self) -> bool:
         return self.link.stopping
 
+    def give_up_waiting(self) -> None:
+        self.link.give_up_waiting()
+
     def save_other_half(self) -> Optional[str]:
         return self.link.save_checkpoint().id.sha256
 

@@ -7,7 +7,6 @@ import math
 import shutil
 import sys
 import tempfile
-import threading
 from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
@@ -41,7 +40,7 @@ from sft_edge.saving import Description, save_model
 from sft_edge.source import Source, open_source
 from sft_edge.systems import System
 from sft_edge.tasks import Feature, Task, make_task
-from sft_edge.terminations import terminations_noted
+from sft_edge.terminations import Termination, terminations_noted
 from sft_edge.training_loop import TrainingLoop
 
 CALIBRATION_ROWS = 256
@@ -113,7 +112,8 @@ class TrainingRun:
 
     def _farewell(self, stopped: Stopped) -> str:
         if stopped.directory is None:
-            return "stopped before the first step; the same command begins anew"
+            when = f"after step {stopped.step}, and nothing is saved" if stopped.step else "before the first step"
+            return f"stopped {when}; the same command begins anew"
         named = "" if self.training.output_dir is not None else f"--output-dir {self.output_dir} "
         return (
             f"stopped after step {stopped.step}, which is saved in {stopped.directory}; the same command with "
@@ -121,7 +121,7 @@ class TrainingRun:
         )
 
     def _with_recovery(
-        self, job: _Job, progress: Progress, checkpointing: Checkpointing, terminated: threading.Event
+        self, job: _Job, progress: Progress, checkpointing: Checkpointing, terminated: Termination
     ) -> Dict[str, Any]:
         """Attempts, each with a session of its own, until one gets to the end."""
         recovery = Recovery(self.linking.reconnect_timeout, patience_of(self.linking).delays, terminated)
@@ -133,9 +133,10 @@ class TrainingRun:
         while True:
             self._loop: Optional[TrainingLoop] = None
             try:
-                return self._attempt(job, progress, checkpointing, after_step)
+                return self._attempt(job, progress, checkpointing, after_step, terminated)
             except LinkError as error:
                 had_session = self._loop is not None
+                checkpointing.check_lost(self._loop.state.global_step if self._loop else 0, error)
                 if not (checkpointing.can_go_on and recovery.is_worth_trying(error, had_session)):
                     raise
                 progress.status(f"{error}: going on in another session")
@@ -150,6 +151,7 @@ class TrainingRun:
         progress: Progress,
         checkpointing: Checkpointing,
         after_step: Callable[[TrainingLoop], None],
+        terminated: Termination,
     ) -> Dict[str, Any]:
         """From a new session to the end of the run."""
         offered = checkpointing.offers()
@@ -171,6 +173,7 @@ class TrainingRun:
                     checkpoint_store=self.output_dir / CLOUD_STORE,
                 )
             )
+            terminated.then = system.give_up_waiting
             chosen = checkpointing.choose(system, offered)
             report = None
             if self.logging.report_to == "tensorboard":

@@ -21,6 +21,7 @@ from sft_edge.progress import Progress
 from sft_edge.report import TrainerState
 from sft_edge.systems import System
 from sft_edge.tasks import Feature, Task
+from sft_edge.terminations import note_termination_in_worker
 
 _MEMORY_TRIES = 3
 """How often a step is begun that the cloud has no memory for."""
@@ -64,6 +65,7 @@ class TrainingLoop:
             generator=self._order,
             collate_fn=task.collate,
             num_workers=num_workers,
+            worker_init_fn=note_termination_in_worker,
         )
         self._training = training
         self._max_grad_norm = optimizing.max_grad_norm

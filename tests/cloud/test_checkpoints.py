@@ -158,19 +158,19 @@ def test_a_server_that_dies_while_it_saves(
     assert len([name for name in names(run) if name.startswith("20-")]) == (1 if written else 0)
     after = CheckpointStore(place).run("somebody", RUN)
     assert found(after, (20, "0" * 64), (10, old.sha256)) == {"a.bin": b"old"}
-    after.keep([10])
+    after.keep([10], 99)
     assert [name.partition("-")[0] for name in names(after)] == ["10"]
 
 
 def test_the_others_are_deleted(run: RunCheckpoints) -> None:
     saved = {step: run.save(step, parts(a=str(step).encode())).sha256 for step in (10, 20, 30)}
-    run.keep([30, 10, 70])
+    run.keep([30, 10, 70], 99)
     assert [name.partition("-")[0] for name in names(run)] == ["10", "30"]
     assert found(run, *saved.items()) == {"a.bin": b"30"}
     assert found(run, (20, saved[20])) is None
-    run.keep([])
+    run.keep([], 99)
     assert names(run) == []
-    run.keep([])
+    run.keep([], 99)
 
 
 def test_nobody_finds_the_run_of_another(store: CheckpointStore, run: RunCheckpoints) -> None:
@@ -178,7 +178,7 @@ def test_nobody_finds_the_run_of_another(store: CheckpointStore, run: RunCheckpo
     for owner in ("somebody else", "Somebody", "", ".", "..", "../somebody", "x/../somebody", "s" * 300):
         other = store.run(owner, RUN)
         assert found(other, (10, saved.sha256)) is None, owner
-        other.keep([])
+        other.keep([], 99)
     assert found(store.run("somebody", OTHER_RUN), (10, saved.sha256)) is None
     assert found(run, (10, saved.sha256)) == {"a.bin": b"mine"}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -287,3 +288,36 @@ def test_checkpoints_of_one_caller_take_no_more_than_it_may(start_server, connec
     assert not refused.id.sha256
     run.keep(2)
     assert not run.save().error, "there is room again, and the session has gone on"
+
+
+def test_a_server_that_is_late_deletes_nothing_newer(stub, other_host, edge: TinyEdge) -> None:
+    """It was frozen when its edge went on at another server, and wakes up with what it was told to keep then."""
+    late = Run(stub, edge)
+    late.train(1)
+    ids = [late.save().id]
+    there = other_host()
+    run = Run(there, edge, resume_from=ids)
+    for _ in range(2):
+        run.train(1)
+        ids.append(run.save().id)
+    run.keep(2, 3)
+    late.keep(1)
+    run.stream.end()
+    assert Run(there, edge, resume_from=ids[2:]).step == 3
+    assert Run(there, edge, resume_from=ids[1:2]).step == 2
+
+
+def test_a_server_waits_until_the_edge_has_its_half_too(stub, server: CloudServer, edge: TinyEdge) -> None:
+    """A half that only the cloud has is nothing to go on from."""
+    run = Run(stub, edge)
+    run.train(1)
+
+    class Hurry(threading.Event):
+        acts = iter([run.save, lambda: run.keep(0), lambda: run.keep(1)])
+
+        def wait(self, timeout: float | None = None) -> bool:
+            next(self.acts)()
+            return False
+
+    server.wait_for_checkpoints(SECONDS, Hurry())
+    assert next(Hurry.acts, None) is None, "each was waited for"

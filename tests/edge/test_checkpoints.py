@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
 from pathlib import Path
@@ -23,6 +24,7 @@ from sft_edge.checkpoints import (
 )
 
 RUN = "0" * 32
+SECONDS = 30
 
 
 def write(directory: Path, step: int, **files: bytes) -> EdgeCheckpoint:
@@ -202,3 +204,68 @@ def test_a_directory_is_for_one_run(tmp_path: Path) -> None:
             second.__enter__()
     with only_run_in(tmp_path):
         assert not os.listdir(str(tmp_path))
+
+
+def test_a_directory_that_was_made_for_nothing_goes_again(tmp_path: Path) -> None:
+    def fail(and_write: bool) -> None:
+        with only_run_in(tmp_path / "runs" / "out"):
+            if and_write:
+                write(tmp_path / "runs" / "out", 10)
+            raise StorageError("nothing comes of it")
+
+    for and_write in (False, True):
+        with pytest.raises(StorageError):
+            fail(and_write)
+        assert (tmp_path / "runs" / "out").exists() is and_write
+
+
+def test_a_process_that_loads_data_holds_no_lock(tmp_path: Path) -> None:
+    """It may live for a while when the run is killed, which is then started again."""
+    context = multiprocessing.get_context("fork")
+    is_there, may_end = context.Event(), context.Event()
+
+    def load() -> None:
+        is_there.set()
+        may_end.wait(SECONDS)
+
+    with only_run_in(tmp_path):
+        child = context.Process(target=load, daemon=True)
+        child.start()
+        assert is_there.wait(SECONDS)
+        with pytest.raises(UsageError):
+            only_run_in(tmp_path).__enter__()
+    with only_run_in(tmp_path):
+        assert child.is_alive()
+    may_end.set()
+    child.join(SECONDS)
+
+
+def test_what_earlier_saves_began_is_deleted(tmp_path: Path) -> None:
+    kept = write(tmp_path, 20)
+    for name in (".checkpoint-10.partial", ".checkpoint-30.replaced", ".checkpoint-of-mine.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.bin").write_bytes(b"one")
+    remove_all_but([kept.directory], tmp_path)
+    assert sorted(os.listdir(str(tmp_path))) == [".checkpoint-of-mine.partial", "checkpoint-20"]
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), KeyboardInterrupt()])
+def test_what_breaks_off_between_the_two_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    """The step is saved once more, the first one has made way, and the second cannot take its place."""
+    write(tmp_path, 10, a=b"first")
+    rename, renamed = Path.rename, []
+
+    def breaking(self: Path, target: Path) -> Path:
+        renamed.append(self.name)
+        if self.name.endswith(".partial"):
+            raise error
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", breaking)
+    with pytest.raises((StorageError, KeyboardInterrupt)):
+        write(tmp_path, 10, a=b"second")
+    assert renamed == ["checkpoint-10", ".checkpoint-10.partial", ".checkpoint-10.replaced"]
+    assert content(open_checkpoint(tmp_path / "checkpoint-10")) == {"a.bin": b"first"}
+    assert os.listdir(str(tmp_path)) == ["checkpoint-10"]

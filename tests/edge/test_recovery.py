@@ -16,6 +16,7 @@ from sft.errors import (
     SessionLostError,
     StreamBrokenError,
 )
+from sft_edge.checkpointing import CloudStoppingError
 from sft_edge.recovery import Recovery
 
 
@@ -61,19 +62,38 @@ def test_the_first_attempt_of_all_is_not_repeated(rig: Rig) -> None:
         assert not rig.recovery.is_worth_trying(error, had_session=False)
 
 
-def test_time_runs_since_the_furthest_step(rig: Rig) -> None:
+def test_time_runs_since_a_session_was_lost(rig: Rig) -> None:
+    """Not since the last step: the evaluation after it took an hour, or the steps before it came again."""
     rig.recovery.reached(3)
-    rig.now += 59
-    assert rig.recovery.is_worth_trying(LOST, had_session=True)
-    assert rig.recovery.is_worth_trying(AWAY, had_session=False)
-    rig.recovery.reached(2)
-    rig.recovery.reached(3)
-    rig.now += 1
-    assert not rig.recovery.is_worth_trying(AWAY, had_session=False)
+    for _ in range(2):
+        rig.now += 3600
+        assert rig.recovery.is_worth_trying(LOST, had_session=True)
+        rig.now += 59
+        assert rig.recovery.is_worth_trying(AWAY, had_session=False)
+        rig.now += 1
+        assert not rig.recovery.is_worth_trying(AWAY, had_session=False)
+
+
+def test_a_step_at_which_every_server_dies(rig: Rig) -> None:
+    """The run ends, however much time there is; one that gets further begins to count again."""
+    for furthest in (3, 4):
+        rig.recovery.reached(furthest)
+        for _ in range(5):
+            assert rig.recovery.is_worth_trying(LOST, had_session=True)
+            rig.recovery.reached(2)
+            rig.recovery.reached(furthest)
     assert not rig.recovery.is_worth_trying(LOST, had_session=True)
-    rig.recovery.reached(4)
-    assert rig.recovery.is_worth_trying(LOST, had_session=True)
-    assert rig.begun == 3
+
+
+def test_a_server_that_is_somebody_else_for_a_while(rig: Rig) -> None:
+    """Between two servers, a proxy may answer for one that is not there yet."""
+
+    class NotOurs(ServerUnavailableError):
+        pass
+
+    assert rig.recovery.is_worth_trying(CloudStoppingError("the server stops"), had_session=True)
+    for error in (NotOurs("html"), StreamBrokenError("closed at once"), ServerFullError("full")):
+        assert rig.recovery.is_worth_trying(error, had_session=False)
 
 
 def test_a_wait_ends_when_the_run_is_to_stop(rig: Rig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -98,3 +99,44 @@ def test_a_server_with_an_edge_that_does_not_save(
     server.send_signal(signal.SIGTERM)
     assert server.wait(SECONDS) == 0
     edge.send_signal(signal.SIGCONT)
+
+
+def test_a_whole_group_of_processes(job: Job, model: Path, tmp_path: Path) -> None:
+    """As a service manager or a container's end has it: those that load data get the signal, too."""
+    options = {**STEADY, "model": model, "mode": "local", "output_dir": tmp_path / "out", "dataloader_num_workers": 2}
+    # Every epoch ends the workers of the one before: this one does not end in the test.
+    options.update(max_steps=100_000, per_device_train_batch_size=1, logging_steps=1, max_train_samples=None)
+    edge = subprocess.Popen(
+        [sys.executable, "-c", SIGNALLED_IN_A_STEP, "train", *job.flags(**options)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        told, errors = edge.communicate(timeout=SECONDS)
+    finally:
+        if edge.poll() is None:
+            os.killpg(edge.pid, signal.SIGKILL)
+            edge.communicate()
+    assert edge.returncode == 0, errors
+    assert told.startswith(f"stopped after step 5, which is saved in {tmp_path / 'out' / 'checkpoint-5'}")
+
+
+SIGNALLED_IN_A_STEP = """
+import multiprocessing, subprocess, sys
+from sft_edge.cli import main
+from sft_edge.systems import LocalSystem
+
+def update(self, step, scale, update=LocalSystem.update):
+    update(self, step, scale)
+    if step == 4:
+        workers = multiprocessing.active_children()
+        assert len(workers) == 2
+        subprocess.run(["sh", "-c", "kill -TERM 0"])  # not by the process whose children they are
+        for worker in workers:
+            worker.join(0.5)  # as long as it takes to die of it
+
+LocalSystem.update = update
+sys.exit(main(sys.argv[1:]))
+"""

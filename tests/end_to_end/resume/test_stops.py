@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +14,10 @@ import pytest
 from support.jobs import error_line, read_json, same_bits, weights_of
 from support.resuming import SECONDS, Clouds, Outcome, steps_in, terminate
 
-from sft.errors import StorageError
+from sft.errors import LinkError, StorageError
 from sft_cloud.checkpoint_files import LocalFiles
 from sft_edge import checkpointing as checkpointing_module
+from sft_edge.patience import Retries
 from sft_edge.recovery import Recovery
 
 # SIGTERM.
@@ -123,7 +125,7 @@ def test_a_save_for_which_there_is_no_room(
     real, calls = getattr(owner, name), itertools.count(1)
 
     def full(*arguments: Any) -> Any:
-        if next(calls) == 2:
+        if next(calls) in (2, 3):  # it is tried twice
             raise StorageError("the disk is full")
         return real(*arguments)
 
@@ -156,3 +158,40 @@ def test_no_room_for_the_last_one(
         f"no checkpoint of step 3 could be saved (the disk is full); the newest is {out / 'checkpoint-2'}"
     )
     assert steps_in(out) == [2]
+
+
+# SIGTERM while the link is broken.
+
+
+@pytest.mark.usefixtures("default_sigterm")
+@pytest.mark.parametrize("save_steps", [2, None])
+def test_an_edge_that_is_told_to_stop_while_its_link_is_broken(
+    run: Callable[..., int],
+    clouds: Clouds,
+    out: Path,
+    at_step: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    save_steps: int | None,
+) -> None:
+    """It does not wait for the server, which may be away for as long as --reconnect-timeout."""
+    told = []
+    after = Retries.after
+
+    def terminated(self: Retries, error: LinkError) -> None:
+        if not told:
+            told.append(str(error))
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+        after(self, error)
+
+    monkeypatch.setattr(Retries, "after", terminated)
+    at_step(3, lambda: clouds.server.stop(grace_seconds=0))
+    code = run(save_steps=save_steps, reconnect_backoff="1h", reconnect_backoff_max="1h", reconnect_timeout="1h")
+    assert told
+    said = capsys.readouterr()
+    if save_steps:
+        assert code == 0
+        assert said.out.startswith(f"stopped after step 2, which is saved in {out / 'checkpoint-2'}; the same command")
+    else:
+        assert code == 7
+        assert re.match(r"no checkpoint of step 3 could be saved \(.*\); there is none", error_line(said.err))
