@@ -261,17 +261,17 @@ def test_who_is_patient_waits_for_a_server_to_come(cloud: ScriptedCloud, waits: 
 
 def test_an_idle_link_may_break_again_and_again(cloud: ScriptedCloud, waits: Waits) -> None:
     """Each break counts for itself, although no answer comes in between."""
-    with through_proxy(cloud, waits, reconnect_timeout_seconds=1.0) as (proxy, link):
+    mended = threading.Semaphore(0)
+    patience = waits.patience(reconnect_timeout_seconds=1.0)
+    with serving(cloud) as address, TcpProxy(address) as proxy, Link(
+        GrpcTransport(proxy.address), pb.OpenSessionRequest(), {}, patience, lambda text: text or mended.release()
+    ) as link:
+        link.open()
         losses(link, range(1))
         link.flush()
-        for index in range(4):
-            attaches = len([message for message in cloud.received if message.HasField("attach")])
+        for _ in range(4):
             proxy.cut()
-            proxy.wait_until(
-                lambda n=attaches: len([m for m in cloud.received if m.HasField("attach")]) > n  # type: ignore[misc]
-            )
-            mended = index + 1
-            proxy.wait_until(lambda n=mended: waits.said.count("") == n)  # type: ignore[misc]
+            assert mended.acquire(timeout=TIMEOUT_SECONDS)
         assert losses(link, range(1, 2)) == [1, 1]
     assert waits.delays == [0.5] * 4
 
