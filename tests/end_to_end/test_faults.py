@@ -18,7 +18,7 @@ from support.jobs import STEADY, Job, read_json, same_bits
 
 from sft_cloud.serve import CloudServer
 from sft_cloud.session import Session
-from sft_edge import cloud_process, split_system
+from sft_edge import cloud_process, session_request
 from sft_edge.cli import main
 from sft_edge.cloud_process import CloudProcess
 from sft_edge.patience import Retries
@@ -49,7 +49,7 @@ def test_a_full_server(
 
 
 def test_another_version(failing: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(split_system, "PROTOCOL_VERSION", 1)
+    monkeypatch.setattr(session_request, "PROTOCOL_VERSION", 1)
     code, line = failing()
     assert code == 5
     assert re.search(r"refuses: the edge \(release .*\) speaks protocol version 1, the cloud .* speaks version 3", line)
