@@ -92,7 +92,7 @@ def test_labels_that_stay_are_in_no_message(cloud: str) -> None:
 
 def test_a_server_that_ends_in_the_middle(start_cloud: Callable[..., CloudServer]) -> None:
     server, model = start_cloud(), tiny_model()
-    with wrap(model, adamw(model), server=server.address) as optimizer:
+    with wrap(model, adamw(model), server=server.address, reconnect_timeout_seconds=0) as optimizer:
         train(model, optimizer)
         before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
         loss = loss_of(model, batches(1, model)[0], travels=False)
