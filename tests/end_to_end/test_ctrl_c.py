@@ -85,12 +85,12 @@ def test_ctrl_c_while_the_cloud_works(
     at_work, go_on = threading.Event(), threading.Event()
     waits = iter(range(1000))
 
-    def handle(self, message, handle=Session.handle):
+    def handle(self, message, *more, handle=Session.handle):
         if message.HasField("forward") and message.step == 3 and not at_work.is_set():
             assert message.HasField("commit")
             at_work.set()
             assert go_on.wait(SECONDS), "nobody waits for what is under way"
-        return handle(self, message)
+        return handle(self, message, *more)
 
     def until_answered(self, until_answered=link_module.PendingReply.wait):
         wait = next(waits)

@@ -166,11 +166,11 @@ def test_an_edge_that_is_killed_in_the_middle_of_a_step(
     monkeypatch.setattr(server.sessions, "session_timeout_seconds", 0.0)
     busy, killed = threading.Event(), threading.Event()
 
-    def handle(self, message, handle=Session.handle):
+    def handle(self, message, *more, handle=Session.handle):
         if message.HasField("forward") and message.step == 3 and not busy.is_set():
             busy.set()
             assert killed.wait(SECONDS)
-        return handle(self, message)
+        return handle(self, message, *more)
 
     monkeypatch.setattr(Session, "handle", handle)
     options = job.flags(model=model, server=server.address, output_dir=tmp_path / "out", **STEADY)
