@@ -43,7 +43,7 @@ from support.tls import Certificates, make_certificates, make_token
 from sft.models import Cut
 from sft.v1 import split_training_pb2 as pb
 from sft.v1.split_training_pb2_grpc import SplitTrainingStub
-from sft_cloud.tokens import TokenFile
+from sft_cloud.access.tokens import TokenFile
 
 STEPS = 300
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"

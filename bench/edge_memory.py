@@ -18,10 +18,10 @@ from pathlib import Path
 from runs import SHAPES, train
 from transformers import AutoConfig
 
-from sft.lora import add_lora, resolve_lora
 from sft.models import Cut, Net, build_net_1, build_net_2, build_whole
-from sft_edge.lora_options import LoraOptions
-from sft_edge.synthetic import write_synthetic
+from sft.models.lora import add_lora, resolve_lora
+from sft_edge.options.lora import LoraOptions
+from sft_edge.tasks.synthetic import write_synthetic
 
 HEAD = "sequence-classification"
 SHAPE, SPLIT_RANK = SHAPES / "bert-base.json", 8

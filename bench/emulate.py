@@ -23,9 +23,9 @@ from runs import BIN, train
 from shaped_link import CLOUD_HOST, ShapedLink
 
 from sft.errors import SFTError
-from sft_edge.cloud_process import CloudProcess
-from sft_edge.progress import format_bytes
-from sft_edge.synthetic import write_synthetic
+from sft.printable import format_bytes
+from sft_edge.systems.cloud_process import CloudProcess
+from sft_edge.tasks.synthetic import write_synthetic
 
 MODES = ("sl", "sft")
 DEFAULTS = (

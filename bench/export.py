@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from sft_edge.exported import logits as program
-from sft_edge.saving import load_model, task_of
+from sft_edge.commands.export.exported import logits as program
+from sft_edge.model_files.saved import load_model, task_of
 
 
 def main() -> None:

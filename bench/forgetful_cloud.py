@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from sft.v1 import split_training_pb2 as pb
 from sft_cloud.cli import main
-from sft_cloud.exactly_once import ExactlyOnce
+from sft_cloud.service.exactly_once import ExactlyOnce
 
 
 def forgetful(

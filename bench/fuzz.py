@@ -35,8 +35,8 @@ from support.fuzzing import Fuzzer, good_run  # noqa: E402
 from support.tiny import make_tiny_model  # noqa: E402
 from support.tiny_edge import TinyEdge  # noqa: E402
 
-from sft.protocol import CLIENT_OPTIONS  # noqa: E402
 from sft.v1.split_training_pb2_grpc import SplitTrainingStub  # noqa: E402
+from sft.wire.protocol import CLIENT_OPTIONS  # noqa: E402
 
 STEPS = 20
 THREADS = 3

@@ -22,10 +22,11 @@ import transformers  # noqa: E402, F401
 with atheris.instrument_imports(include=["sft", "sft_cloud"]):
     from sft.errors import SFTError
     from sft.v1 import split_training_pb2 as pb
-    from sft_cloud.opening import build, check_request, make_session
-    from sft_cloud.session import Session, State
-    from sft_cloud.store import read_blob
-    from sft_cloud.wire_check import check_wire
+    from sft_cloud.admission.wire_check import check_wire
+    from sft_cloud.engine.build import build, make_session
+    from sft_cloud.engine.request import check_request
+    from sft_cloud.session.session import Session, State
+    from sft_cloud.storage.blobs import read_blob
 
 from fuzz import tiny_edge  # noqa: E402
 from google.protobuf.message import DecodeError  # noqa: E402

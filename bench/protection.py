@@ -25,8 +25,8 @@ from typing import NamedTuple
 from runs import BIN, train
 
 from sft.v1 import split_training_pb2 as pb
-from sft_edge.cloud_process import CloudProcess
-from sft_edge.synthetic import write_synthetic
+from sft_edge.systems.cloud_process import CloudProcess
+from sft_edge.tasks.synthetic import write_synthetic
 
 SHORT = 3
 CORES = sorted(os.sched_getaffinity(0))  # the first for the edge, the others for the cloud

@@ -3,7 +3,7 @@
     python bench/residual_quality.py --data-dir DATA                  an encoder: MiniLM-L6 on SST-2
     python bench/residual_quality.py --data-dir DATA --kind decoder   a decoder: a small GPT-2 on the same sentences
 
-One process trains the decomposed model: the halves compute the same (tests/common/test_families.py). The encoder is
+One process trains the decomposed model: the halves compute the same (tests/common/models/test_families.py). The encoder is
 fine-tuned for one epoch and judged by its accuracy on the validation rows. The decoder, for which no pretrained weights
 come with the package, is first trained from scratch as a language model, then cut, and judged by its loss in nats a
 token right after the cut and after fine-tuning; the uncut model goes on beside it for as many steps.
@@ -21,17 +21,18 @@ import torch
 from transformers import AutoConfig, get_scheduler
 
 from sft.batch import Batch
-from sft.checkpoint import find_model
 from sft.models import Cut, Whole, build_whole
-from sft.parameter_groups import OptimizerSpec, decay_groups, make_optimizer
-from sft.seeding import derive_seed
-from sft.tensor_stream import StoredTensor, in_memory
-from sft.weights import factor_tensors, fill, live_factors, live_tensors, pretrained_tensors
-from sft_edge.evaluation import EvaluationSet, batches_of, evaluate
-from sft_edge.options import ModelOptions
-from sft_edge.source import open_source, read_tokenizer
-from sft_edge.systems import LocalSystem
+from sft.models.weights import factor_tensors, fill, live_factors, live_tensors, pretrained_tensors
+from sft.optim.spec import OptimizerSpec, decay_groups, make_optimizer
+from sft.models.seeding import derive_seed
+from sft.tensors.pretrained import find_model
+from sft.tensors.stream import StoredTensor, in_memory
+from sft_edge.model_files.source import open_source, read_tokenizer
+from sft_edge.options.train import ModelOptions
+from sft_edge.systems.local import LocalSystem
 from sft_edge.tasks import Feature, Task, make_task
+from sft_edge.tasks.base import batches_of
+from sft_edge.training.evaluation import EvaluationSet, evaluate
 
 BATCH_SIZE, CALIBRATION_BATCHES, LONGEST = 32, 8, 64
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from runs import SHAPES, train
 
-from sft_edge.synthetic import write_synthetic
+from sft_edge.tasks.synthetic import write_synthetic
 
 MODELS = {
     "MiniLM-L6": ["--model=minilm", "--split-layer=5"],

@@ -30,3 +30,7 @@ def attention_mask(lengths: List[int], padded_length: int) -> Tensor:
     """The mask that the lengths stand for: (B, S) int64, 1 for tokens, 0 for the padding on the right."""
     positions_S = torch.arange(padded_length)
     return (positions_S[None, :] < torch.tensor(lengths)[:, None]).long()
+
+
+IGNORED = -100
+"""A label of this value is no label: the library's mark, for tokens that a language model is not trained on."""

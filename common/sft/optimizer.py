@@ -94,7 +94,7 @@ class SplitOptions:
     tokens."""
 
     transport: Any = None
-    """A `sft_edge.transport.Transport` to use instead of gRPC to `server`."""
+    """A `sft_edge.link.transport.Transport` to use instead of gRPC to `server`."""
 
 
 class Role(ABC):

@@ -47,3 +47,26 @@ def _tidied(value: Any) -> Any:
     if isinstance(value, str):
         return printable(value[:MAX_TEXT])
     return finite(value) if isinstance(value, float) else value
+
+
+def format_bytes(count: float) -> str:
+    """`12.9 kB`, with decimal units."""
+    units = ["B", "kB", "MB", "GB", "TB"]
+    while count >= 999.5 and len(units) > 1:
+        count /= 1000
+        units.pop(0)
+    return f"{count:.3g} {units[0]}"
+
+
+def format_seconds(seconds: float) -> str:
+    """`42s`, `1m20s` or `2h05m`."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 1:
+        return f"{rest}s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s"
+
+
+def format_value(value: Any) -> str:
+    """Numbers with five significant digits, whole ones whole."""
+    return f"{value:.5g}" if isinstance(value, float) else str(value)

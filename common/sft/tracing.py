@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.trace import Span as OtelSpan
 
+
 Value = Union[str, int, float, bool]
 
 METADATA_KEY = "traceparent"

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 from typing import List, Optional
 
-from sft.config import parse, run
-from sft_edge.command_options import DemoOptions, DoctorOptions, EvaluateOptions, PredictOptions, VerifyOptions
-from sft_edge.export_options import ExportOptions
-from sft_edge.optimizer_options import OptimizerOptions
-from sft_edge.options import TRAIN_OPTIONS, CutOptions, LinkOptions, check_together
+from sft.cli.options import parse
+from sft.cli.run import run
+from sft_edge.options.commands import (
+    DemoOptions,
+    DoctorOptions,
+    EvaluateOptions,
+    ExportOptions,
+    PredictOptions,
+    VerifyOptions,
+)
+from sft_edge.options.link import LinkOptions
+from sft_edge.options.optimizer import OptimizerOptions
+from sft_edge.options.train import TRAIN_OPTIONS, CutOptions, check_together
 
 
 def train(prog: str, argv: List[str]) -> int:
     """fine-tune a model across this machine and a cloud"""
     options = parse(TRAIN_OPTIONS, argv, prog, train.__doc__)
     check_together(options[TRAIN_OPTIONS.index(CutOptions)], options[TRAIN_OPTIONS.index(LinkOptions)])
-    from sft_edge.train import TrainingRun
+    from sft_edge.commands.train import TrainingRun
 
     TrainingRun(*options).run()
     return 0
@@ -24,7 +32,7 @@ def train(prog: str, argv: List[str]) -> int:
 def evaluate(prog: str, argv: List[str]) -> int:
     """judge a trained model on a task's validation rows, without a cloud"""
     (options,) = parse((EvaluateOptions,), argv, prog, evaluate.__doc__)
-    from sft_edge.evaluate import evaluate_saved
+    from sft_edge.commands.evaluate import evaluate_saved
 
     evaluate_saved(options)
     return 0
@@ -33,7 +41,7 @@ def evaluate(prog: str, argv: List[str]) -> int:
 def predict(prog: str, argv: List[str]) -> int:
     """ask a trained model, without a cloud"""
     (options,) = parse((PredictOptions,), argv, prog, predict.__doc__)
-    from sft_edge.predict import predict as print_predictions
+    from sft_edge.commands.predict import predict as print_predictions
 
     print_predictions(options)
     return 0
@@ -42,7 +50,7 @@ def predict(prog: str, argv: List[str]) -> int:
 def export(prog: str, argv: List[str]) -> int:
     """make a trained model one that transformers opens without this package"""
     (options,) = parse((ExportOptions,), argv, prog, export.__doc__)
-    from sft_edge.export import export as export_and_report
+    from sft_edge.commands.export.export import export as export_and_report
 
     export_and_report(options)
     return 0
@@ -51,7 +59,7 @@ def export(prog: str, argv: List[str]) -> int:
 def verify(prog: str, argv: List[str]) -> int:
     """show that split training computes what one process computes"""
     options = parse((VerifyOptions, OptimizerOptions, LinkOptions), argv, prog, verify.__doc__)
-    from sft_edge.verify import verify_and_report
+    from sft_edge.commands.verify import verify_and_report
 
     verify_and_report(*options)
     return 0
@@ -60,7 +68,7 @@ def verify(prog: str, argv: List[str]) -> int:
 def doctor(prog: str, argv: List[str]) -> int:
     """look at a server and the way to it, and say what would stop a run"""
     options = parse((DoctorOptions, LinkOptions), argv, prog, doctor.__doc__)
-    from sft_edge.doctor import doctor as examine
+    from sft_edge.commands.doctor.doctor import doctor as examine
 
     return examine(*options)
 
@@ -68,7 +76,7 @@ def doctor(prog: str, argv: List[str]) -> int:
 def demo(prog: str, argv: List[str]) -> int:
     """train the paper's three systems side by side on a synthetic text set"""
     (options,) = parse((DemoOptions,), argv, prog, demo.__doc__)
-    from sft_edge.demo import demo as run_demo
+    from sft_edge.commands.demo import demo as run_demo
 
     return run_demo(options)
 

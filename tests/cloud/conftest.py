@@ -13,11 +13,12 @@ from support.tiny_edge import SEQUENCES, TinyEdge
 from support.tls import Certificates, make_certificates
 from transformers import AutoConfig
 
-from sft.protocol import CLIENT_OPTIONS
 from sft.v1 import split_training_pb2_grpc as pb_grpc
-from sft_cloud.opening import build, check_request, make_session
-from sft_cloud.serve import CloudServer
-from sft_cloud.session import Session
+from sft.wire.protocol import CLIENT_OPTIONS
+from sft_cloud.engine.build import build, make_session
+from sft_cloud.engine.request import check_request
+from sft_cloud.server import CloudServer
+from sft_cloud.session.session import Session
 
 CPU = torch.device("cpu")
 

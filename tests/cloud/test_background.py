@@ -5,9 +5,9 @@ import threading
 import torch
 from support.calls import SECONDS
 
-from sft_cloud import serve
+from sft_cloud import server as serve
 from sft_cloud.background import repeat
-from sft_cloud.registry import Registry
+from sft_cloud.service.registry import Registry
 
 
 def test_an_error_is_logged_and_ends_nothing(caplog):

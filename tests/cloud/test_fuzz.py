@@ -4,8 +4,8 @@ import grpc
 import pytest
 from support.fuzzing import Fuzzer, good_run
 
-from sft.protocol import CLIENT_OPTIONS
-from sft_cloud.limit_options import LimitOptions
+from sft.wire.protocol import CLIENT_OPTIONS
+from sft_cloud.options import LimitOptions
 
 KINDS = ("OpenSessionRequest", "UploadBlobRequest", "EdgeMessage, first", "DownloadWeightsRequest", "ProbeRequest")
 

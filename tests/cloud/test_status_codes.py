@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from sft import errors
-from sft_cloud.errors import MAX_DETAILS, PreconditionError, QuotaError, UnauthenticatedError, status_of
+from sft_cloud.errors import PreconditionError, QuotaError, UnauthenticatedError
+from sft_cloud.status_codes import MAX_DETAILS, status_of
 
 CODES = {
     PreconditionError: "FAILED_PRECONDITION",

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from support.jobs import error_line
 
-from sft import __version__
+from sft.version import __version__
 from sft_edge.cli import COMMANDS, main
 
 

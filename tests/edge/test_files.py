@@ -15,7 +15,7 @@ from support.jobs import read_json
 
 from sft.errors import DataError, StorageError
 from sft_edge.files import storage_errors, write_file, write_json
-from sft_edge.report import TrainerState
+from sft_edge.training.report import TrainerState
 
 
 def test_chunks_become_a_file_with_its_directories(tmp_path: Path) -> None:

@@ -10,10 +10,10 @@ import torch
 from support.jobs import STEADY, Job, error_line, read_json, sst2, weights_of
 from support.tiny import make_tiny_model
 
-from sft_cloud.serve import CloudServer
+from sft_cloud.server import CloudServer
 from sft_edge.cli import main
-from sft_edge.split_system import SplitSystem
-from sft_edge.systems import LocalSystem
+from sft_edge.systems.local import LocalSystem
+from sft_edge.systems.split import SplitSystem
 
 
 @pytest.fixture(scope="session")

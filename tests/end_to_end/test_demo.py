@@ -11,7 +11,7 @@ from support.jobs import read_json
 from support.tiny import make_tiny_model
 
 from sft_edge.cli import main
-from sft_edge.demo import comparison
+from sft_edge.commands.demo import comparison
 
 
 def figures(**changes: object) -> dict[str, object]:

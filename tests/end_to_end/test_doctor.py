@@ -13,9 +13,9 @@ from support.jobs import Job
 from support.tiny import make_tiny_model
 from support.tls import Certificates, make_certificates, make_token
 
-from sft_cloud.access import make_access
-from sft_cloud.access_options import AccessOptions
-from sft_cloud.serve import CloudServer
+from sft_cloud.access.protection import make_access
+from sft_cloud.options import AccessOptions
+from sft_cloud.server import CloudServer
 from sft_edge.cli import main
 
 Examine = Callable[..., tuple[int, dict[str, dict[str, str]]]]

@@ -16,12 +16,13 @@ import pytest
 import torch
 from support.jobs import STEADY, Job, read_json, same_bits
 
-from sft_cloud.serve import CloudServer
-from sft_cloud.session import Session
-from sft_edge import cloud_process, session_request
+from sft_cloud.server import CloudServer
+from sft_cloud.session.session import Session
 from sft_edge.cli import main
-from sft_edge.cloud_process import CloudProcess
-from sft_edge.patience import Retries
+from sft_edge.link import request as session_request
+from sft_edge.link.retries import Retries
+from sft_edge.systems import cloud_process
+from sft_edge.systems.cloud_process import CloudProcess
 
 SECONDS = 60
 
@@ -142,7 +143,7 @@ class Closings(logging.Handler):
 
 @pytest.fixture
 def closings() -> Iterator[Closings]:
-    handler, log = Closings(), logging.getLogger("sft_cloud.service")
+    handler, log = Closings(), logging.getLogger("sft_cloud.service.servicer")
     level = log.level
     log.addHandler(handler)
     log.setLevel(logging.INFO)

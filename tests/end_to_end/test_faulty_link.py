@@ -15,10 +15,10 @@ from support.tiny import make_tiny_model
 from support.tiny_edge import TinyEdge
 from transformers import AutoConfig
 
-from sft.tensor_stream import safetensors_chunks
+from sft.tensors.stream import safetensors_chunks
 from sft.v1 import split_training_pb2 as pb
-from sft_edge.link import Link
-from sft_edge.patience import Patience
+from sft_edge.link.link import Link
+from sft_edge.link.retries import Patience
 
 MICRO_BATCHES = 2
 

@@ -15,13 +15,13 @@ import pytest
 import torch
 from support.jobs import STEADY, Job, error_line, same_bits, weights_of
 
-from sft_cloud.checkpoint_files import LocalFiles
-from sft_cloud.checkpoints import CheckpointStore
-from sft_cloud.serve import CloudServer
-from sft_edge import train as train_module
-from sft_edge.checkpoints import check_hashes, checkpoints_in
+from sft_cloud.server import CloudServer
+from sft_cloud.storage.checkpoints import CheckpointStore
+from sft_cloud.storage.files import LocalFiles
+from sft_edge.checkpoints.directory import check_hashes, checkpoints_in
 from sft_edge.cli import main
-from sft_edge.saving import load_model
+from sft_edge.commands import train as train_module
+from sft_edge.model_files.saved import load_model
 
 SECONDS = 60
 

@@ -17,10 +17,10 @@ from support.tls import Certificates, make_certificates, make_token
 
 from sft import SFTOptimizer
 from sft.errors import AccessError, UsageError
-from sft_cloud.access import make_access
-from sft_cloud.access_options import AccessOptions
-from sft_cloud.serve import CloudServer
-from sft_cloud.tokens import TokenFile
+from sft_cloud.access.protection import make_access
+from sft_cloud.access.tokens import TokenFile
+from sft_cloud.options import AccessOptions
+from sft_cloud.server import CloudServer
 from sft_edge.cli import main
 
 SECONDS = 120

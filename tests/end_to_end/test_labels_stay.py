@@ -11,7 +11,7 @@ import pytest
 from support.jobs import JOBS, Job, read_json, same_bits, sst2, stsb, weights_of
 
 from sft.v1 import split_training_pb2 as pb
-from sft_edge.grpc_transport import GrpcTransport
+from sft_edge.link.grpc_transport import GrpcTransport
 
 VALUES = [3.1415926, 2.7182818, 1.4142135, 0.5772156]
 """Labels that nothing else is by chance."""

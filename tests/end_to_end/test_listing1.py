@@ -19,11 +19,11 @@ from support.script import adamw, batches, one_machine, sgd, tiny_model
 from torch import Tensor, nn
 
 from sft import SFTOptimizer
-from sft.decompose import decompose
 from sft.models import Cut
+from sft.models.decompose import decompose
 from sft.v1 import split_training_pb2 as pb
-from sft_edge.grpc_transport import GrpcTransport
-from sft_edge.transport import Stream, Transport
+from sft_edge.link.grpc_transport import GrpcTransport
+from sft_edge.link.transport import Stream, Transport
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 RANK, LAYER = 8, "blocks.2.fc2"

@@ -14,13 +14,14 @@ from support.tiny import make_tiny_model
 from support.tiny_edge import TinyEdge
 from transformers import AutoConfig
 
-from sft.checkpoint import Checkpoint
 from sft.errors import ProtocolError, UsageError
-from sft.lora import add_lora, lora_to_json, resolve_lora
 from sft.models import build_net_2, build_whole
-from sft.parameter_groups import decay_groups
-from sft_cloud.opening import build, check_request, make_session
-from sft_cloud.session import Session
+from sft.models.lora import add_lora, lora_to_json, resolve_lora
+from sft.optim.spec import decay_groups
+from sft.tensors.pretrained import Checkpoint
+from sft_cloud.engine.build import build, make_session
+from sft_cloud.engine.request import check_request
+from sft_cloud.session.session import Session
 from sft_edge.cli import main
 
 LORA = {**STEADY, "max_steps": 4, "lora_r": 4, "lora_alpha": 32, "learning_rate": 1e-2}

@@ -20,14 +20,14 @@ from support.tiny_edge import TinyEdge, attach
 from support.tls import make_certificates, make_token
 from transformers import AutoConfig
 
-from sft.protocol import CLIENT_OPTIONS
 from sft.v1 import split_training_pb2 as pb
 from sft.v1.split_training_pb2_grpc import SplitTrainingStub
-from sft_cloud.access import make_access
-from sft_cloud.access_options import AccessOptions
-from sft_cloud.observing import Observer
-from sft_cloud.prometheus import MetricsPort, PrometheusMetrics
-from sft_cloud.serve import CloudServer
+from sft.wire.protocol import CLIENT_OPTIONS
+from sft_cloud.access.protection import make_access
+from sft_cloud.observability.observer import Observer
+from sft_cloud.observability.prometheus import MetricsPort, PrometheusMetrics
+from sft_cloud.options import AccessOptions
+from sft_cloud.server import CloudServer
 
 CPU = torch.device("cpu")
 SECONDS = 60.0

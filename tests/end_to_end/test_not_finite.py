@@ -13,7 +13,7 @@ from support.jobs import Job, error_line, flags, read_json
 from support.tiny import make_tiny_model
 
 from sft_edge.cli import main
-from sft_edge.saving import load_model
+from sft_edge.model_files.saved import load_model
 
 
 @pytest.mark.parametrize("mode", ["local", "sl", "sft"])

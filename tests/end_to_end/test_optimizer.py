@@ -19,9 +19,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from sft.errors import ServerFullError, SessionLostError
 from sft.models import Cut
-from sft_cloud.serve import CloudServer
-from sft_edge.grpc_transport import GrpcTransport
-from sft_edge.link import Link
+from sft_cloud.server import CloudServer
+from sft_edge.link.grpc_transport import GrpcTransport
+from sft_edge.link.link import Link
 
 
 def loss_of(model: Any, batch: dict[str, torch.Tensor], travels: bool) -> torch.Tensor:

@@ -1,7 +1,8 @@
 """Every interleaving of one session's messages with faults of its link, explored to the last one.
 
-The rules checked are the real ones, `sft_edge.unanswered` on one side and `sft_cloud.exactly_once` on the other;
-what trains is replaced by a list of what was applied. The invariants have the names that docs/protocol.md gives them.
+The rules checked are the real ones, `sft_edge.link.replies` on one side and `sft_cloud.service.exactly_once` on the
+other; what trains is replaced by a list of what was applied. The invariants have the names that docs/protocol.md gives
+them.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from typing import Any
 
 import pytest
 
-from sft.ledger import Traffic
 from sft.v1 import split_training_pb2 as pb
+from sft.wire.ledger import Traffic
 from sft_cloud.errors import GapError
-from sft_cloud.exactly_once import ExactlyOnce
-from sft_edge.unanswered import Sent, Unanswered
+from sft_cloud.service.exactly_once import ExactlyOnce
+from sft_edge.link.replies import Sent, Unanswered
 
 STEPS = 3
 NO_TRAFFIC = Traffic()

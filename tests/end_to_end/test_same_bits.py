@@ -11,11 +11,12 @@ from support.jobs import Job, read_json, same_bits, squad, sst2, weights_of
 from support.tiny import make_tiny_model
 
 from sft_edge.cli import main
-from sft_edge.opening import open_system
-from sft_edge.optimizer_options import OptimizerOptions
-from sft_edge.options import CutOptions, LinkOptions, ModelOptions, TrainingOptions
-from sft_edge.source import open_source
-from sft_edge.split_system import SplitSystem
+from sft_edge.model_files.source import open_source
+from sft_edge.options.link import LinkOptions
+from sft_edge.options.optimizer import OptimizerOptions
+from sft_edge.options.train import CutOptions, ModelOptions, TrainingOptions
+from sft_edge.systems.open import open_system
+from sft_edge.systems.split import SplitSystem
 from sft_edge.tasks import make_task
 
 STEPS = {"max_steps": 6, "logging_steps": 1}

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from support.jobs import Job, read_json, same_bits, weights_of
 
-from sft_cloud.registry import Registry
-from sft_cloud.serve import CloudServer
+from sft_cloud.server import CloudServer
+from sft_cloud.service.registry import Registry
 from sft_edge.cli import main
 
 SECONDS = 300

@@ -14,8 +14,8 @@ import torch
 from support.jobs import STEADY, Job, same_bits, weights_of
 from support.recorded_spans import RecordedSpans
 
-from sft_cloud.observing import Observer
-from sft_cloud.serve import CloudServer
+from sft_cloud.observability.observer import Observer
+from sft_cloud.server import CloudServer
 
 CPU = torch.device("cpu")
 
@@ -44,7 +44,7 @@ def traced_cloud(recorded: RecordedSpans, tmp_path: Path) -> Iterator[CloudServe
 @pytest.fixture
 def trace_the_edge(recorded: RecordedSpans, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     def install() -> None:
-        for module in ("sft_edge.spans", "sft_edge.link", "sft_edge.grpc_transport"):
+        for module in ("sft_edge.link.tracing", "sft_edge.link.link", "sft_edge.link.grpc_transport"):
             monkeypatch.setattr(f"{module}.edge_tracer", lambda: recorded.tracer)
 
     return install

@@ -15,11 +15,11 @@ from support.tiny_edge import TinyEdge
 from transformers import AutoConfig
 
 from sft.errors import ServerFullError, SessionLostError
-from sft_cloud.serve import CloudServer
-from sft_edge.grpc_transport import GrpcTransport
-from sft_edge.link import Blob, Link
-from sft_edge.patience import Patience
-from sft_edge.transport import Transport
+from sft_cloud.server import CloudServer
+from sft_edge.link.grpc_transport import GrpcTransport
+from sft_edge.link.link import Blob, Link
+from sft_edge.link.retries import Patience
+from sft_edge.link.transport import Transport
 
 STEPS = 3
 

@@ -11,8 +11,8 @@ import pytest
 from support.jobs import Job, same_bits, weights_of
 from support.tiny import make_tiny_model
 
-from sft_cloud.serve import CloudServer
-from sft_edge.grpc_transport import GrpcTransport
+from sft_cloud.server import CloudServer
+from sft_edge.link.grpc_transport import GrpcTransport
 
 
 @pytest.fixture

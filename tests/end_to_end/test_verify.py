@@ -10,9 +10,9 @@ import pytest
 from support.jobs import error_line, flags
 from support.tiny import FAMILIES, make_tiny_model, tiny_config
 
-from sft_cloud.session import Session
+from sft_cloud.session.session import Session
 from sft_edge.cli import main
-from sft_edge.split_system import SplitSystem
+from sft_edge.systems.split import SplitSystem
 
 TAMPERED_STEP = 3  # counted from 1
 
@@ -224,7 +224,7 @@ def test_half_precision_is_found_out(
     verify: Callable[..., tuple[int, dict, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What float32 on the wire promises, sixteen bits do not hold."""
-    from sft_edge import verify as verify_module
+    from sft_edge.commands import verify as verify_module
 
     def open_in_half_precision(*arguments, open_split_system=verify_module.open_split_system, **named):
         return open_split_system(*["bfloat16" if one == "float32" else one for one in arguments], **named)

@@ -14,13 +14,12 @@ from support.tiny import make_tiny_model
 from torch import Tensor
 from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClassification
 
-from sft_edge import train as train_module
-from sft_edge.asking import ask
 from sft_edge.cli import main
-from sft_edge.evaluation import batches_of
-from sft_edge.saving import load_model, task_of
-from sft_edge.split_system import SplitSystem
-from sft_edge.systems import LocalSystem
+from sft_edge.commands import train as train_module
+from sft_edge.model_files.saved import ask, load_model, task_of
+from sft_edge.systems.local import LocalSystem
+from sft_edge.systems.split import SplitSystem
+from sft_edge.tasks.base import batches_of
 
 MODES = ("local", "sl", "sft")
 KEYS = {

@@ -13,9 +13,9 @@ from support.tiny_edge import TinyEdge
 from transformers import AutoConfig
 
 from sft.models import Cut
-from sft_cloud.serve import CloudServer
-from sft_edge.grpc_transport import GrpcTransport
-from sft_edge.link import Blob, Link
+from sft_cloud.server import CloudServer
+from sft_edge.link.grpc_transport import GrpcTransport
+from sft_edge.link.link import Blob, Link
 
 STEPS = 50
 # What the count leaves out: headers that open the stream and settings, and with each message window updates and pings.

@@ -8,7 +8,7 @@ import tempfile
 
 import pytest
 
-from sft_edge.cloud_process import CloudProcess
+from sft_edge.systems.cloud_process import CloudProcess
 
 
 def main() -> int:

@@ -12,7 +12,7 @@ from support.interpreter import Interpreter
 from support.jobs import flags, read_json
 from support.tiny import make_tiny_model
 
-from sft_edge.synthetic import write_synthetic
+from sft_edge.tasks.synthetic import write_synthetic
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("torch", "transformers", "grpcio", "protobuf", "safetensors")

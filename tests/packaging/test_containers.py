@@ -17,13 +17,13 @@ import yaml
 from cryptography import x509
 from dockerfile_parse import DockerfileParser
 
-from sft.config import parse
-from sft.durations import Duration
-from sft_cloud.access import make_access
-from sft_cloud.access_options import AccessOptions
-from sft_cloud.cli import ServeOptions
-from sft_cloud.serve import GRACE_SECONDS, CloudServer
-from sft_edge.options import TRAIN_OPTIONS, LinkOptions
+from sft.cli.durations import Duration
+from sft.cli.options import parse
+from sft_cloud.access.protection import make_access
+from sft_cloud.options import AccessOptions, ServeOptions
+from sft_cloud.server import GRACE_SECONDS, CloudServer
+from sft_edge.options.link import LinkOptions
+from sft_edge.options.train import TRAIN_OPTIONS
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILES = ("cloud_server/Dockerfile", "edge_client/Dockerfile", "edge_client/Dockerfile.jetson")

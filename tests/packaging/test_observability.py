@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from sft.v1 import split_training_pb2 as pb
-from sft_cloud.prometheus import PrometheusMetrics
+from sft_cloud.observability.prometheus import PrometheusMetrics
 
 DOCS = Path(__file__).parents[2] / "docs"
 DASHBOARD = json.loads((DOCS / "grafana" / "dashboard.json").read_text(encoding="utf-8"))

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from sft.config import options_of
-from sft_edge.options import TRAIN_OPTIONS
+from sft.cli.options import options_of
+from sft_edge.options.train import TRAIN_OPTIONS
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

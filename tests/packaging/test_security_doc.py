@@ -8,21 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from sft.config import options_of
+from sft.cli.options import options_of
 from sft.v1 import split_training_pb2 as pb
-from sft_cloud import gate
-from sft_cloud.access_options import AccessOptions
-from sft_cloud.audit import MAX_TEXT, REFUSALS_PER_SECOND, AuditLog
-from sft_cloud.call_record import CallRecord
-from sft_cloud.certs_command import InitOptions
-from sft_cloud.cli import ServeOptions
-from sft_cloud.gate import RECHECK_SECONDS
-from sft_cloud.limit_options import LimitOptions
-from sft_cloud.metrics_options import MetricsOptions
-from sft_cloud.serve import GRACE_SECONDS
-from sft_cloud.token_commands import CreateOptions, ListOptions, RevokeOptions
-from sft_cloud.tokens import LIMIT_NAMES
-from sft_edge.options import TRAIN_OPTIONS
+from sft_cloud.access import interceptor as gate
+from sft_cloud.access.interceptor import RECHECK_SECONDS
+from sft_cloud.access.tokens import LIMIT_NAMES
+from sft_cloud.commands.certs import InitOptions
+from sft_cloud.commands.token import CreateOptions, ListOptions, RevokeOptions
+from sft_cloud.observability.audit import MAX_TEXT, REFUSALS_PER_SECOND, AuditLog
+from sft_cloud.observability.call_record import CallRecord
+from sft_cloud.options import AccessOptions, LimitOptions, MetricsOptions, ServeOptions
+from sft_cloud.server import GRACE_SECONDS
+from sft_edge.options.train import TRAIN_OPTIONS
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")

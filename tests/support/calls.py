@@ -11,7 +11,7 @@ import grpc
 import pytest
 from support.tiny_edge import TinyEdge
 
-from sft.tensor_stream import CHUNK_BYTES
+from sft.tensors.stream import CHUNK_BYTES
 from sft.v1 import split_training_pb2 as pb
 from sft.v1.split_training_pb2_grpc import SplitTrainingStub
 

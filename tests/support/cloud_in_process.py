@@ -11,10 +11,10 @@ import torch
 from support.in_memory import InMemoryTransport
 
 from sft.v1 import split_training_pb2 as pb
+from sft_cloud.engine.opener import TransformersOpener
+from sft_cloud.engine.weights import WeightsFinder
 from sft_cloud.identity import ANONYMOUS
-from sft_cloud.openers import TransformersOpener
-from sft_cloud.store import BlobStore
-from sft_cloud.weights import WeightsFinder
+from sft_cloud.storage.blobs import BlobStore
 
 
 class CloudInProcess(InMemoryTransport):

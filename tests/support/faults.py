@@ -13,7 +13,7 @@ from typing import Deque, Iterator, List, Optional, Sequence
 
 from sft.errors import StreamBrokenError
 from sft.v1 import split_training_pb2 as pb
-from sft_edge.transport import Stream, Transport
+from sft_edge.link.transport import Stream, Transport
 
 KINDS = ("lose", "twice", "swap", "late")
 

@@ -8,13 +8,14 @@ from typing import Deque, Iterator, Optional, Sequence
 import torch
 
 from sft.errors import SessionLostError, StreamBrokenError
-from sft.tensor_stream import StoredTensor, safetensors_chunks
+from sft.tensors.stream import StoredTensor, safetensors_chunks
 from sft.v1 import split_training_pb2 as pb
+from sft_cloud.engine.build import build, make_session
+from sft_cloud.engine.request import check_request
 from sft_cloud.errors import GapError
-from sft_cloud.exactly_once import ExactlyOnce
-from sft_cloud.opening import build, check_request, make_session
-from sft_cloud.session import Session
-from sft_edge.transport import Stream, Transport
+from sft_cloud.service.exactly_once import ExactlyOnce
+from sft_cloud.session.session import Session
+from sft_edge.link.transport import Stream, Transport
 
 _CPU = torch.device("cpu")
 

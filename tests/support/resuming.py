@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from support.jobs import STEADY, read_json, same_bits, weights_of
 
-from sft_cloud.serve import CloudServer
+from sft_cloud.server import CloudServer
 
 STEPS = 7
 OPTIONS = {**STEADY, "max_steps": STEPS, "save_steps": 2, "reconnect_backoff": "1ms"}

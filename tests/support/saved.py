@@ -8,10 +8,9 @@ from typing import Any, Optional
 from support.tiny import tiny_config, tiny_tokenizer
 
 from sft.models import Cut, build_whole
-from sft.tensor_stream import in_memory, safetensors_chunks
-from sft.weights import fill
-from sft_edge.saving import Description, save_model
-from sft_edge.systems import Shard
+from sft.models.weights import fill
+from sft.tensors.stream import Shard, in_memory, safetensors_chunks
+from sft_edge.model_files.saved import Description, save_model
 
 
 def save_tiny(

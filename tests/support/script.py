@@ -22,10 +22,10 @@ from transformers.modeling_outputs import QuestionAnsweringModelOutput, Sequence
 from sft import SFTOptimizer
 from sft.batch import Batch
 from sft.models import Cut, Whole, build_whole, head_of
+from sft.models.weights import fill, live_factors, live_tensors
 from sft.v1 import split_training_pb2 as pb
-from sft.weights import fill, live_factors, live_tensors
-from sft_edge.grpc_transport import GrpcTransport
-from sft_edge.transport import Stream, Transport
+from sft_edge.link.grpc_transport import GrpcTransport
+from sft_edge.link.transport import Stream, Transport
 
 _CLASSES: Dict[str, Any] = {
     "sequence-classification": AutoModelForSequenceClassification,

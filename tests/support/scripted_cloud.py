@@ -10,9 +10,9 @@ from typing import Callable, Dict, Iterator, List, Optional, Tuple
 
 import grpc
 
-from sft.protocol import SERVER_OPTIONS
 from sft.v1 import split_training_pb2 as pb
 from sft.v1.split_training_pb2_grpc import SplitTrainingServicer, add_SplitTrainingServicer_to_server
+from sft.wire.protocol import SERVER_OPTIONS
 
 TIMEOUT_SECONDS = 20.0
 

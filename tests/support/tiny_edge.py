@@ -10,18 +10,19 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from sft import __version__
 from sft.batch import Batch
-from sft.checkpoint import Checkpoint
-from sft.codec import encode_activation, encode_labels, encode_tensor
 from sft.models import Cut, build_net_2
-from sft.parameter_groups import GroupSpec, OptimizerSpec, decay_groups, spec_to_proto
-from sft.protocol import PROTOCOL_VERSION
-from sft.seeding import derive_seed
-from sft.tensor_stream import StoredTensor, safetensors_chunks, sha256_of
+from sft.models.weights import factor_tensors, pretrained_tensors
+from sft.optim.spec import GroupSpec, OptimizerSpec, decay_groups, spec_to_proto
+from sft.models.seeding import derive_seed
+from sft.tensors.pretrained import Checkpoint
+from sft.tensors.stream import StoredTensor, safetensors_chunks, sha256_of
 from sft.v1 import split_training_pb2 as pb
-from sft.weights import factor_tensors, pretrained_tensors
-from sft_edge.offers import HEADS, cut_to_proto
+from sft.version import __version__
+from sft.wire.codec.elements import encode_tensor
+from sft.wire.codec.messages import encode_activation, encode_labels
+from sft.wire.cut import HEADS, cut_to_proto
+from sft.wire.protocol import PROTOCOL_VERSION
 
 SEQUENCES = "sequence-classification"
 QUESTIONS = "question-answering"

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
-from sft_cloud.certs import Authority, Files
+from sft_cloud.access.authority import Authority, Files
+from sft_cloud.access.tokens import TokenFile
 from sft_cloud.identity import Limits
-from sft_cloud.tokens import TokenFile
 
 HOSTS = ("localhost", "127.0.0.1", "::1")
 LONG_AGO = datetime.now(timezone.utc) - timedelta(days=100)

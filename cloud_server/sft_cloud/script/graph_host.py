@@ -8,14 +8,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from sft.codec import MAX_DIMENSIONS, decode_tensor, encode_tensor
 from sft.errors import CutError, ProtocolError, UsageError
-from sft.graph_cut import GraphCut, cut
-from sft.protocol import MAX_MESSAGE_BYTES
-from sft.tensor_stream import StoredTensor, in_memory
+from sft.graphs.cut import GraphCut, cut
+from sft.tensors.stream import StoredTensor, in_memory
 from sft.v1 import split_training_pb2 as pb
-from sft_cloud.half import Given, HalfModel
-from sft_cloud.script.hosted import HostedModel, check_same_cut, replace_forward
+from sft.wire.codec.elements import MAX_DIMENSIONS, decode_tensor, encode_tensor
+from sft.wire.protocol import MAX_MESSAGE_BYTES
+from sft_cloud.script.hosted_model import HostedModel, check_same_cut, replace_forward
+from sft_cloud.session.upper_half import Given, HalfModel
 
 
 class GraphHost(HostedModel):

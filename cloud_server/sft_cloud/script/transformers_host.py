@@ -11,12 +11,12 @@ from transformers import PreTrainedModel
 
 from sft.errors import ProtocolError, UsageError
 from sft.models import Cut, Net2, Output, build_net_2, check_live, head_of, layer_to_cut
-from sft.tensor_stream import in_memory
+from sft.models.weights import fill, live_tensors
+from sft.tensors.stream import in_memory
 from sft.v1 import split_training_pb2 as pb
-from sft.weights import fill, live_tensors
-from sft_cloud.half import HalfModel, TransformersHalf
-from sft_cloud.opening import check_request
-from sft_cloud.script.hosted import ADVICE, HostedModel, check_same_cut, keep_parameters, replace_forward
+from sft_cloud.engine.request import check_request
+from sft_cloud.script.hosted_model import ADVICE, HostedModel, check_same_cut, keep_parameters, replace_forward
+from sft_cloud.session.upper_half import HalfModel, TransformersHalf
 
 _RESIDUALS = {"none": pb.RESIDUAL_NONE, "low-rank": pb.RESIDUAL_LOW_RANK}
 

@@ -1,9 +1,9 @@
 """Cutting a transformers model at block l: `cut` has the algorithm, one small file per family the names of modules."""
 
 from sft.models.calibration import Moments, output_moments
-from sft.models.catalogue import HEADS, family_of, head_of, max_positions
 from sft.models.cut import Cut, build_net_1, build_net_2, build_whole, ffn_out_name, matrix_of, name_of_w
-from sft.models.live import check_live, cut_live, layer_to_cut, live_parameters, whole_name
+from sft.models.families.catalogue import HEADS, family_of, head_of, max_positions
+from sft.models.in_place import check_live, cut_live, layer_to_cut, live_parameters, whole_name
 from sft.models.nets import Net, Net1, Net2, Output, TiedHead, Whole
 from sft.models.split_layer import RESIDUALS
 

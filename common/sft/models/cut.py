@@ -25,8 +25,8 @@ from transformers import PretrainedConfig
 from transformers.modeling_outputs import BaseModelOutput
 
 from sft.errors import CutError
-from sft.models.catalogue import AUTO_CLASSES, check_head, family_of
-from sft.models.family import Family
+from sft.models.families.catalogue import AUTO_CLASSES, check_head, family_of
+from sft.models.families.family import Family
 from sft.models.nets import Net, Net1, Net2, TiedHead, Whole
 from sft.models.split_layer import RESIDUALS, SplitLayer
 

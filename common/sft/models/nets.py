@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from sft.batch import attention_mask
 from sft.errors import UsageError
-from sft.losses import head_loss
-from sft.models.family import Family
+from sft.models.families.family import Family
+from sft.models.losses import head_loss
 from sft.models.split_layer import Reached
 
 
@@ -21,7 +21,7 @@ class Output(NamedTuple):
     """What a head gives."""
 
     loss: Optional[Tensor]
-    """0-dim, see `sft.losses.head_loss`; None without labels."""
+    """0-dim, see `sft.models.losses.head_loss`; None without labels."""
 
     logits: Tensor
     """(B, C); (B, S, 2) start and end logits for question answering; (B, S, V) for a language model."""

@@ -13,8 +13,8 @@ from typing import Any, Mapping, Optional
 from torch import nn
 
 from sft.errors import UsageError
-from sft.lora import LoraSpec, check_lora_config
 from sft.models import Net2, whole_name
+from sft.models.lora import LoraSpec, check_lora_config
 
 _NAME = "default"  # as peft calls an adapter that is given no name
 
@@ -31,7 +31,7 @@ def without_peft(model: nn.Module) -> nn.Module:
 def adapters_of(model: Any) -> Optional[LoraSpec]:
     """The adapters of a script's model, W's among them, without `modules_to_save`; None where there are none.
 
-    Raises UsageError unless they are LoRA's, one to a module, named "default", and as `sft.lora` can follow.
+    Raises UsageError unless they are LoRA's, one to a module, named "default", and as `sft.models.lora` can follow.
     """
     peft: Any = sys.modules.get("peft")
     if peft is None:

@@ -10,9 +10,8 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Optional
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from sft.batch import Batch, attention_mask
+from sft.batch import IGNORED, Batch, attention_mask
 from sft.errors import UsageError
-from sft.losses import IGNORED
 
 _TAKEN = ("input_ids", "attention_mask", "token_type_ids", "labels", "start_positions", "end_positions", "return_dict")
 

@@ -11,7 +11,7 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence
 
 from torch import Tensor, nn
 
-from sft.tensor_stream import StoredTensor
+from sft.tensors.stream import StoredTensor
 from sft.v1 import split_training_pb2 as pb
 
 
@@ -48,8 +48,8 @@ class Cross(ABC):
         """Runs net_2 on an activation.
 
         `activation`: what `pb.Activation.packed` holds: (T, R) with the `lengths` of B sequences, padding left out
-        (`sft.codec.pack`), or any shape (..., R) without lengths. `training`: with dropout. `labels`: only where
-        gradients are enabled; they travel, and the loss comes back.
+        (`sft.wire.codec.packing.pack`), or any shape (..., R) without lengths. `training`: with dropout. `labels`:
+        only where gradients are enabled; they travel, and the loss comes back.
 
         Raises LinkError when the cloud or the way to it fails.
         """

@@ -9,10 +9,10 @@ from typing import Any, Dict, List
 
 from torch import Tensor, nn
 
-from sft.decompose import decompose
 from sft.errors import CutError, UsageError
-from sft.graph_cut import GraphCut, cut
-from sft.tensor_stream import StoredTensor, in_memory
+from sft.graphs.cut import GraphCut, cut
+from sft.models.decompose import decompose
+from sft.tensors.stream import StoredTensor, in_memory
 from sft.v1 import split_training_pb2 as pb
 from sft_edge.script.cut_model import Cross, CutModel
 from sft_edge.script.forward import replace_forward

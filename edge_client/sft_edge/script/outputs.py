@@ -33,7 +33,7 @@ def output_class(model: PreTrainedModel, head: str) -> Type[ModelOutput]:
 def make_output(
     output: Type[ModelOutput], head: str, loss: Optional[Tensor], logits: Optional[Tensor], as_dict: bool
 ) -> Union[ModelOutput, Tuple[Tensor, ...]]:
-    """`logits` as in `sft.losses.head_loss`; a tuple, unless `as_dict`, of those that are there."""
+    """`logits` as in `sft.models.losses.head_loss`; a tuple, unless `as_dict`, of those that are there."""
     named = {"loss": loss, "logits": logits}
     if head == "question-answering" and logits is not None:
         named = {"loss": loss, "start_logits": logits[..., 0], "end_logits": logits[..., 1]}

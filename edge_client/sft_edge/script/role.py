@@ -15,22 +15,22 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import sft
-from sft.access import AccessOptions, Credentials, read_credentials
-from sft.codec import DATA_TYPES
+from sft.client.credentials import AccessOptions, Credentials, read_credentials
 from sft.errors import LinkError, UsageError
+from sft.optim.spec import GroupSpec, OptimizerSpec, spec_to_proto
 from sft.optimizer import Role, SplitOptions
-from sft.parameter_groups import GroupSpec, OptimizerSpec, spec_to_proto
-from sft.protocol import PROTOCOL_VERSION
 from sft.v1 import split_training_pb2 as pb
-from sft_edge.grpc_transport import GrpcTransport
-from sft_edge.link import Blob, Link
-from sft_edge.offers import offer
-from sft_edge.patience import Patience
+from sft.wire.codec.elements import DATA_TYPES
+from sft.wire.protocol import PROTOCOL_VERSION
+from sft_edge.link.grpc_transport import GrpcTransport
+from sft_edge.link.link import Blob, Link
+from sft_edge.link.request import offer
+from sft_edge.link.retries import Patience
 from sft_edge.script.adapters import without_peft
 from sft_edge.script.crossing import LinkCross
 from sft_edge.script.cut_model import CutModel
 from sft_edge.script.gradients import PARAMETER_NAME
-from sft_edge.script.groups import ScriptGroups, arguments_of, has_stepped
+from sft_edge.script.optimizer import ScriptGroups, arguments_of, has_stepped
 from sft_edge.script.state import CloudState, check_state
 from sft_edge.script.transformers_model import TransformersModel
 

@@ -14,10 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sft.batch import Batch
-from sft.codec import encode_labels, is_packed, outputs_of, pack, unpack
 from sft.errors import ProtocolError, UsageError
-from sft.lora import LoraSpec, adapter_shapes, lora_to_json
-from sft.losses import head_loss
 from sft.models import (
     Cut,
     Net1,
@@ -31,15 +28,19 @@ from sft.models import (
     name_of_w,
     whole_name,
 )
-from sft.tensor_stream import in_memory
-from sft.weights import live_factors, live_tensors
-from sft_edge.offers import HEADS, cut_to_proto
+from sft.models.lora import LoraSpec, adapter_shapes, lora_to_json
+from sft.models.losses import head_loss
+from sft.models.weights import live_factors, live_tensors
+from sft.tensors.stream import in_memory
+from sft.wire.codec.messages import encode_labels, is_packed, outputs_of
+from sft.wire.codec.packing import pack, unpack
+from sft.wire.cut import HEADS, cut_to_proto
+from sft_edge.model_files.source import public_name
 from sft_edge.script.adapters import adapters_of, adapters_of_cloud, without_peft
 from sft_edge.script.arguments import count_learned, lengths_of, problem_type, read_call
 from sft_edge.script.cut_model import Cross, CutModel
 from sft_edge.script.forward import replace_forward
 from sft_edge.script.outputs import make_output, output_class
-from sft_edge.source import public_name
 
 
 class TransformersModel(CutModel):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import TYPE_CHECKING, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import TYPE_CHECKING, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from sft.errors import DataError, NonFiniteLossError, UsageError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
+
 
 Label = Union[int, float, Tuple[float, ...]]
 """A class id, a regression target, or a 0/1 for each label name."""
@@ -212,3 +213,9 @@ def check_finite(logits: Sequence[Tensor]) -> None:
     """Raises NonFiniteLossError if a logit is NaN or infinite: judging those would look like a bad model."""
     if not all(bool(torch.isfinite(one).all()) for one in logits):
         raise NonFiniteLossError("the model's outputs are NaN or infinite; train with a lower learning rate")
+
+
+def batches_of(task: Task, features: Sequence[Feature], batch_size: int) -> Iterator[Batch]:
+    """In order, the last one smaller."""
+    for start in range(0, len(features), batch_size):
+        yield task.collate(features[start : start + batch_size])

@@ -18,6 +18,7 @@ from sft_edge.tasks.files import Record, clean_text, numbered_lines, read_table,
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+
 SINGLE_LABEL = "single_label_classification"
 MULTI_LABEL = "multi_label_classification"
 REGRESSION = "regression"

@@ -19,6 +19,7 @@ from sft_edge.tasks.sequence import ROWS_AT_ONCE, choose_fields, texts_of
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase
 
+
 FILES = {"train": "train-v1.1.json", "validation": "dev-v1.1.json"}
 
 MAX_QUESTION_LENGTH = 64

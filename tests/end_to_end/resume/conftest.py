@@ -11,9 +11,9 @@ import pytest
 from support.jobs import Job
 from support.resuming import OPTIONS, Clouds, Outcome
 
-from sft_edge import checkpointing as checkpointing_module
+from sft_edge.checkpoints import policy as checkpointing_module
 from sft_edge.cli import main
-from sft_edge.split_system import SplitSystem
+from sft_edge.systems.split import SplitSystem
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 from support.jobs import error_line, read_json
 from support.resuming import POINTS, Clouds, Outcome, PowerCut, steps_in
 
-from sft_edge.split_system import SplitSystem
+from sft_edge.systems.split import SplitSystem
 
 
 @pytest.mark.parametrize("point", POINTS)
@@ -109,8 +109,8 @@ def test_a_cloud_of_its_own_that_is_killed(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """A child of the edge: another is started, with the same store."""
-    from sft_edge import opening
-    from sft_edge.cloud_process import CloudProcess
+    from sft_edge.systems import open as opening
+    from sft_edge.systems.cloud_process import CloudProcess
 
     expected = whole()
     children: list[CloudProcess] = []

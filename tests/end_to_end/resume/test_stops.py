@@ -15,10 +15,10 @@ from support.jobs import error_line, read_json, same_bits, weights_of
 from support.resuming import SECONDS, Clouds, Outcome, steps_in, terminate
 
 from sft.errors import LinkError, StorageError
-from sft_cloud.checkpoint_files import LocalFiles
-from sft_edge import checkpointing as checkpointing_module
-from sft_edge.patience import Retries
-from sft_edge.recovery import Recovery
+from sft_cloud.storage.files import LocalFiles
+from sft_edge.checkpoints import policy as checkpointing_module
+from sft_edge.link.retries import Retries
+from sft_edge.training.recovery import Recovery
 
 # SIGTERM.
 

@@ -13,9 +13,9 @@ from support.jobs import error_line, read_json
 from support.resuming import Clouds, Outcome, PowerCut, steps_in
 
 from sft.errors import StorageError
-from sft_cloud.checkpoint_files import LocalFiles
-from sft_edge import checkpointing as checkpointing_module
-from sft_edge.checkpoints import only_run_in
+from sft_cloud.storage.files import LocalFiles
+from sft_edge.checkpoints import policy as checkpointing_module
+from sft_edge.checkpoints.directory import only_run_in
 
 
 def cut() -> None:

@@ -1,0 +1,1 @@
+"""Who calls: tokens, certificates, and the interceptor that lets nobody else in."""

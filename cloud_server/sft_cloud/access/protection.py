@@ -1,0 +1,73 @@
+"""From options to what a server is protected with."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import grpc
+
+from sft.errors import UsageError
+from sft_cloud.access.authentication import Authentication
+from sft_cloud.access.interceptor import Gate
+from sft_cloud.access.tokens import LiveTokens
+from sft_cloud.identity import ANONYMOUS, Identity
+from sft_cloud.options import AccessOptions, check_exposure, check_together
+
+
+@dataclass(frozen=True)
+class Access:
+    """How a server is reached, and by whom. Without arguments: by everybody, without encryption."""
+
+    credentials: grpc.ServerCredentials | None = None
+    """TLS; None for plaintext."""
+
+    gate: Gate | None = None
+    """Stands before every method; None where everybody is let in."""
+
+    identify: Callable[[grpc.ServicerContext], Identity] = lambda context: ANONYMOUS
+    """Who calls. Raises UnauthenticatedError."""
+
+    certificate_expires: Callable[[], float | None] = lambda: None
+    """When the certificate in use expires, in Unix seconds; None without TLS."""
+
+
+def make_access(
+    options: AccessOptions,
+    host: str,
+    dashes: str = "--",
+    on_refused: Callable[[str, str], None] = lambda peer, reason: None,
+) -> Access:
+    """What the options mean for a server on `host`; `dashes`: `--` where they are flags.
+
+    `on_refused` is told the address of each stranger, and why it is one. Raises UsageError.
+    """
+    check_together(options, dashes)
+    check_exposure(options, host, is_loopback(host, dashes), dashes)
+    tls = credentials = None
+    if options.tls_cert is not None and options.tls_key is not None:
+        from sft_cloud.access.tls import ServerTls  # only here: cryptography is not needed without
+
+        tls = ServerTls(options.tls_cert, options.tls_key, options.tls_client_ca, dashes)
+        credentials = tls.credentials()
+
+    def certificate_expires() -> float | None:
+        return None if tls is None else tls.expires_unix_seconds
+
+    if options.tokens is None and options.tls_client_ca is None:
+        return Access(credentials, certificate_expires=certificate_expires)
+    tokens = None if options.tokens is None else LiveTokens(options.tokens)
+    authentication = Authentication(tokens, needs_certificate=options.tls_client_ca is not None)
+    gate = Gate(authentication, on_refused)
+    return Access(credentials, gate, gate.identify, certificate_expires)
+
+
+def is_loopback(host: str, dashes: str = "") -> bool:
+    """Whether only this machine reaches a server there. Raises UsageError for a host that is none."""
+    try:
+        found = socket.getaddrinfo(host or None, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError) as error:
+        raise UsageError(f"{dashes}host {host}: {getattr(error, 'strerror', None) or 'no host name'}") from error
+    return all(ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback for *_, address in found)

@@ -1,0 +1,252 @@
+"""What every call goes through before the service sees it: size, form, quotas, and limits on waiting.
+
+An interceptor, so that no method can forget it. Messages are taken as bytes and parsed here, and a request of one
+message is read here, too: gRPC itself would wait for it, on a thread of the server, as long as the other side likes.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, TypeAlias
+
+import grpc
+from google.protobuf.descriptor import Descriptor
+from google.protobuf.message import DecodeError
+
+from sft.errors import ProtocolError
+from sft.v1 import split_training_pb2 as pb
+from sft.wire.protocol import MAX_MESSAGE_BYTES
+from sft_cloud.access.interceptor import OPEN_METHODS
+from sft_cloud.admission.deadlines import CallWatch
+from sft_cloud.admission.quotas import Quotas
+from sft_cloud.admission.wire_check import check_wire
+from sft_cloud.identity import Identity, check_model_name, check_rank
+from sft_cloud.observability.audit import AuditLog
+from sft_cloud.observability.call_record import CallRecord
+from sft_cloud.service.health import WATCH
+from sft_cloud.status_codes import status_of
+
+AnyHandler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+Identify = Callable[[grpc.ServicerContext], Identity]
+
+_SERVICE = pb.DESCRIPTOR.services_by_name["SplitTraining"]
+_TRAIN = f"/{_SERVICE.full_name}/Train"
+
+_MAX_OTHER_BYTES = 1 << 16
+_MAX_BYTES = {
+    "OpenSession": 16 << 20,  # configuration, adapters, and the names of all parameters
+    "UploadBlob": (1 << 20) + 1024,
+    "Train": MAX_MESSAGE_BYTES,
+    "Probe": (4 << 20) + 1024,
+}
+
+_log = logging.getLogger(__name__)
+
+
+class Guard(grpc.ServerInterceptor):
+    """Stands in front of all services of a server."""
+
+    def __init__(
+        self,
+        identify: Identify,
+        quotas: Quotas,
+        watch: CallWatch,
+        audit: AuditLog,
+        wait: Callable[[threading.Event, float], object] = threading.Event.wait,
+    ) -> None:
+        """`identify` tells who calls this project's service; it may raise an SFTError. `wait`: for an event, at most so
+        many seconds.
+        """
+        self._identify = identify
+        self._quotas = quotas
+        self._watch = watch
+        self._audit = audit
+        self._wait = wait
+
+    def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], AnyHandler | None],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> AnyHandler | None:
+        """See grpc.ServerInterceptor."""
+        handler = continuation(handler_call_details)
+        method = str(handler_call_details.method)
+        if handler is None or method in OPEN_METHODS:  # whose handlers read nothing that a stranger sends
+            return handler
+        guarded = _Guarded(self, method, handler)
+        make = (
+            grpc.stream_stream_rpc_method_handler
+            if handler.response_streaming
+            else grpc.stream_unary_rpc_method_handler
+        )
+        return make(guarded.stream if handler.response_streaming else guarded.unary)  # bytes in, bytes out
+
+
+class _Guarded:
+    """One method behind the guard."""
+
+    def __init__(self, guard: Guard, method: str, handler: AnyHandler) -> None:
+        self._guard = guard
+        self._method = method
+        self._handler: Any = handler
+        name = method.rpartition("/")[2]
+        ours = _SERVICE.methods_by_name.get(name) if method.startswith(f"/{_SERVICE.full_name}/") else None
+        self._descriptor: Descriptor | None = ours.input_type if ours is not None else None
+        self._max_bytes = _MAX_BYTES.get(name, _MAX_OTHER_BYTES) if ours is not None else _MAX_OTHER_BYTES
+
+    def unary(self, raw: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
+        with self._call(context) as call:
+            behavior = self._handler.stream_unary or self._handler.unary_unary
+            response = behavior(self._argument(raw, context, call), context)
+            call.record.answered(response)
+            data = self._serialized(response)
+            call.count(len(data))
+            call.record.finished()
+            # gRPC sends it when this thread has gone, and the call is over when it has been read.
+            call.ends_with(self._guard._watch.stalling("answers are not read", context.cancel, len(data)))
+            return data
+
+    def stream(self, raw: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        watch = self._guard._watch
+        # Who watches the server's health sends nothing more, so all of it counts as idle.
+        lasting = watch.idles("idle stream", context.cancel) if self._method == WATCH else nullcontext()
+        with self._call(context) as call, lasting:
+            behavior = self._handler.stream_stream or self._handler.unary_stream
+            for response in behavior(self._argument(raw, context, call), context):
+                call.record.answered(response)
+                data = self._serialized(response)
+                del response
+                # An answer that is computed is sent: the next message is refused instead.
+                call.count(len(data), refuses=self._method != _TRAIN)
+                with watch.stalls("answers are not read", context.cancel, len(data)):
+                    yield data
+                del data
+            call.record.finished()
+
+    @contextmanager
+    def _call(self, context: grpc.ServicerContext) -> Iterator[_Call]:
+        guard = self._guard
+        record = CallRecord(guard._audit, self._method, context.peer())
+        with _tells_errors(context, record):
+            caller = guard._identify(context)
+            record.who = caller.name
+            call = _Call(guard, record, caller, context)
+            call.ends_with(guard._quotas.call(caller))
+            try:
+                yield call
+            finally:
+                call.handler_ends()
+
+    def _argument(self, raw: Iterator[bytes], context: grpc.ServicerContext, call: _Call) -> Any:
+        messages = self._messages(raw, context, call)
+        if self._handler.request_streaming:
+            return messages
+        first = next(messages, None)
+        if first is None:
+            raise ProtocolError("the call ended before its request had come")
+        return first
+
+    def _messages(self, raw: Iterator[bytes], context: grpc.ServicerContext, call: _Call) -> Iterator[Any]:
+        watch, reason = self._guard._watch, "no first message"
+        while True:
+            may_idle = self._method == _TRAIN and reason != "no first message"
+            waits = watch.idles if may_idle else watch.stalls
+            with waits(reason, context.cancel):
+                data = next(raw, None)
+            if data is None:
+                return
+            call.count(len(data))
+            message = self._parsed(data)
+            del data  # here and below: a stream that idles must not keep a quarter of a gigabyte
+            call.record.requested(message)
+            call.check(message)
+            yield message
+            del message
+            reason = "idle stream" if self._method == _TRAIN else "no next part"
+
+    def _parsed(self, data: bytes) -> Any:
+        if len(data) > self._max_bytes:
+            raise ProtocolError(f"a message of {len(data)} bytes came; this method takes at most {self._max_bytes}")
+        if self._descriptor is not None:
+            check_wire(data, self._descriptor)
+        try:
+            return self._handler.request_deserializer(data)
+        except DecodeError:
+            name = self._descriptor.name if self._descriptor is not None else "message"
+            raise ProtocolError(f"what came is no {name}") from None
+
+    def _serialized(self, response: Any) -> bytes:
+        data: bytes = self._handler.response_serializer(response)
+        return data
+
+
+class _Call:
+    """One call of a caller."""
+
+    def __init__(self, guard: Guard, record: CallRecord, caller: Identity, context: grpc.ServicerContext) -> None:
+        self.record = record
+        self._guard = guard
+        self._caller = caller
+        self._over = threading.Event()
+        self._lock = threading.Lock()
+        self._left = 2  # the handler, and the call
+        self._ends: list[Callable[[], None]] = []
+
+        def call_ends() -> None:
+            self._over.set()
+            self.handler_ends()
+
+        if not context.add_callback(call_ends):
+            call_ends()
+
+    def ends_with(self, end: Callable[[], None]) -> None:
+        """Has `end` called once handler and call are both over: a handler may outlive its call, and the reverse."""
+        with self._lock:
+            self._ends.append(end)
+
+    def handler_ends(self) -> None:
+        """One of the two is over."""
+        with self._lock:
+            self._left -= 1
+            ends = [] if self._left else self._ends
+        for end in ends:
+            end()
+
+    def count(self, size: int, refuses: bool = True) -> None:
+        self._guard._quotas.count_bytes(self._caller, size, refuses)
+
+    def check(self, message: Any) -> None:
+        """What a message asks for, against what is for the caller."""
+        if isinstance(message, pb.OpenSessionRequest):
+            self._guard._quotas.count_open(self._caller)
+            check_model_name(self._caller.limits, message.model_name)
+            check_rank(self._caller.limits, message.cut.split_rank)  # 0 for sl, whose width the opener knows
+        elif isinstance(message, pb.EdgeMessage) and message.HasField("commit"):
+            # One that comes again after a reconnect counts again: only the session knows which it has seen, and the
+            # few that can be under way are no harm.
+            seconds = self._guard._quotas.seconds_to_wait(self._caller)
+            if seconds:
+                self._guard._wait(self._over, seconds)
+
+
+@contextmanager
+def _tells_errors(context: grpc.ServicerContext, record: CallRecord) -> Iterator[None]:
+    """An error that nobody has turned into a status yet becomes one; gRPC would send the text of any exception."""
+    try:
+        yield
+    except grpc.RpcError:
+        raise  # the other side has gone
+    except Exception as error:
+        ended: Any = context  # what the stubs do not know of it
+        known, details = ended.code(), ended.details()
+        if known is not None:
+            record.refused(known, details.decode(errors="replace") if isinstance(details, bytes) else str(details))
+            raise
+        code, reason = status_of(error)
+        if code is grpc.StatusCode.INTERNAL:
+            _log.exception("internal error")
+        record.refused(code, reason)
+        context.abort(code, reason)

@@ -1,0 +1,181 @@
+"""From an OpenSessionRequest to a session: every field is checked, since anybody may have written it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING, PretrainedConfig
+
+from sft.errors import ProtocolError, UnsupportedModelError
+from sft.models import Cut, family_of, max_positions
+from sft.models.lora import LoraSpec, lora_from_json
+from sft.optim.spec import OptimizerSpec, spec_from_proto
+from sft.tensors.manifest import is_run_id
+from sft.v1 import split_training_pb2 as pb
+from sft.version import __version__
+from sft.wire.codec.elements import DATA_TYPES
+from sft.wire.protocol import PROTOCOL_VERSION
+from sft_cloud.errors import PreconditionError, is_out_of_memory
+from sft_cloud.storage.blobs import check_sha256
+
+_HEADS = {
+    pb.HEAD_SEQUENCE_CLASSIFICATION: "sequence-classification",
+    pb.HEAD_QUESTION_ANSWERING: "question-answering",
+    pb.HEAD_CAUSAL_LM: "causal-lm",
+}
+_RESIDUALS = {pb.RESIDUAL_NONE: "none", pb.RESIDUAL_LOW_RANK: "low-rank"}
+_MODES = {pb.MODE_SFT: "sft", pb.MODE_SL: "sl"}
+_PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+
+_IGNORED_SETTINGS = (
+    # Would have the library run code from the hub, as would those that `_is_ignored` finds by their names:
+    "auto_map",
+    "quantization_config",
+    # Parameters are float32 and outputs are named here, whatever the checkpoint says:
+    "dtype",
+    "torch_dtype",
+    "return_dict",
+    "output_attentions",
+    "output_hidden_states",
+    "torchscript",
+)
+
+_MAX_CONFIG_BYTES = 1 << 20
+_MAX_BLOCKS, _MAX_LABELS, _MAX_POSITIONS = 256, 1 << 16, 1 << 17
+
+_LIBRARY_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    RuntimeError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
+
+
+@dataclass(frozen=True)
+class SessionSpec:
+    """A request to open a session, checked as far as it can be without building the model."""
+
+    model_name: str
+    """A hub id or the name of a directory, never a path to elsewhere; empty where the edge has no name for it."""
+    config: PretrainedConfig
+    head: str
+    cut: Cut
+    seed: int
+    weights_sha256: str
+    """Empty when no blob holds pretrained weights: all are drawn from the seed."""
+    factors_sha256: str
+    """Empty for `sl`."""
+    optimizer: OptimizerSpec
+    data_type: pb.DataType
+    lora: LoraSpec | None
+    """None where net_2 is trained whole."""
+
+
+def check_version(request: pb.OpenSessionRequest) -> None:
+    """Raises PreconditionError for an edge of another protocol version."""
+    if request.protocol_version != PROTOCOL_VERSION:
+        raise PreconditionError(
+            f"the edge (release {request.package_version[:20]}) speaks protocol version {request.protocol_version}, "
+            f"the cloud (release {__version__}) speaks version {PROTOCOL_VERSION}; install the same release on both"
+        )
+
+
+def check_request(request: pb.OpenSessionRequest) -> SessionSpec:
+    """Raises PreconditionError for another protocol version, ProtocolError for fields that make no sense."""
+    check_version(request)
+    if request.cut.layer_name:
+        raise ProtocolError(
+            f"this server builds models of the transformers library; one that is cut at layer "
+            f'"{request.cut.layer_name[:80]}" has to be hosted by the script that makes it, with role="cloud"'
+        )
+    # An empty name is no hint at all.
+    if not re.fullmatch(r"([\w.-]+(/[\w.-]+)?)?", request.model_name, re.ASCII) or ".." in request.model_name:
+        raise ProtocolError(f"model_name {request.model_name[:80]!r} is neither a hub id nor the name of a directory")
+    if request.head not in _HEADS:
+        raise ProtocolError(f"unknown head {int(request.head)}")
+    if request.cut.mode not in _MODES:
+        raise ProtocolError(f"unknown mode {int(request.cut.mode)} of the cut")
+    if request.cut.residual not in _RESIDUALS:
+        raise ProtocolError(f"unknown residual {int(request.cut.residual)} of the cut")
+    if request.wire_data_type not in DATA_TYPES.values():
+        raise ProtocolError(f"unknown wire_data_type {int(request.wire_data_type)}")
+    residual = _RESIDUALS[request.cut.residual]
+    cut = Cut(_MODES[request.cut.mode], request.cut.split_layer, request.cut.split_rank, residual)
+    if request.run_id and not is_run_id(request.run_id):
+        raise ProtocolError("run_id must be 32 lower-case hexadecimal digits")
+    # A run that goes on has its weights on the cloud.
+    if bool(request.factors_sha256) is not (cut.mode == "sft") and not request.resume_from:
+        raise ProtocolError("factors_sha256 must name a blob for mode sft, and be empty for mode sl")
+    for sha256 in filter(None, (request.weights_sha256, request.factors_sha256)):
+        check_sha256(sha256)
+    head = _HEADS[request.head]
+    return SessionSpec(
+        model_name=request.model_name,
+        config=_parse_config(request.config_json, head),
+        head=head,
+        cut=cut,
+        seed=request.seed,
+        weights_sha256=request.weights_sha256,
+        factors_sha256=request.factors_sha256,
+        optimizer=spec_from_proto(request.optimizer),
+        data_type=request.wire_data_type,
+        lora=lora_from_json(request.lora_json) if request.lora_json else None,
+    )
+
+
+def _parse_config(text: str, head: str) -> PretrainedConfig:
+    if len(text) > _MAX_CONFIG_BYTES:
+        raise ProtocolError(f"config_json has {len(text)} characters; at most {_MAX_CONFIG_BYTES} are accepted")
+    with _blames_config():
+        values: dict[str, Any] = dict(json.loads(text))
+        model_type = str(values.get("model_type"))
+        if model_type not in CONFIG_MAPPING:
+            raise UnsupportedModelError(f"models of type '{model_type[:80]}' cannot be cut")
+        values = {name: value for name, value in values.items() if not _is_ignored(name)}
+        # Before the library makes names for so many labels.
+        _check_limit("num_labels", int(values.get("num_labels", 1)), _MAX_LABELS)
+        config: PretrainedConfig = CONFIG_MAPPING[model_type].from_dict(values)
+        family_of(config)
+        _check_limit("num_hidden_layers", int(config.num_hidden_layers), _MAX_BLOCKS)
+        _check_limit("max_position_embeddings", max_positions(config), _MAX_POSITIONS)
+        _check_limit("num_labels", int(config.num_labels or 0), _MAX_LABELS)
+    if head == "question-answering" and config.num_labels != 2:
+        raise ProtocolError(f"question answering needs num_labels 2 (start and end), not {config.num_labels}")
+    if head == "sequence-classification" and config.problem_type not in _PROBLEM_TYPES:
+        raise ProtocolError(f"problem_type must be one of {', '.join(_PROBLEM_TYPES)}, not {config.problem_type!r}")
+    return config
+
+
+def _is_ignored(name: str) -> bool:
+    # The library's own notes in a configuration begin with an underscore, and some win over what they are notes of.
+    return name in _IGNORED_SETTINGS or name.startswith("_") or "implementation" in name or "kernel" in name
+
+
+def _check_limit(name: str, value: int, limit: int) -> None:
+    if not 1 <= value <= limit:
+        raise ProtocolError(f"{name} of the configuration must be from 1 to {limit}, not {value}")
+
+
+@contextmanager
+def _blames_config() -> Iterator[None]:
+    """What the library raises in the block, which can be almost anything, is the fault of the configuration."""
+    try:
+        yield
+    except _LIBRARY_ERRORS as error:
+        if is_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise ProtocolError(
+            f"config_json does not describe a model that runs: {type(error).__name__}: {reason}"
+        ) from error

@@ -1,0 +1,178 @@
+"""What of a session is in a checkpoint, and a session made from one.
+
+A session between two steps is its parameters, its optimizer's state and settings, and the number of the next step.
+Dropout is drawn anew from the seed for every micro-batch, so there are no generators to keep; no codec keeps anything
+from one message to the next.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from google.protobuf.message import DecodeError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sft.errors import CheckpointError, ProtocolError, StorageError
+from sft.models.weights import load_parameters
+from sft.optim.state import checked_state, copied_state, group_settings, set_group_settings, stored_state
+from sft.tensors.stream import StoredTensor, in_memory, safetensors_chunks, safetensors_size
+from sft.v1 import split_training_pb2 as pb
+from sft_cloud.errors import PreconditionError
+from sft_cloud.identity import Identity
+from sft_cloud.service.registry import Entry
+from sft_cloud.session.session import Session
+from sft_cloud.storage.blobs import check_sha256
+from sft_cloud.storage.checkpoints import CheckpointStore, Part
+
+NET_2, OPTIMIZER, SETTINGS, SESSION = "net_2.safetensors", "optimizer.safetensors", "settings.json", "session.pb"
+
+_NOT_COMPARED = (
+    # Of the attempt, not of the run:
+    "request_id",
+    "resume_from",
+    "run_id",
+    "only_check",
+    # What a checkpoint takes the place of. Two machines do not decompose alike, and need not:
+    "weights_sha256",
+    "factors_sha256",
+    "model_name",
+    "package_version",
+)
+
+
+_MAX_OFFERED = 1000
+
+Run = Callable[[Callable[[], Any]], Any]
+"""Runs work where the device may be touched, and gives its result."""
+
+
+class Checkpoints:
+    """Sessions to and from a store."""
+
+    def __init__(self, store: CheckpointStore, max_bytes: int | None = None) -> None:
+        """`max_bytes` of all checkpoints of one owner, whose token says nothing of it."""
+        self._store = store
+        self._max_bytes = max_bytes
+
+    def save(self, entry: Entry, run: Run) -> pb.CheckpointSaved:
+        """Writes a session, which nobody may change meanwhile, in the caller's thread; the device is touched in `run`.
+
+        Raises StorageError; earlier checkpoints are then as they were.
+        """
+        session, request = entry.session, entry.request
+        parts: dict[str, Part] = run(lambda: parts_of(session, request, run))
+        self._check_quota(entry.owner, sum(part.total_bytes for part in parts.values()))
+        saved = self._store.run(entry.owner.name, request.run_id).save(session.next_step, parts)
+        return pb.CheckpointSaved(
+            id=pb.CheckpointId(step=saved.step, sha256=saved.sha256), total_bytes=saved.total_bytes
+        )
+
+    def keep(self, entry: Entry, steps: Iterable[int]) -> None:
+        """Deletes the other steps of the session's run. Raises StorageError.
+
+        Only those that this session can have known of: its edge may long have gone on at another server that has the
+        same store, and have saved there what is newer.
+        """
+        self._store.run(entry.owner.name, entry.request.run_id).keep(steps, entry.session.next_step)
+
+    def _check_quota(self, owner: Identity, size: int) -> None:
+        limit = self._max_bytes if owner.limits.max_upload_bytes is None else owner.limits.max_upload_bytes
+        if limit is None:
+            return
+        held = self._store.held_bytes(owner.name)
+        if held + size > limit:
+            raise StorageError(
+                f"your checkpoints take {held} bytes, this one would take {size} more, and all of them together may "
+                f"take {limit}; a lower --save-total-limit, or fewer runs, need less"
+            )
+
+    @contextmanager
+    def find(self, request: pb.OpenSessionRequest, owner: Identity) -> Iterator[dict[str, Path]]:
+        """The files of the newest step that a request offers to resume from and that is here whole, for the block.
+
+        Raises PreconditionError where there is none, or it is of another run than the one that is asked for.
+        """
+        if len(request.resume_from) > _MAX_OFFERED:
+            raise ProtocolError(f"resume_from holds {len(request.resume_from)} steps; at most {_MAX_OFFERED} are read")
+        wanted = [(offered.step, check_sha256(offered.sha256)) for offered in request.resume_from]
+        with self._store.run(owner.name, request.run_id).newest_of(wanted) as files:
+            if files is None:
+                steps = ", ".join(str(step) for step, _ in sorted(wanted)[-5:])
+                raise PreconditionError(
+                    f"this server has no whole checkpoint of the run at a step that the edge has (the newest: {steps})"
+                )
+            check_same_run(files, request)
+            yield files
+
+
+def parts_of(session: Session, request: pb.OpenSessionRequest, run: Run = lambda work: work()) -> dict[str, Part]:
+    """The files of a checkpoint. Tensors are read, each in `run`, as the files are written."""
+    settings = json.dumps({"next_step": session.next_step, "groups": group_settings(session.optimizer)}).encode()
+    parameters = session.half.all_parameters()
+
+    def part(tensors: Iterable[StoredTensor]) -> Part:
+        there = [tensor._replace(read=_copy_in(run, tensor.read)) for tensor in tensors]
+        return Part(safetensors_size(there), lambda: safetensors_chunks(there))
+
+    return {
+        NET_2: part(in_memory(dict(parameters))),
+        OPTIMIZER: part(stored_state(session.optimizer, parameters)),
+        SETTINGS: Part(len(settings), lambda: [settings]),
+        SESSION: Part(request.ByteSize(), lambda: [request.SerializeToString(deterministic=True)]),
+    }
+
+
+def check_same_run(files: Mapping[str, Path], request: pb.OpenSessionRequest) -> None:
+    """Raises PreconditionError where a request asks for another session than the one that was saved."""
+    try:
+        saved = pb.OpenSessionRequest.FromString(files[SESSION].read_bytes())
+    except (KeyError, DecodeError) as error:
+        raise CheckpointError("the cloud's half of the checkpoint does not say how its session was opened") from error
+    for field in request.DESCRIPTOR.fields:
+        if field.name in _NOT_COMPARED:
+            continue
+        if field.name == "config_json":
+            theirs, ours = _settings_of(saved.config_json), _settings_of(request.config_json)
+            differing = [key for key in sorted(theirs.keys() | ours.keys()) if theirs.get(key) != ours.get(key)]
+            what = f"config_json (its '{differing[0][:80]}')" if differing else ""
+        else:
+            what = field.name if getattr(saved, field.name) != getattr(request, field.name) else ""
+        if what:
+            raise PreconditionError(
+                f"the run whose checkpoint is to be resumed was opened with another {what}; the two halves do not "
+                "belong together"
+            )
+
+
+def restore(session: Session, files: Mapping[str, Path]) -> None:
+    """Puts back what `parts_of` wrote, into a session that has not begun.
+
+    Raises CheckpointError and ProtocolError where the files are of another model. The session is then worth nothing.
+    """
+    optimizer = session.optimizer
+    try:
+        parameters = session.half.all_parameters()
+        load_parameters(parameters, load_file(files[NET_2]))
+        state = checked_state(optimizer, parameters, load_file(files[OPTIMIZER]))
+        optimizer.load_state_dict(copied_state(state))
+        settings = json.loads(files[SETTINGS].read_bytes())
+        set_group_settings(optimizer, settings["groups"])
+        session.next_step = int(settings["next_step"])
+    except (KeyError, ValueError, TypeError, SafetensorError) as error:
+        raise CheckpointError(f"the cloud's half of the checkpoint is none of this release ({error})") from error
+
+
+def _copy_in(run: Run, read: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    return lambda: run(lambda: read().to("cpu", copy=True))
+
+
+def _settings_of(config_json: str) -> dict[str, Any]:
+    """Of a model, without what says nothing about it: where it was found, and which release wrote it down."""
+    values: dict[str, Any] = json.loads(config_json)
+    return {key: value for key, value in values.items() if key != "transformers_version" and not key.startswith("_")}

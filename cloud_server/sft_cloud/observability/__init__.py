@@ -1,0 +1,1 @@
+"""What the operator sees: figures, spans, the log, the audit log."""

@@ -1,0 +1,121 @@
+"""Watches the service's calls: figures for `Metrics`, spans for a tracer. The service knows no more of either.
+
+Spans are made only where the edge traces: of a call under the span that gRPC's metadata name, of a message under the
+one that the message names.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from types import TracebackType
+from typing import TypeVar
+
+import grpc
+import torch
+
+from sft.tracing import NO_SPAN, NO_TRACER, Span, Tracer, Value, open_tracer
+from sft.v1 import split_training_pb2 as pb
+from sft_cloud.identity import Identity
+from sft_cloud.observability.interceptor import CallObserver
+from sft_cloud.observability.metrics import Metrics
+from sft_cloud.options import MetricsOptions
+
+T = TypeVar("T")
+
+
+class Observer:
+    """What the service tells of messages."""
+
+    def __init__(self, metrics: Metrics | None = None, tracer: Tracer = NO_TRACER) -> None:
+        self.metrics = metrics or Metrics()
+        self.tracer = tracer
+
+    def message(self, tenant: str, label: str, message: pb.EdgeMessage) -> Watch:
+        """Watches a message until it is answered; `label` is that of its session."""
+        return Watch(self, tenant, label, message)
+
+    def interceptors(self, identify: Callable[[grpc.ServicerContext], Identity]) -> list[grpc.ServerInterceptor]:
+        """To stand before all others; none where nobody wants to know. `identify` says who calls."""
+        if type(self.metrics) is Metrics and not self.tracer.active:
+            return []
+        return [CallObserver(self.metrics, self.tracer, lambda context: identify(context).name)]
+
+
+NOBODY = Observer()
+"""Where nobody wants to know."""
+
+
+class Watch:
+    """One message on its way through the service; a context manager."""
+
+    def __init__(self, observer: Observer, tenant: str, label: str, message: pb.EdgeMessage) -> None:
+        self._metrics, self._tracer = observer.metrics, observer.tracer
+        self._tenant = tenant
+        self._message = message
+        self._span = NO_SPAN
+        if self._tracer.active and message.trace_parent:
+            attributes: dict[str, Value] = {"sft.tenant": tenant, "sft.session": label, "sft.step": message.step}
+            attributes["sft.micro_batch"] = message.micro_batch
+            self._span = self._tracer.server_span(_name_of(message), message.trace_parent, attributes)
+
+    def work(self, work: Callable[[], T]) -> Callable[[], T]:
+        """The same work, for the worker: how long it waits from now on, and how long it takes, is noted."""
+        submitted = time.perf_counter()
+        waiting = self._child("wait for the device")
+
+        def timed() -> T:
+            began = time.perf_counter()
+            waiting.end()
+            try:
+                with self._child("work on the device"):
+                    return work()
+            finally:
+                self._metrics.worked(self._tenant, began - submitted, time.perf_counter() - began)
+
+        return timed
+
+    def answered(self, answer: pb.CloudMessage, sizes: tuple[int, int], steps: int, repeated: bool) -> None:
+        """See Metrics."""
+        self._metrics.answered(self._tenant, self._message, answer, sizes, steps, repeated)
+        if repeated:
+            self._span.set("sft.repeated", True)
+
+    def _child(self, name: str) -> Span:
+        return self._tracer.span(name, self._span.parent) if self._span.parent else NO_SPAN
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._span.end("" if error is None else type(error).__name__)
+
+
+def _name_of(message: pb.EdgeMessage) -> str:
+    return message.WhichOneof("body") or ("commit" if message.HasField("commit") else "no body")
+
+
+@contextmanager
+def observation(options: MetricsOptions, device: torch.device) -> Iterator[tuple[Observer, str]]:
+    """An observer for a server, and the address of its figures; an empty one where nobody reads them.
+
+    Raises UsageError when the port cannot be bound.
+    """
+    with ExitStack() as stack:
+        tracer = open_tracer("sft-cloud")
+        stack.callback(tracer.close)
+        if options.metrics_port is None:
+            yield Observer(None, tracer), ""
+            return
+        from sft_cloud.observability.prometheus import (  # only here: a server without does not need it
+            MetricsPort,
+            PrometheusMetrics,
+        )
+
+        metrics = PrometheusMetrics(device)
+        port = MetricsPort(options.metrics_host, options.metrics_port, metrics.registry)
+        stack.callback(port.close)
+        yield Observer(metrics, tracer), port.url

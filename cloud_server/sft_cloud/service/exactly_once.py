@@ -1,0 +1,90 @@
+"""What makes a message that comes twice count once; docs/protocol.md says why this is enough."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from sft.errors import ProtocolError
+from sft.v1 import split_training_pb2 as pb
+from sft.wire.protocol import MAX_MESSAGE_BYTES, MAX_UNANSWERED
+from sft_cloud.errors import GapError, PreconditionError
+
+MAX_BYTES = 4 * MAX_MESSAGE_BYTES
+"""Of all answers that one session has remembered."""
+
+
+class _Remembered(NamedTuple):
+    identity: tuple[int, int, str]
+    answer: pb.CloudMessage
+    size: int
+
+
+class ExactlyOnce:
+    """The messages of one session: which were applied, and the answers that may still be asked for.
+
+    Not for several threads at once.
+    """
+
+    def __init__(self) -> None:
+        self.last_number = 0
+        """Of the newest message that was applied."""
+        self._answers: dict[int, _Remembered] = {}  # the oldest first
+        self._bytes = 0
+
+    @property
+    def held_bytes(self) -> int:
+        """Of the answers that are remembered."""
+        return self._bytes
+
+    def apply(self, message: pb.EdgeMessage, work: Callable[[], pb.CloudMessage]) -> tuple[pb.CloudMessage, bool]:
+        """The answer to a message, and whether it came from memory: `work` makes it the first time.
+
+        Raises GapError when a message before this one has not come, ProtocolError for a number that stands for another
+        message, PreconditionError when too many answers are not yet known to have arrived, and what `work` raises:
+        then the message was not applied.
+        """
+        if message.number < 1:
+            raise ProtocolError("messages of a session are numbered from 1")
+        if not message.answered < message.number:
+            raise ProtocolError(f"message {message.number} says that its own answer has arrived")
+        self._forget(message.answered)
+        if message.number <= self.last_number:
+            return self._again(message), True
+        if message.number > self.last_number + 1:
+            raise GapError(
+                f"message {message.number} came, but {self.last_number + 1} is next: send again what is missing"
+            )
+        if len(self._answers) >= MAX_UNANSWERED or self._bytes > MAX_BYTES:
+            raise PreconditionError(
+                f"{len(self._answers)} answers, of {self._bytes} bytes, are not known to have arrived; at most "
+                f"{MAX_UNANSWERED} and {MAX_BYTES} are remembered"
+            )
+        answer = work()
+        answer.number = message.number
+        remembered = _Remembered(_identity(message), answer, answer.ByteSize())
+        self._answers[message.number] = remembered
+        self._bytes += remembered.size
+        self.last_number = message.number
+        return answer, False
+
+    def answers_after(self, answered: int) -> list[pb.CloudMessage]:
+        """For an edge that comes back: what it has no answer to yet, in order."""
+        self._forget(answered)
+        return [remembered.answer for remembered in self._answers.values()]
+
+    def _forget(self, answered: int) -> None:
+        while self._answers and next(iter(self._answers)) <= answered:
+            self._bytes -= self._answers.pop(next(iter(self._answers))).size
+
+    def _again(self, message: pb.EdgeMessage) -> pb.CloudMessage:
+        remembered = self._answers.get(message.number)
+        if remembered is None:
+            raise PreconditionError(f"message {message.number} was answered, and the edge has said so")
+        if remembered.identity != _identity(message):
+            raise ProtocolError(f"message {message.number} was another one when it first came")
+        return remembered.answer
+
+
+def _identity(message: pb.EdgeMessage) -> tuple[int, int, str]:
+    return message.step, message.micro_batch, message.WhichOneof("body") or ""

@@ -1,0 +1,229 @@
+"""The open sessions: how many there may be, whose each is, which stream has it, and when it is given up."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from sft.errors import ServerFullError, ServerUnavailableError, SessionLostError
+from sft.v1 import split_training_pb2 as pb
+from sft_cloud.errors import QuotaError
+from sft_cloud.identity import Identity, max_sessions_of
+from sft_cloud.service.exactly_once import ExactlyOnce
+from sft_cloud.session.session import Session
+
+SESSION_TIMEOUT_SECONDS = 600.0
+"""How long a session outlives a stream that broke, as a default."""
+
+SPARED_SECONDS = 60.0
+"""How long a session may be without a stream before its place goes to another, where there is no other place."""
+
+DONE = "the edge is done"
+"""Why a session ends that its edge has ended."""
+
+
+_IS_BEING_OPENED = "this session is being opened; ask again"
+
+
+class StreamHandle:
+    """A stream that has, or had, a session. Compared by identity."""
+
+    def __init__(self, cancel: Callable[[], object]) -> None:
+        self.cancel = cancel
+
+
+@dataclass
+class Entry:
+    """A session and what the server knows about it."""
+
+    session: Session
+    request: pb.OpenSessionRequest
+    """As it was opened with."""
+    owner: Identity
+    opened_at: float
+    used_at: float
+    """When its stream last began or ended, or a message came."""
+    session_id: str = field(default_factory=lambda: secrets.token_urlsafe(24), repr=False)
+    """Whoever knows it, and is its owner, can use the session, so no log holds all of it."""
+    messages: ExactlyOnce = field(default_factory=ExactlyOnce)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    """Held while a message is applied, so that a stream that takes over finds nothing half-done."""
+    stream: StreamHandle | None = None
+    was_attached: bool = False
+    saves: int = 0
+    """Checkpoints that both sides have, of the step that was the last one then."""
+    bytes_received: int = 0
+    bytes_sent: int = 0
+
+    @property
+    def label(self) -> str:
+        """What logs call the session."""
+        return self.session_id[:8]
+
+
+class Registry:
+    """Sessions by id, at most `max_sessions` with those that are being opened. Safe to use from several threads."""
+
+    def __init__(
+        self,
+        max_sessions: int,
+        on_close: Callable[[Entry, str], None] = lambda entry, reason: None,
+        clock: Callable[[], float] = time.monotonic,
+        session_timeout_seconds: float = SESSION_TIMEOUT_SECONDS,
+    ) -> None:
+        """`on_close` is told of every session that ends, and why."""
+        self.max_sessions = max_sessions
+        self.session_timeout_seconds = session_timeout_seconds
+        self._on_close = on_close
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._entries: dict[str, Entry] = {}
+        self._opening: list[tuple[str, str]] = []  # owner and request_id of those that are being opened
+
+    def __len__(self) -> int:
+        """How many sessions are open."""
+        with self._lock:
+            return len(self._entries)
+
+    def entries(self) -> list[Entry]:
+        """Those that are open, the oldest first."""
+        with self._lock:
+            return list(self._entries.values())
+
+    def opened(self, request: pb.OpenSessionRequest, owner: Identity) -> Entry | None:
+        """The session that this very request has opened already, when its answer was lost.
+
+        Raises ServerUnavailableError while it is being opened.
+        """
+        if not request.request_id:
+            return None
+        with self._lock:
+            if (owner.name, request.request_id) in self._opening:
+                raise ServerUnavailableError(_IS_BEING_OPENED)
+            for entry in self._entries.values():
+                if entry.owner.name == owner.name and entry.request.request_id == request.request_id:
+                    return entry
+        return None
+
+    @contextmanager
+    def place(self, request: pb.OpenSessionRequest, owner: Identity) -> Iterator[Callable[[Session], Entry]]:
+        """Holds a place while a session is made, and gives the function that puts it there.
+
+        An older session of the same run makes room first, as its edge begins anew; then those that have been without a
+        stream for a while. Raises ServerFullError when there is no room, QuotaError when the owner has used up its own.
+        """
+        if request.run_id:
+            self._close_where("its run goes on in another session", lambda entry: _is_run(entry, request, owner))
+        self.reap()
+        if self._is_full():
+            self._close_where(
+                "it had no stream, and its place was needed",
+                lambda entry: entry.stream is None and self.idle(entry) > SPARED_SECONDS,
+            )
+        allowed = max_sessions_of(owner.limits, self.max_sessions)
+        if self._in_use_by(owner) >= allowed:
+            self._close_where(
+                "it had no stream, and its place was needed",
+                lambda e: e.owner.name == owner.name and e.stream is None and self.idle(e) > SPARED_SECONDS,
+            )
+        mark = (owner.name, request.request_id)
+        with self._lock:
+            if request.request_id and mark in self._opening:
+                raise ServerUnavailableError(_IS_BEING_OPENED)
+            if self._in_use_by(owner) >= allowed < self.max_sessions:
+                raise QuotaError(f"all of your {allowed} sessions are in use; end one")
+            if self._in_use() >= self.max_sessions:
+                raise ServerFullError(f"the server has no room: all of its {self.max_sessions} sessions are in use")
+            self._opening.append(mark)
+        try:
+            yield lambda session: self._add(session, request, owner)
+        finally:
+            with self._lock:
+                self._opening.remove(mark)
+
+    def attach(self, session_id: str, owner: Identity, stream: StreamHandle) -> Entry:
+        """Gives a session to a stream; one that had it before is cancelled. Raises SessionLostError."""
+        with self._lock:
+            entry = self._find(session_id, owner)
+            before, entry.stream = entry.stream, stream
+            entry.was_attached, entry.used_at = True, self._clock()
+        if before is not None:
+            before.cancel()
+        return entry
+
+    def detach(self, entry: Entry, stream: StreamHandle) -> None:
+        """The stream has ended; the session waits for another. Nothing happens where another has it already."""
+        with self._lock:
+            if entry.stream is stream:
+                entry.stream, entry.used_at = None, self._clock()
+
+    def get(self, session_id: str, owner: Identity) -> Entry:
+        """An open session of this owner. Raises SessionLostError."""
+        with self._lock:
+            return self._find(session_id, owner)
+
+    def close(self, session_id: str, reason: str) -> None:
+        """Forgets a session and cancels its stream; closing one twice does nothing."""
+        with self._lock:
+            entry = self._entries.pop(session_id, None)
+        if entry is not None:
+            self._on_close(entry, reason)
+            if entry.stream is not None:
+                entry.stream.cancel()
+
+    def touch(self, entry: Entry) -> None:
+        """A message came."""
+        entry.used_at = self._clock()
+
+    def age(self, entry: Entry) -> float:
+        """Seconds since a session was opened."""
+        return self._clock() - entry.opened_at
+
+    def idle(self, entry: Entry) -> float:
+        """Seconds since its stream began or ended, or a message came."""
+        return self._clock() - entry.used_at
+
+    def reap(self) -> None:
+        """Closes the sessions that have been without a stream for too long."""
+        self._close_where(
+            f"no stream for {self.session_timeout_seconds:g} s",
+            lambda entry: entry.stream is None and self.idle(entry) > self.session_timeout_seconds,
+        )
+
+    def _close_where(self, reason: str, is_meant: Callable[[Entry], bool]) -> None:
+        for entry in self.entries():
+            if is_meant(entry):
+                self.close(entry.session_id, reason)
+
+    def _in_use_by(self, owner: Identity) -> int:
+        open_ones = sum(entry.owner.name == owner.name for entry in list(self._entries.values()))
+        return open_ones + sum(name == owner.name for name, _ in self._opening)
+
+    def _is_full(self) -> bool:
+        with self._lock:
+            return self._in_use() >= self.max_sessions
+
+    def _in_use(self) -> int:
+        return len(self._entries) + len(self._opening)
+
+    def _add(self, session: Session, request: pb.OpenSessionRequest, owner: Identity) -> Entry:
+        now = self._clock()
+        entry = Entry(session, request, owner, opened_at=now, used_at=now)
+        with self._lock:
+            self._entries[entry.session_id] = entry
+        return entry
+
+    def _find(self, session_id: str, owner: Identity) -> Entry:
+        entry = self._entries.get(session_id)
+        # Whoever guesses the id of somebody else's session learns nothing from the answer.
+        if entry is None or entry.owner.name != owner.name:
+            raise SessionLostError("there is no such session on this server; it has ended, or was never opened")
+        return entry
+
+
+def _is_run(entry: Entry, request: pb.OpenSessionRequest, owner: Identity) -> bool:
+    return entry.owner.name == owner.name and entry.request.run_id == request.run_id

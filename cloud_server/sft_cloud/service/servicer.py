@@ -1,0 +1,320 @@
+"""The gRPC face of the cloud: takes messages off the wire and hands them to sessions, on the worker's thread."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from typing import Any, Protocol, TypeVar
+
+import grpc
+from torch import Tensor
+
+from sft.errors import ProtocolError, ServerUnavailableError, SessionLostError, SFTError, StorageError
+from sft.tensors.stream import StoredTensor, safetensors_chunks
+from sft.v1 import split_training_pb2 as pb
+from sft.v1 import split_training_pb2_grpc as pb_grpc
+from sft.version import __version__
+from sft_cloud.engine.opener import Opener
+from sft_cloud.engine.worker import Worker
+from sft_cloud.errors import PreconditionError, StreamTakenError
+from sft_cloud.identity import ANONYMOUS, Identity
+from sft_cloud.observability.observer import NOBODY, Observer
+from sft_cloud.service.registry import DONE, Entry, Registry, StreamHandle
+from sft_cloud.service.status import Status
+from sft_cloud.session.session import Session
+from sft_cloud.status_codes import ends_call, ends_session
+from sft_cloud.storage.blobs import BlobStore
+
+T = TypeVar("T")
+
+OnWorker = Callable[[Callable[[], Any]], Any]
+"""Runs something on the thread that owns the device, and returns what it returns."""
+
+_log = logging.getLogger(__name__)
+
+
+class Checkpoints(Protocol):
+    """Where sessions are saved, so that they survive the process."""
+
+    def save(self, entry: Entry, on_worker: OnWorker) -> pb.CheckpointSaved:
+        """Writes the session as it is. What reads tensors goes through `on_worker`. Raises StorageError."""
+
+    def keep(self, entry: Entry, steps: Sequence[int]) -> None:
+        """Deletes the other steps of the session's run. Raises StorageError."""
+
+
+class SplitTrainingService(pb_grpc.SplitTrainingServicer):
+    """Implements `sft.v1.SplitTraining`. One thread of the server runs each call."""
+
+    def __init__(
+        self,
+        worker: Worker,
+        store: BlobStore,
+        opener: Opener,
+        sessions: Registry,
+        identify: Callable[[grpc.ServicerContext], Identity] = lambda context: ANONYMOUS,
+        checkpoints: Checkpoints | None = None,
+        observer: Observer = NOBODY,
+    ) -> None:
+        """`store` takes uploads; `identify` says who calls, or raises AccessError; `observer` is told what happens."""
+        self._worker = worker
+        self._store = store
+        self._opener = opener
+        self._identify = identify
+        self._checkpoints = checkpoints
+        self._observer = observer
+        self._draining = threading.Event()
+        self._idle: set[grpc.ServicerContext] = set()
+        self.sessions = sessions
+        self.stopping = threading.Event()
+        """Set some time before `drain`: every answer tells its edge to save a checkpoint now."""
+        self._status = Status(sessions, worker.device, lambda: self.stopping.is_set() or self._draining.is_set())
+
+    def drain(self) -> None:
+        """From now on no session is opened; streams end, with UNAVAILABLE, once what they work on is answered.
+
+        Streams that wait for their edge cannot be told anything but CANCELLED.
+        """
+        self._draining.set()
+        for context in list(self._idle):
+            context.cancel()
+
+    def OpenSession(self, request: pb.OpenSessionRequest, context: grpc.ServicerContext) -> pb.OpenSessionResponse:
+        """See the .proto."""
+        response = pb.OpenSessionResponse(package_version=__version__, device=str(self._worker.device))
+        with ends_call(context):
+            caller = self._identify(context)
+            self._check_draining()
+            if request.only_check:
+                missing = self._opener.open(request, caller)
+                response.missing_blobs.extend([] if isinstance(missing, Session) else missing)
+                return response
+            if self.stopping.is_set():
+                raise ServerUnavailableError("the server is about to stop")
+            entry = self.sessions.opened(request, caller)
+            if entry is None:
+                started = time.monotonic()
+                with self.sessions.place(request, caller) as put:
+                    opened = self._opener.open(request, caller)
+                    if not isinstance(opened, Session):
+                        response.missing_blobs.extend(opened)
+                        return response
+                    entry = put(opened)
+                self._log_opened(entry, time.monotonic() - started)
+                self._observer.metrics.opened(caller.name, resumed=bool(request.resume_from))
+            response.session_id = entry.session_id
+            response.next_step = entry.session.next_step
+            response.session_timeout_seconds = self.sessions.session_timeout_seconds
+        return response
+
+    def UploadBlob(
+        self, request_iterator: Iterator[pb.UploadBlobRequest], context: grpc.ServicerContext
+    ) -> pb.UploadBlobResponse:
+        """See the .proto."""
+        with ends_call(context):
+            caller = self._identify(context)
+            self._check_draining()
+            first = next(request_iterator, None)
+            if first is None:
+                raise ProtocolError("the upload holds no chunk; the first one names the blob")
+            chunks = (request.data for request in itertools.chain([first], request_iterator))
+            self._store.of(caller).add(first.sha256, first.total_bytes, chunks)
+            self._observer.metrics.uploaded(caller.name, first.total_bytes)
+            _log.info("blob stored", extra={"fields": {"sha256": first.sha256, "bytes": first.total_bytes}})
+        return pb.UploadBlobResponse()
+
+    def Train(
+        self, request_iterator: Iterator[pb.EdgeMessage], context: grpc.ServicerContext
+    ) -> Iterator[pb.CloudMessage]:
+        """See the .proto."""
+        with ends_call(context):
+            caller = self._identify(context)
+            first = next(request_iterator, None)
+            if first is None or first.WhichOneof("body") != "attach":
+                raise PreconditionError("the first message of a stream must be an attach")
+            stream = StreamHandle(context.cancel)
+            again = self.sessions.get(first.attach.session_id, caller).was_attached
+            entry = self.sessions.attach(first.attach.session_id, caller, stream)
+            session_id, answered = entry.session_id, first.answered
+            self._observer.metrics.attached(caller.name, again)
+            # Whoever held on to a session would keep its memory when it has ended.
+            del entry, first
+            try:
+                # A call that ends while its thread waits for the worker must not hold the session until then.
+                if not context.add_callback(lambda: self._detach(session_id, caller, stream)):
+                    return
+                yield from self._attached(session_id, caller, stream, answered)
+                while (message := self._wait_for_message(request_iterator, context)) is not None:
+                    if message.WhichOneof("body") == "close":
+                        self._end(session_id, caller, stream, DONE)
+                        return
+                    yield self._answer(session_id, caller, stream, message)
+                    del message  # a stream that idles must not keep it
+            except Exception as error:
+                if ends_session(error):
+                    reason = str(error) if isinstance(error, SFTError) else "internal error"
+                    self._end(session_id, caller, stream, reason)
+                raise
+            finally:
+                self._detach(session_id, caller, stream)
+
+    def DownloadWeights(
+        self, request: pb.DownloadWeightsRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.DownloadWeightsResponse]:
+        """See the .proto. Tensor by tensor, so the worker is never held for long, but all of one step."""
+        with ends_call(context):
+            entry = self.sessions.get(request.session_id, self._identify(context))
+            version = entry.session.version
+
+            def listed() -> list[StoredTensor]:
+                session = entry.session
+                return session.stored_optimizer_state() if request.optimizer_state else session.stored_parameters()
+
+            def on_worker(read: Callable[[], Tensor]) -> Callable[[], Tensor]:
+                return lambda: self._run(lambda: _read_at(entry.session, version, read))
+
+            stored = [tensor._replace(read=on_worker(tensor.read)) for tensor in self._run(listed)]
+            skip, sent = request.offset, 0
+            for data in safetensors_chunks(stored):
+                if skip < len(data):
+                    yield pb.DownloadWeightsResponse(data=data[skip:])
+                    sent += len(data) - skip
+                skip = max(skip - len(data), 0)
+            self._observer.metrics.downloaded(entry.owner.name, sent)
+
+    def Status(self, request: pb.StatusRequest, context: grpc.ServicerContext) -> pb.StatusResponse:
+        """See the .proto."""
+        with ends_call(context):
+            return self._status.status(self._identify(context))
+
+    def Probe(self, request: pb.ProbeRequest, context: grpc.ServicerContext) -> pb.ProbeResponse:
+        """See the .proto."""
+        with ends_call(context):
+            self._identify(context)
+            return self._status.probe(request)
+
+    def _wait_for_message(
+        self, request_iterator: Iterator[pb.EdgeMessage], context: grpc.ServicerContext
+    ) -> pb.EdgeMessage | None:
+        self._idle.add(context)
+        try:
+            self._check_draining()
+            return next(request_iterator, None)
+        finally:
+            self._idle.discard(context)
+
+    def _attached(
+        self, session_id: str, caller: Identity, stream: StreamHandle, answered: int
+    ) -> Iterator[pb.CloudMessage]:
+        """Where the session is, and the answers that the edge lacks."""
+        entry = self.sessions.get(session_id, caller)
+        with entry.lock:  # what the stream before this one had begun is finished
+            _check_has(entry, stream)
+            answers = entry.messages.answers_after(answered)
+            attached = pb.Attached(next_step=entry.session.next_step, last_number=entry.messages.last_number)
+        del entry
+        yield pb.CloudMessage(attached=attached, stopping=self.stopping.is_set())
+        yield from answers
+
+    def _answer(
+        self, session_id: str, caller: Identity, stream: StreamHandle, message: pb.EdgeMessage
+    ) -> pb.CloudMessage:
+        arrived = time.monotonic()
+        # Looked up each time: whoever held on to a session would keep its memory when it has ended.
+        entry = self.sessions.get(session_id, caller)
+
+        def work() -> pb.CloudMessage:
+            remembered = entry.messages.held_bytes
+            handled = watch.work(lambda: self.sessions.get(session_id, caller).session.handle(message, remembered))
+            answer = self._run(handled)
+            if message.HasField("save_checkpoint"):
+                answer.checkpoint_saved.CopyFrom(self._save(entry))
+            if message.HasField("keep_checkpoints") and self._checkpoints is not None:
+                steps = message.keep_checkpoints.steps
+                entry.saves += entry.session.next_step in steps
+                with suppress(StorageError):  # too many is no harm; they are told again with the next checkpoint
+                    self._checkpoints.keep(entry, steps)
+            answer.cloud_seconds = time.monotonic() - arrived
+            return answer
+
+        with self._observer.message(caller.name, entry.label, message) as watch, entry.lock:
+            _check_has(entry, stream)
+            self.sessions.touch(entry)
+            before = entry.session.next_step
+            answer, repeated = entry.messages.apply(message, work)
+            answer.stopping = self.stopping.is_set()
+            received, sent = message.ByteSize(), answer.ByteSize()
+            entry.bytes_received += received
+            entry.bytes_sent += sent
+            watch.answered(answer, (received, sent), entry.session.next_step - before, repeated)
+        return answer
+
+    def _save(self, entry: Entry) -> pb.CheckpointSaved:
+        """In the thread of the stream: the disk keeps nobody else waiting."""
+        if self._checkpoints is None or not entry.request.run_id:
+            raise PreconditionError("this session was opened without a run_id, or this server saves no checkpoints")
+        try:
+            return self._checkpoints.save(entry, self._run)
+        except StorageError as error:
+            _log.warning("checkpoint not saved", extra={"fields": {"session": entry.label, "reason": str(error)}})
+            return pb.CheckpointSaved(error=str(error))
+
+    def _detach(self, session_id: str, caller: Identity, stream: StreamHandle) -> None:
+        with suppress(SessionLostError):  # it has ended
+            self.sessions.detach(self.sessions.get(session_id, caller), stream)
+
+    def _end(self, session_id: str, caller: Identity, stream: StreamHandle, reason: str) -> None:
+        self._detach(session_id, caller, stream)  # first, or the call would end as cancelled
+        self.sessions.close(session_id, reason)
+
+    def _run(self, work: Callable[[], T]) -> T:
+        return self._worker.submit(work).result()
+
+    def _check_draining(self) -> None:
+        if self._draining.is_set():
+            raise ServerUnavailableError("the server is shutting down")
+
+    def _log_opened(self, entry: Entry, seconds: float) -> None:
+        request = entry.request
+        fields = {
+            "session": entry.label,
+            "owner": entry.owner.name,
+            "edge": request.package_version[:20],
+            "model": request.model_name,
+            "mode": pb.Mode.Name(request.cut.mode).rpartition("_")[2].lower(),
+            "split_layer": request.cut.layer_name or request.cut.split_layer,
+            "split_rank": request.cut.split_rank,
+            "optimizer": request.optimizer.name,
+            "next_step": entry.session.next_step,
+            "seconds": round(seconds, 3),
+        }
+        _log.info("session opened", extra={"fields": fields})
+
+
+def log_closed(entry: Entry, reason: str, age_seconds: float) -> None:
+    """For the registry's `on_close`."""
+    fields = {
+        "session": entry.label,
+        "owner": entry.owner.name,
+        "reason": reason,
+        "steps": entry.session.next_step,
+        "seconds": round(age_seconds, 3),
+        "bytes_received": entry.bytes_received,
+        "bytes_sent": entry.bytes_sent,
+    }
+    _log.info("session closed", extra={"fields": fields})
+
+
+def _check_has(entry: Entry, stream: StreamHandle) -> None:
+    if entry.stream is not stream:
+        raise StreamTakenError("another stream has this session now")
+
+
+def _read_at(session: Session, version: int, read: Callable[[], Tensor]) -> Tensor:
+    if session.version != version:
+        raise PreconditionError("the session trained on while its weights were read; download them between two steps")
+    return read()

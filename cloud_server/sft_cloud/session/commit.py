@@ -1,0 +1,59 @@
+"""What a commit says, checked and done: everything of it but the optimizer's step."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from sft.errors import ProtocolError, TrainingError
+from sft.optim.spec import arguments_from_proto
+from sft.v1 import split_training_pb2 as pb
+from sft_cloud.errors import is_out_of_memory
+
+
+def check_commit(commit: pb.Commit, optimizer: torch.optim.Optimizer) -> None:
+    """Raises ProtocolError for numbers that an optimizer cannot step with."""
+    groups, rates = len(optimizer.param_groups), commit.learning_rates
+    if len(rates) != groups or not all(math.isfinite(rate) and rate >= 0 for rate in rates):
+        raise ProtocolError(f"a commit needs {groups} learning rates, finite and not negative; got {list(rates)[:8]}")
+    if not math.isfinite(commit.clip_scale):  # negative ones go uphill, as a script may want
+        raise ProtocolError(f"clip_scale must be finite, not {commit.clip_scale}")
+    if len(commit.group_arguments) not in (0, groups):
+        raise ProtocolError(f"a commit has group_arguments for each of the {groups} groups, or none")
+    for group, message in zip(optimizer.param_groups, commit.group_arguments, strict=False):  # there may be none
+        for name, value in arguments_from_proto(message.arguments).items():
+            _check_argument(group, name, value)
+
+
+def take_step(optimizer: torch.optim.Optimizer) -> None:
+    """The step itself. Raises TrainingError when the optimizer cannot take it with the settings that the edge chose."""
+    try:
+        optimizer.step()
+    except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise TrainingError(f"{type(optimizer).__name__} cannot take this step with its settings: {reason}") from error
+
+
+def apply_group_arguments(commit: pb.Commit, optimizer: torch.optim.Optimizer) -> None:
+    """Settings that the edge has changed, of a commit that was checked."""
+    for group, message in zip(optimizer.param_groups, commit.group_arguments, strict=False):  # there may be none
+        group.update(arguments_from_proto(message.arguments))
+
+
+def _check_argument(group: dict[str, Any], name: str, value: Any) -> None:
+    if name not in group or name in ("params", "lr"):
+        raise ProtocolError(f"the optimizer has no setting '{name[:80]}' that a commit could change")
+    numbers = value if isinstance(value, tuple) else (value,)
+    if not all(math.isfinite(number) for number in numbers if isinstance(number, float)):
+        raise ProtocolError(f"the optimizer's setting '{name}' must be finite, not {value}")
+    now = group[name]
+    if isinstance(now, (tuple, list)) != isinstance(value, tuple) or (
+        isinstance(value, tuple) and len(now) != len(value)
+    ):
+        raise ProtocolError(f"the optimizer's setting '{name}' is {now}; it cannot become {value}")
+    if isinstance(value, str) != isinstance(now, str) or isinstance(value, bool) != isinstance(now, (bool, type(None))):
+        raise ProtocolError(f"the optimizer's setting '{name}' is {now}; it cannot become {value}")

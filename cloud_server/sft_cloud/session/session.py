@@ -1,0 +1,334 @@
+"""One edge's net_2 and its state: Algorithm 1, lines 6 to 11 and 14, without a word about the network.
+
+    READY --forward--> ACCUMULATING --forward, backward--> ACCUMULATING
+      ^                   |      |
+      +----- commit ------+      |
+      +-- a step is undone ------+
+
+`evaluate` is answered in READY and ACCUMULATING and changes neither; nor do weights, gradient scales and `load_state`,
+which is refused while a micro-batch waits. A message that breaks a rule is refused and changes nothing. Where the
+device has no memory for a micro-batch, or for the step that it leads to, the whole step is undone and the answer says
+so. While a message is worked on the state is FAILED, and stays so if the work does not get through in any other way: a
+commit that was half applied cannot be taken back, so there is no way on but from a checkpoint.
+
+Each message comes here once; `sft_cloud.service.exactly_once` sees to that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from sft.errors import ProtocolError, ServerFullError
+from sft.optim.gradients import scale_gradients
+from sft.optim.spec import set_learning_rates
+from sft.optim.state import stored_state
+from sft.models.seeding import seeded
+from sft.tensors.stream import StoredTensor
+from sft.v1 import split_training_pb2 as pb
+from sft_cloud.errors import PreconditionError, is_out_of_memory
+from sft_cloud.session.commit import apply_group_arguments, check_commit, take_step
+from sft_cloud.session.load_state import Loader
+from sft_cloud.session.memory import MemoryShare, check_room_for_step
+from sft_cloud.session.micro_batches import MicroBatches
+from sft_cloud.session.upper_half import HalfModel
+
+Work = Callable[[pb.CloudMessage], None]
+"""What is left to do for a body that was checked: fills in the answer."""
+
+_AUTOCAST = {pb.DATA_TYPE_BFLOAT16: torch.bfloat16, pb.DATA_TYPE_FLOAT16: torch.float16}
+
+
+_NO_MEMORY = "the cloud's device is out of memory; try smaller batches or another cut"
+
+_EVALUATION_TAKES = 4
+"""Of the memory of training, at most this part: nothing is kept for a backward pass."""
+
+
+class State(enum.Enum):
+    """Where a session is; see the module's drawing."""
+
+    READY = enum.auto()
+    ACCUMULATING = enum.auto()
+    FAILED = enum.auto()
+
+
+class Session:
+    """Handles the messages of one edge, in order; not for several threads at once."""
+
+    def __init__(
+        self,
+        half: HalfModel,
+        optimizer: torch.optim.Optimizer,
+        seed: int,
+        find_blob: Callable[[str], Path | None] = lambda sha256: None,
+        memory: MemoryShare | None = None,
+    ) -> None:
+        """`optimizer` over the parameters of `half`; `find_blob` gives the file of an uploaded blob; `memory` is
+        what the session may take of the server's.
+        """
+        self.state = State.READY
+        self.next_step = 0
+        """The first step that is not committed."""
+        self.version = 0
+        """Counts the changes of weights and of the optimizer's state."""
+        self.has_begun = False
+        """Whether a message was applied."""
+        self._half = self.half = half
+        self._optimizer = self.optimizer = optimizer
+        self._seed = seed
+        self._memory = MemoryShare() if memory is None else memory
+        self._remembered_bytes = 0
+        self._loader = Loader(half, optimizer, find_blob)
+        self._micro_batches = MicroBatches(half)
+        self._forwards = 0  # answered in step `next_step`
+        self._keeps_gradients = False  # there are some of the step before
+
+    def handle(self, message: pb.EdgeMessage, remembered_bytes: int = 0) -> pb.CloudMessage:
+        """Does what a message asks and returns the answer. `remembered_bytes`: of earlier answers that are kept.
+
+        That to a `save_checkpoint` says only that there is a whole step to save: who calls this saves it, since a disk
+        takes longer than anybody else should wait for the device.
+
+        Raises ProtocolError when the message makes no sense and PreconditionError when it comes out of order; the state
+        is then what it was before.
+        """
+        answer = pb.CloudMessage(step=message.step, micro_batch=message.micro_batch)
+        body = message.WhichOneof("body") or ""
+        if self.state is State.FAILED:
+            raise PreconditionError("an earlier message of this session failed half-way; open a new session")
+        if body in ("attach", "close"):
+            raise PreconditionError("the first message of a stream, and no other, must be an attach")
+        commits = message.HasField("commit")
+        if commits:
+            self._check_commit(message.commit)
+        self._remembered_bytes = remembered_bytes
+        try:
+            # All of the message is checked before any of it is done.
+            self._check_rides(message, commits)
+            work = self._check_body(message, body, commits)
+            self.state, self.has_begun = State.FAILED, True
+            self._ride(message, commits)
+            try:
+                work(answer)
+            except Exception as error:
+                if body not in ("forward", "backward") or not is_out_of_memory(error):
+                    raise
+                self._undo_step()
+                answer.step_skipped.reason = _NO_MEMORY
+        finally:
+            self._memory.settle(self._micro_batches.waiting_bytes() + remembered_bytes)
+        self.state = State.ACCUMULATING if self._forwards else State.READY
+        return answer
+
+    def stored_parameters(self) -> list[StoredTensor]:
+        """Net_2's parameters under whole-model names, sorted; reading one copies it to the CPU as it is then."""
+        return [_copied(tensor) for tensor in self._half.stored_parameters()]
+
+    def stored_optimizer_state(self) -> list[StoredTensor]:
+        """The state of net_2's optimizer, see `sft.optim.state`."""
+        return stored_state(self._optimizer, self._half.whole_parameters())
+
+    # What rides on a message.
+
+    def _check_commit(self, commit: pb.Commit) -> None:
+        """Raises PreconditionError and ProtocolError when it may not be applied."""
+        if commit.step != self.next_step or not (self._forwards or self._keeps_gradients):
+            raise PreconditionError(
+                f"a commit of step {commit.step} came, but step {self.next_step} is next, "
+                f"with {self._forwards} micro-batches so far"
+            )
+        check_commit(commit, self._optimizer)
+
+    def _check_rides(self, message: pb.EdgeMessage, commits: bool) -> None:
+        if message.HasField("gradient_scale"):
+            if message.WhichOneof("body") in ("evaluate", "load_state"):
+                raise ProtocolError("a gradient_scale rides on a forward or a backward, or comes without a body")
+            if not math.isfinite(message.gradient_scale):
+                raise ProtocolError(f"gradient_scale must be finite, not {message.gradient_scale}")
+        if message.weights:
+            step = message.commit.step if commits else message.step
+            if step != self.next_step:
+                raise PreconditionError(f"weights of step {step} came, but step {self.next_step} is next")
+            self._micro_batches.check_weights(message.weights)
+
+    def _ride(self, message: pb.EdgeMessage, commits: bool) -> None:
+        self._micro_batches.weigh(message.weights)
+        if commits:
+            self._commit(message.commit)
+        if message.HasField("gradient_scale"):
+            self._micro_batches.scale(message.gradient_scale)
+            self._keeps_gradients &= message.gradient_scale != 0.0
+
+    def _commit(self, commit: pb.Commit) -> None:
+        set_learning_rates(self._optimizer, list(commit.learning_rates))
+        apply_group_arguments(commit, self._optimizer)
+        scale_gradients(self._half.parameters(), commit.clip_scale)
+        take_step(self._optimizer)
+        self._micro_batches.clear()
+        self._keeps_gradients = commit.keep_gradients
+        if not commit.keep_gradients:
+            self._micro_batches.scale(0.0)
+        self._forwards = 0
+        self.next_step += 1
+        self.version += 1
+
+    def _undo_step(self) -> None:
+        """As if nothing of the step that is being accumulated had come."""
+        self._micro_batches.clear()
+        self._micro_batches.scale(0.0)
+        self._keeps_gradients = False
+        self._forwards = 0
+
+    # The body.
+
+    def _check_body(self, message: pb.EdgeMessage, body: str, commits: bool) -> Work:
+        """What is left to do for the body, once what rides on the message is done."""
+        if body == "evaluate":
+            return self._check_evaluate(message)
+        if not body:
+            return self._check_nothing(message, commits)
+        if body == "keep_checkpoints":
+            return self._answer_committed
+        next_step = self.next_step + commits
+        if message.step != next_step:
+            raise PreconditionError(f"a micro-batch of step {message.step} came, but step {next_step} is next")
+        if body == "forward":
+            return self._check_forward(message, commits)
+        if body == "backward":
+            return self._check_backward(message, commits)
+        if body == "save_checkpoint":
+            return self._check_save(commits)
+        return self._check_load_state(message, commits)
+
+    def _check_nothing(self, message: pb.EdgeMessage, commits: bool) -> Work:
+        if not (message.HasField("commit") or message.weights or message.HasField("gradient_scale")):
+            raise ProtocolError("the message holds neither a commit nor anything else to do")
+        if not commits and message.step != self.next_step:
+            raise PreconditionError(f"a message of step {message.step} came, but step {self.next_step} is next")
+        return self._answer_committed
+
+    def _check_forward(self, message: pb.EdgeMessage, commits: bool) -> Work:
+        forward, next_one = message.forward, 0 if commits else self._forwards
+        if message.micro_batch != next_one:
+            raise PreconditionError(f"micro-batch {message.micro_batch} came, but micro-batch {next_one} is next")
+        if not (math.isfinite(forward.loss_scale) and forward.loss_scale >= 0):
+            raise ProtocolError(f"loss_scale must be finite and not negative, not {forward.loss_scale}")
+        _check_autocast(forward.autocast)
+        has_labels = forward.HasField("labels")
+        waits = self._remembered_bytes + (0 if commits else self._micro_batches.waiting_bytes(message.weights))
+        graph = self._half.training_bytes(forward.activation)
+        needed = waits + graph
+        if has_labels and not forward.loss_scale:
+            needed += self._micro_batches.gradient_bytes()
+        self._memory.check(needed)
+        given = self._half.decode(forward.activation)
+        labels = self._half.decode_labels(forward.labels, given) if has_labels else {}
+        if not has_labels or forward.want_logits:
+            self._half.check_outputs(given)
+        if not commits and not (has_labels and forward.loss_scale):
+            self._micro_batches.check_room(message.weights)
+
+        def work(answer: pb.CloudMessage) -> None:
+            self._memory.hold(needed)
+            given.a.requires_grad_(not forward.frozen_edge)
+            self._half.train(not forward.eval_mode)
+            with (
+                seeded(self._half.device, self._seed, "net_2", message.step, message.micro_batch),
+                self._precision(forward.autocast),
+            ):
+                outputs = self._half.outputs(given)
+                loss = self._half.loss(outputs, labels, given) if has_labels else None
+            if loss is None:
+                answer.outputs.logits.CopyFrom(self._half.encode_outputs(outputs, given))
+                self._micro_batches.keep_graph(message.micro_batch, given, outputs, graph)
+            else:
+                # A loss that is not finite is answered as it is: whether to go on is for the edge to decide.
+                answer.result.loss = loss.item()
+                if forward.want_logits:
+                    answer.result.logits.CopyFrom(self._half.encode_outputs(outputs, given))
+                if forward.loss_scale:
+                    self._micro_batches.add(given, loss * forward.loss_scale, answer.result)
+                else:
+                    self._micro_batches.keep_gradients(message.micro_batch, given, loss, answer.result)
+                check_room_for_step(self._optimizer)
+            self._forwards += 1
+
+        return work
+
+    def _check_backward(self, message: pb.EdgeMessage, commits: bool) -> Work:
+        if commits:
+            raise PreconditionError("the commit on this message drops the micro-batch that its Backward is for")
+        gradient = self._micro_batches.check_backward(message.micro_batch, message.weights, message.backward.gradient)
+
+        def work(answer: pb.CloudMessage) -> None:
+            self._micro_batches.backward(message.micro_batch, gradient, answer.result)
+            check_room_for_step(self._optimizer)
+
+        return work
+
+    def _check_save(self, commits: bool) -> Work:
+        begun = not commits and self._forwards
+        if begun or self._keeps_gradients:
+            raise PreconditionError(
+                "a checkpoint is saved between two steps: commit this one, and forget its gradients, first"
+            )
+
+        def work(answer: pb.CloudMessage) -> None:
+            answer.checkpoint_saved.id.step = self.next_step
+
+        return work
+
+    def _check_evaluate(self, message: pb.EdgeMessage) -> Work:
+        _check_autocast(message.evaluate.autocast)
+        needed = self._remembered_bytes + self._micro_batches.waiting_bytes(message.weights)
+        needed += self._half.training_bytes(message.evaluate.activation) // _EVALUATION_TAKES
+        self._memory.check(needed)
+        try:
+            self._memory.hold(needed)
+        except MemoryError as error:
+            raise ServerFullError(f"there is no memory for this batch now: {error}; try again") from error
+        given = self._half.decode(message.evaluate.activation)
+        self._half.check_outputs(given)
+
+        def work(answer: pb.CloudMessage) -> None:
+            self._half.train(False)
+            with torch.no_grad(), self._precision(message.evaluate.autocast):
+                outputs = self._half.outputs(given)
+            answer.evaluation.logits.CopyFrom(self._half.encode_outputs(outputs, given))
+
+        return work
+
+    def _check_load_state(self, message: pb.EdgeMessage, commits: bool) -> Work:
+        if not commits:
+            self._micro_batches.check_nothing_waits(message.weights)
+        load = self._loader.check(message.load_state)
+
+        def work(answer: pb.CloudMessage) -> None:
+            load()
+            self.version += 1
+            self._answer_committed(answer)
+
+        return work
+
+    def _answer_committed(self, answer: pb.CloudMessage) -> None:
+        answer.committed.next_step = self.next_step
+        answer.committed.squared_gradient_norm = self._micro_batches.squared_norm()
+
+    def _precision(self, autocast: pb.DataType) -> contextlib.AbstractContextManager[object]:
+        """That the edge computes in."""
+        return torch.autocast(self._half.device.type, _AUTOCAST[autocast]) if autocast else contextlib.nullcontext()
+
+
+def _check_autocast(autocast: pb.DataType) -> None:
+    if autocast and autocast not in _AUTOCAST:
+        raise ProtocolError("autocast must be of type bfloat16 or float16")
+
+
+def _copied(tensor: StoredTensor) -> StoredTensor:
+    return tensor._replace(read=lambda: tensor.read().to("cpu", copy=True))

@@ -1,0 +1,1 @@
+"""Bytes that outlive a process: uploads by hash, halves of checkpoints, a directory or an object store below."""

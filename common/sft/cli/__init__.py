@@ -1,0 +1,1 @@
+"""Command lines from dataclasses, and how a command ends."""

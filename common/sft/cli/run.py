@@ -1,0 +1,86 @@
+"""A command line: its commands, and how one of them ends."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from typing import Callable, List, Mapping, Optional, Sequence
+
+from sft.errors import SFTError, StorageError, UsageError
+from sft.printable import printable
+from sft.version import __version__
+
+Command = Callable[[str, List[str]], int]
+"""A subcommand: takes its full name (`sft-edge train`) and its arguments, returns the exit code. The first line of its
+docstring is its help."""
+
+
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+
+EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
+
+
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+def run(prog: str, commands: Mapping[str, Command], argv: Optional[Sequence[str]] = None) -> int:
+    """Runs the command that the first argument names and returns the exit code of the process.
+
+    An SFTError, wherever it comes from, becomes one line on stderr and the exit code of its class.
+    """
+    # Or gRPC's own notes, of each handshake that fails, would stand between our lines.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        (sys.stdout if arguments else sys.stderr).write(_overview(prog, commands) + "\n")
+        return 0 if arguments else UsageError.exit_code
+    name = arguments[0]
+    if name == "--version":
+        sys.stdout.write(f"{prog} {__version__}\n")
+        return 0
+    if name not in commands:
+        known = ", ".join(commands)
+        return _fail(prog, UsageError(f"there is no command {name!r}; the commands are {known}"))
+    full_name = f"{prog} {name}"
+    try:
+        code = commands[name](full_name, arguments[1:])
+        # A reader that has gone, as in `sft-edge predict ... | head`, must show here and not at interpreter exit.
+        sys.stdout.flush()
+        return code
+    except SFTError as error:
+        return _fail(full_name, error)
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{full_name}: interrupted\n")
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        _settle_stdout()
+        return EXIT_BROKEN_PIPE
+    except OSError as error:
+        _settle_stdout()
+        where = error.filename or "the output"
+        if error.errno not in _DISK_ERRORS:
+            return _fail(full_name, SFTError(f"{where}: {error.strerror or error}"))
+        return _fail(full_name, StorageError(f"cannot write {where}: {error.strerror}; free some space and run again"))
+
+
+def _overview(prog: str, commands: Mapping[str, Command]) -> str:
+    width = max(len(name) for name in commands)
+    lines = [f"usage: {prog} COMMAND [options]", "", "commands:"]
+    for name, command in commands.items():
+        lines.append(f"  {name:{width}}  {(command.__doc__ or '').strip().splitlines()[0]}")
+    return "\n".join(lines + ["", f"{prog} COMMAND --help shows the options of a command."])
+
+
+def _settle_stdout() -> None:
+    """Writes what stdout still holds or, where that fails, drops it: Python would complain of it again at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _fail(name: str, error: SFTError) -> int:
+    sys.stderr.write(f"{name}: error: {printable(str(error))}\n")
+    return error.exit_code

@@ -1,0 +1,80 @@
+"""Which architectures and heads there are."""
+
+from __future__ import annotations
+
+from typing import Any, Dict
+
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+)
+
+from sft.errors import UnsupportedModelError
+from sft.models.families.bert import BERT
+from sft.models.families.deberta import DEBERTA
+from sft.models.families.distilbert import DISTILBERT
+from sft.models.families.family import Family
+from sft.models.families.gemma import GEMMA
+from sft.models.families.gpt2 import GPT2
+from sft.models.families.llama import LLAMA
+from sft.models.families.opt import OPT
+from sft.models.families.roberta import ROBERTA
+
+_ALL = (BERT, ROBERTA, DISTILBERT, DEBERTA, GPT2, OPT, LLAMA, GEMMA)
+_FAMILIES = {model_type: family for family in _ALL for model_type in family.model_types}
+
+AUTO_CLASSES: Dict[str, Any] = {
+    "sequence-classification": AutoModelForSequenceClassification,
+    "question-answering": AutoModelForQuestionAnswering,
+    "causal-lm": AutoModelForCausalLM,
+}
+
+HEADS = tuple(AUTO_CLASSES)
+
+
+def family_of(config: PretrainedConfig) -> Family:
+    """The family file for a configuration. Raises UnsupportedModelError."""
+    family = _FAMILIES.get(config.model_type)
+    if family is None:
+        known = ", ".join(sorted(_FAMILIES))
+        raise UnsupportedModelError(f"models of type '{config.model_type}' cannot be cut; supported types: {known}")
+    reason = family.refuses(config)
+    if reason:
+        raise UnsupportedModelError(f"this model of type '{config.model_type}' cannot be cut: {reason}")
+    return family
+
+
+def check_head(config: PretrainedConfig, head: str) -> None:
+    """Raises UnsupportedModelError for a head that no model, or not this one, is trained with."""
+    if head not in HEADS:
+        raise UnsupportedModelError(f"there is no head '{head}'; supported heads: {', '.join(HEADS)}")
+    heads = family_of(config).heads
+    if head not in heads:
+        raise UnsupportedModelError(
+            f"models of type '{config.model_type}' are not trained with head '{head}', but with {' or '.join(heads)}"
+        )
+
+
+def max_positions(config: PretrainedConfig) -> int:
+    """The longest sequence, in tokens, that a model takes."""
+    return int(config.max_position_embeddings) - family_of(config).reserved_positions
+
+
+def library_class(config: PretrainedConfig, head: str) -> Any:
+    """The library's class of models with a head; None where it has none."""
+    return AUTO_CLASSES[head]._model_mapping.get(type(config), None)
+
+
+def head_of(model: Any) -> str:
+    """The head of a model of the library. Raises UnsupportedModelError when it has none of ours."""
+    config = getattr(model, "config", None)
+    if isinstance(config, PretrainedConfig):
+        for head in family_of(config).heads:
+            known = library_class(config, head)
+            if known is not None and isinstance(model, known):
+                return head
+    raise UnsupportedModelError(
+        f"a {type(model).__name__} cannot be cut; give a transformers model with one of the heads {', '.join(HEADS)}"
+    )

@@ -1,0 +1,99 @@
+"""Cutting a model object that somebody else made and goes on using."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Dict, Tuple
+
+import torch
+from torch import nn
+
+from sft.errors import UsageError
+from sft.models.cut import Cut, blocks_of, build_whole, check_cut, lower_half, name_of_w
+from sft.models.families.catalogue import family_of, library_class
+from sft.models.nets import Net1
+from sft.models.split_layer import SplitLayer
+
+_BY_PEFT = re.compile(r"\.(lora_[^.]*|original_module)\.")
+"""In the names of parameters that peft has added to a model."""
+
+
+def check_live(model: Any, head: str, cut: Cut) -> None:
+    """Raises UsageError for a model that is cut already, not float32, or not what its configuration describes, CutError
+    and UnsupportedModelError."""
+    family = family_of(model.config)
+    whole = len(blocks_of(model.base_model, family)) == model.config.num_hidden_layers
+    if not whole or any(isinstance(module, SplitLayer) for module in model.modules()):
+        raise UsageError(f"this {type(model).__name__} is cut already; load the model again to cut it again")
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != torch.float32:
+            raise UsageError(
+                f"parameter '{name}' is {parameter.dtype}; load the model in float32 and run it under torch.autocast "
+                "to compute in half precision"
+            )
+    _check_described(model, head)
+    check_cut(cut, model, family, halves=True)
+
+
+def _check_described(model: Any, head: str) -> None:
+    """Both halves are the library's, made from the configuration: nothing else about a model can be its own."""
+    kind = type(model)
+    if kind.forward is not library_class(model.config, head).forward or "forward" in vars(model):
+        raise UsageError(
+            f"this {kind.__name__} has a forward of its own, which a cut would lose: give the library's model, and "
+            "compute what is your own from its logits"
+        )
+    described = dict(build_whole(model.config, head).model.named_parameters(remove_duplicate=False))
+    live = {name: p for name, p in live_parameters(model).items() if not _BY_PEFT.search(name)}
+    odd = sorted(
+        name
+        for name in live.keys() | described.keys()
+        if name not in live or name not in described or live[name].shape != described[name].shape
+    )
+    if odd:
+        raise UsageError(
+            f"parameter '{odd[0]}' is not as model.config describes it; the cloud builds its half from that, so that "
+            "nothing but weights of a model can be its own"
+        )
+
+
+def cut_live(model: Any, head: str, cut: Cut) -> Net1:
+    """Cuts a library model in place: what is left of it is net_1, which is returned.
+
+    Blocks above the cut, final norm, pooler and head are gone from the object, so that their memory is freed once
+    nobody else holds them. FFN-1 is on the meta device: its value is the caller's to fill in. What both halves need is
+    frozen, a tied head untied. Where parameters are, and what else is trained, stays. Raises what `check_live` raises.
+    """
+    check_live(model, head, cut)
+    family = family_of(model.config)
+    for module in model.modules():
+        if getattr(module, "chunk_size_feed_forward", 0):
+            module.chunk_size_feed_forward = 0  # it would cut the feed-forward layer along the sequence
+    if getattr(model.config, "pretraining_tp", 1) != 1:
+        model.config.pretraining_tp = 1  # likewise
+    net_1 = lower_half(model, family, head, cut)
+    for name, child in list(model.named_children()):
+        if child is not model.base_model:
+            setattr(model, name, None)
+    if head == "causal-lm":  # the head is on the cloud, and no copy of the embeddings any more
+        model.config.tie_word_embeddings = False
+        if getattr(model, "all_tied_weights_keys", None):
+            model.all_tied_weights_keys = {}
+    return net_1
+
+
+def whole_name(name: str) -> str:
+    """A parameter's name in the whole model, from that in a library model, which peft may have changed."""
+    name = re.sub(r"^base_model\.model\.", "", name)
+    return re.sub(r"\.(base_layer|modules_to_save\.default)\.", ".", name)
+
+
+def live_parameters(model: Any) -> Dict[str, nn.Parameter]:
+    """A library model's parameters by names in the whole model, each tied one under all of its names."""
+    return {whole_name(name): parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
+
+
+def layer_to_cut(model: Any, cut: Cut) -> Tuple[str, Any]:
+    """W of a library model that is not cut yet, with its name."""
+    name = name_of_w(model, family_of(model.config), cut.split_layer)
+    return name, model.get_submodule(name)

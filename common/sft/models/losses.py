@@ -1,0 +1,70 @@
+"""The loss of every head, from logits alone: whichever side has the labels computes the same bits.
+
+These are the losses of transformers' own heads, except that padding never counts: it does not travel.
+
+Shape suffixes: B batch, S padded sequence, C labels, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Dict, Optional, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sft.batch import IGNORED
+
+
+def head_loss(
+    head: str, problem_type: Optional[str], logits: Tensor, labels: Dict[str, Tensor], lengths: Sequence[int]
+) -> Tensor:
+    """The loss that training minimizes: a 0-dim mean over sequences, or over the labelled tokens of a language model.
+
+    `logits`, with `labels` as in `sft.batch.Batch` on the same device:
+
+    - "sequence-classification": (B, C); `problem_type` is transformers' (what it infers from C and the labels if None)
+    - "question-answering": (B, S, 2) start and end logits, of which those of padding are not looked at
+    - "causal-lm": (B, S, V); `labels` are not shifted, and padding is ignored whatever its label. NaN where no token
+      has a label.
+
+    Raises KeyError when `labels` lack what the head needs.
+    """
+    logits = logits.float()
+    if head == "question-answering":
+        return _span_loss(logits, labels, lengths)
+    if head == "causal-lm":
+        return _next_token_loss(logits, labels["labels"], lengths)
+    y = labels["labels"]
+    kind = problem_type or _problem_type(logits, y)
+    if kind == "regression":
+        return functional.mse_loss(logits.squeeze(-1), y.squeeze(-1) if y.ndim == logits.ndim else y)
+    if kind == "multi_label_classification":
+        return functional.binary_cross_entropy_with_logits(logits, y)
+    return functional.cross_entropy(logits, y)
+
+
+def _problem_type(logits_BC: Tensor, y: Tensor) -> str:
+    if logits_BC.shape[-1] == 1:
+        return "regression"
+    return "multi_label_classification" if y.is_floating_point() else "single_label_classification"
+
+
+def _span_loss(logits_BS2: Tensor, labels: Dict[str, Tensor], lengths: Sequence[int]) -> Tensor:
+    # The library's own counts padding among the places where an answer may start or end.
+    padding_BS = _padding(lengths, logits_BS2)
+    logits_BS2 = logits_BS2.masked_fill(padding_BS[:, :, None], torch.finfo(logits_BS2.dtype).min)
+    start = functional.cross_entropy(logits_BS2[:, :, 0], labels["start_positions"])
+    end = functional.cross_entropy(logits_BS2[:, :, 1], labels["end_positions"])
+    return (start + end) / 2
+
+
+def _next_token_loss(logits_BSV: Tensor, y_BS: Tensor, lengths: Sequence[int]) -> Tensor:
+    y_BS = y_BS.masked_fill(_padding(lengths, y_BS), IGNORED)
+    next_BS = functional.pad(y_BS[:, 1:], (0, 1), value=IGNORED)  # a token predicts the one that follows it
+    return functional.cross_entropy(logits_BSV.flatten(0, 1), next_BS.flatten(), ignore_index=IGNORED)
+
+
+def _padding(lengths: Sequence[int], like: Tensor) -> Tensor:
+    positions_S = torch.arange(like.shape[1], device=like.device)
+    return positions_S[None, :] >= torch.tensor(list(lengths), device=like.device)[:, None]

@@ -1,0 +1,251 @@
+"""Giving values to a net that was built on the meta device: from stored tensors, else from the seed."""
+
+from __future__ import annotations
+
+import copy
+import re
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from sft.batch import Batch
+from sft.errors import CheckpointError, UsageError
+from sft.models import (
+    Cut,
+    Moments,
+    Net,
+    Net1,
+    TiedHead,
+    build_net_1,
+    build_whole,
+    check_live,
+    family_of,
+    ffn_out_name,
+    layer_to_cut,
+    live_parameters,
+    matrix_of,
+    output_moments,
+)
+from sft.models.decompose import decompose, decompose_with_residual
+from sft.models.seeding import seeded
+from sft.tensors.pretrained import Checkpoint
+from sft.tensors.stream import StoredTensor, in_memory
+
+_CPU = torch.device("cpu")
+
+
+def fill(net: Net, tensors: Sequence[StoredTensor], seed: int, device: torch.device = _CPU) -> None:
+    """Gives every parameter float32 memory on `device`.
+
+    `tensors` go by whole-model names; those that are not the net's are left. What they do not hold is drawn by the
+    library's own initialization, seeded for each module by its name in the whole model: both halves, and one process,
+    draw the same values, whoever else exists.
+    """
+    own_names = {whole: own for own, whole in net.whole_names.items()}
+    stored = {own_names[tensor.name]: tensor for tensor in tensors if tensor.name in own_names}
+    untied = {own_names[tied.head]: tied for tied in net.untied if tied.head in own_names}
+    shared: Dict[nn.Parameter, nn.Parameter] = {}  # tied parameters stay one
+    for module_name, module in net.named_modules():
+        parameters = {}
+        for name, parameter in list(module.named_parameters(prefix=module_name, recurse=False)):
+            if parameter in shared:
+                setattr(module, name.rpartition(".")[2], shared[parameter])
+            else:
+                parameters[name] = parameter
+        new = next((name for name in parameters if name not in stored), None)
+        if new is not None and new in untied:
+            _copy_embedding(net.model, module, untied[new], seed, device)
+        elif new is not None:
+            _draw(net.model, module, net.whole_names[new].rpartition(".")[0], seed, device)
+        for name, parameter in parameters.items():
+            if name in stored:
+                value = stored[name].read().to(device, torch.float32, copy=True)
+                setattr(module, name.rpartition(".")[2], nn.Parameter(value, requires_grad=parameter.requires_grad))
+            shared[parameter] = getattr(module, name.rpartition(".")[2])
+    _fill_buffers(net)
+    net.to(device)
+
+
+def shapes(net: Net) -> Dict[str, Tuple[int, ...]]:
+    """Shape of every parameter, under whole-model names."""
+    return {name: tuple(parameter.shape) for name, parameter in net.whole_parameters().items()}
+
+
+def pretrained_tensors(net: Net, checkpoint: Optional[Checkpoint]) -> List[StoredTensor]:
+    """The net's tensors that a checkpoint holds; none without one. FFN-1 to FFN-3 are in no checkpoint.
+
+    A head that the cut untied is the checkpoint's embedding under the head's name.
+    """
+    if checkpoint is None:
+        return []
+    wanted, prefix = _without_factors(shapes(net)), net.model.base_model_prefix
+    copies = []
+    for tied in net.untied:
+        if tied.head in wanted:
+            (embedding,) = checkpoint.tensors({tied.embedding: wanted.pop(tied.head)}, prefix)
+            copies.append(embedding._replace(name=tied.head))
+    return sorted(checkpoint.tensors(wanted, prefix) + copies, key=lambda tensor: tensor.name)
+
+
+def load_parameters(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]) -> None:
+    """Replaces the values of parameters, all of them. Raises CheckpointError unless names and shapes are the same."""
+    odd = sorted(tensors.keys() ^ parameters.keys())
+    if odd:
+        raise CheckpointError(f"'{odd[0][:200]}' {'is missing' if odd[0] in parameters else 'does not belong there'}")
+    for name, parameter in parameters.items():
+        if tensors[name].shape != parameter.shape or tensors[name].dtype != parameter.dtype:
+            theirs, ours = (f"{x.dtype} {list(x.shape)}" for x in (tensors[name], parameter))
+            raise CheckpointError(f"'{name}' is {theirs}, not {ours}")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+
+
+def live_tensors(model: Any, net: Net) -> List[StoredTensor]:
+    """The net's tensors out of a library model that is not cut yet; the factors are in none.
+
+    `net` is a half of the same model. What is read later is the value then: take them before anything trains.
+    """
+    live = live_parameters(model)
+    return list(in_memory({name: live[name] for name in _without_factors(shapes(net))}))
+
+
+def factor_tensors(
+    config: PretrainedConfig,
+    head: str,
+    cut: Cut,
+    checkpoint: Optional[Checkpoint],
+    seed: int,
+    calibration: Sequence[Batch] = (),
+) -> Tuple[List[StoredTensor], List[StoredTensor]]:
+    """FFN-1 for the edge, and FFN-2 and FFN-3 (with its bias) for the cloud, under whole-model names (eq. 2).
+
+    W comes from the checkpoint, or from the seed without one. Both lists are empty for `sl`. A low-rank residual is
+    fitted to the `calibration` batches, which the undecomposed blocks up to the cut are run on here; UsageError without
+    any. This runs once, on the edge: the signs of singular vectors differ between machines.
+    """
+    if cut.mode != "sft":
+        return [], []
+    moments = None
+    if cut.residual == "low-rank":
+        _check_calibration(calibration)
+        lower = build_net_1(config, head, Cut("sl", cut.split_layer))
+        fill(lower, pretrained_tensors(lower, checkpoint), seed)
+        moments = output_moments(lower, cut.split_layer, calibration)
+    name = ffn_out_name(config, head, cut.split_layer)
+    w = _original_layer(config, head, name, checkpoint, seed)
+    return _factors(name, w, cut, moments)
+
+
+def live_factors(
+    model: Any, head: str, cut: Cut, calibration: Sequence[Batch] = ()
+) -> Tuple[List[StoredTensor], List[StoredTensor]]:
+    """As `factor_tensors`, of a library model that is not cut yet, with the weights it has now.
+
+    Raises what `sft.models.check_live` raises.
+    """
+    check_live(model, head, cut)
+    if cut.mode != "sft":
+        return [], []
+    moments = None
+    if cut.residual == "low-rank":
+        _check_calibration(calibration)
+        lower = Net1(model.base_model, family_of(model.config), head)
+        moments = output_moments(lower, cut.split_layer, calibration)
+    name, w = layer_to_cut(model, cut)
+    return _factors(name, w, cut, moments)
+
+
+def _check_calibration(calibration: Sequence[Batch]) -> None:
+    if not calibration:
+        raise UsageError(
+            "a low-rank residual is fitted to data: give batches to calibrate with, or choose residual none"
+        )
+
+
+def _factors(name: str, w: Any, cut: Cut, moments: Optional[Moments]) -> Tuple[List[StoredTensor], List[StoredTensor]]:
+    if moments is None:
+        factors = decompose(matrix_of(w), cut.split_rank)
+        bias_D = None if w.bias is None else w.bias.detach().clone()
+    else:
+        factors, bias_D = decompose_with_residual(matrix_of(w), w.bias, *moments, split_rank=cut.split_rank)
+    edge = {f"{name}.ffn1.weight": factors.u_FR.T.contiguous()}
+    cloud = {f"{name}.ffn2.weight": factors.s_RR.T.contiguous(), f"{name}.ffn3.weight": factors.v_RD.T.contiguous()}
+    if bias_D is not None:
+        cloud[f"{name}.ffn3.bias"] = bias_D
+    return list(in_memory(edge)), list(in_memory(cloud))
+
+
+def _without_factors(shapes: Dict[str, Tuple[int, ...]]) -> Dict[str, Tuple[int, ...]]:
+    return {name: shape for name, shape in shapes.items() if not re.search(r"\.ffn[123]\.(weight|bias)$", name)}
+
+
+def _original_layer(config: PretrainedConfig, head: str, name: str, checkpoint: Optional[Checkpoint], seed: int) -> Any:
+    whole = build_whole(config, head)
+    layer = whole.model.get_submodule(name)
+    wanted = {f"{name}.{own}": tuple(parameter.shape) for own, parameter in layer.named_parameters()}
+    if checkpoint is None:
+        _draw(whole.model, layer, name, seed, _CPU)
+    else:
+        for tensor in checkpoint.tensors(wanted, whole.model.base_model_prefix):
+            value = tensor.read().to(torch.float32, copy=True)
+            setattr(layer, tensor.name.rpartition(".")[2], nn.Parameter(value))
+    return layer
+
+
+def _draw(library_model: Any, module: nn.Module, whole_name: str, seed: int, device: torch.device) -> None:
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        # Drawn on the CPU wherever it goes: a GPU's generator gives other numbers.
+        unset = torch.full(parameter.shape, float("nan"), dtype=torch.float32)
+        setattr(module, name, nn.Parameter(unset, requires_grad=parameter.requires_grad))
+    with seeded(_CPU, seed, "weights", whole_name), torch.no_grad():
+        library_model._init_weights(module)
+        unset_ones = [
+            name for name, parameter in module.named_parameters(recurse=False) if torch.isnan(parameter).any()
+        ]
+        if unset_ones:  # older releases leave norms and convolutions to their constructors
+            _construct(module, unset_ones)
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        value = parameter.detach().to(device)
+        setattr(module, name, nn.Parameter(value, requires_grad=parameter.requires_grad))
+
+
+def _construct(module: Any, names: Sequence[str]) -> None:
+    twin = copy.deepcopy(module)
+    if hasattr(twin, "reset_parameters"):
+        twin.reset_parameters()
+    else:  # a norm of the library's own, which takes the width
+        twin = type(module)(len(getattr(module, names[0])))
+    for name in names:
+        getattr(module, name).copy_(getattr(twin, name))
+
+
+def _copy_embedding(library_model: Any, head: nn.Module, tied: TiedHead, seed: int, device: torch.device) -> None:
+    embedding = copy.deepcopy(tied.module)
+    _draw(library_model, embedding, tied.embedding.rpartition(".")[0], seed, _CPU)
+    value: Tensor = embedding.get_parameter("weight").detach()
+    head.weight = nn.Parameter(value.to(device))
+
+
+def _fill_buffers(net: Net) -> None:
+    """Buffers are in no checkpoint: the library computes them when it builds a module for real."""
+    base = net.model.base_model
+    missing = [name for name, buffer in base.named_buffers() if buffer.is_meta]
+    if missing:
+        # No buffer depends on what is made small here, which is most of a model; every block has the same ones.
+        config = copy.deepcopy(net.model.config)
+        config.num_hidden_layers = 1
+        config.vocab_size = (config.pad_token_id or 0) + 1
+        setattr(config, net.family.ffn_width, 1)
+        with torch.random.fork_rng(devices=[]):
+            twin = dict(type(base)(config).named_buffers())
+        for name in missing:
+            of_twin = re.sub(rf"^({re.escape(net.family.blocks)})\.\d+\.", r"\1.0.", name)
+            if of_twin in twin:
+                parent, _, child = name.rpartition(".")
+                base.get_submodule(parent).register_buffer(child, twin[of_twin].clone(), persistent=False)
+    still = [name for name, buffer in net.named_buffers() if buffer.is_meta]
+    if still:
+        raise AssertionError(f"no value for buffer '{still[0]}'; its family file must say where it comes from")

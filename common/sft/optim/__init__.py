@@ -1,0 +1,1 @@
+"""One optimizer over both halves: as it crosses the wire, its sums over gradients, its state."""

@@ -1,0 +1,186 @@
+"""The state of an optimizer as tensors with names, for the way to an edge and back, and for checkpoints.
+
+Of parameter `p`, what the optimizer keeps as `exp_avg` is the tensor `p/exp_avg`. What is no tensor (a count of steps,
+for some optimizers) is in the tensor `scalars`: UTF-8 JSON, from parameter to name to value.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from typing import Any, Dict, List, Mapping, Tuple
+
+import torch
+from torch import Tensor, nn
+
+from sft.errors import ProtocolError, UsageError
+from sft.tensors.stream import StoredTensor
+
+SCALARS = "scalars"
+
+MAX_SCALARS_BYTES = 16 << 20
+"""Of the JSON: some 300,000 parameters with two numbers each."""
+
+
+def stored_state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> List[StoredTensor]:
+    """What the optimizer knows of `parameters`, sorted; reading a tensor copies it to the CPU as it is then.
+
+    Raises UsageError when there is something that is neither a tensor nor a number.
+    """
+    stored: List[StoredTensor] = []
+    scalars: Dict[str, Dict[str, Any]] = {}
+    for name, parameter in sorted(parameters.items()):
+        for key, value in sorted(optimizer.state.get(parameter, {}).items()):
+            if isinstance(value, Tensor):
+                stored.append(stored_tensor(f"{name}/{key}", value))
+            elif value is None or isinstance(value, (bool, int, float)):
+                scalars.setdefault(name, {})[key] = value
+            else:
+                kind = type(optimizer).__name__
+                raise UsageError(f"the state of {kind} holds '{key}', a {type(value).__name__}, which cannot be sent")
+    text = torch.tensor(list(json.dumps(scalars).encode()), dtype=torch.uint8)
+    return [*stored, stored_tensor(SCALARS, text)]
+
+
+def stored_tensor(name: str, tensor: Tensor) -> StoredTensor:
+    """A tensor that reading copies to the CPU, as it is then."""
+    return StoredTensor(name, tensor.dtype, tuple(tensor.shape), lambda: tensor.detach().to("cpu", copy=True))
+
+
+def checked_state(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
+) -> Dict[str, Any]:
+    """What `optimizer.load_state_dict` takes, from the tensors that `stored_state` gave.
+
+    Raises ProtocolError when they are not of an optimizer over these parameters.
+    """
+    states = _scalars(tensors)
+    for name, tensor in tensors.items():
+        if name != SCALARS:
+            owner, _, key = name.rpartition("/")
+            states.setdefault(owner, {})[key] = tensor
+    strangers = sorted(states.keys() - parameters.keys())
+    if strangers:
+        raise ProtocolError(
+            f"the optimizer's state names a parameter '{strangers[0][:200]}' that this half does not have"
+        )
+    by_index = _by_index(optimizer, {id(parameters[name]): state for name, state in states.items()})
+    samples = _Samples(optimizer)
+    for name, state in states.items():
+        _check_state(name, state, samples.expected(parameters[name]))
+    return by_index
+
+
+def copied_state(state_dict: Dict[str, Any]) -> Dict[str, Any]:
+    """What `checked_state` gave, with memory of its own in the place of a file's."""
+    state = {
+        index: {key: value.clone() if isinstance(value, Tensor) else value for key, value in of_parameter.items()}
+        for index, of_parameter in state_dict["state"].items()
+    }
+    return {**state_dict, "state": state}
+
+
+def group_settings(optimizer: torch.optim.Optimizer) -> List[Dict[str, Any]]:
+    """The settings of every parameter group that JSON holds as they are, learning rates among them; tuples as lists."""
+    return [
+        {name: value for name, value in group.items() if name != "params" and _is_plain(value)}
+        for group in optimizer.param_groups
+    ]
+
+
+def set_group_settings(optimizer: torch.optim.Optimizer, settings: List[Dict[str, Any]]) -> None:
+    """Puts back what `group_settings` gave. Raises ProtocolError when it is of another optimizer."""
+    if [sorted(group) for group in group_settings(optimizer)] != [sorted(group) for group in settings]:
+        raise ProtocolError("the settings of the optimizer's groups are not those of an optimizer like this one")
+    for group, values in zip(optimizer.param_groups, settings):
+        for name, value in values.items():
+            group[name] = tuple(value) if isinstance(value, list) else value
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(isinstance(number, (int, float)) for number in value)
+    return isinstance(value, (bool, int, float, str))
+
+
+def _scalars(tensors: Mapping[str, Tensor]) -> Dict[str, Dict[str, Any]]:
+    text = tensors.get(SCALARS)
+    try:
+        if text is None or text.dtype != torch.uint8 or text.dim() != 1:
+            raise ValueError("it is missing")
+        if text.numel() > MAX_SCALARS_BYTES:
+            raise ValueError("it is too large")
+        states: Dict[str, Dict[str, Any]] = json.loads(text.numpy().tobytes())
+        for state in states.values():
+            if not all(value is None or isinstance(value, (bool, int, float)) for value in state.values()):
+                raise ValueError("it holds something else than numbers")
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ProtocolError(f"the blob holds no optimizer state: '{SCALARS}' is not what it should be") from error
+    return states
+
+
+def _check_state(name: str, state: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    odd = sorted(state.keys() ^ expected.keys())
+    if odd:
+        says = "lacks" if odd[0] in expected else "holds"
+        raise ProtocolError(
+            f"the optimizer's state {says} '{odd[0][:80]}' for '{name}', unlike that of one with these settings"
+        )
+    for key, value in state.items():
+        theirs, ours = _kind(value), _kind(expected[key])
+        if theirs != ours:
+            raise ProtocolError(f"the optimizer's '{key}' for '{name}' is {theirs}, not {ours}")
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a {'floating-point ' * value.is_floating_point()}tensor of shape {list(value.shape)}"
+    return "a number" if isinstance(value, (int, float)) else "nothing"
+
+
+class _Samples:
+    """What an optimizer keeps of a parameter: found by stepping another one like it with a few elements only."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._class: Any = type(optimizer)
+        self._groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+        self._states: Dict[Tuple[int, int], Dict[str, Any]] = {}  # by group and number of dimensions
+
+    def expected(self, parameter: nn.Parameter) -> Dict[str, Any]:
+        """The state to expect; its tensors, on the meta device, have nothing but a shape. Raises ProtocolError."""
+        group = self._groups[id(parameter)]
+        # No two sizes are the same, nor 1, so that those in the state tell which of the parameter's they stand for.
+        sizes = range(2, 2 + parameter.dim())
+        key = id(group), parameter.dim()
+        if key not in self._states:
+            self._states[key] = self._step(group, parameter.new_zeros(tuple(sizes)))
+        own = dict(zip(sizes, parameter.shape))
+        return {
+            name: torch.empty([own.get(size, size) for size in value.shape], dtype=value.dtype, device="meta")
+            if isinstance(value, Tensor)
+            else value
+            for name, value in self._states[key].items()
+        }
+
+    def _step(self, group: Dict[str, Any], sample: Tensor) -> Dict[str, Any]:
+        sample = nn.Parameter(sample)
+        sample.grad = torch.ones_like(sample)
+        known = inspect.signature(self._class).parameters
+        settings = {name: value for name, value in group.items() if name != "params"}
+        try:
+            own = self._class([{**settings, "params": [sample]}], **{n: v for n, v in settings.items() if n in known})
+            own.step()
+        except Exception as error:  # whatever a script's own class may raise
+            raise ProtocolError(f"what {self._class.__name__} keeps cannot be found out: {error}") from error
+        return dict(own.state[sample])
+
+
+def _by_index(optimizer: torch.optim.Optimizer, states: Mapping[int, Dict[str, Any]]) -> Dict[str, Any]:
+    # As torch counts: group after group.
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    strangers = states.keys() - {id(parameter) for parameter in held}
+    if strangers:
+        raise ProtocolError("the optimizer's state is of a parameter that it does not train")
+    by_index = {index: states[id(parameter)] for index, parameter in enumerate(held) if id(parameter) in states}
+    groups = optimizer.state_dict()["param_groups"]
+    return {"state": by_index, "param_groups": groups}

@@ -1,0 +1,1 @@
+"""Tensors as files: safetensors in chunks, pretrained weights, manifests."""

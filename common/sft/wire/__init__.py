@@ -1,0 +1,1 @@
+"""What crosses: constants, cuts as messages, tensors and labels as bytes, and how many they were."""

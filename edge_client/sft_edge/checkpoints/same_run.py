@@ -1,0 +1,94 @@
+"""What two attempts at a run must have in common, or the second could not end with the bits of the first."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Dict, Mapping, Sequence
+
+from transformers import PretrainedConfig
+
+from sft.cli.options import flag
+from sft.errors import UsageError
+from sft_edge.files import json_text
+from sft_edge.options.link import LinkOptions
+from sft_edge.options.lora import LoraOptions
+from sft_edge.options.optimizer import OptimizerOptions
+from sft_edge.options.train import CutOptions, DataOptions, TrainingOptions
+from sft_edge.tasks import Feature
+
+_FREE = {
+    # Options that neither weights nor losses depend on; of the others all must be the same.
+    DataOptions: {"data_dir", "max_eval_samples", "dataloader_num_workers"},
+    TrainingOptions: {
+        "output_dir",
+        "overwrite_output_dir",
+        "per_device_eval_batch_size",
+        "eval_strategy",
+        "eval_steps",
+        "device",
+        "save_steps",
+        "save_total_limit",
+        "resume_from_checkpoint",
+    },
+}
+
+MODEL, ROWS = "--model", "the training rows, or their tokens"
+"""What is compared beside options."""
+
+
+def likeness(
+    cutting: CutOptions,
+    reading: DataOptions,
+    training: TrainingOptions,
+    optimizing: OptimizerOptions,
+    adapting: LoraOptions,
+    linking: LinkOptions,
+    config: PretrainedConfig,
+    features: Sequence[Feature],
+) -> Dict[str, str]:
+    """By name of the option; the values are text to be compared and shown."""
+    found = {"--labels": str(linking.labels)}
+    for options in (cutting, reading, training, optimizing, adapting):
+        free = _FREE.get(type(options), set())
+        for field in fields(options):
+            if field.name not in free:
+                value = getattr(options, field.name)
+                found[flag(field.name)] = " ".join(json_text(value).split()) if isinstance(value, dict) else str(value)
+    # The name of a model may change with its place; what it starts from is in the checkpoint.
+    found[MODEL] = f"the model with {_shape_of(config)}"
+    found[ROWS] = _hash_of(features)
+    return found
+
+
+def check_likeness(now: Mapping[str, str], then: Mapping[str, str], directory: Path) -> None:
+    """Raises UsageError, which names the first option that is another than it was."""
+    for name in (*now, *sorted(then.keys() - now.keys())):
+        theirs, ours = then.get(name), now.get(name)
+        if theirs == ours:
+            continue
+        if name in (MODEL, ROWS):
+            what = "has another configuration" if name == MODEL else "are others"
+            raise UsageError(f"{directory}: {name} {what} than those it was trained with; it cannot go on with these")
+        raise UsageError(
+            f"{directory} was trained with {name} {theirs}, now it is {ours}: give the same, or begin anew without "
+            "--resume-from-checkpoint"
+        )
+
+
+def _shape_of(config: PretrainedConfig) -> str:
+    """A hash over all that says what the model is, and not where it was found or by which release it was written."""
+    values: Dict[str, Any] = config.to_dict()
+    kept = {key: value for key, value in values.items() if key != "transformers_version" and not key.startswith("_")}
+    return hashlib.sha256(json_text(dict(sorted(kept.items()))).encode()).hexdigest()
+
+
+def _hash_of(features: Sequence[Feature]) -> str:
+    digest = hashlib.sha256()
+    for feature in features:
+        digest.update(repr((feature.row, feature.label, feature.span, sorted(feature.padding.items()))).encode())
+        for name, ids in sorted(feature.inputs.items()):
+            digest.update(f"{name} {ids.dtype} {ids.shape}".encode())
+            digest.update(ids.tobytes())
+    return digest.hexdigest()

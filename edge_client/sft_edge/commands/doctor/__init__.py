@@ -1,0 +1,1 @@
+"""`sft-edge doctor`: whether a run would work, found out before it begins."""

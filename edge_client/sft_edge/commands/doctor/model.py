@@ -1,0 +1,113 @@
+"""What a cloud has of a model, asked as a run would ask, without a session."""
+
+from __future__ import annotations
+
+from typing import Dict, List, Optional, Tuple
+
+from sft.errors import LinkError, ServerFullError, SFTError
+from sft.models import Cut, build_net_2, build_whole
+from sft.models.weights import factor_tensors, pretrained_tensors
+from sft.optim.spec import OptimizerSpec, decay_groups
+from sft.printable import format_bytes
+from sft.tensors.pretrained import Checkpoint, find_model
+from sft_edge.commands.doctor.finding import Finding, failed, ok, skipped, warning
+from sft_edge.commands.doctor.server import Way
+from sft_edge.link.link import Blob
+from sft_edge.link.request import offer, session_request
+from sft_edge.link.transport import Transport
+from sft_edge.model_files.source import Source, public_name, read_config
+from sft_edge.options.commands import DoctorOptions
+from sft_edge.options.optimizer import OptimizerOptions
+
+_LONG_SECONDS = 600.0
+"""An upload that takes longer is worth a warning."""
+
+_ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def look_at_model(options: DoctorOptions, transport: Transport, way: Optional[Way]) -> List[Finding]:
+    """Whether the cloud has our model, bit for bit, or what of it a first run would send."""
+    if options.model is None and options.from_config is None:
+        return [skipped("model", "not looked at: --model or --from-config is missing")]
+    try:
+        return [_look(options, transport, way)]
+    except ServerFullError as error:
+        return [failed("model", str(error), "see room and access above")]
+    except LinkError as error:
+        return [failed("model", str(error), "this model, or this cut, is not for this server, or not for us")]
+    except SFTError as error:
+        return [failed("model", str(error), "mend it here, before a run does not start")]
+
+
+def _look(options: DoctorOptions, transport: Transport, way: Optional[Way]) -> Finding:
+    source, cut = _source(options), _cut(options)
+    net_2 = build_net_2(source.config, options.head, cut)
+    blobs: Dict[str, Blob] = {}
+    weights_sha256 = offer(pretrained_tensors(net_2, source.checkpoint), blobs)
+    factors_sha256 = offer(factor_tensors(source.config, options.head, cut, source.checkpoint, options.seed)[1], blobs)
+    whole = build_whole(source.config, options.head, cut)
+    optimizing = OptimizerOptions()
+    spec = OptimizerSpec(optimizing.optim, decay_groups(whole, optimizing.arguments()))
+    request = session_request(
+        source,
+        options.head,
+        cut,
+        spec.restricted_to(net_2.whole_names.values()),
+        options.seed,
+        options.wire_dtype,
+        weights_sha256,
+        factors_sha256,
+    )
+    request.only_check = True
+    response = transport.open_session(request)
+    unknown = [sha256 for sha256 in response.missing_blobs if sha256 not in blobs]
+    if unknown:
+        return failed("model", f"the server asks for {unknown[0][:16]}, which is not of this model", "see its log")
+    if weights_sha256 not in response.missing_blobs:
+        found = f"the server has the weights of {source.name}, bit for bit" if weights_sha256 else "drawn from the seed"
+    else:
+        found = "the server has not these weights"
+    if weights_sha256:
+        found += f" (SHA-256 {weights_sha256[:16]})"
+    missing_bytes = sum(blobs[sha256].total_bytes for sha256 in response.missing_blobs)
+    if not missing_bytes:
+        return ok("model", found)
+    return _upload(found, missing_bytes, way)
+
+
+def step_bytes(options: DoctorOptions) -> Optional[Tuple[int, int]]:
+    """Bytes of a full micro-batch's activation and of its gradient; None where the width is not known."""
+    width = options.split_rank
+    if options.mode == "sl":
+        if options.model is None and options.from_config is None:
+            return None
+        width = int(_source(options).config.hidden_size)
+    tokens = options.per_device_train_batch_size * options.max_seq_length
+    size = tokens * width * _ELEMENT_BYTES[options.wire_dtype]
+    return size, size
+
+
+def _upload(found: str, missing_bytes: int, way: Optional[Way]) -> Finding:
+    found += f"; a first run sends {format_bytes(missing_bytes)}"
+    if way is None:
+        return ok("model", found)
+    seconds = missing_bytes / way.up_bytes_per_second
+    found += f", which takes {seconds:.0f} s"
+    if seconds <= _LONG_SECONDS:
+        return ok("model", found)
+    return warning("model", found, "put the same model into the server's --model-dir, and nothing but factors is sent")
+
+
+def _cut(options: DoctorOptions) -> Cut:
+    return Cut(options.mode, options.split_layer, options.split_rank if options.mode == "sft" else 0)
+
+
+def _source(options: DoctorOptions) -> Source:
+    overrides = {"sequence-classification": {"num_labels": 2, "problem_type": "single_label_classification"}}
+    overrides["question-answering"] = {"num_labels": 2}
+    of_head = overrides.get(options.head, {})
+    if options.from_config is not None:
+        return Source("", read_config(options.from_config, of_head), None, None)
+    directory = find_model(str(options.model))
+    config = read_config(directory / "config.json", of_head)
+    return Source(public_name(str(options.model)), config, Checkpoint(directory), None)

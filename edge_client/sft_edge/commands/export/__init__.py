@@ -1,0 +1,1 @@
+"""`sft-edge export`: a trained model as one that others can load."""

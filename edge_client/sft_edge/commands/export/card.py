@@ -1,0 +1,74 @@
+"""The model card of an export: what it is, and how it is opened."""
+
+from __future__ import annotations
+
+from sft_edge.commands.export.code import CODE_FILE
+from sft_edge.commands.export.content import FACTORED, Export
+
+_PIPELINES = {
+    "sequence-classification": "text-classification",
+    "question-answering": "question-answering",
+    "causal-lm": "text-generation",
+}
+
+_RESIDUALS = {
+    "none": "The residual around that layer is removed.",
+    "low-rank": "The residual around that layer goes through it.",
+    "full": "The residual around that layer is kept.",
+}
+
+
+def export_card(exported: Export) -> str:
+    """Markdown with the metadata that model hubs read."""
+    description = exported.description
+    base_model, pipeline = description.base_model, _PIPELINES[description.head]
+    trust = ", trust_remote_code=True" if exported.has_code else ""
+    opening = [f'model = {exported.auto_class}.from_pretrained("THIS_DIRECTORY"{trust})']
+    opening.append(f'tokenizer = AutoTokenizer.from_pretrained("THIS_DIRECTORY"{trust})')
+    imported = [exported.auto_class, "AutoTokenizer"]
+    if description.head != "question-answering":  # newer releases have no pipeline for it
+        opening.append(f'pipe = pipeline("{pipeline}", model=model, tokenizer=tokenizer)')
+        imported.append("pipeline")
+    lines = [
+        "---",
+        "library_name: transformers",
+        f"pipeline_tag: {pipeline}",
+        f"base_model: {base_model or 'none'}",
+        "---",
+        "",
+        f"# {base_model or 'A model drawn from a seed'}, fine-tuned on {description.task}",
+        "",
+        _architecture(exported),
+        "",
+        "```python",
+        f"from transformers import {', '.join(imported)}",
+        "",
+        *opening,
+        "```",
+        "",
+    ]
+    if exported.has_code:
+        lines += [
+            f"`trust_remote_code=True` lets transformers run [{CODE_FILE}]({CODE_FILE}), which travels with the",
+            "weights: the library has no such architecture. It is short and needs torch and transformers alone.",
+            "",
+        ]
+    if description.label_names is not None:
+        lines += [f"Labels: {', '.join(description.label_names)}.", ""]
+    lines += [
+        f"It was trained on at most {description.max_seq_length} tokens a text; `truncation=True` cuts there.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _architecture(exported: Export) -> str:
+    cut = exported.description.cut
+    if cut is None:
+        return f"A `{exported.architecture}` as the library has it."
+    rank = f"a matrix of rank {cut.split_rank}"
+    stands = f"{rank}, kept as its three factors" if exported.form == FACTORED else rank
+    return (
+        f"A `{exported.architecture}` whose feed-forward layer in block {cut.split_layer}, counted from 1, ends in "
+        f"{stands}. {_RESIDUALS[cut.residual]}"
+    )

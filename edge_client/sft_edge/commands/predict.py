@@ -1,0 +1,34 @@
+"""`sft-edge predict`: ask a trained model, without a cloud."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Dict, List
+
+from sft_edge.model_files.saved import ask, load_model, task_of
+from sft_edge.options.commands import PredictOptions
+from sft_edge.tasks import Row
+
+
+def predict(options: PredictOptions) -> None:
+    """Prints one line a row. Raises CheckpointError, DataError, UsageError."""
+    model = load_model(options.model)
+    task = task_of(model.description)
+    if options.file is not None:
+        rows: List[Row] = task.read_inputs(options.file)
+    else:
+        rows = [task.row(*[text for text in (options.text, options.text_pair) if text is not None])]
+    features = task.encode(rows, model.tokenizer, model.description.max_seq_length)
+    logits = ask(model, task, features, options.per_device_eval_batch_size)
+    for row, prediction in zip(rows, task.predictions(logits, features, rows)):
+        if options.json_lines:
+            texts = dict(zip(task.text_fields, row.texts))
+            sys.stdout.write(json.dumps({**texts, **prediction}, ensure_ascii=False) + "\n")
+        else:
+            sys.stdout.write(_line(prediction) + "\n")
+
+
+def _line(prediction: Dict[str, object]) -> str:
+    shown = [value for value in prediction.values() if not isinstance(value, dict)]  # scores of all labels are for JSON
+    return "\t".join(f"{value:.4f}" if isinstance(value, float) else str(value) for value in shown)

@@ -1,0 +1,294 @@
+"""`sft-edge verify`: split training over a real connection computes what one process computes.
+
+The reference is written as anyone would write it, without this project's loop, link or systems: the cut model in one
+piece, `loss.backward()`, clipping, `optimizer.step()`. Both start from the same seed, on the CPU, in float32, dropout
+off, and see the same batches. After every step their losses and all their parameters are compared.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from typing import Any, Dict, Iterator, List, Optional, Union
+
+import torch
+from safetensors.torch import load
+from torch import Tensor
+from transformers import BertConfig, PretrainedConfig
+
+from sft.batch import IGNORED, Batch, attention_mask
+from sft.errors import UsageError, VerificationError
+from sft.models import Cut, build_net_1, build_whole, max_positions
+from sft.models.weights import factor_tensors, fill, pretrained_tensors
+from sft.optim.gradients import squared_norm
+from sft.optim.spec import OptimizerSpec, decay_groups, make_optimizer
+from sft.models.seeding import derive_seed
+from sft.tensors.pretrained import Checkpoint, find_model
+from sft_edge.files import json_text
+from sft_edge.link.grpc_transport import transport_of
+from sft_edge.link.retries import patience_of
+from sft_edge.model_files.source import Source, public_name, read_config
+from sft_edge.options.commands import VerifyOptions
+from sft_edge.options.link import LinkOptions
+from sft_edge.options.optimizer import OptimizerOptions
+from sft_edge.systems.cloud_process import CloudProcess
+from sft_edge.systems.split import open_split_system
+from sft_edge.systems.system import System
+
+_CPU = torch.device("cpu")
+
+
+@dataclass
+class Report:
+    """What was found."""
+
+    mode: str
+    split_layer: int
+    split_rank: Optional[int]
+    steps: int
+    max_loss_difference: float
+    max_parameter_difference: float
+    """over every parameter of both halves, after every step"""
+    parameters_compared: int
+    """numbers, not tensors"""
+    first_step_over_tolerance: Optional[int]
+    """counted from 1; None when no difference exceeded the tolerance"""
+    tolerance: float
+    first_loss: float
+    last_loss: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether no difference exceeded the tolerance."""
+        return self.first_step_over_tolerance is None
+
+
+def verify_and_report(options: VerifyOptions, optimizing: OptimizerOptions, linking: LinkOptions) -> None:
+    """Prints what `verify` finds. Raises VerificationError when a difference exceeds the tolerance."""
+    report = verify(options, optimizing, linking)
+    if options.json:
+        sys.stdout.write(json_text({**asdict(report), "passed": report.passed}))
+    else:
+        for name, value in asdict(report).items():
+            sys.stdout.write(f"{name}: {value}\n")
+    if not report.passed:
+        raise VerificationError(
+            f"split and one-process training differ by {report.max_loss_difference:.3g} in the loss and "
+            f"{report.max_parameter_difference:.3g} in a parameter, over {options.tolerance:g} from step "
+            f"{report.first_step_over_tolerance} on"
+        )
+
+
+def verify(options: VerifyOptions, optimizing: OptimizerOptions, linking: LinkOptions) -> Report:
+    """Trains both ways and compares. Sets torch to one thread: sums in another order have other last bits."""
+    torch.set_num_threads(1)
+    source = _source(options)
+    rank = options.split_rank if options.mode == "sft" else 0
+    cut = Cut(options.mode, options.split_layer, rank, options.residual)
+    reference = _OneProcess(source, options, cut, optimizing)
+    with ExitStack() as stack:
+        address = linking.server or stack.enter_context(CloudProcess(["--device", "cpu", "--threads", "1"])).address
+        system = open_split_system(
+            source,
+            options.head,
+            cut,
+            reference.optimizer_spec,
+            options.seed,
+            "float32",
+            _CPU,
+            transport_of(address, linking),
+            patience_of(linking),
+            labels=linking.labels,
+            freeze_edge=options.freeze_edge,
+            calibration=_calibration(options, source.config),
+        )
+        stack.enter_context(system.link)
+        return _compare(options, cut, optimizing, reference, system)
+
+
+def _compare(
+    options: VerifyOptions, cut: Cut, optimizing: OptimizerOptions, reference: _OneProcess, system: System
+) -> Report:
+    scheduler = optimizing.scheduler(system.optimizer, options.steps)
+    worst_loss = worst_parameter = 0.0
+    losses, first_over = [], None
+    for step in range(options.steps):
+        batches = list(_batches(options, reference.config, step))
+        expected = reference.step(batches)
+        loss = _split_step(system, batches, step, optimizing.max_grad_norm)
+        scheduler.step()
+        losses.append(loss)
+        loss_difference = abs(loss - expected)
+        parameter_difference = _difference(reference.parameters(), _parameters(system))
+        # NaN compares false: written so that it counts as a difference.
+        if not (loss_difference <= options.tolerance and parameter_difference <= options.tolerance):
+            first_over = first_over or step + 1
+        worst_loss = _worse(worst_loss, loss_difference)
+        worst_parameter = _worse(worst_parameter, parameter_difference)
+    return Report(
+        mode=options.mode,
+        split_layer=cut.split_layer,
+        split_rank=cut.split_rank or None,
+        steps=options.steps,
+        max_loss_difference=worst_loss,
+        max_parameter_difference=worst_parameter,
+        parameters_compared=sum(x.numel() for x in reference.parameters().values()),
+        first_step_over_tolerance=first_over,
+        tolerance=options.tolerance,
+        first_loss=losses[0],
+        last_loss=losses[-1],
+    )
+
+
+class _OneProcess:
+    """The reference."""
+
+    def __init__(self, source: Source, options: VerifyOptions, cut: Cut, optimizing: OptimizerOptions) -> None:
+        self.config = source.config
+        self._net = build_whole(source.config, options.head, cut)
+        if options.freeze_edge:
+            of_edge = build_net_1(source.config, options.head, cut).whole_names.values()
+            for name, parameter in self._net.whole_parameters().items():
+                parameter.requires_grad_(parameter.requires_grad and name not in of_edge)
+        tensors, calibration = pretrained_tensors(self._net, source.checkpoint), _calibration(options, source.config)
+        for factors in factor_tensors(source.config, options.head, cut, source.checkpoint, options.seed, calibration):
+            tensors += factors
+        fill(self._net, tensors, options.seed)
+        self.optimizer_spec = OptimizerSpec(optimizing.optim, decay_groups(self._net, optimizing.arguments()))
+        self._optimizer = make_optimizer(self.optimizer_spec, self._net.whole_parameters())
+        self._scheduler = optimizing.scheduler(self._optimizer, options.steps)
+        self._max_grad_norm = optimizing.max_grad_norm
+
+    def step(self, batches: List[Batch]) -> float:
+        self._net.train()
+        self._optimizer.zero_grad()
+        total = 0.0
+        for batch in batches:
+            loss = self._net(*batch).loss / len(batches)
+            loss.backward()
+            total += loss.item()
+        if self._max_grad_norm > 0:
+            self._clip()
+        self._optimizer.step()
+        self._scheduler.step()
+        return total
+
+    def _clip(self) -> None:
+        """As torch's clip_grad_norm_, but for the sum of squares, which is added in double precision.
+
+        Added in single precision it depends on the order, so on where the model is cut. One last bit is enough for Adam
+        to go another way: it divides gradients that are nothing but rounding (those of the keys' biases) by themselves.
+        """
+        gradients = [parameter.grad for parameter in self._net.parameters() if parameter.grad is not None]
+        norm = math.sqrt(squared_norm(gradients))
+        for gradient in gradients:
+            gradient.mul_(min(1.0, self._max_grad_norm / (norm + 1e-6)))
+
+    def parameters(self) -> Dict[str, Tensor]:
+        return {name: parameter.detach() for name, parameter in self._net.whole_parameters().items()}
+
+
+def _split_step(system: System, batches: List[Batch], step: int, max_grad_norm: float) -> float:
+    losses = [system.forward_backward(batch, step, index, 1 / len(batches)) for index, batch in enumerate(batches)]
+    scale = min(1.0, max_grad_norm / (system.gradient_norm() + 1e-6)) if max_grad_norm > 0 else 1.0
+    system.update(step, scale)
+    return sum(losses) / len(losses)
+
+
+def _parameters(system: System) -> Dict[str, Tensor]:
+    return {name: x for shard in system.shards() for name, x in load(b"".join(shard.chunks)).items()}
+
+
+def _difference(expected: Dict[str, Tensor], actual: Dict[str, Tensor]) -> float:
+    if expected.keys() != actual.keys():
+        odd = sorted(expected.keys() ^ actual.keys())[0]
+        raise VerificationError(f"parameter '{odd}' is on one side only")
+    differences = [(actual[name] - x).abs().max() for name, x in expected.items()]
+    return float(torch.stack(differences).max())
+
+
+def _worse(a: float, b: float) -> float:
+    return a if math.isnan(a) or b <= a else b
+
+
+def _source(options: VerifyOptions) -> Source:
+    labels = 1 if options.problem_type == "regression" and options.head == "sequence-classification" else 3
+    overrides: Dict[str, Any] = {"num_labels": labels, "problem_type": options.problem_type}
+    if options.head == "question-answering":
+        overrides = {"num_labels": 2}
+    elif options.head == "causal-lm":
+        overrides = {}
+    name, checkpoint = "", None
+    if options.model is not None:
+        directory = find_model(options.model)
+        name = public_name(options.model)
+        config, checkpoint = read_config(directory / "config.json", overrides), Checkpoint(directory)
+    elif options.from_config is not None:
+        config = read_config(options.from_config, overrides)
+    else:
+        config = BertConfig(
+            vocab_size=1000,  # the table is most of such a model, and says least about the cut
+            hidden_size=384,
+            num_hidden_layers=6,
+            num_attention_heads=12,
+            intermediate_size=1536,
+            **overrides,
+        )
+    _switch_dropout_off(config)
+    if options.max_seq_length > max_positions(config):
+        raise UsageError(f"--max-seq-length must be at most {max_positions(config)} for this model")
+    return Source(name, config, checkpoint, None)
+
+
+def _switch_dropout_off(config: PretrainedConfig) -> None:
+    for name, value in config.to_dict().items():
+        if "drop" in name and isinstance(value, float):  # GPT-2 has resid_pdrop, OPT layerdrop
+            setattr(config, name, 0.0)
+
+
+def _calibration(options: VerifyOptions, config: PretrainedConfig) -> List[Batch]:
+    """What a low-rank residual is fitted to; nothing where there is none."""
+    return list(_batches(options, config, "calibration")) if options.residual == "low-rank" else []
+
+
+def _batches(options: VerifyOptions, config: PretrainedConfig, step: Union[int, str]) -> Iterator[Batch]:
+    """Random tokens, lengths and labels of one step, the same for the same seed."""
+    generator = torch.Generator().manual_seed(derive_seed(options.seed, "batches", step))
+    B = options.per_device_train_batch_size
+    for _ in range(options.gradient_accumulation_steps):
+        lengths = torch.randint(1, options.max_seq_length + 1, (B,), generator=generator).tolist()
+        S = max(lengths)
+        ids_BS = torch.randint(4, config.vocab_size, (B, S), generator=generator)
+        for row, length in enumerate(lengths):
+            ids_BS[row, length:] = config.pad_token_id or 0
+        labels = {"labels": _next_tokens(ids_BS, lengths, generator)}
+        if options.head != "causal-lm":
+            labels = _labels(options, config, lengths, generator)
+        yield Batch({"input_ids": ids_BS}, lengths, labels)
+
+
+def _next_tokens(ids_BS: Tensor, lengths: List[int], generator: torch.Generator) -> Tensor:
+    """The tokens themselves, some of which are not to be learned; padding is not."""
+    mask_BS = attention_mask(lengths, ids_BS.shape[1]).bool()
+    learned_BS = mask_BS & (torch.rand(ids_BS.shape, generator=generator) < 0.8)
+    learned_BS[max(range(len(lengths)), key=lengths.__getitem__), 1:] = True  # of the longest, or there is no loss
+    return ids_BS.masked_fill(~learned_BS, IGNORED)
+
+
+def _labels(
+    options: VerifyOptions, config: PretrainedConfig, lengths: List[int], generator: torch.Generator
+) -> Dict[str, Tensor]:
+    B, C = len(lengths), int(config.num_labels or 1)
+    if options.head == "question-answering":
+        pairs = [sorted(torch.randint(length, (2,), generator=generator).tolist()) for length in lengths]
+        return {
+            "start_positions": torch.tensor([start for start, _ in pairs]),
+            "end_positions": torch.tensor([end for _, end in pairs]),
+        }
+    if options.problem_type == "regression":
+        return {"labels": torch.rand(B, generator=generator) * 5}
+    if options.problem_type == "multi_label_classification":
+        return {"labels": torch.randint(2, (B, C), generator=generator).float()}
+    return {"labels": torch.randint(C, (B,), generator=generator)}

@@ -1,0 +1,352 @@
+"""The transport over gRPC. Nothing of gRPC, its errors least of all, is seen outside this file.
+
+What a status becomes:
+
+    at any time
+      UNIMPLEMENTED                                    ProtocolError: not an sft-cloud server
+      FAILED_PRECONDITION, INVALID_ARGUMENT            ProtocolError, with the server's sentence
+      RESOURCE_EXHAUSTED                               ServerFullError, with the server's sentence
+      RESOURCE_EXHAUSTED, a message over gRPC's limit  ProtocolError
+      UNAUTHENTICATED, PERMISSION_DENIED               AccessError, with the server's sentence
+      NOT_FOUND                                        SessionLostError, with the server's sentence
+    else, while opening a session
+      UNAVAILABLE, and nobody listens                  ServerUnavailableError
+      UNAVAILABLE, as TLS could not be agreed on       AccessError
+      UNAVAILABLE: the port takes TCP connections,
+        but says nothing or nothing that is gRPC       NotOursError
+      UNAVAILABLE: whoever answered has gone, or is
+        busy; CANCELLED, ABORTED, UNKNOWN              StreamBrokenError
+      DEADLINE_EXCEEDED                                ServerUnavailableError
+      others                                           LinkError
+    else, during stream, upload and download
+      UNAVAILABLE, ABORTED, CANCELLED and others       StreamBrokenError
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Callable, Iterator, List, NamedTuple, Optional, Tuple, Type
+
+import grpc
+
+from sft.client.channel import open_channel
+from sft.client.credentials import PLAINTEXT, TOKEN_VARIABLE, Credentials
+from sft.client.handshake import why_no_handshake
+from sft.client.inquiry import Inquiry
+from sft.errors import (
+    AccessError,
+    LinkError,
+    NotOursError,
+    ProtocolError,
+    ServerFullError,
+    ServerUnavailableError,
+    SessionLostError,
+    SFTError,
+    StreamBrokenError,
+    UsageError,
+)
+from sft.printable import printable
+from sft.v1 import split_training_pb2 as pb
+from sft.v1.split_training_pb2_grpc import SplitTrainingStub
+from sft.wire.protocol import CLIENT_OPTIONS
+from sft_edge.link.tracing import edge_tracer, traced
+from sft_edge.link.transport import Stream, Transport
+from sft_edge.options.link import LinkOptions
+
+CONNECT_TIMEOUT_SECONDS = 10.0
+"""From the first packet to the end of gRPC's handshake."""
+
+OPEN_TIMEOUT_SECONDS = 600.0
+"""For OpenSession: the cloud may have to fetch a model from the hub first."""
+
+STALL_TIMEOUT_SECONDS = 120.0
+"""For one chunk of an upload or download. A whole file may take as long as the link needs."""
+
+_TRAIN = pb.DESCRIPTOR.services_by_name["SplitTraining"].methods_by_name["Train"]
+
+
+class Keepalive(NamedTuple):
+    """How a link that has died without a word is found out: in at most the sum of both, in seconds."""
+
+    time_seconds: float = 20.0
+    """Of silence, before the other side is asked for a sign of life. Servers take less than ten for an attack."""
+
+    timeout_seconds: float = 20.0
+    """For the sign of life."""
+
+
+class GrpcTransport(Transport):
+    """gRPC to `address`, "HOST:PORT" or "[IPv6]:PORT". Nothing is dialed before the first call.
+
+    Raises UsageError when the address is malformed.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        connect_timeout_seconds: float = CONNECT_TIMEOUT_SECONDS,
+        open_timeout_seconds: float = OPEN_TIMEOUT_SECONDS,
+        stall_timeout_seconds: float = STALL_TIMEOUT_SECONDS,
+        keepalive: Keepalive = Keepalive(),  # noqa: B008  # a tuple
+        credentials: Credentials = PLAINTEXT,
+    ) -> None:
+        self._address = address
+        self._credentials = credentials
+        self._host_and_port = _split_address(address)
+        self._connect_timeout_seconds = connect_timeout_seconds
+        self._open_timeout_seconds = open_timeout_seconds
+        self._stall_timeout_seconds = stall_timeout_seconds
+        self._keepalive = keepalive
+        self._channel = self._dial()
+        self._is_closed = False
+
+    def _dial(self) -> grpc.Channel:
+        options: List[Tuple[str, int]] = [
+            *CLIENT_OPTIONS,
+            # Despite its name also the time an attempt to connect may take: a peer may accept and then be silent.
+            ("grpc.min_reconnect_backoff_ms", int(self._connect_timeout_seconds * 1000)),
+            ("grpc.keepalive_time_ms", int(self._keepalive.time_seconds * 1000)),
+            ("grpc.keepalive_timeout_ms", int(self._keepalive.timeout_seconds * 1000)),
+        ]
+        channel = traced(open_channel(self._address, self._credentials, options), edge_tracer())
+        self._stub = SplitTrainingStub(channel)
+        # Without serializers: see transport.py.
+        method = f"/{_TRAIN.containing_service.full_name}/{_TRAIN.name}"
+        self._train: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(method)
+        return channel
+
+    def open_session(self, request: pb.OpenSessionRequest) -> pb.OpenSessionResponse:
+        """See Transport. Fails at once when nobody listens, and within the connect time-out when the peer is silent."""
+        try:
+            response: pb.OpenSessionResponse = self._stub.OpenSession(
+                request, timeout=self._open_timeout_seconds, metadata=self._credentials.metadata()
+            )
+        except grpc.RpcError as error:
+            raise self._opening_error(error) from error
+        return response
+
+    def upload(self, sha256: str, total_bytes: int, chunks: Iterator[bytes]) -> None:
+        """See Transport. The way counts as broken when no chunk went through for the stall time-out."""
+        failure: List[BaseException] = []
+
+        def requests() -> Iterator[pb.UploadBlobRequest]:
+            request = pb.UploadBlobRequest(sha256=sha256, total_bytes=total_bytes)
+            try:
+                for chunk in chunks:
+                    request.data = chunk
+                    yield request
+                    guard.progress()
+                    request = pb.UploadBlobRequest()
+            except (SFTError, OSError) as error:
+                failure.append(error)  # the upload ends too short, which the cloud refuses
+
+        with _StallGuard(self._stall_timeout_seconds) as guard:
+            with _renewed_meanwhile():
+                call = self._stub.UploadBlob.future(requests(), metadata=self._credentials.metadata())
+            guard.watch(call.cancel)
+            try:
+                call.result()
+            except (grpc.RpcError, grpc.FutureCancelledError) as error:
+                if not failure:
+                    raise self._error(call, guard.stalled) from error
+            finally:
+                call.cancel()  # harmless after the end; after Ctrl-C it stops the upload
+        if failure:
+            raise failure[0]
+
+    def stream(self, messages: Iterator[bytes]) -> Stream:
+        """See Transport. A link that breaks without a word is noticed by gRPC's keepalive."""
+        return _GrpcStream(self._train(messages, metadata=self._credentials.metadata()), self._error)
+
+    def download(self, session_id: str, optimizer_state: bool = False, offset: int = 0) -> Iterator[bytes]:
+        """See Transport. The way counts as broken when no chunk came for the stall time-out."""
+        with _StallGuard(self._stall_timeout_seconds) as guard:
+            request = pb.DownloadWeightsRequest(session_id=session_id, optimizer_state=optimizer_state, offset=offset)
+            with _renewed_meanwhile():
+                call = self._stub.DownloadWeights(request, metadata=self._credentials.metadata())
+            guard.watch(call.cancel)
+            try:
+                for response in call:
+                    guard.progress()
+                    yield response.data
+            except grpc.RpcError as error:
+                raise self._error(call, guard.stalled) from error
+            finally:
+                call.cancel()
+
+    def inquiry(self, timeout_seconds: float) -> Inquiry:
+        """For questions about the cloud and the way to it, by the same connection; it is closed with this."""
+        return Inquiry(self._channel, self._address, timeout_seconds, self._credentials)
+
+    def renew(self) -> None:
+        """See Transport."""
+        before = self._channel
+        if not self._is_closed:
+            self._channel = self._dial()  # first: another thread may be about to make a call
+        before.close()
+
+    def close(self) -> None:
+        """See Transport."""
+        self._is_closed = True
+        self._channel.close()
+
+    def _opening_error(self, error: grpc.RpcError) -> LinkError:
+        code, details = error.code(), printable(error.details() or "")
+        if code == grpc.StatusCode.UNAVAILABLE:
+            reason = self._why_not_reachable()
+            if reason is not None:
+                return ServerUnavailableError(
+                    f"nobody answers at {self._address} ({reason}): is `sft-cloud serve` running there?"
+                )
+            why = why_no_handshake(*self._host_and_port, self._credentials, self._connect_timeout_seconds)
+            if why is not None:
+                return AccessError(f"{self._address} {why}")
+            if "failed to connect" in details:  # gRPC's words when TCP or the handshake on top of it failed
+                return NotOursError(self._not_ours())
+        if code in (
+            grpc.StatusCode.UNAVAILABLE,
+            grpc.StatusCode.CANCELLED,
+            grpc.StatusCode.ABORTED,
+            grpc.StatusCode.UNKNOWN,
+        ):
+            return StreamBrokenError(f"{self._address} opens no session now: {details}")
+        if code == grpc.StatusCode.DEADLINE_EXCEEDED:
+            return ServerUnavailableError(
+                f"{self._address} did not open a session within {self._open_timeout_seconds:g} s: see the server's log"
+            )
+        return self._common_error(code, details) or LinkError(
+            f"{self._address} could not open a session ({code.name}: {details}): see the server's log"
+        )
+
+    def _error(self, call: grpc.RpcError, stalled: bool = False) -> LinkError:
+        code, details = call.code(), printable(call.details() or "")
+        if stalled:
+            return StreamBrokenError(
+                f"nothing moved between here and {self._address} for {self._stall_timeout_seconds:g} s"
+            )
+        return self._common_error(code, details) or StreamBrokenError(
+            f"the link to {self._address} broke ({code.name}: {details})"
+        )
+
+    def _common_error(self, code: grpc.StatusCode, details: str) -> Optional[LinkError]:
+        if code == grpc.StatusCode.UNAUTHENTICATED:
+            advice = f"; no token was shown: give {self._credentials.option('token_file')} or set {TOKEN_VARIABLE}"
+            if self._credentials.has_token:
+                advice = ""
+            return AccessError(f"{self._address} does not let us in: {details}{advice}")
+        if code == grpc.StatusCode.PERMISSION_DENIED:
+            return AccessError(f"{self._address} refuses: {details}")
+        if code == grpc.StatusCode.UNIMPLEMENTED:
+            return ProtocolError(self._not_ours())
+        if code == grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" not in details:
+            return ServerFullError(f"{self._address} has no room: {details}")
+        if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
+            return AccessError(f"{self._address} does not let us in: {details}")
+        if code == grpc.StatusCode.NOT_FOUND:
+            return SessionLostError(f"{self._address}: {details}")
+        if code in (
+            grpc.StatusCode.RESOURCE_EXHAUSTED,
+            grpc.StatusCode.FAILED_PRECONDITION,
+            grpc.StatusCode.INVALID_ARGUMENT,
+        ):
+            return ProtocolError(f"{self._address} refuses: {details}")
+        return None
+
+    def _not_ours(self) -> str:
+        return f"{self._address} answers, but it is not an sft-cloud server"
+
+    def _why_not_reachable(self) -> Optional[str]:
+        """Why no TCP connection can be made, in the operating system's words; None when one can."""
+        try:
+            socket.create_connection(self._host_and_port, self._connect_timeout_seconds).close()
+        except OSError as error:
+            return error.strerror or str(error)
+        return None
+
+
+@contextmanager
+def _renewed_meanwhile() -> Iterator[None]:
+    """A call on a channel that another thread has just closed."""
+    try:
+        yield
+    except ValueError as error:  # as gRPC has it
+        raise StreamBrokenError("the connection was given up while it was about to be used") from error
+
+
+class _GrpcStream(Stream):
+    def __init__(self, call: grpc._CallIterator[bytes], to_domain_error: Callable[[grpc.RpcError], LinkError]) -> None:
+        self._call = call
+        self._to_domain_error = to_domain_error
+
+    def __next__(self) -> bytes:
+        try:
+            return next(self._call)
+        except grpc.RpcError as error:
+            raise self._to_domain_error(error) from error
+
+    def cancel(self) -> None:
+        self._call.cancel()
+
+
+class _StallGuard:
+    """Cancels a call that made no progress for `seconds`; its thread lives as long as the `with` block."""
+
+    def __init__(self, seconds: float) -> None:
+        self.stalled = False
+        self._seconds = seconds
+        self._cancel: Callable[[], object] = lambda: None
+        self._moved = False
+        self._finished = False
+        self._changed = threading.Condition()
+        self._thread: Optional[threading.Thread] = None
+
+    def watch(self, cancel: Callable[[], object]) -> None:
+        """Begins to watch the call that `cancel` cancels."""
+        self._cancel = cancel
+        self._thread = threading.Thread(target=self._watch, name="sft-stall-guard", daemon=True)
+        self._thread.start()
+
+    def progress(self) -> None:
+        """Something moved."""
+        with self._changed:
+            self._moved = True
+            self._changed.notify_all()
+
+    def _watch(self) -> None:
+        with self._changed:
+            while not self._finished:
+                self._moved = False
+                if not self._changed.wait_for(lambda: self._moved, self._seconds):
+                    self.stalled = True
+                    break
+        if self.stalled:
+            self._cancel()
+
+    def __enter__(self) -> _StallGuard:
+        return self
+
+    def __exit__(
+        self, kind: Optional[Type[BaseException]], error: Optional[BaseException], traceback: Optional[TracebackType]
+    ) -> None:
+        with self._changed:
+            self._finished = self._moved = True
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+
+
+def _split_address(address: str) -> Tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    if not bare or not port.isdigit() or not 0 < int(port) < 65536 or (":" in bare and bare == host):
+        raise UsageError(f"'{address}' is not an address: write HOST:PORT, such as 192.168.1.20:50051")
+    return bare, int(port)
+
+
+def transport_of(address: str, linking: LinkOptions) -> GrpcTransport:
+    """The way to `address` as the options want it. Raises UsageError."""
+    keepalive = Keepalive(linking.keepalive_time, linking.keepalive_timeout)
+    return GrpcTransport(address, linking.connect_timeout, keepalive=keepalive, credentials=linking.credentials)

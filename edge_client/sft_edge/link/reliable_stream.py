@@ -1,0 +1,301 @@
+"""Questions and answers over streams that may break: what was not answered is sent again over the next.
+
+    link ----> Unanswered ----> queue of the stream that is open now ----> transport
+                    ^                                                          |
+    who waits <-----+------------------- reader thread <-----------------------+
+
+The two threads that are needed (the reader here, and the transport's own that takes messages from the queue) start with
+the first message, after a DataLoader has forked the workers of the first epoch. docs/protocol.md has the rules.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from contextlib import suppress
+from typing import Callable, Optional
+
+from google.protobuf.message import DecodeError
+
+from sft.errors import (
+    LinkError,
+    ProtocolError,
+    ServerFullError,
+    ServerUnavailableError,
+    SessionLostError,
+    StreamBrokenError,
+)
+from sft.tracing import NO_SPAN, Span
+from sft.v1 import split_training_pb2 as pb
+from sft.wire.ledger import Traffic, framed_size
+from sft.wire.protocol import MAX_UNANSWERED
+from sft_edge.link.replies import PendingReply, Sent, Unanswered
+from sft_edge.link.retries import Patience, Retries, Wake
+from sft_edge.link.transport import Stream, Transport
+
+CLOSE_TIMEOUT_SECONDS = 5.0
+"""How long the cloud may take to end the stream before it is broken off."""
+
+BREAK_TIMEOUT_SECONDS = 1.0
+"""The same after an error, or Ctrl-C: somebody wants to be gone."""
+
+_JOIN_SECONDS = 0.1
+
+TRANSIENT = (StreamBrokenError, ServerUnavailableError, ServerFullError)
+"""After these another stream may go on."""
+
+_CLOSE = pb.EdgeMessage(close=pb.Close()).SerializeToString()
+
+_Queue = queue.SimpleQueue  # of serialized messages; None ends a stream
+
+
+class Counts:
+    """What it took to keep a session going."""
+
+    def __init__(self) -> None:
+        self.reconnects = 0
+        """Streams that were opened in the place of one that broke."""
+        self.sent_again = 0
+        """Messages."""
+        self.came_twice = 0
+        """Answers."""
+
+
+class Exchange:
+    """The messages of one session. Once a call has raised a LinkError the session is over, and later calls raise the
+    same. Not for several threads at once."""
+
+    def __init__(self, transport: Transport, patience: Patience, on_status: Callable[[str], None]) -> None:
+        self.counts = Counts()
+        self.stopping = False
+        """Whether the server has said that it stops soon."""
+        self.wake: Wake[None] = queue.SimpleQueue()
+        self._transport = transport
+        self._patience = patience
+        self._on_status = on_status
+        self._retries = Retries(patience, self.wake, self._say)
+        self._session_id = ""
+        self._is_over = False
+        self._outgoing: _Queue[Optional[bytes]] = queue.SimpleQueue()
+        self._stream: Optional[Stream] = None
+        self._reader: Optional[threading.Thread] = None
+        self._watch = threading.Timer(0.0, lambda: None)  # for the answer to the attach of the stream that is open now
+        self._why: Optional[LinkError] = None  # the stream was broken off here
+        self._lock = threading.Lock()  # guards what follows
+        self._unanswered = Unanswered()
+        self._flows = False  # whether messages go to the stream, or wait for the next
+        self._failure: Optional[LinkError] = None
+        self._total = Traffic()
+
+    @property
+    def total(self) -> Traffic:
+        """Of everything on streams so far: of all replies, of what no reply counts, such as attaching, and of what was
+        sent more than once."""
+        with self._lock:
+            return self._total
+
+    def begin(self, session_id: str) -> None:
+        """From now on messages may be sent."""
+        self._session_id = session_id
+
+    def check(self) -> None:
+        """Raises what ended the session, if it is known to have ended."""
+        if self._failure is not None:
+            raise self._failure
+        if not self._session_id:
+            raise SessionLostError("the link is not open")
+
+    def send(self, kind: str, message: pb.EdgeMessage, payload_bytes: int, span: Span = NO_SPAN) -> PendingReply:
+        """Sends a message that the cloud answers with a `kind` for the same step and micro-batch. Returns at once.
+
+        To be called after `make_room`. `span` ends with the answer.
+        """
+        self.check()
+        if self._reader is None:
+            self._start()
+        with self._lock:
+            if self._failure is not None:
+                raise self._failure
+            message.number, message.answered = self._unanswered.next_number, self._unanswered.answered
+            data = message.SerializeToString()
+            sent = Traffic(payload_bytes_sent=payload_bytes, bytes_sent=framed_size(len(data)))
+            pending = PendingReply(sent, self._patience.reply_timeout_seconds, self._break_off, span)
+            self._unanswered.add(Sent(kind, message.step, message.micro_batch, data, pending))
+            self._total += sent
+            if self._flows:
+                self._outgoing.put(data)
+        return pending
+
+    def make_room(self) -> None:
+        """Waits while so many answers are due that the cloud would remember no more."""
+        while True:
+            oldest = self._oldest(MAX_UNANSWERED)
+            if oldest is None:
+                return
+            oldest.wait()
+
+    def settle(self) -> None:
+        """Waits until everything that was sent is answered."""
+        while True:
+            oldest = self._oldest(1)
+            if oldest is None:
+                break
+            oldest.wait()
+        self.check()
+
+    def _oldest(self, at_least: int) -> Optional[PendingReply]:
+        """The answer that is due first, where so many are."""
+        with self._lock:
+            return self._unanswered.oldest() if len(self._unanswered) >= at_least else None
+
+    def abandon(self) -> None:
+        """Ends the session without waiting for anything. For finalizers: it takes no lock and starts no thread."""
+        self._is_over = True
+        self._outgoing.put(_CLOSE)
+        self._outgoing.put(None)
+        self.wake.put(None)
+
+    def hurry(self) -> None:
+        """From now on a link that breaks is not tried for long, and one that is broken is given up."""
+        self._retries.timeout_seconds = min(self._retries.timeout_seconds, CLOSE_TIMEOUT_SECONDS)
+        if self._reader is not None and not self._flows:
+            self.wake.put(None)
+
+    def close(self, timeout_seconds: Optional[float] = None) -> None:
+        """Ends the session; no thread is left. Idempotent."""
+        if self._session_id and self._reader is None and self._failure is None:
+            self._start()  # or the cloud would keep the session for a stream to come
+        self.abandon()
+        if self._reader is not None:
+            if self._flows:
+                self._reader.join(CLOSE_TIMEOUT_SECONDS if timeout_seconds is None else timeout_seconds)
+            while self._reader.is_alive():
+                if self._stream is not None:
+                    self._stream.cancel()  # which may have become another one since
+                self._reader.join(_JOIN_SECONDS)
+        self._fail(SessionLostError("the link is closed"))
+
+    def _start(self) -> None:
+        # A session that is new has had no message: they need not wait until it says so.
+        stream = self._open_stream(flows=True)
+        self._reader = threading.Thread(target=self._run, args=(stream,), name="sft-link-reader", daemon=True)
+        self._reader.start()
+
+    def _open_stream(self, flows: bool) -> Stream:
+        outgoing: _Queue[Optional[bytes]] = queue.SimpleQueue()
+        with self._lock:
+            attach = pb.EdgeMessage(attach=pb.Attach(session_id=self._session_id), answered=self._unanswered.answered)
+            data = attach.SerializeToString()
+            outgoing.put(data)
+            self._total += Traffic(bytes_sent=framed_size(len(data)))
+            self._outgoing, self._flows = outgoing, flows
+        stream = self._stream = self._transport.stream(iter(outgoing.get, None))
+        self._watch = threading.Timer(self._patience.attach_timeout_seconds, self._not_attached, [stream])
+        self._watch.daemon = True
+        self._watch.start()
+        if self._is_over:  # since before the queue was this one
+            self.abandon()
+        return self._stream
+
+    def _not_attached(self, stream: Stream) -> None:
+        """Who took the connection says nothing: a server that is being stopped or started may leave it so for ever."""
+        if self._stream is stream:
+            seconds = self._patience.attach_timeout_seconds
+            self._why = StreamBrokenError(f"the cloud took the connection, and said nothing for {seconds:g} s")
+        stream.cancel()
+
+    def _run(self, stream: Stream) -> None:
+        """The reader thread: until there is no going on."""
+        error: LinkError = SessionLostError("reading the cloud's answers failed")
+        try:
+            while True:
+                broken = self._read(stream)
+                if self._is_over:
+                    error = SessionLostError("the link is closed")
+                    break
+                self._retries.after(broken)
+                self.counts.reconnects += 1
+                self._transport.renew()
+                stream = self._open_stream(flows=False)
+        except LinkError as fatal:
+            error = fatal
+        finally:
+            self._watch.cancel()
+            stream.cancel()
+            self._fail(error)
+
+    def _read(self, stream: Stream) -> LinkError:
+        """Until the stream breaks: returns why. Raises what no other stream would mend."""
+        self._why = None
+        try:
+            for data in stream:
+                self._take(data)
+            broken: LinkError = StreamBrokenError("the cloud ended the stream before the run did")
+        except TRANSIENT as error:
+            broken = error
+        self._watch.cancel()
+        with self._lock:
+            self._flows = False
+            self._outgoing.put(None)  # ends the thread of the transport that takes messages
+        stream.cancel()
+        return self._why or broken
+
+    def _take(self, data: bytes) -> None:
+        try:
+            message = pb.CloudMessage.FromString(data)
+        except DecodeError as error:
+            raise ProtocolError("the cloud sent something that is not an answer") from error
+        self.stopping = message.stopping
+        received = Traffic(payload_bytes_received=_payload_bytes(message), bytes_received=framed_size(len(data)))
+        if message.HasField("attached"):
+            self._watch.cancel()
+        with self._lock:
+            self._total += received
+            if message.HasField("attached"):
+                self._send_again(message.attached.last_number)
+                is_whole, came_twice = not len(self._unanswered), False
+            else:
+                is_whole = self._unanswered.resolve(message, received)
+                came_twice = not is_whole
+        self.counts.came_twice += came_twice
+        if is_whole:  # what was missing is here, or nothing is
+            self._retries.reset()
+
+    def _send_again(self, last_number: int) -> None:
+        missing = self._unanswered.after(last_number)
+        if self._flows:
+            return  # the first stream of the session: they are on their way
+        for data in missing:
+            self._outgoing.put(data)
+            self._total += Traffic(bytes_sent=framed_size(len(data)))
+        self.counts.sent_again += len(missing)
+        self._flows = True
+
+    def _say(self, text: str) -> None:
+        with suppress(OSError):  # a terminal that has gone is no reason to lose a session
+            self._on_status(text)
+
+    def _break_off(self) -> None:
+        """An answer is late: whatever holds it up, another stream may get it."""
+        seconds = self._patience.reply_timeout_seconds
+        self._why = StreamBrokenError(f"the cloud did not answer within {seconds:g} s")
+        if self._stream is not None:
+            self._stream.cancel()
+
+    def _fail(self, error: LinkError) -> None:
+        """The session is over: the first error counts, every pending reply gets it."""
+        with self._lock:
+            self._failure = self._failure or error
+            self._flows = False
+            self._unanswered.fail(self._failure)
+        self._outgoing.put(None)
+
+
+def _payload_bytes(message: pb.CloudMessage) -> int:
+    """Bytes of the gradient, of the logits, or of both."""
+    body = message.WhichOneof("body")
+    if body == "result":
+        return len(message.result.packed_gradient.data) + len(message.result.logits.data)
+    if body == "outputs":
+        return len(message.outputs.logits.data)
+    return len(message.evaluation.logits.data) if body == "evaluation" else 0

@@ -1,0 +1,68 @@
+"""The request that opens a session for a transformers model."""
+
+from __future__ import annotations
+
+from typing import Dict, List, Optional, Sequence
+
+from transformers import PretrainedConfig
+
+import sft
+from sft.models import Cut
+from sft.optim.spec import OptimizerSpec, spec_to_proto
+from sft.tensors.stream import StoredTensor, safetensors_chunks, safetensors_size, sha256_of
+from sft.v1 import split_training_pb2 as pb
+from sft.wire.codec.elements import DATA_TYPES
+from sft.wire.cut import HEADS, cut_to_proto
+from sft.wire.protocol import PROTOCOL_VERSION
+from sft_edge.link.link import Blob
+from sft_edge.model_files.source import Source
+
+
+def session_request(
+    source: Source,
+    head: str,
+    cut: Cut,
+    optimizer_spec: OptimizerSpec,
+    seed: int,
+    wire_dtype: str,
+    weights_sha256: str,
+    factors_sha256: str,
+    lora_json: str = "",
+    run_id: str = "",
+    resume_from: Sequence[pb.CheckpointId] = (),
+) -> pb.OpenSessionRequest:
+    """`optimizer_spec` is net_2's; the blobs are named by hashes, see `sft_edge.link.request`.
+
+    `run_id` and `resume_from` are of checkpoints.
+    """
+    return pb.OpenSessionRequest(
+        protocol_version=PROTOCOL_VERSION,
+        package_version=sft.__version__,
+        model_name=source.name,
+        config_json=_config_json(source.config),
+        head=HEADS[head],
+        cut=cut_to_proto(cut),
+        seed=seed,
+        weights_sha256=weights_sha256,
+        factors_sha256=factors_sha256,
+        optimizer=spec_to_proto(optimizer_spec),
+        wire_data_type=DATA_TYPES[wire_dtype],
+        lora_json=lora_json,
+        run_id=run_id,
+        resume_from=resume_from,
+    )
+
+
+def _config_json(config: PretrainedConfig) -> str:
+    """Without what differs between releases and says nothing about the model."""
+    text: Optional[str] = config.to_json_string(use_diff=False)
+    return str(text)
+
+
+def offer(tensors: List[StoredTensor], blobs: Dict[str, Blob]) -> str:
+    """Adds the tensors to `blobs`, as one blob; returns its hash, which is empty for no tensors."""
+    if not tensors:
+        return ""
+    sha256 = sha256_of(tensors)
+    blobs[sha256] = Blob(safetensors_size(tensors), lambda: safetensors_chunks(tensors))
+    return sha256

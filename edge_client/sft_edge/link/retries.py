@@ -1,0 +1,111 @@
+"""How long an edge waits, and how often it tries again, before it gives a link up."""
+
+from __future__ import annotations
+
+import queue
+import random
+import time
+from typing import Callable, Iterator, NamedTuple
+
+from sft.cli.durations import Duration
+from sft.errors import LinkError, SessionLostError
+from sft_edge.options.link import LinkOptions
+
+Wake = queue.SimpleQueue
+"""Something in it ends a wait. Not an event: finalizers, which may run anywhere, can fill a SimpleQueue."""
+
+
+def _wait(wake: Wake[None], seconds: float) -> bool:
+    try:
+        wake.get(timeout=seconds)
+    except queue.Empty:
+        return False
+    return True
+
+
+class Patience(NamedTuple):
+    """Times are in seconds."""
+
+    reply_timeout_seconds: float = 600.0
+    """How long an answer may take before the stream counts as broken."""
+
+    attach_timeout_seconds: float = 20.0
+    """How long a server that took a connection may take to say something."""
+
+    reconnect_timeout_seconds: float = 1800.0
+    """How long to try for since the link broke; 0 gives up at once."""
+
+    backoff_seconds: float = 0.5
+    """About how long to wait before the first try; each further one waits twice as long."""
+
+    backoff_max_seconds: float = 30.0
+    """At most so long."""
+
+    clock: Callable[[], float] = time.monotonic
+    """For tests."""
+
+    wait: Callable[[Wake[None], float], bool] = _wait
+    """For tests: whether something woke the wait before its time was over."""
+
+    uniform: Callable[[float, float], float] = random.uniform
+    """For tests."""
+
+    def delays(self) -> Iterator[float]:
+        """Seconds to wait before each try: exponential backoff with jitter.
+
+        Each is drawn between half of what is due and all of it, so that edges that lost the same server do not all come
+        back at once.
+        """
+        due = min(self.backoff_seconds, self.backoff_max_seconds)
+        while True:
+            yield self.uniform(due / 2, due)
+            due = min(2 * due, self.backoff_max_seconds)
+
+
+class Retries:
+    """The tries since something last went well."""
+
+    def __init__(self, patience: Patience, wake: Wake[None], on_status: Callable[[str], None]) -> None:
+        """`on_status` is told what is waited for, in words for a person; an empty text when that is over."""
+        self._patience = patience
+        self._wake = wake
+        self._on_status = on_status
+        self.timeout_seconds = patience.reconnect_timeout_seconds
+        self._tries = 0
+        self.reset()
+
+    def reset(self) -> None:
+        """It goes well again."""
+        if self._tries:
+            self._on_status("")
+        self._delays = self._patience.delays()
+        self._since = -1.0
+        self._tries = 0
+
+    def after(self, error: LinkError) -> None:
+        """Waits until it is time to try again. Raises SessionLostError when it is not worth it, or was woken."""
+        patience, now = self._patience, self._patience.clock()
+        if not self.timeout_seconds:
+            raise SessionLostError(str(error)) from error
+        if self._tries == 0:
+            self._since = now
+        left = self._since + self.timeout_seconds - now
+        if left <= 0:
+            spent = Duration(self.timeout_seconds)
+            raise SessionLostError(f"{error}; {self._tries} tries in {spent} did not help") from error
+        self._tries += 1
+        delay = min(next(self._delays), left)
+        self._on_status(f"{error}; try {self._tries} in {Duration(round(delay, 1))}")
+        if patience.wait(self._wake, delay):
+            raise SessionLostError("the link is closed") from error
+
+
+def patience_of(linking: LinkOptions) -> Patience:
+    """How long to wait and to try again. A cloud of the edge's own that has died does not come back."""
+    return Patience(
+        reply_timeout_seconds=linking.reply_timeout,
+        attach_timeout_seconds=linking.connect_timeout,
+        reconnect_timeout_seconds=linking.reconnect_timeout if linking.server is not None else 0.0,
+        backoff_seconds=linking.reconnect_backoff,
+        backoff_max_seconds=linking.reconnect_backoff_max,
+    )

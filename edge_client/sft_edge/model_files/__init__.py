@@ -1,0 +1,1 @@
+"""A model on disk: what a run starts from, and what it leaves."""

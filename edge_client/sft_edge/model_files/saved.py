@@ -1,0 +1,180 @@
+"""The directory a run leaves: weights of both halves, configuration, tokenizer, and what was trained how.
+
+A model that was trained undecomposed (`local`, `sl`) is a plain transformers checkpoint. A decomposed one has an
+architecture of its own, so its files are named differently: `from_pretrained` then says that it finds no weights, where
+it would otherwise fill in random ones.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, List, NamedTuple, Optional, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+import sft
+from sft.errors import CheckpointError, StorageError
+from sft.models import HEADS, Cut, Whole, build_whole
+from sft.models.weights import fill, shapes
+from sft.tensors.pretrained import Checkpoint, index_file, single_file
+from sft.tensors.stream import Shard
+from sft_edge.files import storage_errors, write_file, write_json
+from sft_edge.model_files.source import first_line, read_config, read_tokenizer
+from sft_edge.tasks import Feature, Task, make_task
+from sft_edge.tasks.base import batches_of
+
+DESCRIPTION_FILE = "sft.json"
+
+_RESIDUALS = ("none", "low-rank", "full")
+
+
+@dataclass(frozen=True)
+class Description:
+    """How a saved model was made, as far as using it needs that: the content of `sft.json`."""
+
+    task: str
+    head: str
+    problem_type: Optional[str]
+    label_names: Optional[List[str]]
+    max_seq_length: int
+    base_model: str
+    mode: str
+    text_fields: Optional[List[str]] = None
+    split_layer: Optional[int] = None
+    split_rank: Optional[int] = None
+    residual: str = "none"
+    package_version: str = sft.__version__
+
+    @property
+    def cut(self) -> Optional[Cut]:
+        """The decomposition that the model kept; None where no layer was decomposed."""
+        if self.split_rank is None or self.split_layer is None:
+            return None
+        return Cut("sft", self.split_layer, self.split_rank, self.residual)
+
+    @property
+    def stem(self) -> str:
+        """What the weight files are called."""
+        return "model" if self.cut is None else "decomposed"
+
+
+class SavedModel(NamedTuple):
+    """A trained model, ready to be asked."""
+
+    description: Description
+    net: Whole
+    tokenizer: Any
+
+
+def save_model(
+    directory: Path, shards: List[Shard], config: PretrainedConfig, tokenizer: Any, description: Description
+) -> None:
+    """Writes the model in place of the one that is there, whole or not at all. Raises StorageError.
+
+    It is written aside first: what the directory held before stays until then.
+    """
+    with storage_errors(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        aside = tempfile.TemporaryDirectory(prefix=".", dir=str(directory))
+    with aside:
+        try:
+            _write_model(Path(aside.name), shards, config, tokenizer, description)
+        except StorageError as error:
+            raise StorageError(str(error).replace(aside.name, str(directory))) from error
+        with storage_errors(directory):
+            _remove_model(directory)
+            for path in sorted(Path(aside.name).iterdir()):
+                os.replace(str(path), str(directory / path.name))
+
+
+def _remove_model(directory: Path) -> None:
+    """Deletes what makes a directory a model: old weights beside new ones could be taken for them."""
+    for stem in ("model", "decomposed"):
+        parts = directory.glob(f"{stem}-?????-of-?????.safetensors")
+        for path in (directory / DESCRIPTION_FILE, directory / index_file(stem), directory / single_file(stem), *parts):
+            path.unlink(missing_ok=True)
+
+
+def _write_model(
+    directory: Path, shards: List[Shard], config: PretrainedConfig, tokenizer: Any, description: Description
+) -> None:
+    stem = description.stem
+    names = [f"{stem}-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    if len(shards) == 1:
+        names = [single_file(stem)]
+    sizes = [write_file(directory / name, shard.chunks) for name, shard in zip(names, shards)]
+    if len(shards) > 1:
+        weight_map = {tensor: name for name, shard in zip(names, shards) for tensor in shard.names}
+        write_json(directory / index_file(stem), {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map})
+    config = copy.deepcopy(config)
+    if any("lm_head.weight" in shard.names for shard in shards):
+        config.tie_word_embeddings = False  # the cut untied it
+    config.architectures = [type(build_whole(config, description.head).model).__name__]
+    with storage_errors(directory.parent):
+        config.save_pretrained(str(directory))
+        try:
+            tokenizer.save_pretrained(str(directory))
+        except Exception as error:
+            if type(error) is not Exception:
+                raise
+            raise OSError(0, first_line(error)) from error  # how the tokenizers package tells of a full disk
+    write_json(directory / DESCRIPTION_FILE, asdict(description))
+
+
+def load_model(directory: Path) -> SavedModel:
+    """Reads what `save_model` wrote. Raises CheckpointError."""
+    description = read_description(directory)
+    config = read_config(directory / "config.json", {})
+    net = build_whole(config, description.head, description.cut)
+    tensors = Checkpoint(directory, description.stem).tensors(shapes(net), net.model.base_model_prefix)
+    held = {tensor.name for tensor in tensors}
+    missing = sorted(set(net.whole_names.values()) - held)
+    if missing:
+        raise CheckpointError(f"{directory}: tensor '{missing[0]}' is missing; the saved model is incomplete")
+    fill(net, tensors, seed=0)
+    return SavedModel(description, net.eval(), read_tokenizer(directory))
+
+
+def read_description(directory: Path) -> Description:
+    """The content of `sft.json`. Raises CheckpointError."""
+    path = directory / DESCRIPTION_FILE
+    if not path.is_file():
+        raise CheckpointError(f"{directory}: not a directory that sft-edge train wrote; it holds no {DESCRIPTION_FILE}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content.get("keep_residual"):  # of a release that knew nothing else
+            content["residual"] = "full"
+        known = {field.name for field in fields(Description)}
+        description = Description(**{name: value for name, value in content.items() if name in known})
+        sizes = (description.max_seq_length, description.split_layer, description.split_rank)
+        if not all(size is None or type(size) is int for size in sizes) or description.head not in HEADS:
+            raise ValueError("a value of the wrong type")
+        if description.residual not in _RESIDUALS:
+            raise ValueError(f"unknown residual {description.residual!r}")
+        return description
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: not the description of a saved model ({error})") from error
+
+
+def task_of(description: Description, data_dir: Optional[Path] = None) -> Task:
+    """The task that a saved model was trained for. Raises UsageError and DataError."""
+    task = make_task(description.task, data_dir, description.problem_type, description.label_names)
+    if description.text_fields is not None:
+        task.expect(description.text_fields)
+    return task
+
+
+def ask(model: SavedModel, task: Task, features: Sequence[Feature], batch_size: int) -> List[Tensor]:
+    """One entry a feature: (C,), or (S, 2) of its batch for question answering."""
+    logits: List[Tensor] = []
+    for batch in batches_of(task, features, batch_size):
+        with torch.no_grad():
+            logits.extend(model.net(batch.inputs, batch.lengths, {}).logits.cpu())
+    return logits

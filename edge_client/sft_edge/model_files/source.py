@@ -1,0 +1,108 @@
+"""What a run starts from: configuration, tokenizer and, unless only a shape is given, pretrained weights."""
+
+from __future__ import annotations
+
+import re
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, Iterator, Optional
+
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+
+from sft.errors import CheckpointError, SFTError, UsageError
+from sft.models import HEADS, build_whole, family_of, max_positions
+from sft.tensors.pretrained import Checkpoint, find_model
+from sft_edge.options.train import ModelOptions
+
+
+@dataclass
+class Source:
+    """A model before it is cut."""
+
+    name: str
+    """Hub id, or the directory's name: where the cloud looks for its half. Empty when weights come from the seed."""
+
+    config: PretrainedConfig
+    checkpoint: Optional[Checkpoint]
+    """None when weights are drawn from the seed."""
+    tokenizer: Any
+
+
+def open_source(options: ModelOptions, config_overrides: Dict[str, Any]) -> Source:
+    """Finds and opens what the options name.
+
+    Raises CheckpointError, UnsupportedModelError for an architecture that cannot be cut, UsageError when sequences
+    would be longer than the model takes.
+    """
+    if options.from_config is not None:
+        name, checkpoint = "", None
+        config = read_config(options.from_config, config_overrides)
+        tokenizer = read_tokenizer(find_model(str(options.tokenizer_name)))
+    else:
+        directory = find_model(str(options.model))
+        name = public_name(str(options.model))
+        config = read_config(directory / "config.json", config_overrides)
+        checkpoint = Checkpoint(directory)
+        tokenizer = read_tokenizer(find_model(options.tokenizer_name) if options.tokenizer_name else directory)
+    family_of(config)
+    check_length(config, options.max_seq_length)
+    if len(tokenizer) > config.vocab_size:
+        raise UsageError(f"the tokenizer has {len(tokenizer)} tokens, the model knows {config.vocab_size}")
+    return Source(name, config, checkpoint, tokenizer)
+
+
+def public_name(model: str) -> str:
+    """What the cloud is told to look for: a hub id, or a directory's name without its place; nothing if it is odd."""
+    name = Path(model).resolve().name if Path(model).is_dir() else model
+    return name if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name, re.ASCII) and ".." not in name else ""
+
+
+def read_config(path: Path, overrides: Dict[str, Any]) -> PretrainedConfig:
+    """A transformers configuration from its file. Raises CheckpointError."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    with _blames(path):
+        config: PretrainedConfig = AutoConfig.from_pretrained(str(path), **overrides)  # nosec B615 # a file
+        family_of(config)
+        build_whole(config, HEADS[0])
+    if hasattr(config, "auto_map"):
+        del config.auto_map  # code that travels with a model is never run
+    return config
+
+
+@contextmanager
+def _blames(path: Path) -> Iterator[None]:
+    """What the library raises in the block, which can be almost anything, is the fault of the configuration."""
+    try:
+        yield
+    except SFTError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{path}: not a model's configuration ({first_line(error)})") from error
+
+
+def read_tokenizer(directory: Path) -> Any:
+    """A tokenizer from a directory. Raises CheckpointError."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(directory))  # nosec B615 # a directory
+    except Exception as error:  # of many kinds; the tokenizers package raises this very class
+        raise CheckpointError(f"{directory}: no tokenizer can be read from here ({first_line(error)})") from error
+    names = sorted(tokenizer.vocab_files_names.values())
+    if not any((directory / name).is_file() for name in names):  # newer releases make an empty one up
+        raise CheckpointError(f"{directory}: no tokenizer can be read from here (it holds no {' or '.join(names)})")
+    return tokenizer
+
+
+def check_length(config: PretrainedConfig, max_seq_length: int) -> None:
+    """Raises UsageError when sequences of that many tokens are more than the model takes."""
+    if max_seq_length > max_positions(config):
+        raise UsageError(
+            f"--max-seq-length {max_seq_length} is more than this model's {max_positions(config)} positions"
+        )
+
+
+def first_line(error: Exception) -> str:
+    """The beginning of an error's message; libraries write paragraphs."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,241 @@
+"""The options of every command but `train`, whose are in `options`. This module, too, imports nothing heavy."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Optional
+
+from sft.cli.durations import Duration
+from sft.cli.options import above_zero, at_least
+from sft.errors import UsageError
+
+
+@dataclass
+class EvaluateOptions:
+    """The evaluation."""
+
+    model: Path
+    """directory that `sft-edge train` wrote"""
+
+    data_dir: Path
+    """directory with the task's files"""
+
+    task: Optional[str] = None
+    """the task; without it the one the model was trained for, which it must be in any case"""
+
+    max_eval_samples: Optional[int] = None
+    """evaluate on the first so many rows only"""
+
+    per_device_eval_batch_size: int = 32
+    """sequences in a batch"""
+
+    output_file: Optional[Path] = None
+    """JSON file for the results, besides standard output"""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "max_eval_samples", "per_device_eval_batch_size")
+
+
+@dataclass
+class PredictOptions:
+    """The question."""
+
+    model: Path
+    """directory that `sft-edge train` wrote"""
+
+    text: Optional[str] = None
+    """the text; of a pair of texts the first, of question answering the question"""
+
+    text_pair: Optional[str] = None
+    """the second text of a pair; of question answering the context"""
+
+    file: Optional[Path] = None
+    """instead of --text: a .txt file with one text a line, or a .tsv, .csv or .jsonl file with the task's columns"""
+
+    json_lines: bool = False
+    """write one JSON object a row"""
+
+    per_device_eval_batch_size: int = 32
+    """sequences in a batch"""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "per_device_eval_batch_size")
+        if (self.text is None) == (self.file is None):
+            raise UsageError("exactly one of --text and --file must be given")
+        if self.text_pair is not None and self.text is None:
+            raise UsageError("--text-pair needs --text")
+
+
+@dataclass
+class VerifyOptions:
+    """What is verified."""
+
+    mode: Literal["sft", "sl"] = "sft"
+    """split fine-tuning or plain split learning"""
+
+    split_layer: int = 3
+    """the block that is cut, counted from 1"""
+
+    split_rank: int = 8
+    """rank R of the decomposed layer; sft only"""
+
+    residual: Literal["none", "low-rank"] = "none"
+    """the residual around the layer that is decomposed: dropped as in the paper, or kept as far as rank R holds it"""
+
+    freeze_edge: bool = False
+    """train the cloud's half only"""
+
+    head: Literal["sequence-classification", "question-answering", "causal-lm"] = "sequence-classification"
+    """what the model predicts; causal-lm needs --model or --from-config of a decoder, such as GPT-2"""
+
+    problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] = (
+        "single_label_classification"
+    )
+    """what the labels of sequence classification are"""
+
+    model: Optional[str] = None
+    """a model on the hub, a directory, or minilm; without it random weights in MiniLM-L6's shape"""
+
+    from_config: Optional[Path] = None
+    """instead of --model: a config.json whose shape gets random weights"""
+
+    steps: int = 20
+    """steps to train"""
+
+    per_device_train_batch_size: int = 8
+    """sequences in a micro-batch"""
+
+    gradient_accumulation_steps: int = 1
+    """micro-batches in a step"""
+
+    max_seq_length: int = 32
+    """tokens of the longest sequence; lengths are drawn from 1 to it"""
+
+    seed: int = 0
+    """draws weights and batches"""
+
+    tolerance: float = 1e-6
+    """the largest difference of a loss or a parameter that passes"""
+
+    json: bool = False
+    """write the report as JSON"""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "split_layer", "split_rank", "steps", "per_device_train_batch_size", "max_seq_length")
+        at_least(self, 1, "gradient_accumulation_steps")
+        above_zero(self, "tolerance")
+        if self.model is not None and self.from_config is not None:
+            raise UsageError("only one of --model and --from-config may be given")
+        if self.head == "causal-lm" and self.model is None and self.from_config is None:
+            raise UsageError("--head causal-lm needs --from-config or --model of a decoder, such as GPT-2")
+        if self.residual != "none" and self.mode == "sl":
+            raise UsageError(f"--residual {self.residual} needs --mode sft: --mode sl cuts between two blocks")
+
+
+@dataclass
+class DoctorOptions:
+    """What is looked at."""
+
+    model: Optional[str] = None
+    """a model on the hub, a directory, or minilm, which the server is asked about; without it no model is"""
+
+    from_config: Optional[Path] = None
+    """instead of --model: a config.json whose shape gets random weights"""
+
+    mode: Literal["sft", "sl"] = "sft"
+    """split fine-tuning or plain split learning"""
+
+    split_layer: int = 1
+    """the block that is cut, counted from 1"""
+
+    split_rank: int = 8
+    """rank R of the decomposed layer; sft only"""
+
+    head: Literal["sequence-classification", "question-answering", "causal-lm"] = "sequence-classification"
+    """what the model predicts"""
+
+    wire_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """type of activations and gradients on the wire"""
+
+    per_device_train_batch_size: int = 32
+    """sequences in a micro-batch"""
+
+    max_seq_length: int = 128
+    """tokens a sequence is cut to"""
+
+    seed: int = 42
+    """draws what no checkpoint holds"""
+
+    idle: Duration = Duration("10s")
+    """how long a stream is kept without a message before it is used again; 0s leaves that out"""
+
+    json: bool = False
+    """write the findings as JSON"""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "split_layer", "split_rank", "per_device_train_batch_size", "max_seq_length")
+        at_least(self, 0, "seed", "idle")
+        if self.model is not None and self.from_config is not None:
+            raise UsageError("only one of --model and --from-config may be given")
+
+
+@dataclass
+class DemoOptions:
+    """The demo."""
+
+    output_dir: Path = Path("demo-output")
+    """where data, models and results go; what an earlier demo left there is replaced"""
+
+    model: str = "minilm"
+    """a model on the hub, a directory, or minilm for the weights of the demo extra"""
+
+    split_layer: int = 5
+    """the block that is cut, counted from 1"""
+
+    split_rank: int = 8
+    """rank R of the decomposed layer"""
+
+    num_train_epochs: float = 2.0
+    """passes over the training rows"""
+
+    max_train_samples: int = 2000
+    """train on the first so many rows"""
+
+    learning_rate: float = 1e-4
+    """the highest learning rate"""
+
+    seed: int = 0
+    """draws the data, new weights, the order of the rows and dropout"""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "split_layer", "split_rank", "max_train_samples")
+
+
+@dataclass
+class ExportOptions:
+    """The export."""
+
+    model: Path
+    """directory that `sft-edge train` wrote"""
+
+    to: Path
+    """directory that the exported model becomes; a new one, or an empty one"""
+
+    dense: bool = False
+    """one matrix where the layer was decomposed, the product of the three; what is done without --factored, too"""
+
+    factored: bool = False
+    """keep the three layers of the decomposition, which are smaller than one matrix"""
+
+    json: bool = False
+    """write the report as JSON"""
+
+    def __post_init__(self) -> None:
+        if self.dense and self.factored:
+            raise UsageError("only one of --dense and --factored may be given")
+        if os.path.lexists(str(self.to)) and not self.to.is_dir():  # a link to nothing is no directory either
+            raise UsageError(f"--to {self.to} is not a directory")
+        if self.to.is_dir() and any(self.to.iterdir()):
+            raise UsageError(f"--to {self.to} is not empty; name another")

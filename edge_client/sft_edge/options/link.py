@@ -1,0 +1,61 @@
+"""Options of the way to the server: where it is, who calls, and how long to wait for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Optional
+
+from sft.cli.durations import Duration
+from sft.cli.options import above_zero
+from sft.client.address import split_address
+from sft.client.credentials import AccessOptions, Credentials, read_credentials
+from sft.errors import UsageError
+
+
+@dataclass
+class LinkOptions(AccessOptions):
+    """The way to the cloud."""
+
+    server: Optional[str] = None
+    """HOST:PORT of a running `sft-cloud serve`; without it a cloud is started here and ended with the run"""
+
+    labels: Literal["cloud", "local"] = "cloud"
+    """where the loss is computed: on the cloud, with the labels of training rows beside the activation, or here, so
+    that no label leaves the edge, at the price of a second round trip"""
+
+    connect_timeout: Duration = Duration("20s")
+    """how long to wait for a server that takes a connection and then says nothing"""
+
+    reply_timeout: Duration = Duration("10m")
+    """how long to wait for the answer to one message before the link counts as broken"""
+
+    reconnect_timeout: Duration = Duration("30m")
+    """how long to try to mend a link that broke; 0s gives up at once"""
+
+    reconnect_backoff: Duration = Duration("500ms")
+    """about how long to wait before the first try; twice as long before each further one"""
+
+    reconnect_backoff_max: Duration = Duration("30s")
+    """longest time to wait between two tries"""
+
+    keepalive_time: Duration = Duration("20s")
+    """after how much silence the server is asked for a sign of life; from 10s on"""
+
+    keepalive_timeout: Duration = Duration("20s")
+    """how long it may take to give one before the link counts as broken"""
+
+    def __post_init__(self) -> None:
+        above_zero(self, "connect_timeout", "reply_timeout", "reconnect_backoff", "reconnect_backoff_max")
+        above_zero(self, "keepalive_timeout")
+        if self.keepalive_time < 10:
+            raise UsageError(
+                f"--keepalive-time must be 10s or more, not {self.keepalive_time}: servers hang up on less"
+            )
+        if self.server is not None:
+            split_address(self.server)
+        self._credentials = read_credentials(self)
+
+    @property
+    def credentials(self) -> Credentials:
+        """How to call the server; as files were when the options were read, but for the token."""
+        return self._credentials

@@ -1,0 +1,250 @@
+"""The options of the edge's commands: one dataclass for one concern, put together as a command needs them.
+
+Options that transformers' `TrainingArguments` has are spelled as there. This module imports nothing heavy, so that
+`--help` is quick.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Optional
+
+from sft.cli.options import above_zero, at_least
+from sft.errors import CutError, UsageError
+from sft_edge.options.link import LinkOptions
+from sft_edge.options.lora import LoraOptions
+from sft_edge.options.optimizer import OptimizerOptions
+
+NEWEST = "newest"
+"""What --resume-from-checkpoint without a directory means."""
+
+
+@dataclass
+class ModelOptions:
+    """The model."""
+
+    model: Optional[str] = None
+    """a model on the hub, a directory, or `minilm` for the weights of the `demo` extra"""
+
+    from_config: Optional[Path] = None
+    """instead of --model: a config.json whose shape gets random weights drawn from the seed"""
+
+    tokenizer_name: Optional[str] = None
+    """tokenizer, where it is not the model's own; --from-config needs it"""
+
+    max_seq_length: int = 128
+    """tokens a sequence is cut to"""
+
+    def __post_init__(self) -> None:
+        if (self.model is None) == (self.from_config is None):
+            raise UsageError("exactly one of --model and --from-config must be given")
+        if self.from_config is not None and self.tokenizer_name is None:
+            raise UsageError("--from-config needs --tokenizer-name: a shape has no tokenizer of its own")
+        at_least(self, 1, "max_seq_length")
+
+
+@dataclass
+class CutOptions:
+    """The cut."""
+
+    mode: Literal["sft", "sl", "local"] = "sft"
+    """split fine-tuning, plain split learning (the full-width activation crosses the wire), or one process"""
+
+    split_layer: Optional[int] = None
+    """the block that is cut, counted from 1; with --mode sl the last block of the edge"""
+
+    split_rank: int = 8
+    """rank R of the decomposed layer, which is the width of the activation on the wire; sft only"""
+
+    residual: Literal["none", "low-rank", "full"] = "none"
+    """the residual around the layer that is decomposed: dropped as in the paper, kept as far as the activation of rank
+    R holds it (fitted to the first training rows), or kept in full, which only --mode local can"""
+
+    freeze_edge: bool = False
+    """train the cloud's half only: no backward pass on the edge, and no gradient comes down; sft and sl only"""
+
+    wire_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """type of activations and gradients on the wire"""
+
+    def __post_init__(self) -> None:
+        if self.residual == "full" and self.mode != "local":
+            raise UsageError(
+                "--residual full needs --mode local: over a wire the residual would have to cross at full width beside "
+                "the rank-R activation, which is what the cut avoids; --residual low-rank keeps what fits into that"
+            )
+        if self.residual != "none" and self.mode == "sl":
+            raise UsageError(f"--residual {self.residual} needs --mode sft or local: --mode sl cuts between two blocks")
+        if self.freeze_edge and self.mode == "local":
+            raise UsageError("--freeze-edge needs --mode sft or sl: one process has no edge")
+        if self.wire_dtype != "float32" and self.mode == "local":
+            raise UsageError(f"--wire-dtype {self.wire_dtype} needs --mode sft or sl: one process has no wire")
+        if self.split_layer is None and self.is_cut:
+            raise UsageError("--split-layer must be given (a block counted from 1), or --mode local")
+        if self.split_layer is not None and self.split_layer < 1:
+            raise CutError(f"--split-layer counts blocks from 1, not {self.split_layer}")
+        if self.split_rank < 1:
+            raise CutError(f"--split-rank must be 1 or more, not {self.split_rank}")
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether a block is singled out: everywhere but in plain `--mode local`, which trains the model as it is."""
+        return self.mode != "local" or self.residual != "none"
+
+
+@dataclass
+class DataOptions:
+    """The data."""
+
+    task: str
+    """what to learn, such as sst2, mrpc, stsb or squad"""
+
+    data_dir: Optional[Path] = None
+    """directory with the task's files"""
+
+    problem_type: Optional[Literal["regression", "single_label_classification", "multi_label_classification"]] = None
+    """what the labels are, where the task does not say"""
+
+    max_train_samples: Optional[int] = None
+    """train on the first so many rows only"""
+
+    max_eval_samples: Optional[int] = None
+    """evaluate on the first so many rows only"""
+
+    dataloader_num_workers: int = 0
+    """processes that prepare batches; 0 prepares them in the training process"""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "max_train_samples", "max_eval_samples")
+        at_least(self, 0, "dataloader_num_workers")
+
+
+@dataclass
+class TrainingOptions:
+    """The run."""
+
+    output_dir: Optional[Path] = None
+    """where the model, its card and the results go; without it a new directory runs/TASK-MODE-TIME"""
+
+    overwrite_output_dir: bool = False
+    """write into --output-dir although it holds something"""
+
+    per_device_train_batch_size: int = 32
+    """sequences in a micro-batch"""
+
+    per_device_eval_batch_size: int = 32
+    """sequences in an evaluation batch"""
+
+    gradient_accumulation_steps: int = 1
+    """micro-batches in a step"""
+
+    num_train_epochs: float = 3.0
+    """passes over the training rows"""
+
+    max_steps: int = -1
+    """steps in all, instead of --num-train-epochs; -1 leaves it to the epochs"""
+
+    eval_strategy: Literal["no", "steps", "epoch"] = "no"
+    """when to evaluate besides at the end"""
+
+    eval_steps: Optional[int] = None
+    """steps between evaluations with --eval-strategy steps; without it --logging-steps"""
+
+    save_steps: Optional[int] = None
+    """steps between checkpoints in --output-dir and on the cloud, of which a run that was broken off goes on; without
+    it, or with 0, one is saved on SIGTERM only"""
+
+    save_total_limit: Optional[int] = None
+    """checkpoints that are kept, the newest; without it all are"""
+
+    resume_from_checkpoint: Optional[str] = field(default=None, metadata={"alone": NEWEST})
+    """go on from this directory; without one, from the newest checkpoint in --output-dir, or from the beginning while
+    there is none"""
+
+    seed: int = 42
+    """draws new weights, the order of the rows and dropout"""
+
+    device: str = "auto"
+    """where the edge's half runs: cpu, cuda, cuda:N, or auto for CUDA where there is some"""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+        at_least(self, 1, "eval_steps", "save_total_limit")
+        at_least(self, 0, "save_steps")
+        above_zero(self, "num_train_epochs")
+        if self.max_steps != -1 and self.max_steps < 1:
+            raise UsageError(f"--max-steps must be 1 or more, or -1 to count epochs, not {self.max_steps}")
+        if self.eval_steps is not None and self.eval_strategy != "steps":
+            raise UsageError("--eval-steps needs --eval-strategy steps")
+        if not 0 <= self.seed < 2**63:
+            raise UsageError(f"--seed must be 0 or more and below 2^63, not {self.seed}")
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise UsageError(f"--device must be auto, cpu, cuda or cuda:N, not {self.device!r}")
+        resumes = self.resume_from_checkpoint
+        if resumes == NEWEST and self.output_dir is None:
+            raise UsageError("--resume-from-checkpoint needs --output-dir, or the directory of a checkpoint")
+        if resumes not in (None, NEWEST) and self.output_dir is None:
+            self.output_dir = Path(str(resumes)).resolve().parent
+        if self.output_dir is not None:
+            check_output_dir(self.output_dir, self.overwrite_output_dir or resumes is not None)
+
+
+@dataclass
+class LoggingOptions:
+    """What is told during the run."""
+
+    logging_steps: int = 50
+    """steps between lines of the log history"""
+
+    report_to: Literal["none", "tensorboard"] = "none"
+    """who gets the log history besides trainer_state.json"""
+
+    logging_dir: Optional[Path] = None
+    """directory of TensorBoard's files; without it OUTPUT_DIR/runs"""
+
+    disable_tqdm: bool = False
+    """plain lines instead of a progress bar, as when stderr is not a terminal"""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "logging_steps")
+
+
+TRAIN_OPTIONS = (
+    ModelOptions,
+    CutOptions,
+    DataOptions,
+    TrainingOptions,
+    OptimizerOptions,
+    LoraOptions,
+    LoggingOptions,
+    LinkOptions,
+)
+"""What `sft-edge train` takes, in the order of its help."""
+
+
+def check_together(cutting: CutOptions, linking: LinkOptions) -> None:
+    """Raises UsageError where options of the link would do nothing, as there is none."""
+    if cutting.mode != "local":
+        return
+    if linking.server is not None:
+        raise UsageError(f"--server {linking.server} needs --mode sft or sl: one process has no cloud")
+    if linking.labels == "local":
+        raise UsageError("--labels local needs --mode sft or sl: in one process labels are local as it is")
+
+
+def check_output_dir(output_dir: Path, overwrite: bool) -> None:
+    """Raises UsageError where a run, hours later, could not write its results or would mix them with others."""
+    if output_dir.is_dir() and any(output_dir.iterdir()) and not overwrite:
+        raise UsageError(
+            f"--output-dir {output_dir} is not empty; name another, or add --overwrite-output-dir, or "
+            "--resume-from-checkpoint to go on where a run was broken off"
+        )
+    existing = output_dir
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        raise UsageError(f"--output-dir {output_dir}: {existing} is not a directory")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UsageError(f"--output-dir {output_dir}: no permission to write in {existing}")

@@ -1,0 +1,123 @@
+"""A script's optimizer: which of its parameters goes to which side, and with which settings."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, Dict, Iterable, List, Mapping, Sequence, Set
+
+import torch
+from torch import Tensor, nn
+
+from sft.errors import UsageError
+from sft.optim.spec import GroupSpec, OptimizerSpec, make_optimizer
+from sft_edge.script.cut_model import CutModel
+
+_HOW_IT_COMPUTES = ("foreach", "fused", "capturable", "differentiable")  # each side for itself
+
+
+class ScriptGroups:
+    """The parameter groups of an optimizer over a model that is not cut yet, by names in the whole model."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+        """Raises UsageError when it is not one of torch.optim's, not fresh, or holds parameters of something else."""
+        _check(optimizer)
+        self._optimizer = optimizer
+        self._names = _names(optimizer, model)
+        named = model.named_parameters(remove_duplicate=False)
+        self._frozen = [name for name, parameter in named if not parameter.requires_grad]
+
+    def spec(self, cut_model: CutModel) -> OptimizerSpec:
+        """The optimizer for the cloud's half; what the script does not train is in none of its groups.
+
+        Raises UsageError when the optimizer cannot be had on the cloud.
+        """
+        self._names = [self._in_whole(names, cut_model) for names in self._names]
+        frozen = set(self._in_whole(self._frozen, cut_model)).difference(cut_model.trained_factors)
+        held = {name for names in self._names for name in names}
+        training = next((names for names in self._names if not frozen.issuperset(names)), self._names[0])
+        training += [name for name in cut_model.trained_factors if name not in held]
+        trained = set(cut_model.cloud_names).difference(frozen)
+        groups = [
+            GroupSpec([name for name in names if name in trained], arguments)
+            for names, arguments in zip(self._names, arguments_of(self._optimizer))
+        ]
+        spec = OptimizerSpec(type(self._optimizer).__name__, groups)
+        make_optimizer(spec.restricted_to([]), {})  # better here than on the cloud
+        return spec
+
+    def swap(self, parameters: Mapping[str, nn.Parameter], extra: nn.Parameter) -> None:
+        """Puts the edge's half in the place of all parameters, group by group, and `extra` into the first group."""
+        optimizer = self._optimizer
+        for group, names in zip(optimizer.param_groups, self._names):
+            group["params"] = [parameters[name] for name in names if name in parameters]
+        if optimizer.state:  # Adagrad and others begin with one
+            arguments = arguments_of(optimizer)
+            make: Any = type(optimizer)
+            groups = [{"params": g["params"], **own} for g, own in zip(optimizer.param_groups, arguments)]
+            optimizer.state.clear()
+            optimizer.state.update(make(groups, **arguments[0]).state)
+        optimizer.param_groups[0]["params"].append(extra)
+
+    @staticmethod
+    def _in_whole(names: Iterable[str], cut_model: CutModel) -> List[str]:
+        return _with_factors(map(cut_model.whole_name, names), cut_model.factor_names)
+
+
+def arguments_of(optimizer: torch.optim.Optimizer) -> List[Dict[str, Any]]:
+    """For every group, the arguments of the optimizer's constructor that both sides have to agree on."""
+    known = set(inspect.signature(type(optimizer).__init__).parameters) & set(optimizer.defaults)
+    known -= set(_HOW_IT_COMPUTES)
+    return [
+        {name: _plain(group[name]) for name in sorted(known) if group.get(name) is not None}
+        for group in optimizer.param_groups
+    ]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):  # a learning rate may be one
+        return float(value)
+    if isinstance(value, (tuple, list)):
+        return tuple(_plain(one) for one in value)
+    return value
+
+
+def _names(optimizer: torch.optim.Optimizer, model: nn.Module) -> List[List[str]]:
+    """The names of each group's parameters; one that is tied has several."""
+    names_of: Dict[int, List[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names_of.setdefault(id(parameter), []).append(name)
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    foreign = sum(id(parameter) not in names_of for parameter in held)
+    if foreign:
+        raise UsageError(
+            f"{foreign} of the optimizer's {len(held)} parameters are not the model's; make the optimizer from "
+            "model.parameters()"
+        )
+    return [
+        [name for parameter in group["params"] for name in names_of[id(parameter)]] for group in optimizer.param_groups
+    ]
+
+
+def _with_factors(names: Iterable[str], factor_names: Mapping[str, Sequence[str]]) -> List[str]:
+    replaced: List[str] = []
+    seen: Set[str] = set()
+    for name in names:
+        for one in factor_names.get(name, (name,)):
+            if one not in seen:
+                replaced.append(one)
+                seen.add(one)
+    return replaced
+
+
+def _check(optimizer: torch.optim.Optimizer) -> None:
+    kind = type(optimizer)
+    if getattr(torch.optim, kind.__name__, None) is not kind:
+        raise UsageError(f"the cloud makes an optimizer of the same class, which has to be torch.optim's: not {kind}")
+    if any(has_stepped(state) for state in optimizer.state.values()):
+        raise UsageError("the optimizer has taken steps already; wrap a fresh one, and load a state_dict afterwards")
+
+
+def has_stepped(state: Mapping[str, Any]) -> bool:
+    """Whether an optimizer's state of one parameter is from after a step."""
+    # Adagrad and others begin with a state, at step 0.
+    return float(state["step"]) > 0 if "step" in state else any(value is not None for value in state.values())

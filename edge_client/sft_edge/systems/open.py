@@ -1,0 +1,128 @@
+"""From options to a system ready to train: one of the three, with its optimizer, and a cloud where it needs one."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Callable, Iterator, Optional, Sequence
+
+import torch
+
+from sft.batch import Batch
+from sft.errors import UsageError
+from sft.models import Cut, build_whole
+from sft.models.lora import add_lora
+from sft.models.weights import factor_tensors, fill, pretrained_tensors
+from sft.optim.spec import OptimizerSpec, decay_groups, make_optimizer
+from sft.v1 import split_training_pb2 as pb
+from sft_edge.checkpoints.directory import EdgeCheckpoint
+from sft_edge.link.grpc_transport import transport_of
+from sft_edge.link.retries import patience_of
+from sft_edge.model_files.source import Source
+from sft_edge.options.link import LinkOptions
+from sft_edge.options.lora import LoraOptions
+from sft_edge.options.optimizer import OptimizerOptions
+from sft_edge.options.train import CutOptions, TrainingOptions
+from sft_edge.systems.cloud_process import CloudProcess
+from sft_edge.systems.local import LocalSystem
+from sft_edge.systems.lora import half_lora, whole_lora
+from sft_edge.systems.split import open_split_system
+from sft_edge.systems.system import System
+
+_NO_LORA = LoraOptions()
+
+
+def cut_of(options: CutOptions) -> Optional[Cut]:
+    """The cut that the options mean; None where the model stays in one piece."""
+    if not options.is_cut:
+        return None
+    mode = "sl" if options.mode == "sl" else "sft"
+    rank = options.split_rank if mode == "sft" else 0
+    return Cut(mode, int(options.split_layer or 0), rank, options.residual)
+
+
+def device_of(name: str) -> torch.device:
+    """The device that `--device` means. Raises UsageError when it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+@contextmanager
+def open_system(
+    source: Source,
+    head: str,
+    cutting: CutOptions,
+    training: TrainingOptions,
+    optimizing: OptimizerOptions,
+    linking: LinkOptions,
+    adapting: LoraOptions = _NO_LORA,
+    calibration: Sequence[Batch] = (),
+    on_status: Callable[[str], None] = lambda text: None,
+    run_id: str = "",
+    resumes_from: Sequence[EdgeCheckpoint] = (),
+    checkpoint_store: Optional[Path] = None,
+) -> Iterator[System]:
+    """The system for the block; the session, and a cloud that was started for it, end with the block.
+
+    `calibration`: what a low-rank residual is fitted to; `on_status` is told what a broken link is waiting for;
+    `run_id`: whose checkpoints are saved, if any are; `resumes_from`: those of which it may go on, see
+    `open_split_system`; `checkpoint_store`: where a cloud that is started for it keeps its halves.
+
+    Raises what building, connecting and opening a session raise: CutError, CheckpointError, UsageError, LinkError.
+    """
+    if cutting.freeze_edge and adapting.on_edge:
+        raise UsageError("--freeze-edge trains nothing of the edge's half: leave it out, or add --lora-half cloud")
+    cut, device = cut_of(cutting), device_of(training.device)
+    whole = build_whole(source.config, head, cut)
+    if cutting.mode == "local":
+        adapters = whole_lora(adapting, whole)
+        # What goes on from a checkpoint takes all values from there.
+        tensors = [] if resumes_from else pretrained_tensors(whole, source.checkpoint)
+        if cut is not None and not resumes_from:
+            for factors in factor_tensors(source.config, head, cut, source.checkpoint, training.seed, calibration):
+                tensors += factors
+        fill(whole, tensors, training.seed, device)
+        if adapters is not None:
+            add_lora(whole, adapters, training.seed)
+        spec = OptimizerSpec(optimizing.optim, decay_groups(whole, optimizing.arguments()))
+        yield LocalSystem(whole, make_optimizer(spec, whole.whole_parameters()), training.seed)
+        return
+    assert cut is not None  # every other mode is cut
+    lora = half_lora(adapting, whole, source.config, cut, training.seed)
+    spec = OptimizerSpec(optimizing.optim, decay_groups(whole, optimizing.arguments()))
+    with _server(linking, checkpoint_store) as address:
+        transport = transport_of(address, linking)
+        system = open_split_system(
+            source,
+            head,
+            cut,
+            spec,
+            training.seed,
+            cutting.wire_dtype,
+            device,
+            transport,
+            patience_of(linking),
+            on_status,
+            labels=linking.labels,
+            freeze_edge=cutting.freeze_edge,
+            calibration=calibration,
+            lora=lora,
+            run_id=run_id,
+            resume_from=[pb.CheckpointId(step=c.step, sha256=c.manifest.other_half or "") for c in resumes_from],
+        )
+        with system.link:
+            yield system
+
+
+@contextmanager
+def _server(linking: LinkOptions, checkpoint_store: Optional[Path]) -> Iterator[str]:
+    if linking.server is not None:
+        yield linking.server
+        return
+    store = [] if checkpoint_store is None else ["--checkpoint-store", str(checkpoint_store)]
+    with CloudProcess(store) as cloud:
+        yield cloud.address

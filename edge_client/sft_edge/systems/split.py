@@ -1,0 +1,267 @@
+"""Algorithm 1 on the edge: net_1 here, net_2 behind a link."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from typing import Callable, Deque, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor, nn
+
+from sft.batch import Batch
+from sft.errors import ProtocolError
+from sft.models import Cut, Net1, build_net_1, build_net_2
+from sft.models.lora import add_lora, lora_to_json, merged_tensors
+from sft.models.losses import head_loss
+from sft.models.weights import factor_tensors, fill, pretrained_tensors
+from sft.optim.gradients import scale_gradients, squared_gradient_norm
+from sft.optim.spec import OptimizerSpec, make_optimizer
+from sft.models.seeding import seeded
+from sft.tensors.stream import Shard, StoredTensor, safetensors_chunks
+from sft.v1 import split_training_pb2 as pb
+from sft.wire.codec.elements import DATA_TYPES, decode_tensor
+from sft.wire.codec.messages import decode_logits, encode_activation, encode_labels, encode_logits, outputs_of
+from sft.wire.codec.packing import unpack
+from sft.wire.ledger import Ledger, Traffic, plain_split_bytes
+from sft_edge.link.link import Blob, Link, PendingReply
+from sft_edge.link.request import offer, session_request
+from sft_edge.link.retries import Patience
+from sft_edge.link.transport import Transport
+from sft_edge.model_files.source import Source
+from sft_edge.systems.lora import NO_LORA, HalfLora
+from sft_edge.systems.system import StepTimer, System
+
+_EVALUATIONS_AHEAD = 2
+"""While the cloud works on one evaluation batch, the edge makes the next."""
+
+
+class SplitSystem(System):
+    """`sft` or `sl`: see `open_split_system`."""
+
+    def __init__(
+        self,
+        net_1: Net1,
+        optimizer: torch.optim.Optimizer,
+        link: Link,
+        cloud_names: Sequence[str],
+        seed: int,
+        wire_dtype: str,
+        labels: str = "cloud",
+        first_step: int = 0,
+    ) -> None:
+        """`net_1` filled, `link` open; `cloud_names` are net_2's parameters, under whole-model names.
+
+        `labels`: `cloud` where they travel with the activation, `local` where they stay here. Without a parameter of
+        net_1 that is trained there is no backward pass here. `first_step` is the cloud's next.
+        """
+        self.net_1 = net_1
+        self.optimizer = optimizer
+        self.link = link
+        self.ledger = Ledger()
+        self._cloud_names = sorted(cloud_names)
+        self._seed = seed
+        self._data_type = DATA_TYPES[wire_dtype]
+        self._first_step = first_step
+        self._labels_stay = labels == "local"
+        self._frozen = not any(parameter.requires_grad for parameter in net_1.parameters())
+        self._model_width = int(net_1.model.config.hidden_size)
+        self._step = StepTimer()
+        self._traffic = Traffic()
+        self._plain_bytes = 0
+        self._cloud_squared_norm = 0.0
+
+    def forward_backward(self, batch: Batch, step: int, micro_batch: int, loss_scale: float) -> float:
+        """Algorithm 1, lines 6 to 12."""
+        self.net_1.train()
+        with self._step.phase("edge_forward"):
+            with seeded(self.net_1.device, self._seed, "net_1", step, micro_batch), torch.set_grad_enabled(
+                not self._frozen
+            ):
+                a_BSR = self.net_1(batch.inputs, batch.lengths)
+            activation = encode_activation(a_BSR, batch.lengths, self._data_type)
+        through = self._loss_here if self._labels_stay else self._loss_there
+        loss, result = through(activation, batch, step, micro_batch, loss_scale)
+        if not self._frozen:
+            with self._step.phase("edge_backward"):
+                gradient_TR = decode_tensor(result.packed_gradient, self.net_1.device)
+                if gradient_TR.shape != tuple(activation.packed.shape):
+                    raise ProtocolError(f"the cloud sent a gradient of shape {list(gradient_TR.shape)}")
+                a_BSR.backward(unpack(gradient_TR, batch.lengths, a_BSR.shape[1]))
+        self._step.samples += len(batch.lengths)
+        self._plain_bytes += plain_split_bytes(len(batch.lengths), a_BSR.shape[1], self._model_width)
+        self._cloud_squared_norm = result.squared_gradient_norm
+        return loss
+
+    def _loss_there(
+        self, activation: pb.Activation, batch: Batch, step: int, micro_batch: int, loss_scale: float
+    ) -> Tuple[float, pb.Result]:
+        """Labels travel with the activation: one round trip."""
+        labels = encode_labels(batch.labels, batch.lengths)
+        pending = self.link.forward(step, micro_batch, activation, labels, loss_scale, frozen_edge=self._frozen)
+        result = self._answer(pending).result
+        return result.loss, result
+
+    def _loss_here(
+        self, activation: pb.Activation, batch: Batch, step: int, micro_batch: int, loss_scale: float
+    ) -> Tuple[float, pb.Result]:
+        """Labels stay: logits come, their gradient goes."""
+        pending = self.link.forward(step, micro_batch, activation, None, 0.0, frozen_edge=self._frozen)
+        outputs = self._answer(pending).outputs
+        with self._step.phase("edge_backward"):
+            logits = self._decode_logits(outputs.logits, batch.lengths, activation.padded_length, self.net_1.device)
+            logits.requires_grad_()
+            labels = {name: y.to(logits.device) for name, y in batch.labels.items()}
+            config, head = self.net_1.model.config, self.net_1.head
+            loss = head_loss(head, config.problem_type, logits, labels, batch.lengths)
+            (gradient,) = torch.autograd.grad(loss * loss_scale, logits)
+            message = encode_logits(gradient, batch.lengths, head, self._data_type)
+        return float(loss.item()), self._answer(self.link.backward(step, micro_batch, message)).result
+
+    def _answer(self, pending: PendingReply) -> pb.CloudMessage:
+        """Waits, and notes what it took."""
+        reply = pending.result()
+        self._step.add("cloud", reply.cloud_seconds)
+        self._step.add("uplink_wait", max(reply.waited_seconds - reply.cloud_seconds, 0.0))
+        self._traffic = self._traffic + reply.traffic
+        return reply.message
+
+    def _decode_logits(
+        self, message: pb.Tensor, lengths: Sequence[int], padded_length: int, device: torch.device
+    ) -> Tensor:
+        columns = outputs_of(self.net_1.model.config, self.net_1.head)
+        return decode_logits(message, lengths, padded_length, columns, self.net_1.head, device)
+
+    def undo(self) -> None:
+        """See System."""
+        super().undo()
+        self._step.samples = self._plain_bytes = 0  # counted again when the step is begun anew
+
+    def gradient_norm(self) -> float:
+        return math.sqrt(squared_gradient_norm(self.net_1.parameters()) + self._cloud_squared_norm)
+
+    def update(self, step: int, clip_scale: float) -> None:
+        """Algorithm 1, lines 13 and 14."""
+        with self._step.phase("edge_backward"):
+            rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+            scale_gradients(self.net_1.parameters(), clip_scale)
+            self.optimizer.step()  # before the commit: if it raises, neither half takes the step
+            self.optimizer.zero_grad(set_to_none=True)
+            self.link.commit(step, rates, clip_scale)
+        self.ledger.add(self._step.record(step, self._traffic, self._plain_bytes))
+        self._traffic, self._plain_bytes = Traffic(), 0
+
+    def logits(self, batches: Iterable[Batch], step: int) -> Iterator[Tensor]:
+        self.net_1.eval()
+        commit = self.link.flush()  # what is evaluated is the model after its last step
+        if commit is not None:
+            self.ledger.add_evaluation(commit.traffic, samples=0)
+        on_their_way: Deque[Tuple[Batch, int, PendingReply]] = deque()
+        for index, batch in enumerate(batches):
+            with torch.no_grad():
+                a_BSR = self.net_1(batch.inputs, batch.lengths)
+            activation = encode_activation(a_BSR, batch.lengths, self._data_type)
+            on_their_way.append((batch, a_BSR.shape[1], self.link.evaluate(step, index, activation)))
+            if len(on_their_way) > _EVALUATIONS_AHEAD:
+                yield self._evaluated(*on_their_way.popleft())
+        while on_their_way:
+            yield self._evaluated(*on_their_way.popleft())
+
+    def own_parameters(self) -> Dict[str, nn.Parameter]:
+        return self.net_1.whole_parameters()
+
+    @property
+    def first_step(self) -> int:
+        return self._first_step
+
+    @property
+    def stopping(self) -> bool:
+        return self.link.stopping
+
+    def give_up_waiting(self) -> None:
+        self.link.give_up_waiting()
+
+    def save_other_half(self) -> Optional[str]:
+        return self.link.save_checkpoint().id.sha256
+
+    def keep_checkpoints(self, steps: Sequence[int]) -> None:
+        self.link.keep_checkpoints(steps)
+
+    def shards(self) -> List[Shard]:
+        here = merged_tensors(self.net_1)
+        return [
+            Shard([tensor.name for tensor in here], safetensors_chunks(here)),
+            Shard(self._cloud_names, self.link.weights()),
+        ]
+
+    def _evaluated(self, batch: Batch, padded_length: int, pending: PendingReply) -> Tensor:
+        reply = pending.result()
+        self.ledger.add_evaluation(reply.traffic, len(batch.lengths))
+        return self._decode_logits(reply.message.evaluation.logits, batch.lengths, padded_length, torch.device("cpu"))
+
+
+def open_split_system(
+    source: Source,
+    head: str,
+    cut: Cut,
+    optimizer_spec: OptimizerSpec,
+    seed: int,
+    wire_dtype: str,
+    device: torch.device,
+    transport: Transport,
+    patience: Patience = Patience(),  # noqa: B008  # a tuple
+    on_status: Callable[[str], None] = lambda text: None,
+    *,
+    labels: str = "cloud",
+    freeze_edge: bool = False,
+    calibration: Sequence[Batch] = (),
+    lora: HalfLora = NO_LORA,
+    run_id: str = "",
+    resume_from: Sequence[pb.CheckpointId] = (),
+) -> SplitSystem:
+    """Algorithm 1, lines 1 to 3: cuts the model, fills net_1, and opens a session in which the cloud fills net_2.
+
+    The edge never holds net_2: what the cloud lacks of it is copied from the checkpoint one tensor at a time. `labels`
+    as SplitSystem has it; `freeze_edge`: net_1 is not trained; `calibration`: what a low-rank residual is fitted to;
+    `lora`: the adapters of the halves, whose parameters `optimizer_spec` names; `run_id`: whose checkpoints are saved,
+    if any are. With `resume_from` the cloud goes on from one of these, and net_1 has memory, but no values of any
+    worth: the caller loads those of the step that the cloud has got to.
+
+    Raises CutError, CheckpointError, UsageError, and what opening a link raises.
+    """
+    config, checkpoint = source.config, source.checkpoint
+    net_1, net_2 = build_net_1(config, head, cut), build_net_2(config, head, cut)
+    if freeze_edge:
+        net_1.requires_grad_(False)
+    for_edge: List[StoredTensor] = []
+    for_cloud: List[StoredTensor] = []
+    blobs: Dict[str, Blob] = {}
+    weights_sha256 = ""
+    if not resume_from:
+        for_edge, for_cloud = factor_tensors(config, head, cut, checkpoint, seed, calibration)
+        for_edge += pretrained_tensors(net_1, checkpoint)
+        weights_sha256 = offer(pretrained_tensors(net_2, checkpoint), blobs)
+    fill(net_1, for_edge, seed, device)
+    if lora.edge is not None:
+        add_lora(net_1, lora.edge, seed)
+    trained_here = [name for name, parameter in net_1.whole_parameters().items() if parameter.requires_grad]
+    optimizer = make_optimizer(optimizer_spec.restricted_to(trained_here), net_1.whole_parameters())
+    cloud_names = sorted(set(net_2.whole_names.values()).difference(net_1.whole_names.values()))
+    if lora.cloud is not None:
+        add_lora(net_2, lora.cloud, seed)  # for the names of what is trained there
+    request = session_request(
+        source,
+        head,
+        cut,
+        optimizer_spec.restricted_to(net_2.whole_names.values()),
+        seed,
+        wire_dtype,
+        weights_sha256,
+        factors_sha256=offer(for_cloud, blobs),
+        lora_json="" if lora.cloud is None else lora_to_json(lora.cloud),
+        run_id=run_id,
+        resume_from=resume_from,
+    )
+    link = Link(transport, request, blobs, patience, on_status)
+    next_step = link.open().next_step
+    return SplitSystem(net_1, optimizer, link, cloud_names, seed, wire_dtype, labels, next_step)

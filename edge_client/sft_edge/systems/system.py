@@ -1,0 +1,114 @@
+"""What the training loop trains: one of the paper's three systems, behind one interface.
+
+`local` trains the model in one process, `sl` is plain split learning, `sft` is split fine-tuning. The loop, the data,
+the schedule and the evaluation are the same for all three.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from typing import Dict, Iterable, Iterator, List, Optional, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from sft.batch import Batch
+from sft.tensors.stream import Shard
+from sft.wire.ledger import NO_TRAFFIC, PHASES, Ledger, StepRecord, Traffic
+
+
+class System(ABC):
+    """A model with its optimizer, wherever its parts are.
+
+    A step is one or more micro-batches of `forward_backward`, then `gradient_norm` if wanted, then `update`.
+    """
+
+    optimizer: torch.optim.Optimizer
+    """The edge's; learning-rate schedulers act on it, and what they set holds on both sides."""
+
+    ledger: Ledger
+    """Bytes and seconds of every step."""
+
+    @abstractmethod
+    def forward_backward(self, batch: Batch, step: int, micro_batch: int, loss_scale: float) -> float:
+        """Adds the gradients of `loss_scale` times the batch's mean loss, on both halves; returns the loss unscaled."""
+
+    @abstractmethod
+    def gradient_norm(self) -> float:
+        """The norm of the gradients added so far, over both halves."""
+
+    @abstractmethod
+    def update(self, step: int, clip_scale: float) -> None:
+        """Multiplies all gradients by `clip_scale`, takes the step on both halves, and forgets the gradients."""
+
+    def undo(self) -> None:
+        """Forgets the gradients of a step that the cloud has undone for want of memory: it may be begun anew."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    @abstractmethod
+    def logits(self, batches: Iterable[Batch], step: int) -> Iterator[Tensor]:
+        """For every batch in order: (B, C), or (B, S, 2) for question answering. No dropout, no gradient."""
+
+    @abstractmethod
+    def own_parameters(self) -> Dict[str, nn.Parameter]:
+        """All that are in this process, by names in the whole model: what a checkpoint holds of this side."""
+
+    @property
+    def first_step(self) -> int:
+        """The step that the other side has got to when the system was opened; 0 in a new run, and in one process."""
+        return 0
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the other side is about to end, and waits for a checkpoint."""
+        return False
+
+    def give_up_waiting(self) -> None:
+        """The run is to stop: where the other side cannot be reached, it is not waited for. For signal handlers."""
+        return
+
+    def save_other_half(self) -> Optional[str]:
+        """Has the cloud save its half; gives the hash of its manifest, None in one process. Raises StorageError."""
+        return None
+
+    def keep_checkpoints(self, steps: Sequence[int]) -> None:
+        """Tells the cloud which steps are left; it deletes the others. Raises nothing for old ones that stay."""
+        del steps
+
+    @abstractmethod
+    def shards(self) -> List[Shard]:
+        """All parameters as they are now, adapters merged: what is here, and what is on the cloud."""
+
+
+class StepTimer:
+    """Adds up a step's seconds by phase until it is recorded."""
+
+    def __init__(self) -> None:
+        self.samples = 0
+        self._seconds = dict.fromkeys(PHASES, 0.0)
+
+    def phase(self, name: str) -> _Phase:
+        """A block whose seconds count for a phase of `sft.wire.ledger.PHASES`."""
+        return _Phase(self, name)
+
+    def add(self, name: str, seconds: float) -> None:
+        """Seconds that were measured elsewhere."""
+        self._seconds[name] += seconds
+
+    def record(self, step: int, traffic: Traffic = NO_TRAFFIC, plain_bytes: int = 0) -> StepRecord:
+        """The step's record; what follows counts for the next."""
+        record = StepRecord(step, self.samples, traffic, plain_bytes, **self._seconds)
+        self.samples, self._seconds = 0, dict.fromkeys(PHASES, 0.0)
+        return record
+
+
+class _Phase:
+    def __init__(self, timer: StepTimer, name: str) -> None:
+        self._timer, self._name = timer, name
+
+    def __enter__(self) -> None:
+        self._began = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.add(self._name, time.perf_counter() - self._began)

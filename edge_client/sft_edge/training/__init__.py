@@ -1,0 +1,1 @@
+"""An ordinary PyTorch loop, its judging and its telling."""

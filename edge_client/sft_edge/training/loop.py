@@ -1,0 +1,256 @@
+"""The training loop: an ordinary PyTorch loop over a system, whichever of the three it is."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import asdict
+from itertools import count, islice
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Sized, Tuple
+
+import torch
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler
+
+from sft.batch import Batch
+from sft.errors import CloudMemoryError, NonFiniteLossError
+from sft.models.seeding import derive_seed
+from sft_edge.options.optimizer import OptimizerOptions
+from sft_edge.options.train import TrainingOptions
+from sft_edge.signals import interrupts_deferred, note_termination_in_worker
+from sft_edge.systems.system import System
+from sft_edge.tasks import Feature, Task
+from sft_edge.training.progress import Progress
+from sft_edge.training.report import TrainerState
+
+_MEMORY_TRIES = 3
+"""How often a step is begun that the cloud has no memory for."""
+
+Evaluate = Callable[[int], Dict[str, float]]
+"""Takes the number of steps done, gives `eval_*` figures."""
+
+
+class TrainingLoop:
+    """Takes the steps of a run and keeps its history."""
+
+    def __init__(
+        self,
+        system: System,
+        task: Task,
+        features: List[Feature],
+        training: TrainingOptions,
+        optimizing: OptimizerOptions,
+        logging_steps: int,
+        num_workers: int,
+        progress: Progress,
+        evaluate: Optional[Evaluate] = None,
+        report: Optional[Callable[[int, Dict[str, Any]], None]] = None,
+        after_step: Callable[[TrainingLoop], None] = lambda loop: None,
+    ) -> None:
+        """`evaluate` runs as `training.eval_strategy` says; `report` gets every entry of the history and its step.
+
+        `after_step` is called when all of a step has been noted, but the evaluation of an epoch that ends with it: then
+        `saved_state` is that of a run which goes on from there.
+        """
+        self.system = system
+        self.main_metric = f"eval_{task.main_metric}"
+        self.seconds = 0.0
+        """Of training, waiting for data included, evaluation left out."""
+        self._since = time.perf_counter()
+        self._order = torch.Generator()
+        self._rows = _Rows(features, training.per_device_train_batch_size, self._order)
+        self._loader: DataLoader[Any] = DataLoader(
+            features,  # type: ignore[arg-type]  # a list is a map-style dataset
+            batch_sampler=self._rows,
+            generator=self._order,
+            collate_fn=task.collate,
+            num_workers=num_workers,
+            worker_init_fn=note_termination_in_worker,
+        )
+        self._training = training
+        self._max_grad_norm = optimizing.max_grad_norm
+        self._progress = progress
+        self._evaluate = evaluate
+        self._report = report
+        self._after = after_step
+        self._steps_per_epoch = math.ceil(len(self._loader) / training.gradient_accumulation_steps)
+        by_epochs = math.ceil(training.num_train_epochs * self._steps_per_epoch)
+        max_steps = training.max_steps if training.max_steps > 0 else by_epochs
+        self.state = TrainerState(
+            max_steps=max_steps,
+            num_train_epochs=max_steps / self._steps_per_epoch,
+            train_batch_size=training.per_device_train_batch_size,
+            logging_steps=logging_steps,
+        )
+        self._scheduler = optimizing.scheduler(system.optimizer, max_steps)
+        self._losses = _Mean()
+        self._all_losses = _Mean()
+
+    @property
+    def train_loss(self) -> float:
+        """Mean over the steps taken."""
+        return self._all_losses.value
+
+    def run(self) -> None:
+        """Takes every step that is left. Raises NonFiniteLossError, before the step in question is taken."""
+        self._progress.start(self.state.max_steps, self.state.global_step)
+        self._since = time.perf_counter()
+        if self.state.global_step == self.state.max_steps:
+            return
+        first_epoch, done = self._position()
+        for epoch in count(first_epoch):
+            self._order.manual_seed(derive_seed(self._training.seed, "order", epoch))
+            self._rows.skip, done = done * self._training.gradient_accumulation_steps, 0
+            for group in _groups(self._loader, self._training.gradient_accumulation_steps):
+                self._step(group)
+                if self.state.global_step == self.state.max_steps:
+                    return
+            if self._training.eval_strategy == "epoch":
+                self.evaluate()
+
+    def saved_state(self) -> Dict[str, Any]:
+        """What `load_state` takes: numbers and text, which JSON holds as they are (NaN as Python writes it)."""
+        return {
+            "trainer_state": asdict(self.state),
+            "scheduler": self._scheduler.state_dict(),
+            "losses": self._losses.saved_state(),
+            "all_losses": self._all_losses.saved_state(),
+            "seconds": self.seconds,
+        }
+
+    def load_state(self, saved: Mapping[str, Any]) -> None:
+        """Goes on where a loop over the same rows was. The optimizer's own state is loaded after this."""
+        for name in ("global_step", "epoch", "best_metric", "log_history"):
+            setattr(self.state, name, saved["trainer_state"][name])
+        self._scheduler.load_state_dict(saved["scheduler"])
+        self._losses, self._all_losses = _Mean(*saved["losses"]), _Mean(*saved["all_losses"])
+        self.seconds = saved["seconds"]
+
+    def evaluate(self) -> Dict[str, float]:
+        """Evaluates the model as it is now, and notes the result in the history."""
+        if self._evaluate is None:
+            return {}
+        self._progress.status("evaluating")
+        results = self._evaluate(self.state.global_step)
+        self._progress.status("")
+        if self.main_metric in results:
+            self.state.record_metric(results[self.main_metric])
+        self._log(dict(results))
+        self._since = time.perf_counter()
+        return results
+
+    def _step(self, group: List[Batch]) -> None:
+        """One step of Algorithm 1, lines 5 to 14, over the micro-batches of the group."""
+        step, sent = self.state.global_step, self.system.ledger.traffic
+        rate = float(self.system.optimizer.param_groups[0]["lr"])
+        losses = self._losses_of(group, step)
+        loss = sum(losses) / len(losses)
+        self._check_finite("loss", loss)
+        norm, scale = self.system.gradient_norm(), 1.0
+        self._check_finite("norm of the gradient", norm)
+        if self._max_grad_norm > 0:
+            scale = min(1.0, self._max_grad_norm / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
+        with interrupts_deferred():  # half a step could not be taken back
+            self.system.update(step, scale)
+            self._scheduler.step()
+            self.state.global_step += 1
+        now = time.perf_counter()
+        self.seconds, self._since = self.seconds + now - self._since, now
+        self.state.epoch = round(self.state.global_step / self._steps_per_epoch, 4)
+        self._losses.add(loss)
+        self._all_losses.add(loss)
+        traffic = self.system.ledger.traffic
+        wire_bytes = traffic.bytes_sent + traffic.bytes_received - sent.bytes_sent - sent.bytes_received
+        self._progress.step(self.state.global_step, loss, wire_bytes)
+        self._after_step(rate, norm)
+        self._after(self)
+        self._since = time.perf_counter()
+
+    def _position(self) -> Tuple[int, int]:
+        """The epoch that is being trained on and how many of its steps are done.
+
+        At the end of an epoch that is all of them: it is to be evaluated yet.
+        """
+        if not self.state.global_step:
+            return 0, 0
+        epoch, last = divmod(self.state.global_step - 1, self._steps_per_epoch)
+        return epoch, last + 1
+
+    def _losses_of(self, group: List[Batch], step: int) -> List[float]:
+        """Of each micro-batch. A step that the cloud had no memory for is begun anew, with the same bits: who took the
+        memory may have gone."""
+        tries_left = _MEMORY_TRIES
+        while True:
+            try:
+                return [
+                    self.system.forward_backward(batch, step, micro_batch, 1 / len(group))
+                    for micro_batch, batch in enumerate(group)
+                ]
+            except CloudMemoryError:
+                self.system.undo()
+                tries_left -= 1
+                if not tries_left:
+                    raise
+
+    def _after_step(self, rate: float, norm: float) -> None:
+        step, is_last = self.state.global_step, self.state.global_step == self.state.max_steps
+        if step % self.state.logging_steps == 0 or is_last:
+            self._log({"loss": self._losses.value, "learning_rate": rate, "grad_norm": norm}, quiet=True)
+            self._losses = _Mean()
+        every = self._training.eval_steps or self.state.logging_steps
+        if self._training.eval_strategy == "steps" and step % every == 0 and not is_last:
+            self.evaluate()
+
+    def _log(self, values: Dict[str, Any], quiet: bool = False) -> None:
+        entry = self.state.log(values)
+        if self._report is not None:
+            self._report(self.state.global_step, entry)
+        if not quiet:
+            self._progress.log(entry)
+
+    def _check_finite(self, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise NonFiniteLossError(
+                f"the {what} is {value} at step {self.state.global_step + 1}; "
+                "a lower --learning-rate or a longer warm-up may help"
+            )
+
+
+class _Rows(Sampler):  # type: ignore[type-arg]  # torch 2.1's does not say of what
+    """Which rows are in which batch: all of them once, in an order drawn from the generator.
+
+    Its length is that of a whole epoch. What is skipped is drawn, but nobody prepares it.
+    """
+
+    def __init__(self, features: Sized, batch_size: int, order: torch.Generator) -> None:
+        self.skip = 0
+        self._batches = BatchSampler(RandomSampler(features, generator=order), batch_size, drop_last=False)
+
+    def __iter__(self) -> Iterator[List[int]]:
+        return islice(iter(self._batches), self.skip, None)
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+
+class _Mean:
+    def __init__(self, total: float = 0.0, count: int = 0) -> None:
+        self._sum, self._count = total, count
+
+    def saved_state(self) -> List[float]:
+        return [self._sum, self._count]
+
+    def add(self, value: float) -> None:
+        self._sum, self._count = self._sum + value, self._count + 1
+
+    @property
+    def value(self) -> float:
+        return self._sum / self._count if self._count else math.nan
+
+
+def _groups(batches: Iterable[Batch], size: int) -> Iterator[List[Batch]]:
+    iterator = iter(batches)
+    while True:
+        group = list(islice(iterator, size))
+        if not group:
+            return
+        yield group

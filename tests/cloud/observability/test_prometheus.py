@@ -1,0 +1,147 @@
+"""What is counted, and what a scrape shows of it."""
+
+import socket
+import urllib.error
+import urllib.request
+
+import pytest
+import torch
+from prometheus_client.parser import text_string_to_metric_families
+
+from sft.errors import UsageError
+from sft.v1 import split_training_pb2 as pb
+from sft.version import __version__
+from sft_cloud.observability.metrics import Metrics
+from sft_cloud.observability.prometheus import MetricsPort, PrometheusMetrics
+
+CPU = torch.device("cpu")
+SIZES = 1000, 500
+"""Of a message and its answer."""
+
+
+@pytest.fixture
+def metrics():
+    return PrometheusMetrics(CPU)
+
+
+def value(metrics, name, **labels):
+    return metrics.registry.get_sample_value(f"sft_cloud_{name}", labels)
+
+
+def forward(step=0):
+    return pb.EdgeMessage(step=step, forward=pb.Forward(activation=pb.Activation(padded_length=3)))
+
+
+def test_answers_are_counted_for_each_tenant(metrics):
+    message, answer = forward(), pb.CloudMessage(result=pb.Result(loss=0.5))
+    metrics.answered("anna", message, answer, SIZES)
+    metrics.answered("anna", pb.EdgeMessage(step=0, commit=pb.Commit()), pb.CloudMessage(), SIZES, steps=1)
+    metrics.answered("ben", message, answer, SIZES)
+    assert value(metrics, "messages_total", tenant="anna", kind="forward") == 1
+    assert value(metrics, "messages_total", tenant="anna", kind="none") == 1
+    assert value(metrics, "steps_total", tenant="anna") == 1
+    assert value(metrics, "steps_total", tenant="ben") == 0
+    assert value(metrics, "received_bytes_total", tenant="ben") == SIZES[0]
+    assert value(metrics, "sent_bytes_total", tenant="ben") == SIZES[1]
+
+
+def test_what_is_answered_from_memory_was_done_once(metrics):
+    saved = pb.CloudMessage(checkpoint_saved=pb.CheckpointSaved(total_bytes=100))
+    message = pb.EdgeMessage(save_checkpoint=pb.SaveCheckpoint())
+    metrics.answered("anna", message, saved, SIZES)
+    metrics.answered("anna", message, saved, SIZES, repeated=True)
+    assert value(metrics, "checkpoints_total", tenant="anna") == 1
+    assert value(metrics, "checkpoint_bytes_total", tenant="anna") == 100
+    assert value(metrics, "repeated_messages_total", tenant="anna") == 1
+    assert value(metrics, "received_bytes_total", tenant="anna") == 2 * SIZES[0]
+
+
+def test_a_checkpoint_that_failed_is_none(metrics):
+    failed = pb.CloudMessage(checkpoint_saved=pb.CheckpointSaved(error="no space left on the cloud's disk"))
+    metrics.answered("anna", pb.EdgeMessage(save_checkpoint=pb.SaveCheckpoint()), failed, SIZES)
+    assert value(metrics, "checkpoint_failures_total", tenant="anna") == 1
+    assert value(metrics, "checkpoints_total", tenant="anna") is None
+
+
+def test_a_step_that_was_skipped_is_no_step(metrics):
+    metrics.answered("anna", forward(), pb.CloudMessage(step_skipped=pb.StepSkipped(reason="no memory")), SIZES)
+    assert value(metrics, "steps_skipped_total", tenant="anna") == 1
+    assert value(metrics, "steps_total", tenant="anna") == 0
+
+
+def test_sessions_blobs_and_refusals(metrics):
+    metrics.opened("anna", resumed=False)
+    metrics.opened("anna", resumed=True)
+    metrics.attached("anna", again=False)
+    metrics.attached("anna", again=True)
+    metrics.closed("anna")
+    metrics.uploaded("anna", 1000)
+    metrics.downloaded("anna", 2000)
+    metrics.refused("anna", "OpenSession", "RESOURCE_EXHAUSTED", "ServerFullError")
+    assert value(metrics, "sessions_opened_total", tenant="anna") == 2
+    assert value(metrics, "sessions_resumed_total", tenant="anna") == 1
+    assert value(metrics, "sessions_closed_total", tenant="anna") == 1
+    assert value(metrics, "reconnects_total", tenant="anna") == 1
+    assert value(metrics, "uploads_total", tenant="anna") == 1
+    assert value(metrics, "upload_bytes_total", tenant="anna") == 1000
+    assert value(metrics, "downloads_total", tenant="anna") == 1
+    assert value(metrics, "download_bytes_total", tenant="anna") == 2000
+    labels = {"method": "OpenSession", "code": "RESOURCE_EXHAUSTED", "reason": "ServerFullError"}
+    assert value(metrics, "rejects_total", tenant="anna", **labels) == 1
+
+
+def test_waiting_and_working_have_their_own_distributions(metrics):
+    metrics.worked("anna", waited_seconds=0.02, worked_seconds=2.0)
+    assert value(metrics, "queue_wait_seconds_bucket", tenant="anna", le="0.01") == 0
+    assert value(metrics, "queue_wait_seconds_bucket", tenant="anna", le="0.03") == 1
+    assert value(metrics, "work_seconds_bucket", tenant="anna", le="1.0") == 0
+    assert value(metrics, "work_seconds_sum", tenant="anna") == 2.0
+
+
+def test_sessions_are_read_when_somebody_looks(metrics):
+    sessions = [("anna", True), ("anna", False)]
+    metrics.watch_sessions(lambda: sessions, 16)
+    assert value(metrics, "sessions", tenant="anna") == 2
+    assert value(metrics, "streams", tenant="anna") == 1
+    assert value(metrics, "sessions_limit") == 16
+    sessions.clear()
+    assert value(metrics, "sessions", tenant="anna") is None
+
+
+def test_servers_of_one_process_count_for_themselves(metrics):
+    other = PrometheusMetrics(CPU)
+    metrics.uploaded("anna", 1)
+    assert value(other, "uploads_total", tenant="anna") is None
+
+
+def test_the_one_that_does_nothing_is_told_the_same():
+    told = [name for name in vars(Metrics) if not name.startswith("_")]
+    assert told
+    for name in told:
+        assert name in vars(PrometheusMetrics)
+
+
+def test_a_scrape(metrics):
+    metrics.uploaded('a "name"\nof two lines', 5)
+    port = MetricsPort("127.0.0.1", 0, metrics.registry)
+    try:
+        with urllib.request.urlopen(port.url, timeout=20) as response:
+            text = response.read().decode()
+    finally:
+        port.close()
+    families = {family.name: family for family in text_string_to_metric_families(text)}
+    (sample,) = [s for s in families["sft_cloud_uploads"].samples if s.name.endswith("_total")]
+    assert (sample.labels, sample.value) == ({"tenant": 'a "name"\nof two lines'}, 1)
+    (info,) = families["sft_cloud_info"].samples
+    assert info.labels["version"] == __version__
+    assert "process_resident_memory_bytes" in families
+    with pytest.raises(urllib.error.URLError):
+        urllib.request.urlopen(port.url, timeout=20)
+
+
+def test_a_port_in_use_is_one_line(metrics):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(UsageError, match="choose another --metrics-port"):
+            MetricsPort("127.0.0.1", taken.getsockname()[1], metrics.registry)

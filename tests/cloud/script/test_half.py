@@ -1,0 +1,107 @@
+"""What the upper half of a script's module takes from the wire, and what it gives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from sft.errors import ProtocolError
+from sft.v1 import split_training_pb2 as pb
+from sft.wire.codec.elements import decode_tensor, encode_tensor
+from sft_cloud.script.graph_host import GraphHost
+from sft_cloud.session.upper_half import HalfModel
+
+CPU = torch.device("cpu")
+B, S, R = 2, 3, 4
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 8), nn.Dropout(0.5), nn.Linear(8, 5))
+
+
+@pytest.fixture
+def half(model: nn.Module) -> HalfModel:
+    return make_half(GraphHost(model, "1", R, "none"))
+
+
+def make_half(host: GraphHost, data_type: pb.DataType = pb.DATA_TYPE_FLOAT32) -> HalfModel:
+    cut = pb.Cut(mode=pb.MODE_SFT, layer_name="1", split_rank=R, residual=pb.RESIDUAL_NONE)
+    return host.make_half(pb.OpenSessionRequest(cut=cut, wire_data_type=data_type))
+
+
+def activation(*shape: int) -> pb.Activation:
+    return pb.Activation(packed=encode_tensor(torch.randn(shape)))
+
+
+@pytest.mark.parametrize("shape", [(B, R), (B, S, R), (1, B, S, R)])
+def test_activations_of_any_shape(model: nn.Module, half: HalfModel, shape: tuple[int, ...]) -> None:
+    message = activation(*shape)
+    half.train(False)
+    given = half.decode(message)
+    assert given.lengths == []
+    assert given.a.equal(decode_tensor(message.packed, CPU))
+    outputs = half.outputs(given)
+    assert outputs.shape == (*shape[:-1], 5)
+    assert outputs.equal(model(given.a)), "the script's model computes the same"
+    assert decode_tensor(half.encode_outputs(outputs, given), CPU).equal(outputs)
+    gradient = encode_tensor(torch.ones_like(outputs))
+    assert half.decode_output_gradient(gradient, outputs, given).equal(torch.ones_like(outputs))
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        (activation(B, S, R + 1), r"has shape \[2, 3, 5\]; its last dimension must be the rank, 4"),
+        (activation(R), r"has shape \[4\]"),
+        (activation(0, R), r"has shape \[0, 4\]"),
+        (pb.Activation(packed=encode_tensor(torch.ones(B, R)), lengths=[1, 1], padded_length=1), "has no lengths"),
+        (pb.Activation(packed=pb.Tensor(data_type=1, shape=[B, R], data=b"1234")), "needs 32 bytes, 4 came"),
+    ],
+)
+def test_activations_that_make_no_sense(half: HalfModel, message: pb.Activation, reason: str) -> None:
+    with pytest.raises(ProtocolError, match=reason):
+        half.decode(message)
+
+
+def test_gradients_and_labels_that_make_no_sense(half: HalfModel) -> None:
+    given = half.decode(activation(B, R))
+    outputs = half.outputs(given)
+    with pytest.raises(ProtocolError, match=r"the gradient has shape \[2, 4\], the output \[2, 5\]"):
+        half.decode_output_gradient(encode_tensor(torch.ones(B, R)), outputs, given)
+    with pytest.raises(ProtocolError, match="stay on the edge"):
+        half.decode_labels(pb.Labels(classes=pb.Labels.Classes(ids=[1, 2])), given)
+    with pytest.raises(ProtocolError, match="computed on the edge"):
+        half.loss(outputs, {}, given)
+
+
+def test_dropout_follows_the_mode(half: HalfModel) -> None:
+    given = half.decode(activation(B, R))
+    half.train(True)
+    assert not half.outputs(given).equal(half.outputs(given))
+    half.train(False)
+    assert half.outputs(given).equal(half.outputs(given))
+
+
+def test_gradients_travel_in_the_type_of_the_wire(model: nn.Module) -> None:
+    half = make_half(GraphHost(model, "1", R, "none"), pb.DATA_TYPE_BFLOAT16)
+    given = half.decode(activation(B, R))
+    assert half.encode_gradient(torch.ones(B, R), given).data_type == pb.DATA_TYPE_BFLOAT16
+    assert half.encode_outputs(half.outputs(given), given).data_type == pb.DATA_TYPE_FLOAT32
+
+
+def test_an_output_that_is_too_large(monkeypatch: pytest.MonkeyPatch, half: HalfModel) -> None:
+    monkeypatch.setattr("sft_cloud.script.graph_host.MAX_MESSAGE_BYTES", 4 * B * 5 - 1)
+    with pytest.raises(ProtocolError, match=r"the output of shape \[2, 5\] is too large"):
+        half.outputs(half.decode(activation(B, R)))
+
+
+def test_frozen_parameters_and_names(model: nn.Module) -> None:
+    model[1].weight.requires_grad_(False)
+    model[3].bias.requires_grad_(False)
+    host = GraphHost(model, "1", R, "none")
+    trained = {name for name, parameter in host.parameters.items() if parameter.requires_grad}
+    assert trained == {"1.ffn3.bias", "3.weight"}
+    assert {tensor.name for tensor in make_half(host).stored_parameters()} == host.parameters.keys()

@@ -1,0 +1,136 @@
+"""A session takes no more of the memory than there is, and knows before it takes it."""
+
+import gc
+
+import pytest
+import torch
+from support.calls import open_session as open_over_the_wire
+from support.calls import refusal
+from support.session_parts import DROPPED, gradients_of, weigh
+
+from sft.errors import ProtocolError, ServerFullError
+from sft.v1 import split_training_pb2 as pb
+from sft_cloud.engine.build import build, make_session
+from sft_cloud.engine.request import check_request
+from sft_cloud.options import LimitOptions
+from sft_cloud.session.memory import MemoryBudget
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def budget():
+    return MemoryBudget(1 << 30)
+
+
+@pytest.fixture
+def session(edge, budget):
+    spec = check_request(edge.request())
+    return make_session(spec, build(spec, CPU), [*edge.weights, *edge.factors], CPU, budget=budget)
+
+
+def leave(budget, size):
+    """From now on so much is left."""
+    budget.total_bytes = budget.held_bytes + size
+
+
+def test_a_session_gives_back_what_it_took(edge, budget):
+    spec = check_request(edge.request())
+    session = make_session(spec, build(spec, CPU), [*edge.weights, *edge.factors], CPU, budget=budget)
+    begins_with = budget.held_bytes
+    assert begins_with > 4 * 4 * sum(tensor.read().numel() for tensor in edge.weights) / 2
+    session.handle(edge.unlabelled(0))
+    assert budget.held_bytes > begins_with
+    del session
+    gc.collect()
+    assert budget.held_bytes == 0
+
+
+def test_one_that_could_not_be_made_takes_nothing(edge, budget):
+    spec = check_request(edge.request(optimizer=pb.Optimizer(name="Nonsense")))
+    with pytest.raises(Exception, match="Nonsense"):
+        make_session(spec, build(spec, CPU), [*edge.weights, *edge.factors], CPU, budget=budget)
+    assert budget.held_bytes == 0
+
+
+def test_a_batch_that_could_never_fit_is_refused_before_it_is_decoded(session, edge, budget, monkeypatch):
+    leave(budget, 1000)
+    monkeypatch.setattr(session._half, "decode", None)
+    for message in (edge.forward(0), edge.unlabelled(0), edge.evaluate()):
+        with pytest.raises(ProtocolError, match="send smaller batches"):
+            session.handle(message)
+    assert session.next_step == 0
+
+
+def test_a_few_bytes_cannot_ask_for_much(session, edge, budget):
+    leave(budget, 10 << 20)
+    packed = pb.Tensor(data_type=1, shape=[2000, edge.width], data=bytes(4 * 2000 * edge.width))
+    activation = pb.Activation(packed=packed, lengths=[1] * 2000, padded_length=128)
+    with pytest.raises(ProtocolError, match=r"would take about .* GiB"):
+        session.handle(edge.forward(0, activation=activation))
+
+
+def test_a_step_for_which_others_leave_no_memory_is_skipped(session, edge, budget):
+    session.handle(edge.forward(0, 0))
+    size = session._half.training_bytes(edge.activation(0, 1))
+    other = budget.open(budget.total_bytes - budget.held_bytes - size // 2)
+    assert "out of memory" in session.handle(edge.forward(0, 1)).step_skipped.reason
+    assert gradients_of(session) == {}
+    other.release()
+    assert session.handle(edge.forward(0, 0)).HasField("result")
+
+
+def test_an_evaluation_for_which_there_is_no_memory_now_leaves_the_session_as_it_was(session, edge, budget):
+    session.handle(edge.forward(0, 0))
+    other = budget.open(budget.total_bytes - budget.held_bytes)
+    with pytest.raises(ServerFullError, match="no memory for this batch now"):
+        session.handle(edge.evaluate())
+    other.release()
+    session.handle(edge.evaluate())
+    assert session.handle(edge.commit(0)).committed.next_step == 1
+
+
+@pytest.mark.parametrize("way", ["graphs", "gradients kept aside"])
+def test_what_waits_counts_until_it_is_let_go(session, edge, budget, way):
+    begins_with = budget.held_bytes
+
+    def forward(micro_batch):
+        return edge.unlabelled(0, micro_batch) if way == "graphs" else edge.forward(0, micro_batch, loss_scale=0.0)
+
+    session.handle(forward(0))
+    one = budget.held_bytes - begins_with
+    assert one > 0
+    session.handle(forward(1))
+    assert budget.held_bytes - begins_with == 2 * one
+    budget.total_bytes = begins_with + 2 * one + one // 2
+    with pytest.raises(ProtocolError, match="with what waits for a backward"):
+        session.handle(forward(2))
+    session.handle(weigh(0, (0, DROPPED), (1, DROPPED)))
+    assert budget.held_bytes == begins_with
+
+
+def test_answers_that_are_remembered_count(session, edge, budget):
+    begins_with = budget.held_bytes
+    session.handle(edge.forward(0, 0), remembered_bytes=5000)
+    assert budget.held_bytes == begins_with + 5000
+    leave(budget, 1000)
+    for message in (edge.forward(0, 1), edge.evaluate()):
+        with pytest.raises(ProtocolError, match="send smaller batches"):
+            session.handle(message, remembered_bytes=1 << 40)
+    session.handle(edge.commit(0), remembered_bytes=1 << 20)  # what is there is counted, be it too much
+    assert budget.held_bytes == begins_with + (1 << 20)
+
+
+def test_a_server_has_so_much_for_all_sessions(start_server, connect, edge):
+    server = start_server(limits=LimitOptions(memory_limit=1 << 20))
+    stub = connect(server.address)
+    open_over_the_wire(stub, edge)
+    taken = server.memory.held_bytes
+    server.memory.total_bytes = int(1.5 * taken)
+    code, details = refusal(lambda: stub.OpenSession(edge.request()))
+    assert code.name == "RESOURCE_EXHAUSTED"
+    assert "try again when another session has ended" in details
+    server.sessions.close(server.sessions.entries()[0].session_id, "done")
+    gc.collect()
+    assert server.memory.held_bytes == 0
+    assert stub.OpenSession(edge.request()).session_id

@@ -1,0 +1,243 @@
+"""The cloud's store of checkpoints, on a directory and on an object store, without a session."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from sft.errors import ProtocolError, StorageError, UsageError
+from sft.tensors.manifest import MANIFEST_FILE, Manifest
+from sft_cloud.identity import Identity
+from sft_cloud.storage import checkpoints as checkpoints_module
+from sft_cloud.storage.blobs import directory_name
+from sft_cloud.storage.checkpoints import CheckpointStore, Part, RunCheckpoints
+from sft_cloud.storage.files import FsspecFiles, LocalFiles
+
+RUN, OTHER_RUN = "0" * 32, "f" * 32
+
+
+def parts(**files: bytes) -> dict[str, Part]:
+    return {f"{name}.bin": Part(len(data), lambda data=data: [data]) for name, data in files.items()}
+
+
+@pytest.fixture(params=["directory", "object store"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    if request.param == "directory":
+        yield str(tmp_path / "checkpoints")
+        return
+    memory = fsspec.filesystem("memory")
+    bucket = f"memory://bucket-{secrets.token_hex(4)}"
+    yield f"{bucket}/checkpoints"
+    with contextlib.suppress(FileNotFoundError):
+        memory.rm(bucket, recursive=True)
+
+
+@pytest.fixture
+def store(place: str) -> CheckpointStore:
+    return CheckpointStore(place)
+
+
+@pytest.fixture
+def run(store: CheckpointStore) -> RunCheckpoints:
+    return store.run("somebody", RUN)
+
+
+def found(run: RunCheckpoints, *wanted: tuple[int, str]) -> dict[str, bytes] | None:
+    with run.newest_of(wanted) as files:
+        return None if files is None else {name: path.read_bytes() for name, path in files.items()}
+
+
+def names(run: RunCheckpoints) -> list[str]:
+    return run._files.children(run._directory)
+
+
+def file_of(run: RunCheckpoints, step: int, name: str) -> str:
+    (directory,) = [one for one in names(run) if one.startswith(f"{step}-")]
+    return f"{run._directory}/{directory}/{name}"
+
+
+def replace(run: RunCheckpoints, name: str, data: bytes) -> None:
+    run._files.remove(name)
+    run._files.write(name, [data])
+
+
+def test_what_is_saved_is_found_again(run: RunCheckpoints, place: str) -> None:
+    saved = run.save(10, parts(a=b"one", b=b"two" * 1000))
+    assert (saved.step, saved.total_bytes) == (10, 3003)
+    assert found(run, (10, saved.sha256)) == {"a.bin": b"one", "b.bin": b"two" * 1000}
+    another_server = CheckpointStore(place).run("somebody", RUN)
+    assert found(another_server, (10, saved.sha256)) == {"a.bin": b"one", "b.bin": b"two" * 1000}
+
+
+def test_the_newest_of_those_that_are_wanted_is_taken(run: RunCheckpoints) -> None:
+    saved = {step: run.save(step, parts(a=str(step).encode())).sha256 for step in (10, 30, 20)}
+    assert found(run, *saved.items()) == {"a.bin": b"30"}
+    assert found(run, (10, saved[10]), (20, saved[20])) == {"a.bin": b"20"}
+    assert found(run, (40, "a" * 64), (10, saved[10])) == {"a.bin": b"10"}
+    assert found(run, (20, saved[30])) is None
+    assert found(run) is None
+
+
+@pytest.mark.parametrize("what", ["changed", "cut", "lost", "manifest lost", "manifest changed"])
+def test_what_is_not_whole_is_not_there(run: RunCheckpoints, what: str) -> None:
+    old, new = run.save(10, parts(a=b"old")), run.save(20, parts(a=b"new", b=b"beside"))
+    data, manifest = file_of(run, 20, "a.bin"), file_of(run, 20, MANIFEST_FILE)
+    if what == "changed":
+        replace(run, data, b"odd")
+    elif what == "cut":
+        replace(run, data, b"ne")
+    elif what == "lost":
+        run._files.remove(data)
+    elif what == "manifest lost":
+        run._files.remove(manifest)
+    else:
+        replace(run, manifest, (run._files.read(manifest, 1 << 20) or b"").replace(b'"step": 20', b'"step": 10'))
+    assert found(run, (20, new.sha256), (10, old.sha256)) == {"a.bin": b"old"}
+
+
+def test_a_manifest_of_another_run_or_step_does_not_count(run: RunCheckpoints, store: CheckpointStore) -> None:
+    """Somebody has copied a directory."""
+    run.save(10, parts(a=b"mine"))
+    data = Manifest(OTHER_RUN, 10, {}).to_bytes()
+    replace(run, file_of(run, 10, MANIFEST_FILE), data)
+    assert found(run, (10, hashlib.sha256(data).hexdigest())) is None
+    data = b"[" * 100_000
+    replace(run, file_of(run, 10, MANIFEST_FILE), data)
+    assert found(run, (10, hashlib.sha256(data).hexdigest())) is None
+
+
+def test_a_step_that_is_saved_again_leaves_the_first_as_it_is(run: RunCheckpoints) -> None:
+    first, second = run.save(10, parts(a=b"first")), run.save(10, parts(a=b"second"))
+    assert found(run, (10, first.sha256)) == {"a.bin": b"first"}
+    assert found(run, (10, second.sha256)) == {"a.bin": b"second"}
+
+
+@pytest.mark.parametrize("breaks_in", ["a", "b"])
+def test_a_save_that_breaks_off_leaves_nothing(run: RunCheckpoints, breaks_in: str) -> None:
+    old = run.save(10, parts(a=b"old"))
+    before = names(run)
+
+    def broken() -> Iterator[bytes]:
+        yield b"half of it"
+        raise OSError(28, "No space left on device")
+
+    new = {**parts(a=b"new", b=b"new"), f"{breaks_in}.bin": Part(1, broken)}
+    with pytest.raises((StorageError, OSError), match="No space left on device"):
+        run.save(20, new)
+    assert names(run) == before
+    assert found(run, (10, old.sha256)) == {"a.bin": b"old"}
+
+
+@pytest.mark.parametrize("written", [0, 1, 2])
+def test_a_server_that_dies_while_it_saves(
+    run: RunCheckpoints, place: str, written: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After so many files, the manifest never among them: what is there counts for nothing, and goes with the next."""
+    old = run.save(10, parts(a=b"old"))
+    left, write = iter(range(written)), type(run._files).write
+
+    class Died(BaseException):
+        pass
+
+    def dying(self, name, chunks):
+        if next(left, None) is None:
+            raise Died
+        write(self, name, chunks)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(run._files), "write", dying)
+        patch.setattr(RunCheckpoints, "_remove", lambda self, directory: None)  # the dead do not tidy up
+        with pytest.raises(Died):
+            run.save(20, parts(a=b"new", b=b"new"))
+    assert len([name for name in names(run) if name.startswith("20-")]) == (1 if written else 0)
+    after = CheckpointStore(place).run("somebody", RUN)
+    assert found(after, (20, "0" * 64), (10, old.sha256)) == {"a.bin": b"old"}
+    after.keep([10], 99)
+    assert [name.partition("-")[0] for name in names(after)] == ["10"]
+
+
+def test_the_others_are_deleted(run: RunCheckpoints) -> None:
+    saved = {step: run.save(step, parts(a=str(step).encode())).sha256 for step in (10, 20, 30)}
+    run.keep([30, 10, 70], 99)
+    assert [name.partition("-")[0] for name in names(run)] == ["10", "30"]
+    assert found(run, *saved.items()) == {"a.bin": b"30"}
+    assert found(run, (20, saved[20])) is None
+    run.keep([], 99)
+    assert names(run) == []
+    run.keep([], 99)
+
+
+def test_nobody_finds_the_run_of_another(store: CheckpointStore, run: RunCheckpoints) -> None:
+    saved = run.save(10, parts(a=b"mine"))
+    for owner in ("somebody else", "Somebody", "", ".", "..", "../somebody", "x/../somebody", "s" * 300):
+        other = store.run(owner, RUN)
+        assert found(other, (10, saved.sha256)) is None, owner
+        other.keep([], 99)
+    assert found(store.run("somebody", OTHER_RUN), (10, saved.sha256)) is None
+    assert found(run, (10, saved.sha256)) == {"a.bin": b"mine"}
+
+
+def test_owners_have_a_directory_each(store: CheckpointStore) -> None:
+    owners = ["a", "A", ".", "..", "", "a/b", "a%2Fb", "é", "x" * 300, "x" * 301, "C:\\", "a\0b"]
+    directories = {store.run(owner, RUN)._directory for owner in owners}
+    assert len(directories) == len(owners)
+    # As that of its uploads is called, so that who looks after the disk has one name to look for.
+    assert directories == {f"{directory_name(Identity(owner))}/{RUN}" for owner in owners}
+    for directory in directories:
+        assert directory.count("/") == 1
+        assert "." not in directory
+        assert len(directory) < 250
+
+
+@pytest.mark.parametrize("run_id", ["", "0" * 31, "0" * 33, "G" * 32, "A" * 32, "../" + "0" * 29, "0" * 31 + "\n"])
+def test_a_run_id_that_is_none(store: CheckpointStore, run_id: str) -> None:
+    with pytest.raises(ProtocolError, match="run_id must be 32 lower-case hexadecimal digits"):
+        store.run("somebody", run_id)
+
+
+def test_a_disk_that_is_known_to_be_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = CheckpointStore(tmp_path).run("somebody", RUN)
+    too_large = {"a.bin": Part(1 << 60, lambda: pytest.fail("it was begun"))}
+    with pytest.raises(StorageError, match="the checkpoint needs 1,152,921,504,606,846,976"):
+        run.save(10, too_large)
+    assert names(run) == []
+
+
+def test_a_directory_is_made_when_something_is_saved(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path / "a" / "b")
+    assert not (tmp_path / "a").exists()
+    store.run("somebody", RUN).save(10, parts(a=b"one"))
+    assert (tmp_path / "a" / "b" / "somebody").is_dir()
+
+
+def test_a_place_that_can_be_none(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UsageError, match=r"--checkpoint-store .*file/below: .*file is no directory"):
+        CheckpointStore(tmp_path / "file" / "below")
+    with pytest.raises(UsageError, match=r"--checkpoint-store nosuch://\.\.\. cannot be used"):
+        CheckpointStore("nosuch://user:secret@bucket/folder")
+
+
+def test_a_url_of_files_is_a_directory(tmp_path: Path) -> None:
+    assert isinstance(checkpoints_module.open_files(f"file://{tmp_path}"), LocalFiles)
+    assert isinstance(checkpoints_module.open_files("memory://bucket"), FsspecFiles)
+
+
+def test_a_store_that_fails_says_so_in_one_line(run: RunCheckpoints, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Strange(Exception):
+        pass
+
+    files = FsspecFiles("memory://bucket")
+
+    def fail(*arguments, **settings):
+        raise Strange("no route\nto host")
+
+    monkeypatch.setattr(type(files._fs), "put_file", fail)
+    with pytest.raises(StorageError, match=r"^the checkpoint store memory://\.\.\. failed: Strange: no route to host$"):
+        files.write("a/b", [b"x"])

@@ -1,0 +1,130 @@
+"""Two attempts at a run: which options may differ, and which are refused by name."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Dict
+
+import pytest
+from support.jobs import sst2
+from support.tiny import tiny_config, tiny_tokenizer
+
+from sft.cli.options import options_of
+from sft.errors import UsageError
+from sft_edge.checkpoints.same_run import check_likeness, likeness
+from sft_edge.options.link import LinkOptions
+from sft_edge.options.lora import LoraOptions
+from sft_edge.options.optimizer import OptimizerOptions
+from sft_edge.options.train import CutOptions, DataOptions, TrainingOptions
+from sft_edge.tasks import make_task
+
+CLASSES = (CutOptions, DataOptions, TrainingOptions, OptimizerOptions, LoraOptions, LinkOptions)
+GIVEN: Dict[str, Any] = {"split_layer": 2, "task": "sst2", "optim": "SGD", "lora_r": 4}
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return sst2(tmp_path_factory.mktemp("data"), train_rows=6).data_dir
+
+
+def of(place: Path, model: Any = None, rows: Any = None, **changes: Any) -> Dict[str, str]:
+    values = {**GIVEN, **changes}
+    options = [
+        cls(**{option.name: values[option.name] for option in options_of(cls) if option.name in values})
+        for cls in CLASSES
+    ]
+    task = make_task("sst2", place)
+    features = task.encode(task.read("train"), tiny_tokenizer(), 64)
+    return likeness(*options, model or tiny_config(), features[:rows])
+
+
+FREE: Dict[str, Any] = {
+    "data_dir": Path("elsewhere"),
+    "max_eval_samples": 3,
+    "dataloader_num_workers": 2,
+    "output_dir": Path("other"),
+    "overwrite_output_dir": True,
+    "per_device_eval_batch_size": 3,
+    "eval_strategy": "epoch",
+    "eval_steps": 3,
+    "device": "cuda",
+    "save_steps": 5,
+    "save_total_limit": 2,
+    "resume_from_checkpoint": "newest",
+    "server": "cloud:1",
+}
+MATTERS: Dict[str, Any] = {
+    "mode": "sl",
+    "split_layer": 3,
+    "split_rank": 9,
+    "residual": "low-rank",
+    "freeze_edge": True,
+    "wire_dtype": "bfloat16",
+    "task": "mrpc",
+    "problem_type": "regression",
+    "max_train_samples": 3,
+    "per_device_train_batch_size": 9,
+    "gradient_accumulation_steps": 2,
+    "num_train_epochs": 9.0,
+    "max_steps": 9,
+    "seed": 9,
+    "optim": "Rprop",
+    "optim_args": "momentum=0.5",
+    "learning_rate": 0.5,
+    "weight_decay": 0.5,
+    "adam_beta1": 0.5,
+    "adam_beta2": 0.5,
+    "adam_epsilon": 0.5,
+    "max_grad_norm": 0.5,
+    "lr_scheduler_type": "cosine",
+    "lr_scheduler_kwargs": {"num_cycles": 2},
+    "warmup_steps": 9,
+    "warmup_ratio": 0.5,
+    "lora_r": 9,
+    "lora_alpha": 9,
+    "lora_dropout": 0.5,
+    "lora_target_modules": ["query"],
+    "use_rslora": True,
+    "lora_half": "edge",
+    "labels": "local",
+}
+
+
+def test_every_option_is_one_or_the_other() -> None:
+    known = {option.name for cls in CLASSES[:-1] for option in options_of(cls)}
+    assert known <= FREE.keys() | MATTERS.keys()
+    assert not FREE.keys() & MATTERS.keys()
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_what_may_differ(data_dir: Path, name: str) -> None:
+    beside = {"eval_steps": {"eval_strategy": "steps"}, "resume_from_checkpoint": {"output_dir": Path("other")}}
+    check_likeness(of(data_dir, **{name: FREE[name], **beside.get(name, {})}), of(data_dir), Path("out"))
+
+
+@pytest.mark.parametrize("name", MATTERS)
+def test_what_may_not(data_dir: Path, name: str) -> None:
+    beside = {"lr_scheduler_kwargs": {"lr_scheduler_type": "cosine"}}.get(name, {})
+    beside = {"optim_args": {"optim": "SGD"}, "residual": {"mode": "sft"}}.get(name, beside)
+    then, now = of(data_dir, **beside), of(data_dir, **{**beside, name: MATTERS[name]})
+    flag = "--" + name.replace("_", "-")
+    with pytest.raises(UsageError, match=rf"^out/checkpoint-3 was trained with {flag} .*, now it is .*: give the same"):
+        check_likeness(now, then, Path("out/checkpoint-3"))
+
+
+def test_other_rows_and_another_model(data_dir: Path) -> None:
+    then = of(data_dir)
+    with pytest.raises(UsageError, match="the training rows, or their tokens are others"):
+        check_likeness(of(data_dir, rows=5), then, Path("out"))
+    with pytest.raises(UsageError, match="--model has another configuration"):
+        check_likeness(of(data_dir, model=tiny_config(hidden_dropout_prob=0.5)), then, Path("out"))
+    check_likeness(of(data_dir, model=tiny_config(_name_or_path="elsewhere")), then, Path("out"))
+
+
+def test_an_option_of_another_release(data_dir: Path) -> None:
+    now = of(data_dir)
+    with pytest.raises(UsageError, match=re.escape("out was trained with --colour red, now it is None")):
+        check_likeness(now, {**now, "--colour": "red"}, Path("out"))
+    with pytest.raises(UsageError, match=re.escape("out was trained with --seed None, now it is 42")):
+        check_likeness(now, {name: value for name, value in now.items() if name != "--seed"}, Path("out"))

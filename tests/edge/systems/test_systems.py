@@ -1,0 +1,392 @@
+"""What the training loop trains: one process, and the edge's half with a scripted cloud at the other end."""
+
+from __future__ import annotations
+
+import copy
+import json
+from contextlib import contextmanager
+from typing import Iterator, List
+
+import pytest
+import torch
+from support.scripted_cloud import WEIGHTS, ScriptedCloud, serving
+from support.tiny import make_tiny_model
+
+from sft.batch import Batch
+from sft.errors import ProtocolError
+from sft.models import Cut, Whole, build_whole
+from sft.models.weights import fill, pretrained_tensors
+from sft.optim.spec import OptimizerSpec, decay_groups, make_optimizer
+from sft.v1 import split_training_pb2 as pb
+from sft.wire.codec.elements import decode_tensor, encode_tensor
+from sft.wire.codec.messages import decode_activation
+from sft.wire.ledger import framed_size
+from sft.wire.protocol import PROTOCOL_VERSION
+from sft_edge.link.grpc_transport import GrpcTransport
+from sft_edge.model_files.source import Source, open_source
+from sft_edge.options.train import ModelOptions
+from sft_edge.systems.local import LocalSystem
+from sft_edge.systems.split import SplitSystem, open_split_system
+from sft_edge.systems.system import StepTimer
+
+CPU = torch.device("cpu")
+HEAD = "sequence-classification"
+OVERRIDES = {"num_labels": 2, "problem_type": "single_label_classification"}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
+    model = make_tiny_model(tmp_path_factory.mktemp("models") / "tiny", layers=3)
+    return open_source(ModelOptions(model=str(model)), OVERRIDES)
+
+
+def batch(*lengths: int, seed: int = 0) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    ids_BS = torch.randint(5, 100, (len(lengths), max(lengths)), generator=generator)
+    return Batch({"input_ids": ids_BS}, list(lengths), {"labels": torch.arange(len(lengths)) % 2})
+
+
+# One process.
+
+
+@pytest.fixture
+def net(source: Source) -> Whole:
+    whole = build_whole(source.config, HEAD)
+    fill(whole, pretrained_tensors(whole, source.checkpoint), seed=0)
+    return whole
+
+
+def local(net: Whole, lr: float = 0.1, seed: int = 0) -> LocalSystem:
+    spec = OptimizerSpec("SGD", decay_groups(net, {"lr": lr, "weight_decay": 0.0}))
+    return LocalSystem(net, make_optimizer(spec, net.whole_parameters()), seed)
+
+
+def test_micro_batches_add_up_to_their_batch(net: Whole) -> None:
+    """Without dropout, whose masks differ."""
+    for module in net.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    twin = copy.deepcopy(net)
+    whole, parts = local(net), local(twin)
+    rows = batch(6, 6, 6, 6)
+    halves = [
+        Batch({"input_ids": rows.inputs["input_ids"][at]}, [6, 6], {"labels": rows.labels["labels"][at]})
+        for at in (slice(0, 2), slice(2, 4))
+    ]
+    loss = whole.forward_backward(rows, 0, 0, 1.0)
+    losses = [parts.forward_backward(half, 0, index, 0.5) for index, half in enumerate(halves)]
+    assert sum(losses) / 2 == pytest.approx(loss, rel=1e-5)
+    assert parts.gradient_norm() == pytest.approx(whole.gradient_norm(), rel=1e-4)
+    for one, other in zip(net.parameters(), twin.parameters()):
+        assert one.grad is not None
+        assert other.grad is not None
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_clipping_is_torch_s(net: Whole) -> None:
+    twin = copy.deepcopy(net)
+    system = local(net)
+    for each in (system, local(twin)):
+        each.forward_backward(batch(5, 3), 0, 0, 1.0)
+    norm = torch.nn.utils.clip_grad_norm_(twin.parameters(), 0.01)
+    assert system.gradient_norm() == pytest.approx(float(norm), rel=1e-5)
+    before = {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
+    clipped = {name: parameter.grad for name, parameter in twin.named_parameters()}
+    system.update(0, min(1.0, 0.01 / (system.gradient_norm() + 1e-6)))
+    for name, parameter in net.named_parameters():
+        expected = before[name] - 0.1 * (0 if clipped[name] is None else clipped[name])
+        torch.testing.assert_close(parameter.detach(), expected, rtol=1e-6, atol=1e-8)
+        assert parameter.grad is None, "the next step begins anew"
+
+
+def test_dropout_is_of_the_seed_the_step_and_the_micro_batch_alone(net: Whole) -> None:
+    rows = batch(7, 4)
+
+    def loss(seed: int, step: int, micro_batch: int) -> float:
+        system = local(copy.deepcopy(net), seed=seed)
+        torch.manual_seed(step)  # what others do with the global generator
+        return system.forward_backward(rows, step, micro_batch, 1.0)
+
+    assert loss(0, 3, 1) == loss(0, 3, 1)
+    assert len({loss(0, 3, 1), loss(1, 3, 1), loss(0, 4, 1), loss(0, 3, 0)}) == 4
+
+
+def test_asking_leaves_no_trace(net: Whole) -> None:
+    system = local(net)
+    state = torch.random.get_rng_state()
+    first, again = (list(system.logits([batch(5, 3), batch(2)], 0)) for _ in range(2))
+    assert [logits.shape for logits in first] == [(2, 2), (1, 2)]
+    assert all(one.equal(other) for one, other in zip(first, again))
+    assert torch.random.get_rng_state().equal(state)
+    assert not any(logits.requires_grad for logits in first)
+    assert len(system.ledger) == 0
+
+
+def test_the_ledger_of_one_process(net: Whole) -> None:
+    system = local(net)
+    for step in range(2):
+        for micro_batch in range(2):
+            system.forward_backward(batch(3, 4, 5), step, micro_batch, 0.5)
+        system.update(step, 1.0)
+    first, second = system.ledger
+    assert (first.step, second.step, first.samples, second.samples) == (0, 1, 6, 6)
+    assert min(first.edge_forward, first.edge_backward, second.edge_forward, second.edge_backward) > 0
+    assert first.uplink_wait == first.cloud == 0
+    assert system.ledger.wire_reduction() is None
+
+
+def test_a_timer_begins_anew_with_each_record() -> None:
+    timer = StepTimer()
+    timer.add("cloud", 1.5)
+    timer.add("cloud", 0.25)
+    timer.samples += 4
+    with timer.phase("edge_forward"):
+        pass
+    record = timer.record(7)
+    assert (record.step, record.samples, record.cloud, record.uplink_wait) == (7, 4, 1.75, 0.0)
+    assert record.edge_forward > 0
+    assert timer.record(8) == type(record)(8, 0)
+
+
+# The edge's half. The scripted cloud's gradient is the activation, its loss the number of the step.
+
+
+class Rig:
+    """A split system and the cloud it talks to."""
+
+    def __init__(self, system: SplitSystem, cloud: ScriptedCloud) -> None:
+        self.system, self.cloud = system, cloud
+
+    def messages(self, body: str) -> List[pb.EdgeMessage]:
+        return [message for message in self.cloud.received if message.WhichOneof("body") == body]
+
+
+@contextmanager
+def split(
+    source: Source,
+    mode: str = "sft",
+    wire_dtype: str = "float32",
+    labels: str = "cloud",
+    freeze_edge: bool = False,
+    **arguments: object,
+) -> Iterator[Rig]:
+    cut = Cut(mode, 2, 4 if mode == "sft" else 0)
+    cloud = ScriptedCloud()
+    cloud.change_answer = _with_norm
+    spec = OptimizerSpec("SGD", decay_groups(build_whole(source.config, HEAD, cut), {"lr": 0.1, **arguments}))
+    with serving(cloud) as address:
+        told = {"labels": labels, "freeze_edge": freeze_edge}
+        system = open_split_system(source, HEAD, cut, spec, 11, wire_dtype, CPU, GrpcTransport(address), **told)
+        with system.link:
+            yield Rig(system, cloud)
+
+
+def _with_norm(answer: pb.CloudMessage) -> pb.CloudMessage:
+    if answer.HasField("result"):
+        answer.result.squared_gradient_norm = 9.0
+    elif answer.HasField("evaluation"):
+        count = answer.micro_batch + 1
+        answer.evaluation.logits.CopyFrom(encode_tensor(torch.full((count, 2), float(count))))
+    return answer
+
+
+def test_the_request_says_all_that_the_cloud_must_know(source: Source) -> None:
+    with split(source, weight_decay=0.01, momentum=0.9) as rig:
+        (request,) = rig.cloud.requests
+    assert request.protocol_version == PROTOCOL_VERSION
+    assert request.model_name == "tiny"
+    assert json.loads(request.config_json)["num_hidden_layers"] == 3
+    assert json.loads(request.config_json)["problem_type"] == "single_label_classification"
+    assert (request.cut.mode, request.cut.split_layer, request.cut.split_rank) == (pb.MODE_SFT, 2, 4)
+    assert request.seed == 11
+    assert len(request.weights_sha256) == len(request.factors_sha256) == 64
+    assert request.optimizer.name == "SGD"
+    decayed, undecayed = request.optimizer.groups
+    assert decayed.arguments["weight_decay"].number == 0.01
+    assert undecayed.arguments["weight_decay"].number == 0.0
+    assert undecayed.arguments["momentum"].number == 0.9
+    names = [*decayed.parameter_names, *undecayed.parameter_names]
+    assert "classifier.weight" in decayed.parameter_names
+    assert "bert.encoder.layer.1.output.dense.ffn3.bias" in undecayed.parameter_names
+    assert not [name for name in names if "embeddings" in name or ".0." in name or "ffn1" in name]
+
+
+def test_plain_split_learning_ships_no_factors(source: Source) -> None:
+    with split(source, mode="sl") as rig:
+        (request,) = rig.cloud.requests
+        assert (request.cut.mode, request.cut.split_rank, request.factors_sha256) == (pb.MODE_SL, 0, "")
+        rig.system.forward_backward(batch(4, 2), 0, 0, 1.0)
+        (message,) = rig.messages("forward")
+    assert list(message.forward.activation.packed.shape) == [6, 32]
+
+
+def test_what_a_step_sends(source: Source) -> None:
+    rows = batch(5, 2, 3)
+    with split(source) as rig:
+        system = rig.system
+        loss = system.forward_backward(rows, 0, 0, 0.5)
+        norm = system.gradient_norm()
+        edge_norm = torch.stack([p.grad.norm() for p in system.net_1.parameters() if p.grad is not None]).norm()
+        (message,) = rig.messages("forward")
+        assert loss == 0.0
+        assert norm == pytest.approx((float(edge_norm) ** 2 + 9.0) ** 0.5, rel=1e-6)
+        assert list(message.forward.activation.lengths) == [5, 2, 3]
+        assert message.forward.activation.padded_length == 5
+        assert list(message.forward.activation.packed.shape) == [10, 4], "padding does not travel"
+        assert list(message.forward.labels.classes.ids) == [0, 1, 0]
+        assert message.forward.loss_scale == 0.5
+        assert not message.HasField("commit")
+
+
+def test_the_commit_rides_with_the_next_step(source: Source) -> None:
+    with split(source) as rig:
+        system = rig.system
+        for step in range(2):
+            assert system.forward_backward(batch(5, 2), step, 0, 1.0) == float(step)
+            for index, group in enumerate(system.optimizer.param_groups):
+                group["lr"] = 0.1 * (step + 1) + index  # what a scheduler sets holds on both sides
+            system.update(step, 0.25)
+        first, second = rig.messages("forward")
+        assert not first.HasField("commit")
+        assert (second.commit.step, second.commit.clip_scale) == (0, 0.25)
+        assert list(second.commit.learning_rates) == [0.1, 1.1]
+        assert not [message for message in rig.cloud.received if message.WhichOneof("body") is None]
+        list(system.logits([batch(1)], 2))
+        (alone,) = [message for message in rig.cloud.received if message.WhichOneof("body") is None]
+        assert (alone.commit.step, list(alone.commit.learning_rates)) == (1, [0.2, 1.2])
+
+
+def test_the_edge_steps_by_the_gradient_that_came_back(source: Source) -> None:
+    """SGD by hand: the scripted gradient of the activation is the activation itself."""
+    rows = batch(5, 2)
+    with split(source) as rig:
+        net = rig.system.net_1
+        before = {name: x.detach().clone() for name, x in net.named_parameters()}
+        rig.system.forward_backward(rows, 0, 0, 1.0)
+        (message,) = rig.messages("forward")
+        a_BSR, _ = decode_activation(message.forward.activation, 4, 128, CPU)
+        gradients = {name: x.grad.clone() for name, x in net.named_parameters() if x.grad is not None}
+        rig.system.update(0, 0.5)
+        for name, x in net.named_parameters():
+            expected = before[name] - 0.1 * 0.5 * gradients.get(name, torch.zeros(()))
+            torch.testing.assert_close(x.detach(), expected, rtol=1e-6, atol=1e-9)
+            assert x.grad is None
+    # FFN-1 is linear, a = h u: its gradient by h'a holds the activation, and no padding.
+    (u_name,) = [name for name in gradients if "ffn1" in name]
+    assert gradients[u_name].abs().max() > 0
+    assert a_BSR[1, 2:].abs().max() == 0
+
+
+def test_evaluation_batches_come_back_in_order(source: Source) -> None:
+    with split(source) as rig:
+        batches = [batch(*range(2, 3 + index)) for index in range(5)]
+        logits = list(rig.system.logits(batches, 0))
+        assert [one.shape for one in logits] == [(index + 1, 2) for index in range(5)]
+        assert [float(one[0, 0]) for one in logits] == [1.0, 2.0, 3.0, 4.0, 5.0]
+        evaluations = rig.messages("evaluate")
+        assert [message.micro_batch for message in evaluations] == [0, 1, 2, 3, 4]
+        assert len(rig.system.ledger) == 0
+        assert rig.system.ledger.evaluation_samples == 15
+        assert rig.system.ledger.evaluation.payload_bytes_received == 15 * 2 * 4
+
+
+def test_evaluation_is_not_asked_far_ahead(source: Source) -> None:
+    """What waits in memory for the cloud is a few batches, not the data set."""
+    made: List[int] = []
+
+    def batches() -> Iterator[Batch]:
+        for index in range(8):
+            made.append(index)
+            yield batch(*range(2, 3 + index))
+
+    with split(source) as rig:
+        logits = rig.system.logits(batches(), 0)
+        next(logits)
+        assert len(made) <= 4
+        assert len(list(logits)) == 7
+
+
+@pytest.mark.parametrize(("wire_dtype", "size"), [("float32", 4), ("bfloat16", 2), ("float16", 2)])
+def test_the_ledger_counts_what_travelled(source: Source, wire_dtype: str, size: int) -> None:
+    with split(source, wire_dtype=wire_dtype) as rig:
+        rig.system.forward_backward(batch(5, 2, 3), 0, 0, 0.5)
+        rig.system.forward_backward(batch(4, 4), 0, 1, 0.5)
+        rig.system.update(0, 1.0)
+        (record,) = rig.system.ledger
+        sent = rig.messages("forward")
+        assert record.samples == 5
+        assert record.traffic.payload_bytes_sent == record.traffic.payload_bytes_received == (10 + 8) * 4 * size
+        assert record.traffic.bytes_sent == sum(framed_size(message.ByteSize()) for message in sent)
+        assert record.plain_bytes == 2 * (3 * 5 + 2 * 4) * 32 * 4
+        assert record.cloud == 0.5, "a quarter of a second each, the cloud says"
+        assert record.uplink_wait == 0.0
+        packed = sent[0].forward.activation.packed
+        assert len(packed.data) == 10 * 4 * size
+        assert decode_tensor(packed, CPU).dtype == torch.float32
+
+
+def test_every_byte_is_in_the_ledger(source: Source) -> None:
+    """Of training or of evaluation; a commit that had nothing to ride on counts for the evaluation that sent it."""
+    with split(source) as rig:
+        for step in range(2):
+            rig.system.forward_backward(batch(5, 2), step, 0, 1.0)
+            rig.system.update(step, 1.0)
+        list(rig.system.logits([batch(3), batch(2, 2)], 2))
+        attached, *messages = rig.cloud.received
+        assert attached.HasField("attach")
+        ledger = rig.system.ledger
+        sent = sum(framed_size(message.ByteSize()) for message in messages)
+        assert ledger.traffic.bytes_sent + ledger.evaluation.bytes_sent == sent
+        total = ledger.traffic + ledger.evaluation
+        assert total.payload_bytes_sent == rig.system.link.total.payload_bytes_sent == (7 + 7 + 3 + 4) * 4 * 4
+
+
+def test_the_shards_are_both_halves(source: Source) -> None:
+    with split(source) as rig:
+        here, there = rig.system.shards()
+        assert b"".join(there.chunks) == b"".join(WEIGHTS)
+        whole = build_whole(source.config, HEAD, Cut("sft", 2, 4))
+        assert sorted(here.names + there.names) == sorted(whole.whole_names.values())
+        assert "bert.encoder.layer.1.output.dense.ffn1.weight" in here.names
+        assert "bert.encoder.layer.1.output.dense.ffn2.weight" in there.names
+
+
+def test_the_edge_holds_nothing_of_the_cloud_s_half(source: Source) -> None:
+    with split(source) as rig:
+        names = set(rig.system.net_1.whole_names.values())
+        assert all("embeddings" in name or ".layer.0." in name or ".layer.1." in name for name in names)
+        assert not [name for name in names if "output.LayerNorm" in name and ".layer.1.output" in name]
+        optimized = {id(p) for group in rig.system.optimizer.param_groups for p in group["params"]}
+        assert optimized == {id(p) for p in rig.system.net_1.parameters()}
+        assert not any(p.is_meta for p in rig.system.net_1.parameters())
+
+
+def test_no_pretrained_weights_nothing_but_factors_to_offer(source: Source) -> None:
+    shape = Source("", source.config, None, source.tokenizer)
+    with split(shape) as rig:
+        (request,) = rig.cloud.requests
+        assert (request.model_name, request.weights_sha256) == ("", "")
+        assert request.factors_sha256
+
+
+def test_labels_that_stay_are_in_no_message(source: Source) -> None:
+    """The scripted cloud answers with the activation, which is no row of logits a sequence."""
+    with split(source, labels="local") as rig:
+        with pytest.raises(ProtocolError, match=r"of shape \[7, 4\] came; it has to be \[2, 2\]"):
+            rig.system.forward_backward(batch(5, 2), 0, 0, 1.0)
+        (message,) = rig.messages("forward")
+        assert not message.forward.HasField("labels")
+        assert not rig.messages("backward")
+
+
+def test_a_frozen_edge_has_nothing_to_step(source: Source) -> None:
+    with split(source, freeze_edge=True) as rig:
+        system = rig.system
+        before = {name: x.detach().clone() for name, x in system.net_1.named_parameters()}
+        assert [len(group["params"]) for group in system.optimizer.param_groups] == [0, 0]
+        for step in range(2):
+            system.forward_backward(batch(5, 2), step, 0, 1.0)
+            assert system.gradient_norm() == 3.0, "the cloud's alone"
+            system.update(step, 1.0)
+        assert all(message.forward.frozen_edge for message in rig.messages("forward"))
+        assert all(x.equal(before[name]) and x.grad is None for name, x in system.net_1.named_parameters())
