@@ -12,9 +12,9 @@ from transformers import PretrainedConfig
 
 from sft.batch import Batch
 from sft.models import Cut, build_net_2
+from sft.models.seeding import derive_seed
 from sft.models.weights import factor_tensors, pretrained_tensors
 from sft.optim.spec import GroupSpec, OptimizerSpec, decay_groups, spec_to_proto
-from sft.models.seeding import derive_seed
 from sft.tensors.pretrained import Checkpoint
 from sft.tensors.stream import StoredTensor, safetensors_chunks, sha256_of
 from sft.v1 import split_training_pb2 as pb

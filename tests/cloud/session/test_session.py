@@ -8,9 +8,9 @@ from support.tiny_edge import QUESTIONS, attach
 
 from sft.errors import ProtocolError, TrainingError
 from sft.models import Cut
+from sft.models.seeding import seeded
 from sft.models.weights import fill
 from sft.optim.spec import make_optimizer
-from sft.models.seeding import seeded
 from sft.v1 import split_training_pb2 as pb
 from sft.wire.codec.elements import decode_tensor, encode_tensor
 from sft.wire.codec.messages import decode_activation

@@ -22,9 +22,9 @@ from sft.models.lora import (
     merged_tensors,
     resolve_lora,
 )
+from sft.models.seeding import seeded
 from sft.models.weights import factor_tensors, fill
 from sft.optim.spec import OptimizerSpec, decay_groups, make_optimizer
-from sft.models.seeding import seeded
 from sft.tensors.stream import in_memory
 
 CPU = torch.device("cpu")

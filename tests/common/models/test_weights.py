@@ -6,8 +6,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from sft.batch import Batch
 from sft.errors import UsageError
 from sft.models import Cut, build_net_1, build_net_2, build_whole, matrix_of
-from sft.models.weights import factor_tensors, fill, pretrained_tensors
 from sft.models.seeding import derive_seed, seeded
+from sft.models.weights import factor_tensors, fill, pretrained_tensors
 from sft.tensors.pretrained import Checkpoint
 
 CPU = torch.device("cpu")

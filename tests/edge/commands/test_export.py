@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Callable, Iterator, List, Optional, Tuple
 
 import pytest
-import sft_edge.export as export_module
 import torch
 import transformers
 from safetensors.torch import load_file
@@ -24,6 +23,7 @@ from support.tiny import make_tiny_model, tiny_tokenizer
 
 from sft.models import Cut
 from sft_edge.cli import main
+from sft_edge.commands.export import export as export_module
 from sft_edge.commands.export.card import export_card
 from sft_edge.commands.export.check import Answer
 from sft_edge.commands.export.content import DENSE, FACTORED, Export
