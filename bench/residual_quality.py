@@ -3,10 +3,10 @@
     python bench/residual_quality.py --data-dir DATA                  an encoder: MiniLM-L6 on SST-2
     python bench/residual_quality.py --data-dir DATA --kind decoder   a decoder: a small GPT-2 on the same sentences
 
-One process trains the decomposed model: the halves compute the same (tests/common/models/test_families.py). The encoder is
-fine-tuned for one epoch and judged by its accuracy on the validation rows. The decoder, for which no pretrained weights
-come with the package, is first trained from scratch as a language model, then cut, and judged by its loss in nats a
-token right after the cut and after fine-tuning; the uncut model goes on beside it for as many steps.
+One process trains the decomposed model: the halves compute the same (tests/common/models/test_families.py). The encoder
+is fine-tuned for one epoch and judged by its accuracy on the validation rows. The decoder, for which no pretrained
+weights come with the package, is first trained from scratch as a language model, then cut, and judged by its loss in
+nats a token right after the cut and after fine-tuning; the uncut model goes on beside it for as many steps.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from transformers import AutoConfig, get_scheduler
 
 from sft.batch import Batch
 from sft.models import Cut, Whole, build_whole
+from sft.models.seeding import derive_seed
 from sft.models.weights import factor_tensors, fill, live_factors, live_tensors, pretrained_tensors
 from sft.optim.spec import OptimizerSpec, decay_groups, make_optimizer
-from sft.models.seeding import derive_seed
 from sft.tensors.pretrained import find_model
 from sft.tensors.stream import StoredTensor, in_memory
 from sft_edge.model_files.source import open_source, read_tokenizer

@@ -31,12 +31,12 @@ from sft_cloud.access.protection import Access, make_access
 from sft_cloud.admission.deadlines import CallWatch
 from sft_cloud.admission.interceptor import Guard
 from sft_cloud.admission.quotas import Quotas
-from sft_cloud.background import repeat
 from sft_cloud.engine.opener import Opener, TransformersOpener
 from sft_cloud.engine.saved_session import Checkpoints
 from sft_cloud.engine.weights import WeightsFinder
 from sft_cloud.engine.worker import DeviceWorker, Worker, find_device
 from sft_cloud.observability.audit import AuditLog
+from sft_cloud.observability.interceptor import observing
 from sft_cloud.observability.observer import NOBODY, Observer, observation
 from sft_cloud.options import AccessOptions, LimitOptions, MetricsOptions
 from sft_cloud.service.health import SERVICE_NAME as HEALTH
@@ -55,8 +55,15 @@ GRACE_SECONDS = 3.0
 _LOOK_SECONDS = 0.05
 """Between two looks at whether all sessions are saved."""
 
-_HOUSEKEEPING_SECONDS = 1.0
-"""Between two looks at what has waited for too long."""
+SESSIONS_SECONDS = 1.0
+"""Between two looks at which sessions have waited for their edge too long."""
+
+WAITS_SECONDS = 1.0
+"""Between two looks at which calls have waited for the other side too long."""
+
+IDENTITIES_SECONDS = 10.0
+"""Between two looks at whose token or certificate is no longer good: how much longer than its identity a call may last
+in which nothing happens."""
 
 _SPARE_THREADS = 8
 """Beside one for each session's stream: for unary calls, uploads, downloads, health checks and reflection."""
@@ -110,7 +117,7 @@ class CloudServer:
         self._server = grpc.server(
             self._executor,
             interceptors=[
-                *observer.interceptors(access.identify),
+                *observing(observer, lambda context: access.identify(context).name),
                 *([access.gate] if access.gate else []),
                 self.guard,
             ],
@@ -161,14 +168,18 @@ class CloudServer:
         self._health.add_to(self._server)
         names = (SERVICE_NAME, HEALTH, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
-        self.call_watch.start()
         self._server.start()
         self._stopping = threading.Event()
-        self._threads = [threading.Thread(target=self._keep_house, name="housekeeper", daemon=True)]
+        looks = [
+            ("sessions", self.sessions.reap, SESSIONS_SECONDS),
+            ("waits", self.call_watch.look, WAITS_SECONDS),
+        ]
         if access.gate is not None:
-            self._threads.append(
-                threading.Thread(target=access.gate.watch, args=(self._stopping,), name="gate", daemon=True)
-            )
+            looks.append(("identities", access.gate.end_stale_calls, IDENTITIES_SECONDS))
+        self._threads = [
+            threading.Thread(target=repeat, args=(look, seconds, self._stopping), name=name, daemon=True)
+            for name, look, seconds in looks
+        ]
         for thread in self._threads:
             thread.start()
 
@@ -197,12 +208,17 @@ class CloudServer:
         self._health.stop_serving()
         self.service.drain()
         self._server.stop(grace_seconds).wait()
-        self.call_watch.stop()
         self._worker.shutdown()
         self._executor.shutdown()
 
-    def _keep_house(self) -> None:
-        repeat(self.sessions.reap, _HOUSEKEEPING_SECONDS, self._stopping)
+
+def repeat(work: Callable[[], object], seconds: float, stop: threading.Event) -> None:
+    """Works every so many seconds until `stop`, in a thread of the caller's. An error is logged, and ends nothing."""
+    while not stop.wait(seconds):
+        try:
+            work()
+        except Exception:
+            _log.exception("something went wrong in the background; it is tried again", extra={"fields": {}})
 
 
 def serve(
@@ -248,8 +264,8 @@ def serve(
         on_refused=lambda peer, reason: audit.write("refused", "-", peer, code="UNAUTHENTICATED", reason=reason),
     )
     found = find_device(device)
-    observing = ExitStack()
-    observer, metrics_url = observing.enter_context(observation(metrics_options, found))
+    observed = ExitStack()
+    observer, metrics_url = observed.enter_context(observation(metrics_options, found))
     server = CloudServer(
         host,
         port,
@@ -278,7 +294,7 @@ def serve(
         server.wait_for_checkpoints(grace_seconds, hurry)
     finally:
         server.stop()
-        observing.close()
+        observed.close()
 
 
 def _wait_for_end_of_stdin(stop: threading.Event, hurry: threading.Event) -> None:

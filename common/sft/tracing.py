@@ -14,7 +14,7 @@ import sys
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Mapping, Optional, Type, Union
 
-import sft
+from sft.version import __version__
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
@@ -136,7 +136,7 @@ class OtelTracer(Tracer):
         """`owned`: it ends with this."""
         self._provider = provider
         self._owned = owned
-        self._tracer = provider.get_tracer("split-fine-tuning", sft.__version__)
+        self._tracer = provider.get_tracer("split-fine-tuning", __version__)
 
     def span(
         self, name: str, parent: str = "", attributes: Optional[Mapping[str, Value]] = None, *, asks: bool = False

@@ -11,14 +11,13 @@ import pytest
 from sft.cli.options import options_of
 from sft.v1 import split_training_pb2 as pb
 from sft_cloud.access import interceptor as gate
-from sft_cloud.access.interceptor import RECHECK_SECONDS
 from sft_cloud.access.tokens import LIMIT_NAMES
 from sft_cloud.commands.certs import InitOptions
 from sft_cloud.commands.token import CreateOptions, ListOptions, RevokeOptions
 from sft_cloud.observability.audit import MAX_TEXT, REFUSALS_PER_SECOND, AuditLog
 from sft_cloud.observability.call_record import CallRecord
 from sft_cloud.options import AccessOptions, LimitOptions, MetricsOptions, ServeOptions
-from sft_cloud.server import GRACE_SECONDS
+from sft_cloud.server import GRACE_SECONDS, IDENTITIES_SECONDS
 from sft_edge.options.train import TRAIN_OPTIONS
 
 ROOT = Path(__file__).parents[2]
@@ -105,4 +104,4 @@ def test_what_is_said_of_the_audit_log():
 
 def test_the_time_that_an_idle_stream_has():
     assert "an idle stream within ten seconds" in " ".join(TEXT.split())
-    assert RECHECK_SECONDS == 10
+    assert IDENTITIES_SECONDS == 10

@@ -10,22 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
+from sft.wire.protocol import HEALTH_CHECK
 from sft_cloud.access.authentication import Authentication
-from sft_cloud.background import repeat
 from sft_cloud.errors import UnauthenticatedError
 from sft_cloud.identity import Identity
 from sft_cloud.observability.log_limit import Sparing
-from sft_cloud.service.health import CHECK
 
 if TYPE_CHECKING:
     Handler = grpc.RpcMethodHandler[Any, Any]
 
 
-OPEN_METHODS = (CHECK,)
+OPEN_METHODS = (HEALTH_CHECK,)
 """What load balancers and containers ask; it says no more than whether the server serves, and reads no request."""
-
-RECHECK_SECONDS = 10.0
-"""How much longer than its identity a call may last in which nothing happens."""
 
 REFUSALS_PER_SECOND = 10
 """Lines of the log about strangers; more are counted, and how many is said in the next one."""
@@ -80,12 +76,11 @@ class Gate(grpc.ServerInterceptor):
         # None where the call was not let in, or has ended meanwhile.
         return self._authentication.identify(context) if identity is None else identity
 
-    def watch(self, stop: threading.Event) -> None:
-        """Ends such calls every few seconds until `stop`, in a thread of the caller's."""
-        repeat(self.end_stale_calls, RECHECK_SECONDS, stop)
-
     def end_stale_calls(self) -> None:
-        """Ends what runs for callers that would not be let in now, though it waits for them and nothing happens."""
+        """Ends what runs for callers that would not be let in now, though it waits for them and nothing happens.
+
+        One look; the server has it repeated.
+        """
         with self._lock:
             running = list(self._running.items())
         for context, identity in running:

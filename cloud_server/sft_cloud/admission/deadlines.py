@@ -1,6 +1,6 @@
 """Calls that wait for the other side too long are ended: a slow or silent peer must not hold a thread for ever.
 
-Every wait is registered here for as long as it lasts; one thread looks from time to time whether one is overdue.
+Every wait is registered here for as long as it lasts; the server looks from time to time whether one is overdue.
 """
 
 from __future__ import annotations
@@ -12,11 +12,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
-
-from sft_cloud.background import repeat
-
-LOOK_SECONDS = 1.0
-"""How often the thread looks."""
 
 _SLOWEST_BYTES_PER_SECOND = 8192.0
 
@@ -39,7 +34,7 @@ class CallWatch:
         clock: Callable[[], float] = time.monotonic,
         on_end: Callable[[str], None] = lambda reason: None,
     ) -> None:
-        """`on_end` is told the reason for which a call was ended. Nothing looks before `start`."""
+        """`on_end` is told the reason for which a call was ended."""
         self._stall_seconds = stall_seconds
         self._idle_seconds = idle_seconds
         self._clock = clock
@@ -47,8 +42,6 @@ class CallWatch:
         self._lock = threading.Lock()
         self._waits: dict[int, _Wait] = {}
         self._next = 0
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
         self.ended: Counter[str] = Counter()
         """How many calls were ended, by reason."""
 
@@ -86,18 +79,6 @@ class CallWatch:
             wait.cancel()
             _log.info("call ended", extra={"fields": {"reason": wait.reason}})
             self._on_end(wait.reason)
-
-    def start(self) -> None:
-        """Has a thread look every LOOK_SECONDS until `stop`."""
-        look = (self.look, LOOK_SECONDS, self._stop)
-        self._thread = threading.Thread(target=repeat, args=look, name="call-watch", daemon=True)
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Ends the thread."""
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join()
 
     def _begin(self, seconds: float, reason: str, cancel: Callable[[], object]) -> Callable[[], None]:
         wait = _Wait(self._clock() + seconds, reason, cancel)

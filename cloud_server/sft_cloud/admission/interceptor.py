@@ -18,7 +18,7 @@ from google.protobuf.message import DecodeError
 
 from sft.errors import ProtocolError
 from sft.v1 import split_training_pb2 as pb
-from sft.wire.protocol import MAX_MESSAGE_BYTES
+from sft.wire.protocol import HEALTH_WATCH, MAX_MESSAGE_BYTES
 from sft_cloud.access.interceptor import OPEN_METHODS
 from sft_cloud.admission.deadlines import CallWatch
 from sft_cloud.admission.quotas import Quotas
@@ -26,7 +26,6 @@ from sft_cloud.admission.wire_check import check_wire
 from sft_cloud.identity import Identity, check_model_name, check_rank
 from sft_cloud.observability.audit import AuditLog
 from sft_cloud.observability.call_record import CallRecord
-from sft_cloud.service.health import WATCH
 from sft_cloud.status_codes import status_of
 
 AnyHandler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
@@ -112,7 +111,7 @@ class _Guarded:
     def stream(self, raw: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         watch = self._guard._watch
         # Who watches the server's health sends nothing more, so all of it counts as idle.
-        lasting = watch.idles("idle stream", context.cancel) if self._method == WATCH else nullcontext()
+        lasting = watch.idles("idle stream", context.cancel) if self._method == HEALTH_WATCH else nullcontext()
         with self._call(context) as call, lasting:
             behavior = self._handler.stream_stream or self._handler.unary_stream
             for response in behavior(self._argument(raw, context, call), context):

@@ -12,9 +12,9 @@ from torch import Tensor
 from sft.errors import ServerFullError
 from sft.models import Net2, build_net_2, max_positions
 from sft.models.lora import adapter_shapes, add_lora, is_adapter
+from sft.models.seeding import seeded
 from sft.models.weights import fill
 from sft.optim.spec import make_optimizer
-from sft.models.seeding import seeded
 from sft.tensors.stream import StoredTensor
 from sft_cloud.engine.request import SessionSpec, _blames_config
 from sft_cloud.session.memory import BatchMemory, MemoryBudget, MemoryShare, measure, memory_bytes, session_bytes

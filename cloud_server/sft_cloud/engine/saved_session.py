@@ -25,7 +25,6 @@ from sft.tensors.stream import StoredTensor, in_memory, safetensors_chunks, safe
 from sft.v1 import split_training_pb2 as pb
 from sft_cloud.errors import PreconditionError
 from sft_cloud.identity import Identity
-from sft_cloud.service.registry import Entry
 from sft_cloud.session.session import Session
 from sft_cloud.storage.blobs import check_sha256
 from sft_cloud.storage.checkpoints import CheckpointStore, Part
@@ -60,26 +59,26 @@ class Checkpoints:
         self._store = store
         self._max_bytes = max_bytes
 
-    def save(self, entry: Entry, run: Run) -> pb.CheckpointSaved:
-        """Writes a session, which nobody may change meanwhile, in the caller's thread; the device is touched in `run`.
+    def save(self, session: Session, request: pb.OpenSessionRequest, owner: Identity, run: Run) -> pb.CheckpointSaved:
+        """Writes a session that `owner` has opened with `request`, in the caller's thread; nobody may change it
+        meanwhile. The device is touched in `run`.
 
         Raises StorageError; earlier checkpoints are then as they were.
         """
-        session, request = entry.session, entry.request
         parts: dict[str, Part] = run(lambda: parts_of(session, request, run))
-        self._check_quota(entry.owner, sum(part.total_bytes for part in parts.values()))
-        saved = self._store.run(entry.owner.name, request.run_id).save(session.next_step, parts)
+        self._check_quota(owner, sum(part.total_bytes for part in parts.values()))
+        saved = self._store.run(owner.name, request.run_id).save(session.next_step, parts)
         return pb.CheckpointSaved(
             id=pb.CheckpointId(step=saved.step, sha256=saved.sha256), total_bytes=saved.total_bytes
         )
 
-    def keep(self, entry: Entry, steps: Iterable[int]) -> None:
+    def keep(self, session: Session, request: pb.OpenSessionRequest, owner: Identity, steps: Iterable[int]) -> None:
         """Deletes the other steps of the session's run. Raises StorageError.
 
         Only those that this session can have known of: its edge may long have gone on at another server that has the
         same store, and have saved there what is newer.
         """
-        self._store.run(entry.owner.name, entry.request.run_id).keep(steps, entry.session.next_step)
+        self._store.run(owner.name, request.run_id).keep(steps, session.next_step)
 
     def _check_quota(self, owner: Identity, size: int) -> None:
         limit = self._max_bytes if owner.limits.max_upload_bytes is None else owner.limits.max_upload_bytes

@@ -12,13 +12,10 @@ from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import TypeVar
 
-import grpc
 import torch
 
 from sft.tracing import NO_SPAN, NO_TRACER, Span, Tracer, Value, open_tracer
 from sft.v1 import split_training_pb2 as pb
-from sft_cloud.identity import Identity
-from sft_cloud.observability.interceptor import CallObserver
 from sft_cloud.observability.metrics import Metrics
 from sft_cloud.options import MetricsOptions
 
@@ -35,12 +32,6 @@ class Observer:
     def message(self, tenant: str, label: str, message: pb.EdgeMessage) -> Watch:
         """Watches a message until it is answered; `label` is that of its session."""
         return Watch(self, tenant, label, message)
-
-    def interceptors(self, identify: Callable[[grpc.ServicerContext], Identity]) -> list[grpc.ServerInterceptor]:
-        """To stand before all others; none where nobody wants to know. `identify` says who calls."""
-        if type(self.metrics) is Metrics and not self.tracer.active:
-            return []
-        return [CallObserver(self.metrics, self.tracer, lambda context: identify(context).name)]
 
 
 NOBODY = Observer()

@@ -15,8 +15,6 @@ from grpc_health.v1 import health_pb2 as pb
 from sft_cloud.admission.deadlines import CallWatch
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Health"].full_name
-CHECK = f"/{SERVICE_NAME}/Check"
-WATCH = f"/{SERVICE_NAME}/Watch"
 
 
 class Health:

@@ -40,10 +40,12 @@ _log = logging.getLogger(__name__)
 class Checkpoints(Protocol):
     """Where sessions are saved, so that they survive the process."""
 
-    def save(self, entry: Entry, on_worker: OnWorker) -> pb.CheckpointSaved:
-        """Writes the session as it is. What reads tensors goes through `on_worker`. Raises StorageError."""
+    def save(
+        self, session: Session, request: pb.OpenSessionRequest, owner: Identity, run: OnWorker
+    ) -> pb.CheckpointSaved:
+        """Writes the session as it is. What reads tensors goes through `run`. Raises StorageError."""
 
-    def keep(self, entry: Entry, steps: Sequence[int]) -> None:
+    def keep(self, session: Session, request: pb.OpenSessionRequest, owner: Identity, steps: Sequence[int]) -> None:
         """Deletes the other steps of the session's run. Raises StorageError."""
 
 
@@ -237,7 +239,7 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
                 steps = message.keep_checkpoints.steps
                 entry.saves += entry.session.next_step in steps
                 with suppress(StorageError):  # too many is no harm; they are told again with the next checkpoint
-                    self._checkpoints.keep(entry, steps)
+                    self._checkpoints.keep(entry.session, entry.request, entry.owner, steps)
             answer.cloud_seconds = time.monotonic() - arrived
             return answer
 
@@ -258,7 +260,7 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
         if self._checkpoints is None or not entry.request.run_id:
             raise PreconditionError("this session was opened without a run_id, or this server saves no checkpoints")
         try:
-            return self._checkpoints.save(entry, self._run)
+            return self._checkpoints.save(entry.session, entry.request, entry.owner, self._run)
         except StorageError as error:
             _log.warning("checkpoint not saved", extra={"fields": {"session": entry.label, "reason": str(error)}})
             return pb.CheckpointSaved(error=str(error))

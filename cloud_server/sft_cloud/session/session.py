@@ -25,10 +25,10 @@ from pathlib import Path
 import torch
 
 from sft.errors import ProtocolError, ServerFullError
+from sft.models.seeding import seeded
 from sft.optim.gradients import scale_gradients
 from sft.optim.spec import set_learning_rates
 from sft.optim.state import stored_state
-from sft.models.seeding import seeded
 from sft.tensors.stream import StoredTensor
 from sft.v1 import split_training_pb2 as pb
 from sft_cloud.errors import PreconditionError, is_out_of_memory

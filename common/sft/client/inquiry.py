@@ -16,8 +16,8 @@ from sft.errors import AccessError, LinkError, ProtocolError, ServerFullError, S
 from sft.printable import finite, printable, tidied
 from sft.v1 import split_training_pb2 as pb
 from sft.v1.split_training_pb2_grpc import SplitTrainingStub
+from sft.wire.protocol import HEALTH_WATCH
 
-_WATCH_HEALTH = "/grpc.health.v1.Health/Watch"
 _EVERYTHING = b""
 """A HealthCheckRequest that asks for the server as a whole, serialized."""
 
@@ -79,7 +79,7 @@ class Inquiry:
 
         None when it did not. Raises ProtocolError where the server offers no such stream.
         """
-        open_watch: grpc.UnaryStreamMultiCallable[bytes, bytes] = self._channel.unary_stream(_WATCH_HEALTH)
+        open_watch: grpc.UnaryStreamMultiCallable[bytes, bytes] = self._channel.unary_stream(HEALTH_WATCH)
         watch = open_watch(_EVERYTHING, metadata=self._credentials.metadata())
         ended = threading.Event()
         if not watch.add_callback(ended.set):

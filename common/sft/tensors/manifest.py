@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Dict, Iterable, Iterator, Optional
 
-import sft
 from sft.errors import CheckpointError
+from sft.version import __version__
 
 MANIFEST_FILE = "manifest.json"
 
@@ -45,7 +45,7 @@ class Manifest:
     other_half: Optional[str] = None
     """SHA-256 of the cloud's manifest, in the edge's; None where there is no cloud."""
 
-    package_version: str = sft.__version__
+    package_version: str = __version__
 
     def to_bytes(self) -> bytes:
         """Of the file; the same manifest gives the same bytes."""

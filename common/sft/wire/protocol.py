@@ -7,6 +7,10 @@ from typing import List, Tuple
 PROTOCOL_VERSION = 3
 """Raised when a change of the .proto makes old and new sides misunderstand each other."""
 
+HEALTH_CHECK = "/grpc.health.v1.Health/Check"
+HEALTH_WATCH = "/grpc.health.v1.Health/Watch"
+"""Literally: what both sides share does without grpcio-health-checking."""
+
 MAX_MESSAGE_BYTES = 256 << 20
 """Largest message either side accepts: a full-width activation of 128 x 512 tokens x 1024 floats."""
 

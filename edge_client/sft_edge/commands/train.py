@@ -17,6 +17,7 @@ import torch
 from sft.batch import Batch
 from sft.errors import LinkError, StorageError, TrainingError
 from sft.models import build_whole
+from sft.v1 import split_training_pb2 as pb
 from sft_edge.checkpoints.policy import Checkpointing, Stopped
 from sft_edge.checkpoints.same_run import likeness
 from sft_edge.files import write_file, write_json
@@ -165,7 +166,7 @@ class TrainingRun:
                     [] if offered else self._calibration(job.task, job.features),
                     progress.status,
                     run_id=checkpointing.run_id,
-                    resumes_from=offered,
+                    resume_from=[pb.CheckpointId(step=c.step, sha256=c.manifest.other_half or "") for c in offered],
                     checkpoint_store=self.output_dir / CLOUD_STORE,
                 )
             )

@@ -21,10 +21,10 @@ from transformers import BertConfig, PretrainedConfig
 from sft.batch import IGNORED, Batch, attention_mask
 from sft.errors import UsageError, VerificationError
 from sft.models import Cut, build_net_1, build_whole, max_positions
+from sft.models.seeding import derive_seed
 from sft.models.weights import factor_tensors, fill, pretrained_tensors
 from sft.optim.gradients import squared_norm
 from sft.optim.spec import OptimizerSpec, decay_groups, make_optimizer
-from sft.models.seeding import derive_seed
 from sft.tensors.pretrained import Checkpoint, find_model
 from sft_edge.files import json_text
 from sft_edge.link.grpc_transport import transport_of

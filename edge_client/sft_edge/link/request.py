@@ -6,20 +6,20 @@ from typing import Dict, List, Optional, Sequence
 
 from transformers import PretrainedConfig
 
-import sft
 from sft.models import Cut
 from sft.optim.spec import OptimizerSpec, spec_to_proto
 from sft.tensors.stream import StoredTensor, safetensors_chunks, safetensors_size, sha256_of
 from sft.v1 import split_training_pb2 as pb
+from sft.version import __version__
 from sft.wire.codec.elements import DATA_TYPES
 from sft.wire.cut import HEADS, cut_to_proto
 from sft.wire.protocol import PROTOCOL_VERSION
 from sft_edge.link.link import Blob
-from sft_edge.model_files.source import Source
 
 
 def session_request(
-    source: Source,
+    model_name: str,
+    config: PretrainedConfig,
     head: str,
     cut: Cut,
     optimizer_spec: OptimizerSpec,
@@ -31,15 +31,15 @@ def session_request(
     run_id: str = "",
     resume_from: Sequence[pb.CheckpointId] = (),
 ) -> pb.OpenSessionRequest:
-    """`optimizer_spec` is net_2's; the blobs are named by hashes, see `sft_edge.link.request`.
+    """`model_name` is what the cloud may know it by; `optimizer_spec` is net_2's.
 
-    `run_id` and `resume_from` are of checkpoints.
+    The blobs are named by their hashes, see `offer`; `run_id` and `resume_from` are of checkpoints.
     """
     return pb.OpenSessionRequest(
         protocol_version=PROTOCOL_VERSION,
-        package_version=sft.__version__,
-        model_name=source.name,
-        config_json=_config_json(source.config),
+        package_version=__version__,
+        model_name=model_name,
+        config_json=_config_json(config),
         head=HEADS[head],
         cut=cut_to_proto(cut),
         seed=seed,

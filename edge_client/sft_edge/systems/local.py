@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from sft.batch import Batch
 from sft.models import Whole
 from sft.models.lora import merged_tensors
-from sft.optim.gradients import scale_gradients, squared_gradient_norm
 from sft.models.seeding import seeded
+from sft.optim.gradients import scale_gradients, squared_gradient_norm
 from sft.tensors.stream import Shard, safetensors_chunks
 from sft.wire.ledger import Ledger
 from sft_edge.systems.system import StepTimer, System

@@ -15,7 +15,6 @@ from sft.models.lora import add_lora
 from sft.models.weights import factor_tensors, fill, pretrained_tensors
 from sft.optim.spec import OptimizerSpec, decay_groups, make_optimizer
 from sft.v1 import split_training_pb2 as pb
-from sft_edge.checkpoints.directory import EdgeCheckpoint
 from sft_edge.link.grpc_transport import transport_of
 from sft_edge.link.retries import patience_of
 from sft_edge.model_files.source import Source
@@ -63,13 +62,13 @@ def open_system(
     calibration: Sequence[Batch] = (),
     on_status: Callable[[str], None] = lambda text: None,
     run_id: str = "",
-    resumes_from: Sequence[EdgeCheckpoint] = (),
+    resume_from: Sequence[pb.CheckpointId] = (),
     checkpoint_store: Optional[Path] = None,
 ) -> Iterator[System]:
     """The system for the block; the session, and a cloud that was started for it, end with the block.
 
     `calibration`: what a low-rank residual is fitted to; `on_status` is told what a broken link is waiting for;
-    `run_id`: whose checkpoints are saved, if any are; `resumes_from`: those of which it may go on, see
+    `run_id`: whose checkpoints are saved, if any are; `resume_from`: those of which it may go on, see
     `open_split_system`; `checkpoint_store`: where a cloud that is started for it keeps its halves.
 
     Raises what building, connecting and opening a session raise: CutError, CheckpointError, UsageError, LinkError.
@@ -81,8 +80,8 @@ def open_system(
     if cutting.mode == "local":
         adapters = whole_lora(adapting, whole)
         # What goes on from a checkpoint takes all values from there.
-        tensors = [] if resumes_from else pretrained_tensors(whole, source.checkpoint)
-        if cut is not None and not resumes_from:
+        tensors = [] if resume_from else pretrained_tensors(whole, source.checkpoint)
+        if cut is not None and not resume_from:
             for factors in factor_tensors(source.config, head, cut, source.checkpoint, training.seed, calibration):
                 tensors += factors
         fill(whole, tensors, training.seed, device)
@@ -112,7 +111,7 @@ def open_system(
             calibration=calibration,
             lora=lora,
             run_id=run_id,
-            resume_from=[pb.CheckpointId(step=c.step, sha256=c.manifest.other_half or "") for c in resumes_from],
+            resume_from=resume_from,
         )
         with system.link:
             yield system

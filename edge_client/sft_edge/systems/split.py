@@ -14,10 +14,10 @@ from sft.errors import ProtocolError
 from sft.models import Cut, Net1, build_net_1, build_net_2
 from sft.models.lora import add_lora, lora_to_json, merged_tensors
 from sft.models.losses import head_loss
+from sft.models.seeding import seeded
 from sft.models.weights import factor_tensors, fill, pretrained_tensors
 from sft.optim.gradients import scale_gradients, squared_gradient_norm
 from sft.optim.spec import OptimizerSpec, make_optimizer
-from sft.models.seeding import seeded
 from sft.tensors.stream import Shard, StoredTensor, safetensors_chunks
 from sft.v1 import split_training_pb2 as pb
 from sft.wire.codec.elements import DATA_TYPES, decode_tensor
@@ -250,7 +250,8 @@ def open_split_system(
     if lora.cloud is not None:
         add_lora(net_2, lora.cloud, seed)  # for the names of what is trained there
     request = session_request(
-        source,
+        source.name,
+        source.config,
         head,
         cut,
         optimizer_spec.restricted_to(net_2.whole_names.values()),

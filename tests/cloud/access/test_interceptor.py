@@ -17,14 +17,14 @@ from support.tls import make_token
 
 from sft.v1 import split_training_pb2 as pb
 from sft.v1 import split_training_pb2_grpc as pb_grpc
-from sft.wire.protocol import MAX_MESSAGE_BYTES
+from sft.wire.protocol import HEALTH_CHECK, MAX_MESSAGE_BYTES
+from sft_cloud import server as serve
 from sft_cloud.access import interceptor as gate
 from sft_cloud.access.authentication import Authentication
 from sft_cloud.access.protection import make_access
 from sft_cloud.access.tokens import LiveTokens, TokenFile
 from sft_cloud.options import AccessOptions
 from sft_cloud.server import _SPARE_THREADS, CloudServer
-from sft_cloud.service.health import CHECK
 
 Code = grpc.StatusCode
 CALLS_AT_A_TIME = 4 + _SPARE_THREADS
@@ -208,7 +208,7 @@ def test_a_stranger_is_refused_before_its_message_is_there(calls, path):
 
 def test_a_strangers_health_check_is_answered_before_its_message_is_there(calls, alice):
     """Else strangers could hold every thread, and those who hold a token would find none."""
-    check = calls().channel.stream_stream(CHECK)
+    check = calls().channel.stream_stream(HEALTH_CHECK)
     serving = health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING).SerializeToString()
     for _ in range(2 * CALLS_AT_A_TIME):
         assert list(check(never(), timeout=SECONDS)) == [serving]
@@ -219,7 +219,7 @@ def test_a_strangers_health_check_is_answered_before_its_message_is_there(calls,
 def test_no_message_of_a_health_check_is_read(calls, size):
     """One that is larger than any may be would end its call, and one that is none would be refused."""
     options = [("grpc.max_send_message_length", -1)]
-    check = calls(options=options).channel.stream_stream(CHECK)
+    check = calls(options=options).channel.stream_stream(HEALTH_CHECK)
     assert len(list(check(iter([b"\xff" * size]), timeout=SECONDS))) == 1
 
 
@@ -247,7 +247,7 @@ class Unreading:
 
     def check(self):
         """Begins a call."""
-        names = {":method": "POST", ":scheme": "http", ":path": CHECK, ":authority": "here"}
+        names = {":method": "POST", ":scheme": "http", ":path": HEALTH_CHECK, ":authority": "here"}
         names.update({"content-type": "application/grpc", "te": "trailers"})
         number, self._next = self._next, self._next + 2
         literal = [text.encode() for pair in names.items() for text in pair]
@@ -330,7 +330,7 @@ def test_what_runs_is_forgotten_when_it_ends(calls, alice, server):
 
 
 def test_the_server_looks_for_such_calls_by_itself(alice, tokens, tmp_path, monkeypatch):
-    monkeypatch.setattr(gate, "RECHECK_SECONDS", 0.01)
+    monkeypatch.setattr(serve, "IDENTITIES_SECONDS", 0.01)
     access = make_access(AccessOptions(tokens=tokens), "127.0.0.1")
     looks, ended = [], threading.Event()
 

@@ -1,10 +1,7 @@
 """Waits that take too long are ended, once, for a reason that is counted."""
 
-import threading
-
 import pytest
 
-from sft_cloud.admission import deadlines as call_watch
 from sft_cloud.admission.deadlines import CallWatch
 
 
@@ -95,18 +92,3 @@ def test_it_tells_who_wants_to_know(clock):
         clock.now += 60
         watch.look()
     assert told == ["no first message"]
-
-
-def test_a_thread_looks_until_it_is_stopped(watch, clock, monkeypatch):
-    monkeypatch.setattr(call_watch, "LOOK_SECONDS", 0.001)
-    ended = threading.Event()
-    with watch.stalls("no first message", ended.set):
-        clock.now += 60
-        watch.start()
-        assert ended.wait(30)
-    watch.stop()
-    assert not watch._thread.is_alive()
-
-
-def test_one_that_never_started_can_be_stopped(watch):
-    watch.stop()

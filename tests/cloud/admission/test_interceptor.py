@@ -15,14 +15,13 @@ from support.tiny_edge import attach
 from sft.cli.durations import Duration
 from sft.models import Cut
 from sft.v1 import split_training_pb2 as pb
-from sft.wire.protocol import CLIENT_OPTIONS
+from sft.wire.protocol import CLIENT_OPTIONS, HEALTH_WATCH
 from sft_cloud.access.protection import Access
 from sft_cloud.admission.interceptor import _Guarded
 from sft_cloud.admission.quotas import SPARE_CALLS
 from sft_cloud.identity import ANONYMOUS, Identity, Limits
 from sft_cloud.observability.audit import AuditLog
 from sft_cloud.options import LimitOptions
-from sft_cloud.service.health import WATCH
 
 SERVICE = "/sft.v1.SplitTraining/"
 REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
@@ -222,7 +221,7 @@ def test_a_service_that_there_is_not_is_not_watched(server):
 
 
 def test_a_health_watch_takes_messages_of_its_size(server, raw):
-    code, details = refusal(lambda: list(raw(server.address, WATCH, iter([bytes((1 << 16) + 1)]))))
+    code, details = refusal(lambda: list(raw(server.address, HEALTH_WATCH, iter([bytes((1 << 16) + 1)]))))
     assert code is grpc.StatusCode.INVALID_ARGUMENT
     assert "this method takes at most 65536" in details
 
@@ -241,7 +240,7 @@ def test_a_health_watch_ends_when_it_was_idle_for_long_or_its_caller_goes(server
     assert usage.calls == 0
 
 
-@pytest.mark.parametrize("method", [WATCH, REFLECTION])
+@pytest.mark.parametrize("method", [HEALTH_WATCH, REFLECTION])
 def test_calls_of_other_services_are_counted_too(start_server, connect, raw, never, method):
     server = start_server(access=Access(identify=named(max_sessions=1)))
     held = [raw(server.address, method, never()) for _ in range(1 + SPARE_CALLS)]
@@ -253,7 +252,7 @@ def test_calls_of_other_services_are_counted_too(start_server, connect, raw, nev
         call.cancel()
 
 
-@pytest.mark.parametrize("method", [WATCH, REFLECTION])
+@pytest.mark.parametrize("method", [HEALTH_WATCH, REFLECTION])
 def test_bytes_of_other_services_are_counted_too(start_server, raw, method):
     server = start_server(access=Access(identify=named(max_bytes_per_day=1000)))
     code, details = refusal(lambda: list(raw(server.address, method, iter([bytes(1001)]))))

@@ -41,7 +41,7 @@ def test_a_session_ends_when_its_edge_stays_away(start_server, connect, edge):
     session_id = open_session(stub, edge)
     assert len(list(stub.Train(iter([attach(session_id)]), timeout=SECONDS))) == 1
     server.sessions.session_timeout_seconds = 0.0
-    assert closed(), "the housekeeper looks by itself"
+    assert closed(), "the server looks by itself"
     assert refusal(lambda: list(stub.Train(iter([attach(session_id)]))))[0] is grpc.StatusCode.NOT_FOUND
 
 

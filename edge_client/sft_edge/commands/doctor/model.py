@@ -49,7 +49,8 @@ def _look(options: DoctorOptions, transport: Transport, way: Optional[Way]) -> F
     optimizing = OptimizerOptions()
     spec = OptimizerSpec(optimizing.optim, decay_groups(whole, optimizing.arguments()))
     request = session_request(
-        source,
+        source.name,
+        source.config,
         options.head,
         cut,
         spec.restricted_to(net_2.whole_names.values()),

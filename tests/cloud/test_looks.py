@@ -1,12 +1,13 @@
-"""What looks after things goes on doing so."""
+"""What the server looks at from time to time: it goes on looking, until it stops."""
 
 import threading
 
+import pytest
 import torch
 from support.calls import SECONDS
 
 from sft_cloud import server as serve
-from sft_cloud.background import repeat
+from sft_cloud.admission.deadlines import CallWatch
 from sft_cloud.service.registry import Registry
 
 
@@ -19,7 +20,7 @@ def test_an_error_is_logged_and_ends_nothing(caplog):
             raise KeyError("a bug")
         stop.set()
 
-    thread = threading.Thread(target=repeat, args=(work, 0.001, stop), daemon=True)
+    thread = threading.Thread(target=serve.repeat, args=(work, 0.001, stop), daemon=True)
     thread.start()
     thread.join(SECONDS)
     assert not thread.is_alive()
@@ -30,22 +31,26 @@ def test_an_error_is_logged_and_ends_nothing(caplog):
 def test_nothing_is_done_once_it_is_over():
     stop = threading.Event()
     stop.set()
-    repeat(lambda: 1 / 0, 0.0, stop)
+    serve.repeat(lambda: 1 / 0, 0.0, stop)
 
 
-def test_the_housekeeper_outlives_an_error(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("owner", "name", "seconds"), [(Registry, "reap", "SESSIONS_SECONDS"), (CallWatch, "look", "WAITS_SECONDS")]
+)
+def test_a_server_looks_on_after_an_error_and_until_it_stops(tmp_path, monkeypatch, owner, name, seconds):
     looks, again = [], threading.Event()
 
-    def reap(registry):
+    def look(_):
         looks.append(None)
         if len(looks) == 1:
             raise KeyError("a bug")
         again.set()
 
-    monkeypatch.setattr(Registry, "reap", reap)
-    monkeypatch.setattr(serve, "_HOUSEKEEPING_SECONDS", 0.01)
+    monkeypatch.setattr(owner, name, look)
+    monkeypatch.setattr(serve, seconds, 0.01)
     server = serve.CloudServer("127.0.0.1", 0, torch.device("cpu"), tmp_path, None, 1, 1)
     try:
         assert again.wait(SECONDS)
     finally:
         server.stop(grace_seconds=0)
+    assert not any(thread.is_alive() for thread in server._threads)
