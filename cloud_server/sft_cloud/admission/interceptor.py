@@ -26,7 +26,7 @@ from sft_cloud.admission.wire_check import check_wire
 from sft_cloud.identity import Identity, check_model_name, check_rank
 from sft_cloud.observability.audit import AuditLog
 from sft_cloud.observability.call_record import CallRecord
-from sft_cloud.status_codes import status_of
+from sft_cloud.rpc.status_codes import status_of
 
 AnyHandler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 Identify = Callable[[grpc.ServicerContext], Identity]

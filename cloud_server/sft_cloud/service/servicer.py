@@ -26,7 +26,7 @@ from sft_cloud.observability.observer import NOBODY, Observer
 from sft_cloud.service.registry import DONE, Entry, Registry, StreamHandle
 from sft_cloud.service.status import Status
 from sft_cloud.session.session import Session
-from sft_cloud.status_codes import ends_call, ends_session
+from sft_cloud.rpc.status_codes import ends_call, ends_session
 from sft_cloud.storage.blobs import BlobStore
 
 T = TypeVar("T")

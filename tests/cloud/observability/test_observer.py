@@ -17,7 +17,7 @@ from sft.wire.protocol import CLIENT_OPTIONS
 from sft_cloud.observability.interceptor import CallObserver
 from sft_cloud.observability.metrics import Metrics
 from sft_cloud.observability.observer import Observer
-from sft_cloud.status_codes import ends_call
+from sft_cloud.rpc.status_codes import ends_call
 from sft_edge.link.tracing import traced
 
 

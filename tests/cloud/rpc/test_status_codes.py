@@ -6,7 +6,7 @@ import torch
 
 from sft import errors
 from sft_cloud.errors import PreconditionError, QuotaError, UnauthenticatedError
-from sft_cloud.status_codes import MAX_DETAILS, status_of
+from sft_cloud.rpc.status_codes import MAX_DETAILS, status_of
 
 CODES = {
     PreconditionError: "FAILED_PRECONDITION",
