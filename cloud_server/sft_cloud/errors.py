@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from sft.errors import (
     AccessError,
     ProtocolError,
@@ -41,6 +39,8 @@ class UnauthenticatedError(AccessError):
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether a device, or the machine, had no memory left."""
+    import torch  # late: commands that touch no tensor know these errors, too
+
     if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # torch's CPU allocator

@@ -30,6 +30,29 @@ class Limits:
     max_upload_bytes: int | None = None
     """Of all blobs that the server keeps for it, and as many of checkpoints."""
 
+    def sessions_of(self, of_server: int) -> int:
+        """How many sessions a caller with these limits may have at a time, on a server that holds so many."""
+        return of_server if self.max_sessions is None else min(self.max_sessions, of_server)
+
+    def check_model_name(self, model_name: str) -> None:
+        """Raises AccessError for a model that is not for this caller.
+
+        The name is what the caller says: whoever uploads weights can give them any. It keeps the honest from mistakes,
+        and everybody from having the server look for another model.
+        """
+        if self.models and not any(fnmatch.fnmatchcase(model_name, pattern) for pattern in self.models):
+            raise AccessError(
+                f"model '{model_name[:80]}' is not among those that your token is for: {', '.join(self.models)}"
+            )
+
+    def check_rank(self, width: int) -> None:
+        """`width` of what crosses the wire: the rank of a cut, or the model's width. Raises AccessError."""
+        if self.max_split_rank is not None and width > self.max_split_rank:
+            raise AccessError(
+                f"what crosses the wire would be {width} wide; your token is for at most {self.max_split_rank}: choose "
+                "a lower --split-rank"
+            )
+
 
 @dataclass(frozen=True)
 class Identity:
@@ -47,29 +70,3 @@ class Identity:
 
 ANONYMOUS = Identity("anonymous")
 """Everybody, on a server without tokens or client certificates."""
-
-
-def max_sessions_of(limits: Limits, of_server: int) -> int:
-    """How many sessions a caller with these limits may have at a time."""
-    return of_server if limits.max_sessions is None else min(limits.max_sessions, of_server)
-
-
-def check_model_name(limits: Limits, model_name: str) -> None:
-    """Raises AccessError for a model that is not for this caller.
-
-    The name is what the caller says: whoever uploads weights can give them any. It keeps the honest from mistakes, and
-    everybody from having the server look for another model.
-    """
-    if limits.models and not any(fnmatch.fnmatchcase(model_name, pattern) for pattern in limits.models):
-        raise AccessError(
-            f"model '{model_name[:80]}' is not among those that your token is for: {', '.join(limits.models)}"
-        )
-
-
-def check_rank(limits: Limits, width: int) -> None:
-    """`width` of what crosses the wire: the rank of a cut, or the model's width. Raises AccessError."""
-    if limits.max_split_rank is not None and width > limits.max_split_rank:
-        raise AccessError(
-            f"what crosses the wire would be {width} wide; your token is for at most {limits.max_split_rank}: choose a "
-            "lower --split-rank"
-        )

@@ -27,25 +27,15 @@ from sft.errors import SFTError, UsageError
 from sft.v1 import split_training_pb2 as pb
 from sft.v1 import split_training_pb2_grpc as pb_grpc
 from sft.wire.protocol import SERVER_OPTIONS
-from sft_cloud.access.protection import Access, make_access
-from sft_cloud.admission.deadlines import CallWatch
-from sft_cloud.admission.interceptor import Guard
-from sft_cloud.admission.quotas import Quotas
-from sft_cloud.engine.opener import Opener, TransformersOpener
-from sft_cloud.engine.saved_session import Checkpoints
-from sft_cloud.engine.weights import WeightsFinder
-from sft_cloud.engine.worker import DeviceWorker, Worker, find_device
-from sft_cloud.observability.audit import AuditLog
-from sft_cloud.observability.interceptor import observing
-from sft_cloud.observability.observer import NOBODY, Observer, observation
+from sft_cloud.access import Access, make_access
+from sft_cloud.admission import AdmissionInterceptor, Deadlines, Quotas
+from sft_cloud.engine import Checkpoints, DeviceWorker, Opener, TransformersOpener, WeightsFinder, Worker, find_device
+from sft_cloud.observability import NOBODY, AuditLog, Observer, observing, open_observer
 from sft_cloud.options import AccessOptions, LimitOptions, MetricsOptions
-from sft_cloud.service.health import SERVICE_NAME as HEALTH
-from sft_cloud.service.health import Health
-from sft_cloud.service.registry import SESSION_TIMEOUT_SECONDS, Entry, Registry
-from sft_cloud.service.servicer import SplitTrainingService, log_closed
-from sft_cloud.session.memory import MemoryBudget, default_budget
-from sft_cloud.storage.blobs import BlobStore
-from sft_cloud.storage.checkpoints import CheckpointStore
+from sft_cloud.service import SERVICE_NAME as HEALTH
+from sft_cloud.service import SESSION_TIMEOUT_SECONDS, Entry, Health, Registry, SplitTrainingService, log_closed
+from sft_cloud.session import MemoryBudget, default_budget
+from sft_cloud.storage import BlobStore, CheckpointStore
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["SplitTraining"].full_name
 
@@ -111,15 +101,15 @@ class CloudServer:
         # Without a model directory, names are still not looked up as paths: they come from edges.
         weights = WeightsFinder(state_dir / "models" if model_dir is None else model_dir, limits.download_models)
         self.quotas = Quotas(max_sessions, limits.opens_per_minute)
-        self.call_watch = CallWatch(limits.stall_timeout, limits.idle_timeout)
-        self.guard = Guard(access.identify, self.quotas, self.call_watch, audit)
+        self.deadlines = Deadlines(limits.stall_timeout, limits.idle_timeout)
+        self.admission = AdmissionInterceptor(access.identify, self.quotas, self.deadlines, audit)
         self._executor = ThreadPoolExecutor(calls, thread_name_prefix="call")
         self._server = grpc.server(
             self._executor,
             interceptors=[
                 *observing(observer, lambda context: access.identify(context).name),
-                *([access.gate] if access.gate else []),
-                self.guard,
+                *([access.interceptor] if access.interceptor else []),
+                self.admission,
             ],
             options=SERVER_OPTIONS,
             maximum_concurrent_rpcs=calls,
@@ -164,7 +154,7 @@ class CloudServer:
             self._worker, store, opener, self.sessions, access.identify, checkpoints, observer
         )
         pb_grpc.add_SplitTrainingServicer_to_server(self.service, self._server)
-        self._health = Health(("", SERVICE_NAME), self.call_watch)
+        self._health = Health(("", SERVICE_NAME), self.deadlines)
         self._health.add_to(self._server)
         names = (SERVICE_NAME, HEALTH, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
@@ -172,10 +162,10 @@ class CloudServer:
         self._stopping = threading.Event()
         looks = [
             ("sessions", self.sessions.reap, SESSIONS_SECONDS),
-            ("waits", self.call_watch.look, WAITS_SECONDS),
+            ("waits", self.deadlines.look, WAITS_SECONDS),
         ]
-        if access.gate is not None:
-            looks.append(("identities", access.gate.end_stale_calls, IDENTITIES_SECONDS))
+        if access.interceptor is not None:
+            looks.append(("identities", access.interceptor.end_stale_calls, IDENTITIES_SECONDS))
         self._threads = [
             threading.Thread(target=repeat, args=(look, seconds, self._stopping), name=name, daemon=True)
             for name, look, seconds in looks
@@ -265,7 +255,7 @@ def serve(
     )
     found = find_device(device)
     observed = ExitStack()
-    observer, metrics_url = observed.enter_context(observation(metrics_options, found))
+    observer, metrics_url = observed.enter_context(open_observer(metrics_options, found))
     server = CloudServer(
         host,
         port,
@@ -282,7 +272,7 @@ def serve(
         audit=audit,
     )
     try:
-        protection = {"tls": access.credentials is not None, "everybody": access.gate is None}
+        protection = {"tls": access.credentials is not None, "everybody": access.interceptor is None}
         _log.info("serving", extra={"fields": {"address": server.address, "device": str(server.device), **protection}})
         ready = {"event": "serving", "address": server.address, "device": str(server.device)}
         if metrics_url:

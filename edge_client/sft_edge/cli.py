@@ -6,17 +6,19 @@ from typing import List, Optional
 
 from sft.cli.options import parse
 from sft.cli.run import run
-from sft_edge.options.commands import (
+from sft_edge.options import (
+    TRAIN_OPTIONS,
+    CutOptions,
     DemoOptions,
     DoctorOptions,
     EvaluateOptions,
     ExportOptions,
+    LinkOptions,
+    OptimizerOptions,
     PredictOptions,
     VerifyOptions,
+    check_together,
 )
-from sft_edge.options.link import LinkOptions
-from sft_edge.options.optimizer import OptimizerOptions
-from sft_edge.options.train import TRAIN_OPTIONS, CutOptions, check_together
 
 
 def train(prog: str, argv: List[str]) -> int:

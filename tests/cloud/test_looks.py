@@ -7,7 +7,7 @@ import torch
 from support.calls import SECONDS
 
 from sft_cloud import server as serve
-from sft_cloud.admission.deadlines import CallWatch
+from sft_cloud.admission.deadlines import Deadlines
 from sft_cloud.service.registry import Registry
 
 
@@ -35,7 +35,7 @@ def test_nothing_is_done_once_it_is_over():
 
 
 @pytest.mark.parametrize(
-    ("owner", "name", "seconds"), [(Registry, "reap", "SESSIONS_SECONDS"), (CallWatch, "look", "WAITS_SECONDS")]
+    ("owner", "name", "seconds"), [(Registry, "reap", "SESSIONS_SECONDS"), (Deadlines, "look", "WAITS_SECONDS")]
 )
 def test_a_server_looks_on_after_an_error_and_until_it_stops(tmp_path, monkeypatch, owner, name, seconds):
     looks, again = [], threading.Event()

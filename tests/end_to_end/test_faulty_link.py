@@ -18,7 +18,7 @@ from transformers import AutoConfig
 from sft.tensors.stream import safetensors_chunks
 from sft.v1 import split_training_pb2 as pb
 from sft_edge.link.link import Link
-from sft_edge.link.retries import Patience
+from sft_edge.link.retries import RetryPolicy
 
 MICRO_BATCHES = 2
 
@@ -50,8 +50,8 @@ class Run:
         lower = Lower(edge)
         optimizer = torch.optim.AdamW(lower.parameters(), lr=1e-3)
         waits: list[float] = []
-        patience = Patience(wait=lambda wake, seconds: bool(waits.append(seconds)))
-        with Link(self.faulty, edge.request(), {}, patience) as link:
+        policy = RetryPolicy(wait=lambda wake, seconds: bool(waits.append(seconds)))
+        with Link(self.faulty, edge.request(), {}, policy) as link:
             link.open()
             session = cloud.session
             assert session is not None

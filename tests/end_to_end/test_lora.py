@@ -18,7 +18,7 @@ from sft.errors import ProtocolError, UsageError
 from sft.models import build_net_2, build_whole
 from sft.models.lora import add_lora, lora_to_json, resolve_lora
 from sft.optim.spec import decay_groups
-from sft.tensors.pretrained import Checkpoint
+from sft.tensors.pretrained import PretrainedWeights
 from sft_cloud.engine.build import build, make_session
 from sft_cloud.engine.request import check_request
 from sft_cloud.session.session import Session
@@ -36,7 +36,7 @@ def changed(model: Path, output_dir: Path) -> set[str]:
     """The pretrained tensors that a run left other bits of."""
     after = weights_of(output_dir)
     shapes = {name: tuple(tensor.shape) for name, tensor in after.items() if ".ffn" not in name}
-    before = {tensor.name: tensor for tensor in Checkpoint(model).tensors(shapes, "bert")}
+    before = {tensor.name: tensor for tensor in PretrainedWeights(model).tensors(shapes, "bert")}
     return {name for name, tensor in before.items() if not torch.equal(tensor.read(), after[name])}
 
 

@@ -18,7 +18,7 @@ from sft.errors import ServerFullError, SessionLostError
 from sft_cloud.server import CloudServer
 from sft_edge.link.grpc_transport import GrpcTransport
 from sft_edge.link.link import Blob, Link
-from sft_edge.link.retries import Patience
+from sft_edge.link.retries import RetryPolicy
 from sft_edge.link.transport import Transport
 
 STEPS = 3
@@ -38,12 +38,12 @@ def server(tmp_path: Path) -> Iterator[CloudServer]:
     server.stop(grace_seconds=0)
 
 
-AT_ONCE = Patience(backoff_seconds=0.0)
+AT_ONCE = RetryPolicy(backoff_seconds=0.0)
 
 
-def open_link(edge: TinyEdge, transport: Transport, patience: Patience = AT_ONCE) -> Link:
+def open_link(edge: TinyEdge, transport: Transport, policy: RetryPolicy = AT_ONCE) -> Link:
     blobs = {sha256: Blob(len(data), lambda data=data: iter([data])) for sha256, data in edge.blobs().items()}
-    link = Link(transport, edge.request(), blobs, patience)
+    link = Link(transport, edge.request(), blobs, policy)
     link.open()
     return link
 
@@ -86,7 +86,7 @@ def test_a_broken_stream_is_mended_and_keeps_its_place(
 
 
 def test_a_server_that_stops_in_the_middle(edge: TinyEdge, server: CloudServer) -> None:
-    with open_link(edge, GrpcTransport(server.address), Patience(reconnect_timeout_seconds=0)) as link:
+    with open_link(edge, GrpcTransport(server.address), RetryPolicy(reconnect_timeout_seconds=0)) as link:
         link.forward(0, 0, edge.activation(0), edge.labels(), 1.0).result()
         server.stop(grace_seconds=0)
         with pytest.raises(SessionLostError, match=server.address):

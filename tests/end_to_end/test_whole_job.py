@@ -16,7 +16,7 @@ from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClas
 
 from sft_edge.cli import main
 from sft_edge.commands import train as train_module
-from sft_edge.model_files.saved import ask, load_model, task_of
+from sft_edge.model_files.saved import load_model, task_of
 from sft_edge.systems.local import LocalSystem
 from sft_edge.systems.split import SplitSystem
 from sft_edge.tasks.base import batches_of
@@ -114,7 +114,7 @@ def test_what_a_run_leaves_works_without_a_cloud(
     features = the_task.encode(rows, saved.tokenizer, 64)
     assert len(rows) == job.eval_rows
     heard = [row for batch in asked for row in batch]
-    for logits, before in zip(ask(saved, the_task, features, 8), heard, strict=True):
+    for logits, before in zip(saved.logits(the_task, features, 8), heard, strict=True):
         length = len(before)  # behind the end of a question's tokens, a split model knows no logits
         if task == "squad":
             length = next(f.length for f, row in zip(features, heard, strict=True) if row is before)
@@ -157,7 +157,7 @@ def test_an_undecomposed_model_is_a_plain_checkpoint(
     saved = load_model(output_dir)
     the_task = task_of(saved.description, jobs[task].data_dir)
     features = the_task.encode(the_task.read("validation"), saved.tokenizer, 64)
-    ours = ask(saved, the_task, features, 8)
+    ours = saved.logits(the_task, features, 8)
     for batch in batches_of(the_task, features, 8):
         mask_BS = (torch.arange(max(batch.lengths)) < torch.tensor(batch.lengths)[:, None]).long()
         with torch.no_grad():
@@ -226,10 +226,10 @@ def test_a_decomposed_layer_in_one_process(job: Job, model: Path, train: Callabl
     if residual == "full":  # a low-rank residual changes shapes, too
         the_task = task_of(saved.description, job.data_dir)
         features = the_task.encode(the_task.read("validation"), saved.tokenizer, 64)
-        with_residual = ask(saved, the_task, features, 8)
+        with_residual = saved.logits(the_task, features, 8)
         text = (kept / "sft.json").read_text()
         (kept / "sft.json").write_text(text.replace('"residual": "full"', '"residual": "none"'))
-        without = ask(load_model(kept), the_task, features, 8)
+        without = load_model(kept).logits(the_task, features, 8)
         assert not any(one.equal(other) for one, other in zip(with_residual, without, strict=True))
 
 

@@ -154,7 +154,7 @@ def test_compose_starts_a_cloud_that_the_edge_can_reach(
         assert options.host == "0.0.0.0"
         assert str(options.port) == port
         assert access_options == serving_access(tmp_path)
-        assert make_access(access_options, options.host).gate is not None
+        assert make_access(access_options, options.host).interceptor is not None
         assert host in service["networks"]["link"]["aliases"]
         assert service["entrypoint"] == ["with_secrets", "sft-cloud"]
         check = ["python", "/opt/sft/healthcheck.py", f"localhost:{port}", "/secrets/ca.pem"]

@@ -10,7 +10,7 @@ import pytest
 
 from sft.cli.options import options_of
 from sft.v1 import split_training_pb2 as pb
-from sft_cloud.access import interceptor as gate
+from sft_cloud.access import interceptor as access
 from sft_cloud.access.tokens import LIMIT_NAMES
 from sft_cloud.commands.certs import InitOptions
 from sft_cloud.commands.token import CreateOptions, ListOptions, RevokeOptions
@@ -97,7 +97,7 @@ def test_the_lines_of_the_audit_log_are_as_they_are_shown(tmp_path):
 def test_what_is_said_of_the_audit_log():
     assert f"cut at {MAX_TEXT} characters" in " ".join(LIMITS.split())
     assert "at most ten lines a second" in LIMITS
-    assert REFUSALS_PER_SECOND == gate.REFUSALS_PER_SECOND == 10
+    assert REFUSALS_PER_SECOND == access.REFUSALS_PER_SECOND == 10
     assert "calls then have three seconds more to end" in LIMITS
     assert GRACE_SECONDS == 3
 

@@ -15,7 +15,7 @@ from sft.models import Cut, build_net_2
 from sft.models.seeding import derive_seed
 from sft.models.weights import factor_tensors, pretrained_tensors
 from sft.optim.spec import GroupSpec, OptimizerSpec, decay_groups, spec_to_proto
-from sft.tensors.pretrained import Checkpoint
+from sft.tensors.pretrained import PretrainedWeights
 from sft.tensors.stream import StoredTensor, safetensors_chunks, sha256_of
 from sft.v1 import split_training_pb2 as pb
 from sft.version import __version__
@@ -44,7 +44,7 @@ class TinyEdge:
 
     def __post_init__(self) -> None:
         net_2 = build_net_2(self.config, self.head, self.cut)
-        checkpoint = Checkpoint(self.directory)
+        checkpoint = PretrainedWeights(self.directory)
         self.weights: List[StoredTensor] = pretrained_tensors(net_2, checkpoint)
         generator = torch.Generator().manual_seed(self.seed)
         ids_BS = torch.randint(5, self.config.vocab_size, (8, 16), generator=generator)

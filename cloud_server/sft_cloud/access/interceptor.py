@@ -14,7 +14,7 @@ from sft.wire.protocol import HEALTH_CHECK
 from sft_cloud.access.authentication import Authentication
 from sft_cloud.errors import UnauthenticatedError
 from sft_cloud.identity import Identity
-from sft_cloud.observability.log_limit import Sparing
+from sft_cloud.observability import LogLimit
 
 if TYPE_CHECKING:
     Handler = grpc.RpcMethodHandler[Any, Any]
@@ -36,7 +36,7 @@ _KINDS: dict[tuple[bool, bool], tuple[str, Any]] = {
 _log = logging.getLogger(__name__)
 
 
-class Gate(grpc.ServerInterceptor):
+class AuthenticationInterceptor(grpc.ServerInterceptor):
     """Refuses strangers with UNAUTHENTICATED, and ends calls whose caller is not let in any more."""
 
     def __init__(
@@ -48,7 +48,7 @@ class Gate(grpc.ServerInterceptor):
         """`on_refused` is told the peer's address and why, for an audit log."""
         self._authentication = authentication
         self._on_refused = on_refused
-        self._lines = Sparing(REFUSALS_PER_SECOND, clock)
+        self._lines = LogLimit(REFUSALS_PER_SECOND, clock)
         self._running: dict[grpc.ServicerContext, Identity] = {}
         self._lock = threading.Lock()
 

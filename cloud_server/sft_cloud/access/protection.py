@@ -11,7 +11,7 @@ import grpc
 
 from sft.errors import UsageError
 from sft_cloud.access.authentication import Authentication
-from sft_cloud.access.interceptor import Gate
+from sft_cloud.access.interceptor import AuthenticationInterceptor
 from sft_cloud.access.tokens import LiveTokens
 from sft_cloud.identity import ANONYMOUS, Identity
 from sft_cloud.options import AccessOptions, check_exposure, check_together
@@ -24,7 +24,7 @@ class Access:
     credentials: grpc.ServerCredentials | None = None
     """TLS; None for plaintext."""
 
-    gate: Gate | None = None
+    interceptor: AuthenticationInterceptor | None = None
     """Stands before every method; None where everybody is let in."""
 
     identify: Callable[[grpc.ServicerContext], Identity] = lambda context: ANONYMOUS
@@ -60,8 +60,8 @@ def make_access(
         return Access(credentials, certificate_expires=certificate_expires)
     tokens = None if options.tokens is None else LiveTokens(options.tokens)
     authentication = Authentication(tokens, needs_certificate=options.tls_client_ca is not None)
-    gate = Gate(authentication, on_refused)
-    return Access(credentials, gate, gate.identify, certificate_expires)
+    interceptor = AuthenticationInterceptor(authentication, on_refused)
+    return Access(credentials, interceptor, interceptor.identify, certificate_expires)
 
 
 def is_loopback(host: str, dashes: str = "") -> bool:

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat,
 
 from sft.errors import UsageError
 from sft_cloud.access.secret_files import read_file, signature
-from sft_cloud.access.watched_files import Reread
+from sft_cloud.access.watched_files import WatchedFiles
 
 _log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class ServerTls:
         self._dashes = dashes
         self._lock = threading.Lock()
         # Half of a change that is under way is an error, too: its second half is noticed as a change of its own.
-        self._files = Reread(self._look, self._read, "the certificate of before stays in use", retry_clock)
+        self._files = WatchedFiles(self._look, self._read, "the certificate of before stays in use", retry_clock)
         expires = self.expires_unix_seconds
         if clock() >= expires:
             day = datetime.fromtimestamp(expires, timezone.utc).date().isoformat()

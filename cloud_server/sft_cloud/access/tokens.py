@@ -26,7 +26,7 @@ from typing import Any
 
 from sft.errors import StorageError, UsageError
 from sft_cloud.access.secret_files import read_file, signature, write_file, written_by_others
-from sft_cloud.access.watched_files import Reread
+from sft_cloud.access.watched_files import WatchedFiles
 from sft_cloud.identity import ANONYMOUS, Identity, Limits
 
 _VERSION = 1
@@ -167,7 +167,7 @@ class LiveTokens:
     def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
         """Raises UsageError where the file cannot be read at the start."""
         self._path = path
-        self._file = Reread(
+        self._file = WatchedFiles(
             lambda: signature(path), TokenFile(path).read, "the tokens of before go on counting", clock=clock
         )
         self._lock = threading.Lock()

@@ -17,7 +17,7 @@ T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 
-class Reread(Generic[T]):
+class WatchedFiles(Generic[T]):
     """What some files say. For one thread at a time."""
 
     def __init__(

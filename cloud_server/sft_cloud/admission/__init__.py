@@ -1,1 +1,11 @@
 """What every call passes before the service sees it: size, form, quotas, waits."""
+
+from sft_cloud.admission.deadlines import Deadlines
+from sft_cloud.admission.interceptor import AdmissionInterceptor
+from sft_cloud.admission.quotas import Quotas
+
+__all__ = [
+    "AdmissionInterceptor",
+    "Deadlines",
+    "Quotas",
+]

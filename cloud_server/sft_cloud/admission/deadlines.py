@@ -24,7 +24,7 @@ class _Wait(NamedTuple):
     cancel: Callable[[], object]
 
 
-class CallWatch:
+class Deadlines:
     """Knows who waits, and since when. Safe to use from several threads."""
 
     def __init__(

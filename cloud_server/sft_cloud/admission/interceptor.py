@@ -19,14 +19,13 @@ from google.protobuf.message import DecodeError
 from sft.errors import ProtocolError
 from sft.v1 import split_training_pb2 as pb
 from sft.wire.protocol import HEALTH_WATCH, MAX_MESSAGE_BYTES
-from sft_cloud.access.interceptor import OPEN_METHODS
-from sft_cloud.admission.deadlines import CallWatch
+from sft_cloud.access import OPEN_METHODS
+from sft_cloud.admission.deadlines import Deadlines
 from sft_cloud.admission.quotas import Quotas
 from sft_cloud.admission.wire_check import check_wire
-from sft_cloud.identity import Identity, check_model_name, check_rank
-from sft_cloud.observability.audit import AuditLog
-from sft_cloud.observability.call_record import CallRecord
-from sft_cloud.rpc.status_codes import status_of
+from sft_cloud.identity import Identity
+from sft_cloud.observability import AuditLog, CallRecord
+from sft_cloud.rpc import status_of
 
 AnyHandler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 Identify = Callable[[grpc.ServicerContext], Identity]
@@ -45,14 +44,14 @@ _MAX_BYTES = {
 _log = logging.getLogger(__name__)
 
 
-class Guard(grpc.ServerInterceptor):
+class AdmissionInterceptor(grpc.ServerInterceptor):
     """Stands in front of all services of a server."""
 
     def __init__(
         self,
         identify: Identify,
         quotas: Quotas,
-        watch: CallWatch,
+        watch: Deadlines,
         audit: AuditLog,
         wait: Callable[[threading.Event, float], object] = threading.Event.wait,
     ) -> None:
@@ -75,20 +74,20 @@ class Guard(grpc.ServerInterceptor):
         method = str(handler_call_details.method)
         if handler is None or method in OPEN_METHODS:  # whose handlers read nothing that a stranger sends
             return handler
-        guarded = _Guarded(self, method, handler)
+        admitted = _Admitted(self, method, handler)
         make = (
             grpc.stream_stream_rpc_method_handler
             if handler.response_streaming
             else grpc.stream_unary_rpc_method_handler
         )
-        return make(guarded.stream if handler.response_streaming else guarded.unary)  # bytes in, bytes out
+        return make(admitted.stream if handler.response_streaming else admitted.unary)  # bytes in, bytes out
 
 
-class _Guarded:
-    """One method behind the guard."""
+class _Admitted:
+    """One method behind it."""
 
-    def __init__(self, guard: Guard, method: str, handler: AnyHandler) -> None:
-        self._guard = guard
+    def __init__(self, admission: AdmissionInterceptor, method: str, handler: AnyHandler) -> None:
+        self._admission = admission
         self._method = method
         self._handler: Any = handler
         name = method.rpartition("/")[2]
@@ -105,11 +104,11 @@ class _Guarded:
             call.count(len(data))
             call.record.finished()
             # gRPC sends it when this thread has gone, and the call is over when it has been read.
-            call.ends_with(self._guard._watch.stalling("answers are not read", context.cancel, len(data)))
+            call.ends_with(self._admission._watch.stalling("answers are not read", context.cancel, len(data)))
             return data
 
     def stream(self, raw: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-        watch = self._guard._watch
+        watch = self._admission._watch
         # Who watches the server's health sends nothing more, so all of it counts as idle.
         lasting = watch.idles("idle stream", context.cancel) if self._method == HEALTH_WATCH else nullcontext()
         with self._call(context) as call, lasting:
@@ -127,13 +126,13 @@ class _Guarded:
 
     @contextmanager
     def _call(self, context: grpc.ServicerContext) -> Iterator[_Call]:
-        guard = self._guard
-        record = CallRecord(guard._audit, self._method, context.peer())
+        admission = self._admission
+        record = CallRecord(admission._audit, self._method, context.peer())
         with _tells_errors(context, record):
-            caller = guard._identify(context)
+            caller = admission._identify(context)
             record.who = caller.name
-            call = _Call(guard, record, caller, context)
-            call.ends_with(guard._quotas.call(caller))
+            call = _Call(admission, record, caller, context)
+            call.ends_with(admission._quotas.call(caller))
             try:
                 yield call
             finally:
@@ -149,7 +148,7 @@ class _Guarded:
         return first
 
     def _messages(self, raw: Iterator[bytes], context: grpc.ServicerContext, call: _Call) -> Iterator[Any]:
-        watch, reason = self._guard._watch, "no first message"
+        watch, reason = self._admission._watch, "no first message"
         while True:
             may_idle = self._method == _TRAIN and reason != "no first message"
             waits = watch.idles if may_idle else watch.stalls
@@ -185,9 +184,11 @@ class _Guarded:
 class _Call:
     """One call of a caller."""
 
-    def __init__(self, guard: Guard, record: CallRecord, caller: Identity, context: grpc.ServicerContext) -> None:
+    def __init__(
+        self, admission: AdmissionInterceptor, record: CallRecord, caller: Identity, context: grpc.ServicerContext
+    ) -> None:
         self.record = record
-        self._guard = guard
+        self._admission = admission
         self._caller = caller
         self._over = threading.Event()
         self._lock = threading.Lock()
@@ -215,20 +216,20 @@ class _Call:
             end()
 
     def count(self, size: int, refuses: bool = True) -> None:
-        self._guard._quotas.count_bytes(self._caller, size, refuses)
+        self._admission._quotas.count_bytes(self._caller, size, refuses)
 
     def check(self, message: Any) -> None:
         """What a message asks for, against what is for the caller."""
         if isinstance(message, pb.OpenSessionRequest):
-            self._guard._quotas.count_open(self._caller)
-            check_model_name(self._caller.limits, message.model_name)
-            check_rank(self._caller.limits, message.cut.split_rank)  # 0 for sl, whose width the opener knows
+            self._admission._quotas.count_open(self._caller)
+            self._caller.limits.check_model_name(message.model_name)
+            self._caller.limits.check_rank(message.cut.split_rank)  # 0 for sl, whose width the opener knows
         elif isinstance(message, pb.EdgeMessage) and message.HasField("commit"):
             # One that comes again after a reconnect counts again: only the session knows which it has seen, and the
             # few that can be under way are no harm.
-            seconds = self._guard._quotas.seconds_to_wait(self._caller)
+            seconds = self._admission._quotas.seconds_to_wait(self._caller)
             if seconds:
-                self._guard._wait(self._over, seconds)
+                self._admission._wait(self._over, seconds)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from sft_cloud.errors import QuotaError
-from sft_cloud.identity import Identity, max_sessions_of
+from sft_cloud.identity import Identity
 
 SPARE_CALLS = 4
 """Calls at a time that a caller may have beside one for each of its sessions."""
@@ -84,7 +84,7 @@ class Quotas:
 
     def call(self, caller: Identity) -> Callable[[], None]:
         """Takes one of the caller's calls, until what is returned is called. Raises QuotaError when all are in use."""
-        usage, allowed = self._usage(caller), max_sessions_of(caller.limits, self._max_sessions) + SPARE_CALLS
+        usage, allowed = self._usage(caller), caller.limits.sessions_of(self._max_sessions) + SPARE_CALLS
         with usage.lock:
             if usage.calls >= allowed:
                 raise QuotaError(f"{allowed} calls of yours are running, as many as may at a time; end one")

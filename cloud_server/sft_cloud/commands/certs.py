@@ -10,7 +10,7 @@ from pathlib import Path
 from sft.cli.options import at_least, parse
 from sft.cli.run import run
 from sft.errors import UsageError
-from sft_cloud.access.tokens import check_name
+from sft_cloud.access import check_name
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 """In every server's certificate, so that it can be checked from its own machine."""
@@ -58,19 +58,19 @@ class InitOptions:
 def init(prog: str, argv: list[str]) -> int:
     """make a private CA, a certificate for the server, and certificates for clients; what exists stays"""
     (options,) = parse([InitOptions], argv, prog, init.__doc__)
-    from sft_cloud.access.authority import Authority, files_in, hosts_of  # late: --help does not need cryptography
+    from sft_cloud.access import authority as ca  # late: --help does not need cryptography
 
-    server = files_in(options.dir, "server")
+    server = ca.files_in(options.dir, "server")
     makes_server = options.renew or not server.exist
     hosts = [*options.host, *LOOPBACK]
     if server.exist and not options.host:
-        hosts = hosts_of(server)
+        hosts = ca.hosts_of(server)
     if options.host and not makes_server:
         raise UsageError(f"{server.cert} exists; --renew makes it anew, with these hosts")
     for name in options.client:
-        if files_in(options.dir, name).exist and not options.renew:
+        if ca.files_in(options.dir, name).exist and not options.renew:
             raise UsageError(f"{options.dir / name}.pem exists; --renew makes it anew")
-    authority = Authority(options.dir, options.days)
+    authority = ca.Authority(options.dir, options.days)
     made = [authority.files] if authority.is_new else []
     if makes_server:
         made.append(authority.make_server(hosts, options.days))

@@ -12,7 +12,7 @@ def serve_command(prog: str, argv: list[str]) -> int:
         [ServeOptions, AccessOptions, LimitOptions, MetricsOptions], argv, prog, serve_command.__doc__
     )
     check_together(access_options, dashes="--")
-    from sft_cloud.observability.logs import set_up_logging
+    from sft_cloud.observability import set_up_logging
     from sft_cloud.server import serve  # late: torch takes seconds, and --help does not need it
 
     set_up_logging(options.log_level, options.log_format)

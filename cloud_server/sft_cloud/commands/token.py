@@ -14,7 +14,7 @@ from sft.cli.options import above_zero, at_least, flag, parse
 from sft.cli.run import run
 from sft.errors import UsageError
 from sft.printable import printable
-from sft_cloud.access.tokens import LIMIT_NAMES, Token, TokenFile, check_name, largest_limit, make_limits
+from sft_cloud.access import LIMIT_NAMES, Token, TokenFile, check_name, largest_limit, make_limits
 from sft_cloud.identity import Limits
 
 _DEFAULT_LIFETIME = Duration("90d")

@@ -17,9 +17,16 @@ from sft.models.weights import fill
 from sft.optim.spec import make_optimizer
 from sft.tensors.stream import StoredTensor
 from sft_cloud.engine.request import SessionSpec, _blames_config
-from sft_cloud.session.memory import BatchMemory, MemoryBudget, MemoryShare, measure, memory_bytes, session_bytes
-from sft_cloud.session.session import Session
-from sft_cloud.session.upper_half import TransformersHalf
+from sft_cloud.session import (
+    BatchMemory,
+    MemoryBudget,
+    MemoryShare,
+    Session,
+    TransformersUpperHalf,
+    measure,
+    memory_bytes,
+    session_bytes,
+)
 
 
 def build(spec: SessionSpec, device: torch.device) -> Net2:
@@ -93,7 +100,7 @@ def _make_session(
         # No gradients, and no part in their norm, for nothing.
         parameter.requires_grad_(parameter.requires_grad and name in trained)
     merges = not any(is_adapter(tensor.name) for tensor in tensors)
-    half = TransformersHalf(net_2, spec.config, spec.data_type, merges, _batch_memory(spec, net_2))
+    half = TransformersUpperHalf(net_2, spec.config, spec.data_type, merges, _batch_memory(spec, net_2))
     return Session(half, optimizer, spec.seed, find_blob, share)
 
 

@@ -13,10 +13,9 @@ from sft_cloud.engine.saved_session import Checkpoints, restore
 from sft_cloud.engine.weights import WeightsFinder
 from sft_cloud.engine.worker import Worker
 from sft_cloud.errors import PreconditionError
-from sft_cloud.identity import Identity, check_rank
-from sft_cloud.session.memory import MemoryBudget
-from sft_cloud.session.session import Session
-from sft_cloud.storage.blobs import BlobStore
+from sft_cloud.identity import Identity
+from sft_cloud.session import MemoryBudget, Session
+from sft_cloud.storage import BlobStore
 
 T = TypeVar("T")
 
@@ -57,7 +56,7 @@ class TransformersOpener:
         """See Opener."""
         spec, device, store = check_request(request), self._worker.device, self._store.of(owner)
         net_2 = self._run(lambda: build(spec, device))
-        check_rank(owner.limits, net_2.width)
+        owner.limits.check_rank(net_2.width)
         if request.resume_from:
             return self._resume(request, owner, spec, net_2)
         tensors, missing = self._weights.find(spec, net_2, store)

@@ -22,7 +22,7 @@ from sft.version import __version__
 from sft.wire.codec.elements import DATA_TYPES
 from sft.wire.protocol import PROTOCOL_VERSION
 from sft_cloud.errors import PreconditionError, is_out_of_memory
-from sft_cloud.storage.blobs import check_sha256
+from sft_cloud.storage import check_sha256
 
 _HEADS = {
     pb.HEAD_SEQUENCE_CLASSIFICATION: "sequence-classification",

@@ -25,9 +25,8 @@ from sft.tensors.stream import StoredTensor, in_memory, safetensors_chunks, safe
 from sft.v1 import split_training_pb2 as pb
 from sft_cloud.errors import PreconditionError
 from sft_cloud.identity import Identity
-from sft_cloud.session.session import Session
-from sft_cloud.storage.blobs import check_sha256
-from sft_cloud.storage.checkpoints import CheckpointStore, Part
+from sft_cloud.session import Session
+from sft_cloud.storage import CheckpointStore, Part, check_sha256
 
 NET_2, OPTIMIZER, SETTINGS, SESSION = "net_2.safetensors", "optimizer.safetensors", "settings.json", "session.pb"
 

@@ -11,10 +11,10 @@ from sft.errors import CheckpointError, ProtocolError
 from sft.models import Net2
 from sft.models.lora import adapter_shapes
 from sft.models.weights import pretrained_tensors, shapes
-from sft.tensors.pretrained import Checkpoint, find_model
+from sft.tensors.pretrained import PretrainedWeights, find_model
 from sft.tensors.stream import StoredTensor, in_memory, sha256_of
 from sft_cloud.engine.request import SessionSpec
-from sft_cloud.storage.blobs import BlobStore, read_blob
+from sft_cloud.storage import BlobStore, read_blob
 
 MAX_HASHES = 256
 """Of the cloud's own models, each for one cut; more would be of somebody who tries them all."""
@@ -73,7 +73,7 @@ class WeightsFinder:
     def _own_model(self, spec: SessionSpec, net_2: Net2) -> list[StoredTensor] | None:
         try:
             directory = find_model(spec.model_name, self._model_dir, self._download)
-            tensors = pretrained_tensors(net_2, Checkpoint(directory))
+            tensors = pretrained_tensors(net_2, PretrainedWeights(directory))
             found = self._hash(directory, tensors)
         except (CheckpointError, OSError) as error:
             _log.info("model not found here", extra={"fields": {"model": spec.model_name, "reason": str(error)}})

@@ -16,7 +16,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from sft.errors import StorageError
-from sft_cloud.observability.log_limit import Sparing
+from sft_cloud.observability.log_limit import LogLimit
 
 MAX_TEXT = 200
 """Characters of a value."""
@@ -35,7 +35,7 @@ class AuditLog:
         self._path = path
         self._wall_clock = wall_clock
         self._lock = threading.Lock()
-        self._refusals = Sparing(REFUSALS_PER_SECOND, wall_clock)
+        self._refusals = LogLimit(REFUSALS_PER_SECOND, wall_clock)
         self._is_broken = False
         if path is not None:
             try:

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 
 
-class Sparing:
+class LogLimit:
     """So many lines a second. Safe to use from several threads."""
 
     def __init__(self, per_second: int, clock: Callable[[], float]) -> None:

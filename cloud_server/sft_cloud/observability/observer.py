@@ -10,14 +10,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
-from typing import TypeVar
-
-import torch
+from typing import TYPE_CHECKING, TypeVar
 
 from sft.tracing import NO_SPAN, NO_TRACER, Span, Tracer, Value, open_tracer
 from sft.v1 import split_training_pb2 as pb
 from sft_cloud.observability.metrics import Metrics
 from sft_cloud.options import MetricsOptions
+
+if TYPE_CHECKING:
+    import torch  # late: who makes a token does not wait for it
 
 T = TypeVar("T")
 
@@ -90,7 +91,7 @@ def _name_of(message: pb.EdgeMessage) -> str:
 
 
 @contextmanager
-def observation(options: MetricsOptions, device: torch.device) -> Iterator[tuple[Observer, str]]:
+def open_observer(options: MetricsOptions, device: torch.device) -> Iterator[tuple[Observer, str]]:
     """An observer for a server, and the address of its figures; an empty one where nobody reads them.
 
     Raises UsageError when the port cannot be bound.

@@ -15,7 +15,7 @@ from sft.v1 import split_training_pb2 as pb
 from sft.wire.codec.elements import MAX_DIMENSIONS, decode_tensor, encode_tensor
 from sft.wire.protocol import MAX_MESSAGE_BYTES
 from sft_cloud.script.hosted_model import HostedModel, check_same_cut, replace_forward
-from sft_cloud.session.upper_half import Given, HalfModel
+from sft_cloud.session import Given, UpperHalf
 
 
 class GraphHost(HostedModel):
@@ -40,7 +40,7 @@ class GraphHost(HostedModel):
         }
         replace_forward(model, self._cut.run_net_2)
 
-    def make_half(self, request: pb.OpenSessionRequest) -> HalfModel:
+    def make_half(self, request: pb.OpenSessionRequest) -> UpperHalf:
         """See HostedModel."""
         own = pb.Cut(
             mode=pb.MODE_SFT,
@@ -63,35 +63,35 @@ class GraphHalf:
 
     @property
     def device(self) -> torch.device:
-        """See HalfModel."""
+        """See UpperHalf."""
         return next(self._cut.model.parameters()).device
 
     def train(self, mode: bool) -> object:
-        """See HalfModel."""
+        """See UpperHalf."""
         return self._cut.model.train(mode)
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """See HalfModel."""
+        """See UpperHalf."""
         return self._cut.model.parameters()
 
     def whole_parameters(self) -> dict[str, nn.Parameter]:
-        """See HalfModel: buffers, too, such as a norm's statistics."""
+        """See UpperHalf: buffers, too, such as a norm's statistics."""
         return cast("dict[str, nn.Parameter]", dict(self._tensors))
 
     def all_parameters(self) -> dict[str, nn.Parameter]:
-        """See HalfModel."""
+        """See UpperHalf."""
         return self.whole_parameters()
 
     def stored_parameters(self) -> Sequence[StoredTensor]:
-        """See HalfModel."""
+        """See UpperHalf."""
         return in_memory(self._tensors)
 
     def training_bytes(self, activation: pb.Activation) -> int:
-        """See HalfModel: what the script's own module does with it is not known."""
+        """See UpperHalf: what the script's own module does with it is not known."""
         return 0
 
     def decode(self, activation: pb.Activation) -> Given:
-        """See HalfModel."""
+        """See UpperHalf."""
         shape, rank = list(activation.packed.shape[: MAX_DIMENSIONS + 1]), self._cut.split_rank
         if activation.lengths or activation.padded_length:
             raise ProtocolError("the activation of a script's module has no lengths")
@@ -100,7 +100,7 @@ class GraphHalf:
         return Given(decode_tensor(activation.packed, self.device), [])
 
     def outputs(self, given: Given) -> Tensor:
-        """See HalfModel. Raises ProtocolError when the model gives something that does not cross."""
+        """See UpperHalf. Raises ProtocolError when the model gives something that does not cross."""
         y: Any = self._cut.run_net_2(given.a)
         if not isinstance(y, Tensor) or not y.is_floating_point():
             kind = f"a tensor of {y.dtype}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
@@ -110,18 +110,18 @@ class GraphHalf:
         return y
 
     def check_outputs(self, given: Given) -> None:
-        """See HalfModel. How large they are is known once they are computed."""
+        """See UpperHalf. How large they are is known once they are computed."""
 
     def encode_outputs(self, outputs: Tensor, given: Given) -> pb.Tensor:
-        """See HalfModel."""
+        """See UpperHalf."""
         return encode_tensor(outputs)
 
     def encode_gradient(self, gradient: Tensor, given: Given) -> pb.Tensor:
-        """See HalfModel."""
+        """See UpperHalf."""
         return encode_tensor(gradient, self._data_type)
 
     def decode_output_gradient(self, message: pb.Tensor, outputs: Tensor, given: Given) -> Tensor:
-        """See HalfModel."""
+        """See UpperHalf."""
         theirs, ours = list(message.shape[: outputs.dim() + 1]), list(outputs.shape)
         if theirs != ours:
             raise ProtocolError(f"the gradient has shape {theirs}, the output {ours}")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sft.errors import ProtocolError
 from sft.v1 import split_training_pb2 as pb
-from sft_cloud.session.upper_half import HalfModel
+from sft_cloud.session import UpperHalf
 
 ADVICE = "run the same script on both sides"
 """For whoever finds that edge and cloud do not fit."""
@@ -44,7 +44,7 @@ class HostedModel(ABC):
         return {**named, **self.factors}
 
     @abstractmethod
-    def make_half(self, request: pb.OpenSessionRequest) -> HalfModel:
+    def make_half(self, request: pb.OpenSessionRequest) -> UpperHalf:
         """Net_2 as a session takes it. Raises ProtocolError when the edge has cut another model, or elsewhere."""
 
 

@@ -12,13 +12,12 @@ from sft.errors import ProtocolError, ServerFullError
 from sft.tensors.stream import in_memory, sha256_of
 from sft.v1 import split_training_pb2 as pb
 from sft.wire.codec.elements import DATA_TYPES
-from sft_cloud.engine.request import check_version
-from sft_cloud.engine.worker import Worker
+from sft_cloud.engine import Worker, check_version
 from sft_cloud.errors import PreconditionError
 from sft_cloud.identity import Identity
 from sft_cloud.script.hosted_model import ADVICE, HostedModel
-from sft_cloud.session.session import Session
-from sft_cloud.storage.blobs import BlobStore, check_sha256, read_blob
+from sft_cloud.session import Session
+from sft_cloud.storage import BlobStore, check_sha256, read_blob
 
 T = TypeVar("T")
 

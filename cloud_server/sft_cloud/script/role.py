@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from sft.errors import LinkError, SessionLostError, UsageError
 from sft.optimizer import Role, SplitOptions
-from sft_cloud.access.protection import make_access
+from sft_cloud.access import make_access
 from sft_cloud.options import AccessOptions
 from sft_cloud.script.graph_host import GraphHost
 from sft_cloud.script.hosted_model import HostedModel
@@ -24,7 +24,7 @@ from sft_cloud.script.opener import ScriptOpener
 from sft_cloud.script.optimizer import names_of, swap
 from sft_cloud.script.transformers_host import TransformersHost
 from sft_cloud.server import CloudServer
-from sft_cloud.service.registry import DONE, Entry
+from sft_cloud.service import DONE, Entry
 
 _TERMINATED = 128 + signal.SIGTERM
 

@@ -14,9 +14,9 @@ from sft.models import Cut, Net2, Output, build_net_2, check_live, head_of, laye
 from sft.models.weights import fill, live_tensors
 from sft.tensors.stream import in_memory
 from sft.v1 import split_training_pb2 as pb
-from sft_cloud.engine.request import check_request
+from sft_cloud.engine import check_request
 from sft_cloud.script.hosted_model import ADVICE, HostedModel, check_same_cut, keep_parameters, replace_forward
-from sft_cloud.session.upper_half import HalfModel, TransformersHalf
+from sft_cloud.session import TransformersUpperHalf, UpperHalf
 
 _RESIDUALS = {"none": pb.RESIDUAL_NONE, "low-rank": pb.RESIDUAL_LOW_RANK}
 
@@ -57,7 +57,7 @@ class TransformersHost(HostedModel):
         keep_parameters(model, whole)
         replace_forward(model, _Forward(model, net_2))
 
-    def make_half(self, request: pb.OpenSessionRequest) -> HalfModel:
+    def make_half(self, request: pb.OpenSessionRequest) -> UpperHalf:
         """See HostedModel."""
         own = pb.Cut(
             mode=pb.MODE_SFT,
@@ -74,7 +74,7 @@ class TransformersHost(HostedModel):
             raise ProtocolError("a script's model is trained whole; LoRA is for `sft-cloud serve`")
         config = copy.deepcopy(self._config)
         config.problem_type = spec.config.problem_type  # what the labels that travel are
-        return TransformersHalf(self._net_2.to(self.device), config, spec.data_type)
+        return TransformersUpperHalf(self._net_2.to(self.device), config, spec.data_type)
 
 
 class _Forward:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import grpc
 from grpc_health.v1 import health_pb2 as pb
 
-from sft_cloud.admission.deadlines import CallWatch
+from sft_cloud.admission import Deadlines
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Health"].full_name
 
@@ -20,10 +20,10 @@ SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Health"].full_name
 class Health:
     """Whether the server serves."""
 
-    def __init__(self, names: tuple[str, ...], call_watch: CallWatch) -> None:
+    def __init__(self, names: tuple[str, ...], deadlines: Deadlines) -> None:
         """`names` may be watched."""
         self._names = names
-        self._call_watch = call_watch
+        self._deadlines = deadlines
         self._changed = threading.Condition()
         self._serves = True
 
@@ -54,7 +54,7 @@ class Health:
         return pb.HealthCheckResponse(status=kinds.SERVING if self._serves else kinds.NOT_SERVING)
 
     def _check(self, unread: object, context: grpc.ServicerContext) -> pb.HealthCheckResponse:
-        over = self._call_watch.stalling("answers are not read", context.cancel)
+        over = self._deadlines.stalling("answers are not read", context.cancel)
         if not context.add_callback(over):
             over()
         return self._answer()

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from sft.errors import ServerFullError, ServerUnavailableError, SessionLostError
 from sft.v1 import split_training_pb2 as pb
 from sft_cloud.errors import QuotaError
-from sft_cloud.identity import Identity, max_sessions_of
+from sft_cloud.identity import Identity
 from sft_cloud.service.exactly_once import ExactlyOnce
-from sft_cloud.session.session import Session
+from sft_cloud.session import Session
 
 SESSION_TIMEOUT_SECONDS = 600.0
 """How long a session outlives a stream that broke, as a default."""
@@ -124,7 +124,7 @@ class Registry:
                 "it had no stream, and its place was needed",
                 lambda entry: entry.stream is None and self.idle(entry) > SPARED_SECONDS,
             )
-        allowed = max_sessions_of(owner.limits, self.max_sessions)
+        allowed = owner.limits.sessions_of(self.max_sessions)
         if self._in_use_by(owner) >= allowed:
             self._close_where(
                 "it had no stream, and its place was needed",

@@ -18,16 +18,15 @@ from sft.tensors.stream import StoredTensor, safetensors_chunks
 from sft.v1 import split_training_pb2 as pb
 from sft.v1 import split_training_pb2_grpc as pb_grpc
 from sft.version import __version__
-from sft_cloud.engine.opener import Opener
-from sft_cloud.engine.worker import Worker
+from sft_cloud.engine import Opener, Worker
 from sft_cloud.errors import PreconditionError, StreamTakenError
 from sft_cloud.identity import ANONYMOUS, Identity
-from sft_cloud.observability.observer import NOBODY, Observer
+from sft_cloud.observability import NOBODY, Observer
+from sft_cloud.rpc import ends_call, ends_session
 from sft_cloud.service.registry import DONE, Entry, Registry, StreamHandle
 from sft_cloud.service.status import Status
-from sft_cloud.session.session import Session
-from sft_cloud.rpc.status_codes import ends_call, ends_session
-from sft_cloud.storage.blobs import BlobStore
+from sft_cloud.session import Session
+from sft_cloud.storage import BlobStore
 
 T = TypeVar("T")
 

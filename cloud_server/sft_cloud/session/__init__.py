@@ -1,1 +1,27 @@
 """Algorithm 1, lines 6 to 11 and 14, without a word about the network."""
+
+from sft_cloud.session.memory import (
+    BatchMemory,
+    MemoryBudget,
+    MemoryShare,
+    default_budget,
+    measure,
+    memory_bytes,
+    session_bytes,
+)
+from sft_cloud.session.session import Session
+from sft_cloud.session.upper_half import Given, TransformersUpperHalf, UpperHalf
+
+__all__ = [
+    "BatchMemory",
+    "Given",
+    "MemoryBudget",
+    "MemoryShare",
+    "Session",
+    "TransformersUpperHalf",
+    "UpperHalf",
+    "default_budget",
+    "measure",
+    "memory_bytes",
+    "session_bytes",
+]

@@ -11,15 +11,15 @@ from sft.errors import ProtocolError
 from sft.models.lora import is_adapter
 from sft.optim.state import checked_state, copied_state
 from sft.v1 import split_training_pb2 as pb
-from sft_cloud.session.upper_half import HalfModel
-from sft_cloud.storage.blobs import check_sha256, read_blob
+from sft_cloud.session.upper_half import UpperHalf
+from sft_cloud.storage import check_sha256, read_blob
 
 
-class Loader:
+class StateLoader:
     """Loads blobs into one net_2 and its optimizer."""
 
     def __init__(
-        self, half: HalfModel, optimizer: torch.optim.Optimizer, find_blob: Callable[[str], Path | None]
+        self, half: UpperHalf, optimizer: torch.optim.Optimizer, find_blob: Callable[[str], Path | None]
     ) -> None:
         self._half = half
         self._optimizer = optimizer

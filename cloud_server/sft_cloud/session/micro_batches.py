@@ -23,7 +23,7 @@ from sft.optim.gradients import scalar_product, squared_gradient_norm, squared_n
 from sft.v1 import split_training_pb2 as pb
 from sft.wire.protocol import MAX_WAITING
 from sft_cloud.errors import PreconditionError
-from sft_cloud.session.upper_half import Given, HalfModel
+from sft_cloud.session.upper_half import Given, UpperHalf
 
 _LARGEST = torch.finfo(torch.float32).max
 
@@ -41,7 +41,7 @@ class _Graph(NamedTuple):
 class MicroBatches:
     """The step that is being accumulated on one net_2."""
 
-    def __init__(self, half: HalfModel) -> None:
+    def __init__(self, half: UpperHalf) -> None:
         self._half = half
         self._graphs: dict[int, _Graph] = {}
         self._kept: dict[int, list[Tensor | None]] = {}  # gradients, in the order of `_trained`

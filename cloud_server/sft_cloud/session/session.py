@@ -33,10 +33,10 @@ from sft.tensors.stream import StoredTensor
 from sft.v1 import split_training_pb2 as pb
 from sft_cloud.errors import PreconditionError, is_out_of_memory
 from sft_cloud.session.commit import apply_group_arguments, check_commit, take_step
-from sft_cloud.session.load_state import Loader
+from sft_cloud.session.load_state import StateLoader
 from sft_cloud.session.memory import MemoryShare, check_room_for_step
 from sft_cloud.session.micro_batches import MicroBatches
-from sft_cloud.session.upper_half import HalfModel
+from sft_cloud.session.upper_half import UpperHalf
 
 Work = Callable[[pb.CloudMessage], None]
 """What is left to do for a body that was checked: fills in the answer."""
@@ -63,7 +63,7 @@ class Session:
 
     def __init__(
         self,
-        half: HalfModel,
+        half: UpperHalf,
         optimizer: torch.optim.Optimizer,
         seed: int,
         find_blob: Callable[[str], Path | None] = lambda sha256: None,
@@ -84,7 +84,7 @@ class Session:
         self._seed = seed
         self._memory = MemoryShare() if memory is None else memory
         self._remembered_bytes = 0
-        self._loader = Loader(half, optimizer, find_blob)
+        self._loader = StateLoader(half, optimizer, find_blob)
         self._micro_batches = MicroBatches(half)
         self._forwards = 0  # answered in step `next_step`
         self._keeps_gradients = False  # there are some of the step before

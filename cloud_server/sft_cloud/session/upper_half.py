@@ -45,7 +45,7 @@ class Given(NamedTuple):
     """Tokens of each sequence; empty for a model of a script."""
 
 
-class HalfModel(Protocol):
+class UpperHalf(Protocol):
     """A net_2. It checks what it finds in messages, before anything is computed."""
 
     @property
@@ -95,7 +95,7 @@ class HalfModel(Protocol):
         """0-dim, of labels that `decode_labels` gave."""
 
 
-class TransformersHalf:
+class TransformersUpperHalf:
     """The upper half of a model of the library."""
 
     def __init__(
@@ -119,50 +119,50 @@ class TransformersHalf:
 
     @property
     def device(self) -> torch.device:
-        """See HalfModel."""
+        """See UpperHalf."""
         return self.net_2.device
 
     def train(self, mode: bool) -> object:
-        """See HalfModel."""
+        """See UpperHalf."""
         return self.net_2.train(mode)
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """See HalfModel."""
+        """See UpperHalf."""
         return self.net_2.parameters()
 
     def whole_parameters(self) -> dict[str, nn.Parameter]:
-        """See HalfModel."""
+        """See UpperHalf."""
         shared = {id(parameter) for module in self._shared_modules() for parameter in module.parameters()}
         return {name: p for name, p in self.net_2.whole_parameters().items() if id(p) not in shared}
 
     def all_parameters(self) -> dict[str, nn.Parameter]:
-        """See HalfModel."""
+        """See UpperHalf."""
         return self.net_2.whole_parameters()
 
     def stored_parameters(self) -> Sequence[StoredTensor]:
-        """See HalfModel."""
+        """See UpperHalf."""
         own = self.whole_parameters()
         if not self._merges:
             return in_memory(dict(own))
         return [tensor for tensor in merged_tensors(self.net_2) if tensor.name in own]
 
     def training_bytes(self, activation: pb.Activation) -> int:
-        """See HalfModel."""
+        """See UpperHalf."""
         return self._batch_memory.of(len(activation.lengths), activation.padded_length)
 
     def decode(self, activation: pb.Activation) -> Given:
-        """See HalfModel."""
+        """See UpperHalf."""
         padded_tokens = len(activation.lengths) * max(1, activation.padded_length)
         if padded_tokens > MAX_PADDED_TOKENS:
             raise ProtocolError(f"a batch of {padded_tokens} padded tokens is too large; at most {MAX_PADDED_TOKENS}")
         return Given(*decode_activation(activation, self.net_2.width, max_positions(self._config), self.device))
 
     def outputs(self, given: Given) -> Tensor:
-        """See HalfModel: (B, C), or (B, S, C) where every token has a row."""
+        """See UpperHalf: (B, C), or (B, S, C) where every token has a row."""
         return self.net_2(given.a, given.lengths, {}).logits  # type: ignore[no-any-return]
 
     def check_outputs(self, given: Given) -> None:
-        """See HalfModel."""
+        """See UpperHalf."""
         rows = sum(given.lengths) if is_packed(self.net_2.head) else len(given.lengths)
         size = 4 * rows * outputs_of(self._config, self.net_2.head)
         if size > MAX_MESSAGE_BYTES:
@@ -172,25 +172,25 @@ class TransformersHalf:
             )
 
     def encode_outputs(self, outputs: Tensor, given: Given) -> pb.Tensor:
-        """See HalfModel."""
+        """See UpperHalf."""
         return encode_logits(outputs, given.lengths, self.net_2.head, pb.DATA_TYPE_FLOAT32)
 
     def encode_gradient(self, gradient: Tensor, given: Given) -> pb.Tensor:
-        """See HalfModel."""
+        """See UpperHalf."""
         return encode_tensor(pack(gradient, given.lengths), self._data_type)
 
     def decode_output_gradient(self, message: pb.Tensor, outputs: Tensor, given: Given) -> Tensor:
-        """See HalfModel."""
+        """See UpperHalf."""
         columns, S, head = outputs.shape[-1], given.a.shape[1], self.net_2.head
         return decode_logits(message, given.lengths, S, columns, head, self.device).to(outputs.dtype)
 
     def decode_labels(self, message: pb.Labels, given: Given) -> dict[str, Tensor]:
-        """See HalfModel."""
+        """See UpperHalf."""
         labels = decode_labels(message, given.lengths, given.a.shape[1], self._config, self.net_2.head)
         return {name: y.to(self.device) for name, y in labels.items()}
 
     def loss(self, outputs: Tensor, labels: dict[str, Tensor], given: Given) -> Tensor:
-        """See HalfModel."""
+        """See UpperHalf."""
         return head_loss(self.net_2.head, self._config.problem_type, outputs, labels, given.lengths)
 
     def _shared_modules(self) -> Iterator[nn.Module]:

@@ -1,1 +1,12 @@
 """Bytes that outlive a process: uploads by hash, halves of checkpoints, a directory or an object store below."""
+
+from sft_cloud.storage.blobs import BlobStore, check_sha256, read_blob
+from sft_cloud.storage.checkpoints import CheckpointStore, Part
+
+__all__ = [
+    "BlobStore",
+    "CheckpointStore",
+    "Part",
+    "check_sha256",
+    "read_blob",
+]

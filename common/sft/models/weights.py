@@ -30,7 +30,7 @@ from sft.models import (
 )
 from sft.models.decompose import decompose, decompose_with_residual
 from sft.models.seeding import seeded
-from sft.tensors.pretrained import Checkpoint
+from sft.tensors.pretrained import PretrainedWeights
 from sft.tensors.stream import StoredTensor, in_memory
 
 _CPU = torch.device("cpu")
@@ -73,7 +73,7 @@ def shapes(net: Net) -> Dict[str, Tuple[int, ...]]:
     return {name: tuple(parameter.shape) for name, parameter in net.whole_parameters().items()}
 
 
-def pretrained_tensors(net: Net, checkpoint: Optional[Checkpoint]) -> List[StoredTensor]:
+def pretrained_tensors(net: Net, checkpoint: Optional[PretrainedWeights]) -> List[StoredTensor]:
     """The net's tensors that a checkpoint holds; none without one. FFN-1 to FFN-3 are in no checkpoint.
 
     A head that the cut untied is the checkpoint's embedding under the head's name.
@@ -116,7 +116,7 @@ def factor_tensors(
     config: PretrainedConfig,
     head: str,
     cut: Cut,
-    checkpoint: Optional[Checkpoint],
+    checkpoint: Optional[PretrainedWeights],
     seed: int,
     calibration: Sequence[Batch] = (),
 ) -> Tuple[List[StoredTensor], List[StoredTensor]]:
@@ -182,7 +182,9 @@ def _without_factors(shapes: Dict[str, Tuple[int, ...]]) -> Dict[str, Tuple[int,
     return {name: shape for name, shape in shapes.items() if not re.search(r"\.ffn[123]\.(weight|bias)$", name)}
 
 
-def _original_layer(config: PretrainedConfig, head: str, name: str, checkpoint: Optional[Checkpoint], seed: int) -> Any:
+def _original_layer(
+    config: PretrainedConfig, head: str, name: str, checkpoint: Optional[PretrainedWeights], seed: int
+) -> Any:
     whole = build_whole(config, head)
     layer = whole.model.get_submodule(name)
     wanted = {f"{name}.{own}": tuple(parameter.shape) for own, parameter in layer.named_parameters()}

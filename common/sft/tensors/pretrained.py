@@ -41,7 +41,7 @@ def index_file(stem: str = "model") -> str:
     return f"{stem}.safetensors.index.json"
 
 
-class Checkpoint:
+class PretrainedWeights:
     """A directory with one safetensors file, or several and their index. Nothing is read before it is asked for.
 
     Raises CheckpointError when files are missing, torn or not safetensors.

@@ -1,1 +1,10 @@
 """How a run survives: when it is saved, what is in it, whether two attempts are one run."""
+
+from sft_edge.checkpoints.policy import Checkpointing, Stopped
+from sft_edge.checkpoints.same_run import likeness
+
+__all__ = [
+    "Checkpointing",
+    "Stopped",
+    "likeness",
+]

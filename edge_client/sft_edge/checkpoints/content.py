@@ -19,8 +19,8 @@ from sft.tensors.stream import StoredTensor, in_memory, safetensors_chunks
 from sft.wire.ledger import PHASES, Ledger, Traffic
 from sft_edge.checkpoints.directory import EdgeCheckpoint
 from sft_edge.checkpoints.random_states import generator_states, set_generator_states
-from sft_edge.systems.system import System
-from sft_edge.training.loop import TrainingLoop
+from sft_edge.systems import System
+from sft_edge.training import TrainingLoop
 
 NET_1, OPTIMIZER, RANDOM, LEDGER = (f"{name}.safetensors" for name in ("net_1", "optimizer", "random", "ledger"))
 STATE = "state.json"

@@ -22,11 +22,10 @@ from sft_edge.checkpoints.directory import (
     write_checkpoint,
 )
 from sft_edge.checkpoints.same_run import check_likeness
-from sft_edge.link.reliable_stream import TRANSIENT
-from sft_edge.options.train import NEWEST, TrainingOptions
-from sft_edge.systems.system import System
-from sft_edge.training.loop import TrainingLoop
-from sft_edge.training.progress import Progress
+from sft_edge.link import TRANSIENT
+from sft_edge.options import NEWEST, TrainingOptions
+from sft_edge.systems import System
+from sft_edge.training import Progress, TrainingLoop
 
 
 class CloudStoppingError(SessionLostError):

@@ -12,10 +12,7 @@ from transformers import PretrainedConfig
 from sft.cli.options import flag
 from sft.errors import UsageError
 from sft_edge.files import json_text
-from sft_edge.options.link import LinkOptions
-from sft_edge.options.lora import LoraOptions
-from sft_edge.options.optimizer import OptimizerOptions
-from sft_edge.options.train import CutOptions, DataOptions, TrainingOptions
+from sft_edge.options import CutOptions, DataOptions, LinkOptions, LoraOptions, OptimizerOptions, TrainingOptions
 from sft_edge.tasks import Feature
 
 _FREE = {

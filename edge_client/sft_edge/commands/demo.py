@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from sft.printable import format_bytes, format_seconds
-from sft_edge.options.commands import DemoOptions
-from sft_edge.tasks.synthetic import write_synthetic
+from sft_edge.options import DemoOptions
+from sft_edge.tasks import write_synthetic
 
 _MODES = {"local": "one process", "sl": "plain split learning", "sft": "split fine-tuning"}
 

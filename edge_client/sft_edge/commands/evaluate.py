@@ -7,9 +7,9 @@ import sys
 
 from sft.errors import UsageError
 from sft_edge.files import write_json
-from sft_edge.model_files.saved import ask, load_model, task_of
-from sft_edge.options.commands import EvaluateOptions
-from sft_edge.training.evaluation import EvaluationSet, evaluate_with
+from sft_edge.model_files import load_model, task_of
+from sft_edge.options import EvaluateOptions
+from sft_edge.training import EvaluationSet, evaluate_with
 
 
 def evaluate_saved(options: EvaluateOptions) -> None:
@@ -21,7 +21,7 @@ def evaluate_saved(options: EvaluateOptions) -> None:
     rows = task.read("validation", options.max_eval_samples)
     data = EvaluationSet(rows, task.encode(rows, model.tokenizer, model.description.max_seq_length))
     batch_size = options.per_device_eval_batch_size
-    results = evaluate_with(lambda features: ask(model, task, features, batch_size), task, data, batch_size)
+    results = evaluate_with(lambda features: model.logits(task, features, batch_size), task, data, batch_size)
     sys.stdout.write(json.dumps(results, indent=2) + "\n")
     if options.output_file is not None:
         write_json(options.output_file, results)

@@ -6,8 +6,8 @@ import json
 import sys
 from typing import Dict, List
 
-from sft_edge.model_files.saved import ask, load_model, task_of
-from sft_edge.options.commands import PredictOptions
+from sft_edge.model_files import load_model, task_of
+from sft_edge.options import PredictOptions
 from sft_edge.tasks import Row
 
 
@@ -20,7 +20,7 @@ def predict(options: PredictOptions) -> None:
     else:
         rows = [task.row(*[text for text in (options.text, options.text_pair) if text is not None])]
     features = task.encode(rows, model.tokenizer, model.description.max_seq_length)
-    logits = ask(model, task, features, options.per_device_eval_batch_size)
+    logits = model.logits(task, features, options.per_device_eval_batch_size)
     for row, prediction in zip(rows, task.predictions(logits, features, rows)):
         if options.json_lines:
             texts = dict(zip(task.text_fields, row.texts))

@@ -18,27 +18,36 @@ from sft.batch import Batch
 from sft.errors import LinkError, StorageError, TrainingError
 from sft.models import build_whole
 from sft.v1 import split_training_pb2 as pb
-from sft_edge.checkpoints.policy import Checkpointing, Stopped
-from sft_edge.checkpoints.same_run import likeness
+from sft_edge.checkpoints import Checkpointing, Stopped, likeness
 from sft_edge.files import write_file, write_json
-from sft_edge.link.retries import patience_of
-from sft_edge.model_files.card import model_card
-from sft_edge.model_files.saved import Description, save_model
-from sft_edge.model_files.source import Source, open_source
-from sft_edge.options.link import LinkOptions
-from sft_edge.options.lora import LoraOptions
-from sft_edge.options.optimizer import OptimizerOptions
-from sft_edge.options.train import CutOptions, DataOptions, LoggingOptions, ModelOptions, TrainingOptions
+from sft_edge.link import retry_policy_of
+from sft_edge.model_files import Description, Source, model_card, open_source, save_model
+from sft_edge.options import (
+    CutOptions,
+    DataOptions,
+    LinkOptions,
+    LoggingOptions,
+    LoraOptions,
+    ModelOptions,
+    OptimizerOptions,
+    TrainingOptions,
+)
 from sft_edge.signals import Termination, terminations_noted
-from sft_edge.systems.open import cut_of, device_of, open_system
-from sft_edge.systems.system import System
-from sft_edge.tasks import Feature, Task, make_task
-from sft_edge.tasks.base import batches_of
-from sft_edge.training.evaluation import EvaluationSet, evaluate
-from sft_edge.training.loop import TrainingLoop
-from sft_edge.training.progress import Progress, TensorBoard, open_progress
-from sft_edge.training.recovery import Recovery
-from sft_edge.training.report import all_results, ledger_lines, peak_memory_bytes, print_report
+from sft_edge.systems import System, cut_of, device_of, open_system
+from sft_edge.tasks import Feature, Task, batches_of, make_task
+from sft_edge.training import (
+    EvaluationSet,
+    Progress,
+    Recovery,
+    TensorBoard,
+    TrainingLoop,
+    all_results,
+    evaluate,
+    ledger_lines,
+    open_progress,
+    peak_memory_bytes,
+    print_report,
+)
 
 CALIBRATION_ROWS = 256
 """How many of the first training rows a low-rank residual is fitted to."""
@@ -121,7 +130,7 @@ class TrainingRun:
         self, job: _Job, progress: Progress, checkpointing: Checkpointing, terminated: Termination
     ) -> Dict[str, Any]:
         """Attempts, each with a session of its own, until one gets to the end."""
-        recovery = Recovery(self.linking.reconnect_timeout, patience_of(self.linking).delays, terminated)
+        recovery = Recovery(self.linking.reconnect_timeout, retry_policy_of(self.linking).delays, terminated)
 
         def after_step(loop: TrainingLoop) -> None:
             recovery.reached(loop.state.global_step)

@@ -25,17 +25,12 @@ from sft.models.seeding import derive_seed
 from sft.models.weights import factor_tensors, fill, pretrained_tensors
 from sft.optim.gradients import squared_norm
 from sft.optim.spec import OptimizerSpec, decay_groups, make_optimizer
-from sft.tensors.pretrained import Checkpoint, find_model
+from sft.tensors.pretrained import PretrainedWeights, find_model
 from sft_edge.files import json_text
-from sft_edge.link.grpc_transport import transport_of
-from sft_edge.link.retries import patience_of
-from sft_edge.model_files.source import Source, public_name, read_config
-from sft_edge.options.commands import VerifyOptions
-from sft_edge.options.link import LinkOptions
-from sft_edge.options.optimizer import OptimizerOptions
-from sft_edge.systems.cloud_process import CloudProcess
-from sft_edge.systems.split import open_split_system
-from sft_edge.systems.system import System
+from sft_edge.link import retry_policy_of, transport_of
+from sft_edge.model_files import Source, public_name, read_config
+from sft_edge.options import LinkOptions, OptimizerOptions, VerifyOptions
+from sft_edge.systems import CloudProcess, System, open_split_system
 
 _CPU = torch.device("cpu")
 
@@ -99,7 +94,7 @@ def verify(options: VerifyOptions, optimizing: OptimizerOptions, linking: LinkOp
             "float32",
             _CPU,
             transport_of(address, linking),
-            patience_of(linking),
+            retry_policy_of(linking),
             labels=linking.labels,
             freeze_edge=options.freeze_edge,
             calibration=_calibration(options, source.config),
@@ -224,7 +219,7 @@ def _source(options: VerifyOptions) -> Source:
     if options.model is not None:
         directory = find_model(options.model)
         name = public_name(options.model)
-        config, checkpoint = read_config(directory / "config.json", overrides), Checkpoint(directory)
+        config, checkpoint = read_config(directory / "config.json", overrides), PretrainedWeights(directory)
     elif options.from_config is not None:
         config = read_config(options.from_config, overrides)
     else:

@@ -1,1 +1,22 @@
 """The edge's end of one session, and the way there: the only room that sees gRPC."""
+
+from sft_edge.link.grpc_transport import GrpcTransport, transport_of
+from sft_edge.link.link import Blob, Link, PendingReply
+from sft_edge.link.reliable_stream import TRANSIENT
+from sft_edge.link.request import offer, session_request
+from sft_edge.link.retries import RetryPolicy, retry_policy_of
+from sft_edge.link.transport import Transport
+
+__all__ = [
+    "TRANSIENT",
+    "Blob",
+    "GrpcTransport",
+    "Link",
+    "PendingReply",
+    "RetryPolicy",
+    "Transport",
+    "offer",
+    "retry_policy_of",
+    "session_request",
+    "transport_of",
+]

@@ -54,7 +54,7 @@ from sft.v1.split_training_pb2_grpc import SplitTrainingStub
 from sft.wire.protocol import CLIENT_OPTIONS
 from sft_edge.link.tracing import edge_tracer, traced
 from sft_edge.link.transport import Stream, Transport
-from sft_edge.options.link import LinkOptions
+from sft_edge.options import LinkOptions
 
 CONNECT_TIMEOUT_SECONDS = 10.0
 """From the first packet to the end of gRPC's handshake."""

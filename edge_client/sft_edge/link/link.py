@@ -10,9 +10,9 @@ from sft.errors import ProtocolError, ServerFullError, ServerUnavailableError, S
 from sft.printable import printable
 from sft.v1 import split_training_pb2 as pb
 from sft.wire.ledger import Traffic
-from sft_edge.link.reliable_stream import BREAK_TIMEOUT_SECONDS, TRANSIENT, Counts, Exchange
+from sft_edge.link.reliable_stream import BREAK_TIMEOUT_SECONDS, TRANSIENT, Counts, ReliableStream
 from sft_edge.link.replies import Blob, PendingReply, Reply
-from sft_edge.link.retries import Patience, Retries
+from sft_edge.link.retries import Retries, RetryPolicy
 from sft_edge.link.tracing import StepSpans, edge_tracer
 from sft_edge.link.transport import Transport
 from sft_edge.signals import interrupts_deferred
@@ -33,7 +33,7 @@ class Link:
         transport: Transport,
         request: pb.OpenSessionRequest,
         blobs: Mapping[str, Blob],
-        patience: Patience = Patience(),  # noqa: B008  # a tuple
+        policy: RetryPolicy = RetryPolicy(),  # noqa: B008  # a tuple
         on_status: Callable[[str], None] = lambda text: None,
     ) -> None:
         """`blobs` are what `request` names by SHA-256; the transport is closed with the link.
@@ -46,9 +46,9 @@ class Link:
         self._request.CopyFrom(request)
         self._request.request_id = secrets.token_urlsafe(24)
         self._blobs = blobs
-        self._patience = patience
+        self._policy = policy
         self._on_status = on_status
-        self._exchange = Exchange(transport, patience, on_status)
+        self._stream = ReliableStream(transport, policy, on_status)
         self._spans = StepSpans(edge_tracer())
         self._session_id = ""
         self._held = pb.EdgeMessage()  # weights, commit and gradient_scale of the next message
@@ -57,18 +57,18 @@ class Link:
 
     @property
     def total(self) -> Traffic:
-        """See Exchange."""
-        return self._exchange.total
+        """See ReliableStream."""
+        return self._stream.total
 
     @property
     def counts(self) -> Counts:
         """What it took to keep the session going."""
-        return self._exchange.counts
+        return self._stream.counts
 
     @property
     def stopping(self) -> bool:
         """Whether the server has said that it stops soon: a checkpoint that is saved now loses nothing."""
-        return self._exchange.stopping
+        return self._stream.stopping
 
     def open(self, patient: bool = False) -> pb.OpenSessionResponse:
         """Opens the session and uploads what the cloud lacks.
@@ -76,7 +76,7 @@ class Link:
         A call that breaks is tried again; with `patient` also one that finds nobody, or no room: the server may be
         about to come back. Raises what Transport.open_session and upload raise; the link is closed then.
         """
-        tries = Retries(self._patience, self._exchange.wake, self._on_status)
+        tries = Retries(self._policy, self._stream.wake, self._on_status)
         try:
             while True:
                 try:
@@ -92,7 +92,7 @@ class Link:
             raise
         self._session_id = response.session_id
         self._step = response.next_step
-        self._exchange.begin(response.session_id)
+        self._stream.begin(response.session_id)
         self._blobs = {}  # what they read from may be half a model, and whoever offered it may have let go of it
         return response
 
@@ -183,7 +183,7 @@ class Link:
 
         Several before one message multiply.
         """
-        self._exchange.check()
+        self._stream.check()
         before = self._held.gradient_scale if self._held.HasField("gradient_scale") else 1.0
         self._held.gradient_scale = before * scale
 
@@ -195,7 +195,7 @@ class Link:
         group_arguments: Sequence[pb.GroupArguments] = (),
     ) -> None:
         """Algorithm 1, line 14, for net_2. Held back until the next message; weights that are held go with it."""
-        self._exchange.check()
+        self._stream.check()
         if self._held.HasField("commit") or self._held.HasField("gradient_scale"):
             self.flush()  # the scale is for gradients of this step, and in one message would come after the commit
         commit = pb.Commit(
@@ -229,7 +229,7 @@ class Link:
         return self._download(optimizer_state)
 
     def _download(self, optimizer_state: bool) -> Iterator[bytes]:
-        tries, offset = Retries(self._patience, self._exchange.wake, self._on_status), 0
+        tries, offset = Retries(self._policy, self._stream.wake, self._on_status), 0
         while True:
             try:
                 for data in self._transport.download(self._session_id, optimizer_state, offset):
@@ -247,7 +247,7 @@ class Link:
         a `forward` waits for its weight or its `backward`, or when the file is not one of this net_2.
         """
         self._settle()
-        tries = Retries(self._patience, self._exchange.wake, self._on_status)
+        tries = Retries(self._policy, self._stream.wake, self._on_status)
         while True:
             try:
                 self._transport.upload(sha256, blob.total_bytes, blob.chunks())
@@ -279,24 +279,24 @@ class Link:
         self._send("committed", message, payload_bytes=0).result()
 
     def hurry(self) -> None:
-        """See Exchange: for who is about to end, and should not wait for a link that is broken."""
-        self._exchange.hurry()
+        """See ReliableStream: for who is about to end, and should not wait for a link that is broken."""
+        self._stream.hurry()
 
     def check(self) -> None:
         """Raises what ended the session, if it is known to have ended."""
-        self._exchange.check()
+        self._stream.check()
 
     def give_up_waiting(self) -> None:
         """A link that is broken, now or later, ends the session at once. For signal handlers: it takes no lock."""
-        self._exchange.wake.put(None)
+        self._stream.wake.put(None)
 
     def abandon(self) -> None:
         """Ends the session without waiting for anything. For finalizers: it takes no lock and starts no thread."""
-        self._exchange.abandon()
+        self._stream.abandon()
 
     def close(self) -> None:
         """Ends the session and closes the transport; no thread is left. What is held is dropped. Idempotent."""
-        self._exchange.close()
+        self._stream.close()
         self._transport.close()
         self._spans.end_step()
 
@@ -307,13 +307,13 @@ class Link:
         self, kind: Optional[Type[BaseException]], error: Optional[BaseException], traceback: Optional[TracebackType]
     ) -> None:
         if error is not None:
-            self._exchange.close(BREAK_TIMEOUT_SECONDS)
+            self._stream.close(BREAK_TIMEOUT_SECONDS)
         self.close()
 
     def _settle(self) -> None:
         """Whatever was asked for so far has been done."""
         self.flush()
-        self._exchange.settle()  # a commit may ride on a message whose answer nobody waited for, as after Ctrl-C
+        self._stream.settle()  # a commit may ride on a message whose answer nobody waited for, as after Ctrl-C
 
     def _beside(self) -> pb.EdgeMessage:
         """A message beside those of the step."""
@@ -322,7 +322,7 @@ class Link:
         return message
 
     def _hold_weight(self, weight: pb.Weight) -> None:
-        self._exchange.check()
+        self._stream.check()
         if self._held.HasField("commit") or self._held.HasField("gradient_scale"):
             self.flush()  # in one message, both would come after the weight
         self._held.weights.append(weight)
@@ -334,7 +334,7 @@ class Link:
         return message
 
     def _send_with_held(self, kind: str, message: pb.EdgeMessage, payload_bytes: int) -> PendingReply:
-        self._exchange.make_room()
+        self._stream.make_room()
         with interrupts_deferred():  # what is held is either still here, or on its way
             pending = self._send(kind, message, payload_bytes)
             self._held = pb.EdgeMessage()
@@ -344,5 +344,5 @@ class Link:
         return pending
 
     def _send(self, kind: str, message: pb.EdgeMessage, payload_bytes: int) -> PendingReply:
-        self._exchange.make_room()
-        return self._exchange.send(kind, message, payload_bytes, self._spans.message(message))
+        self._stream.make_room()
+        return self._stream.send(kind, message, payload_bytes, self._spans.message(message))

@@ -30,7 +30,7 @@ from sft.v1 import split_training_pb2 as pb
 from sft.wire.ledger import Traffic, framed_size
 from sft.wire.protocol import MAX_UNANSWERED
 from sft_edge.link.replies import PendingReply, Sent, Unanswered
-from sft_edge.link.retries import Patience, Retries, Wake
+from sft_edge.link.retries import Retries, RetryPolicy, Wake
 from sft_edge.link.transport import Stream, Transport
 
 CLOSE_TIMEOUT_SECONDS = 5.0
@@ -61,19 +61,19 @@ class Counts:
         """Answers."""
 
 
-class Exchange:
+class ReliableStream:
     """The messages of one session. Once a call has raised a LinkError the session is over, and later calls raise the
     same. Not for several threads at once."""
 
-    def __init__(self, transport: Transport, patience: Patience, on_status: Callable[[str], None]) -> None:
+    def __init__(self, transport: Transport, policy: RetryPolicy, on_status: Callable[[str], None]) -> None:
         self.counts = Counts()
         self.stopping = False
         """Whether the server has said that it stops soon."""
         self.wake: Wake[None] = queue.SimpleQueue()
         self._transport = transport
-        self._patience = patience
+        self._policy = policy
         self._on_status = on_status
-        self._retries = Retries(patience, self.wake, self._say)
+        self._retries = Retries(policy, self.wake, self._say)
         self._session_id = ""
         self._is_over = False
         self._outgoing: _Queue[Optional[bytes]] = queue.SimpleQueue()
@@ -119,7 +119,7 @@ class Exchange:
             message.number, message.answered = self._unanswered.next_number, self._unanswered.answered
             data = message.SerializeToString()
             sent = Traffic(payload_bytes_sent=payload_bytes, bytes_sent=framed_size(len(data)))
-            pending = PendingReply(sent, self._patience.reply_timeout_seconds, self._break_off, span)
+            pending = PendingReply(sent, self._policy.reply_timeout_seconds, self._break_off, span)
             self._unanswered.add(Sent(kind, message.step, message.micro_batch, data, pending))
             self._total += sent
             if self._flows:
@@ -190,7 +190,7 @@ class Exchange:
             self._total += Traffic(bytes_sent=framed_size(len(data)))
             self._outgoing, self._flows = outgoing, flows
         stream = self._stream = self._transport.stream(iter(outgoing.get, None))
-        self._watch = threading.Timer(self._patience.attach_timeout_seconds, self._not_attached, [stream])
+        self._watch = threading.Timer(self._policy.attach_timeout_seconds, self._not_attached, [stream])
         self._watch.daemon = True
         self._watch.start()
         if self._is_over:  # since before the queue was this one
@@ -200,7 +200,7 @@ class Exchange:
     def _not_attached(self, stream: Stream) -> None:
         """Who took the connection says nothing: a server that is being stopped or started may leave it so for ever."""
         if self._stream is stream:
-            seconds = self._patience.attach_timeout_seconds
+            seconds = self._policy.attach_timeout_seconds
             self._why = StreamBrokenError(f"the cloud took the connection, and said nothing for {seconds:g} s")
         stream.cancel()
 
@@ -277,7 +277,7 @@ class Exchange:
 
     def _break_off(self) -> None:
         """An answer is late: whatever holds it up, another stream may get it."""
-        seconds = self._patience.reply_timeout_seconds
+        seconds = self._policy.reply_timeout_seconds
         self._why = StreamBrokenError(f"the cloud did not answer within {seconds:g} s")
         if self._stream is not None:
             self._stream.cancel()

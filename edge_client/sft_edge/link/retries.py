@@ -9,7 +9,7 @@ from typing import Callable, Iterator, NamedTuple
 
 from sft.cli.durations import Duration
 from sft.errors import LinkError, SessionLostError
-from sft_edge.options.link import LinkOptions
+from sft_edge.options import LinkOptions
 
 Wake = queue.SimpleQueue
 """Something in it ends a wait. Not an event: finalizers, which may run anywhere, can fill a SimpleQueue."""
@@ -23,7 +23,7 @@ def _wait(wake: Wake[None], seconds: float) -> bool:
     return True
 
 
-class Patience(NamedTuple):
+class RetryPolicy(NamedTuple):
     """Times are in seconds."""
 
     reply_timeout_seconds: float = 600.0
@@ -65,12 +65,12 @@ class Patience(NamedTuple):
 class Retries:
     """The tries since something last went well."""
 
-    def __init__(self, patience: Patience, wake: Wake[None], on_status: Callable[[str], None]) -> None:
+    def __init__(self, policy: RetryPolicy, wake: Wake[None], on_status: Callable[[str], None]) -> None:
         """`on_status` is told what is waited for, in words for a person; an empty text when that is over."""
-        self._patience = patience
+        self._policy = policy
         self._wake = wake
         self._on_status = on_status
-        self.timeout_seconds = patience.reconnect_timeout_seconds
+        self.timeout_seconds = policy.reconnect_timeout_seconds
         self._tries = 0
         self.reset()
 
@@ -78,13 +78,13 @@ class Retries:
         """It goes well again."""
         if self._tries:
             self._on_status("")
-        self._delays = self._patience.delays()
+        self._delays = self._policy.delays()
         self._since = -1.0
         self._tries = 0
 
     def after(self, error: LinkError) -> None:
         """Waits until it is time to try again. Raises SessionLostError when it is not worth it, or was woken."""
-        patience, now = self._patience, self._patience.clock()
+        policy, now = self._policy, self._policy.clock()
         if not self.timeout_seconds:
             raise SessionLostError(str(error)) from error
         if self._tries == 0:
@@ -96,13 +96,13 @@ class Retries:
         self._tries += 1
         delay = min(next(self._delays), left)
         self._on_status(f"{error}; try {self._tries} in {Duration(round(delay, 1))}")
-        if patience.wait(self._wake, delay):
+        if policy.wait(self._wake, delay):
             raise SessionLostError("the link is closed") from error
 
 
-def patience_of(linking: LinkOptions) -> Patience:
+def retry_policy_of(linking: LinkOptions) -> RetryPolicy:
     """How long to wait and to try again. A cloud of the edge's own that has died does not come back."""
-    return Patience(
+    return RetryPolicy(
         reply_timeout_seconds=linking.reply_timeout,
         attach_timeout_seconds=linking.connect_timeout,
         reconnect_timeout_seconds=linking.reconnect_timeout if linking.server is not None else 0.0,

@@ -1,1 +1,20 @@
 """A model on disk: what a run starts from, and what it leaves."""
+
+from sft_edge.model_files.card import model_card
+from sft_edge.model_files.saved import Description, SavedModel, load_model, read_description, save_model, task_of
+from sft_edge.model_files.source import Source, first_line, open_source, public_name, read_config
+
+__all__ = [
+    "Description",
+    "SavedModel",
+    "Source",
+    "first_line",
+    "load_model",
+    "model_card",
+    "open_source",
+    "public_name",
+    "read_config",
+    "read_description",
+    "save_model",
+    "task_of",
+]

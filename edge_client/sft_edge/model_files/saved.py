@@ -23,12 +23,11 @@ import sft
 from sft.errors import CheckpointError, StorageError
 from sft.models import HEADS, Cut, Whole, build_whole
 from sft.models.weights import fill, shapes
-from sft.tensors.pretrained import Checkpoint, index_file, single_file
+from sft.tensors.pretrained import PretrainedWeights, index_file, single_file
 from sft.tensors.stream import Shard
 from sft_edge.files import storage_errors, write_file, write_json
 from sft_edge.model_files.source import first_line, read_config, read_tokenizer
-from sft_edge.tasks import Feature, Task, make_task
-from sft_edge.tasks.base import batches_of
+from sft_edge.tasks import Feature, Task, batches_of, make_task
 
 DESCRIPTION_FILE = "sft.json"
 
@@ -71,6 +70,14 @@ class SavedModel(NamedTuple):
     description: Description
     net: Whole
     tokenizer: Any
+
+    def logits(self, task: Task, features: Sequence[Feature], batch_size: int) -> List[Tensor]:
+        """One entry a feature: (C,), or (S, 2) of its batch for question answering."""
+        logits: List[Tensor] = []
+        for batch in batches_of(task, features, batch_size):
+            with torch.no_grad():
+                logits.extend(self.net(batch.inputs, batch.lengths, {}).logits.cpu())
+        return logits
 
 
 def save_model(
@@ -133,7 +140,7 @@ def load_model(directory: Path) -> SavedModel:
     description = read_description(directory)
     config = read_config(directory / "config.json", {})
     net = build_whole(config, description.head, description.cut)
-    tensors = Checkpoint(directory, description.stem).tensors(shapes(net), net.model.base_model_prefix)
+    tensors = PretrainedWeights(directory, description.stem).tensors(shapes(net), net.model.base_model_prefix)
     held = {tensor.name for tensor in tensors}
     missing = sorted(set(net.whole_names.values()) - held)
     if missing:
@@ -169,12 +176,3 @@ def task_of(description: Description, data_dir: Optional[Path] = None) -> Task:
     if description.text_fields is not None:
         task.expect(description.text_fields)
     return task
-
-
-def ask(model: SavedModel, task: Task, features: Sequence[Feature], batch_size: int) -> List[Tensor]:
-    """One entry a feature: (C,), or (S, 2) of its batch for question answering."""
-    logits: List[Tensor] = []
-    for batch in batches_of(task, features, batch_size):
-        with torch.no_grad():
-            logits.extend(model.net(batch.inputs, batch.lengths, {}).logits.cpu())
-    return logits

@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 from sft.errors import CheckpointError, SFTError, UsageError
 from sft.models import HEADS, build_whole, family_of, max_positions
-from sft.tensors.pretrained import Checkpoint, find_model
-from sft_edge.options.train import ModelOptions
+from sft.tensors.pretrained import PretrainedWeights, find_model
+from sft_edge.options import ModelOptions
 
 
 @dataclass
@@ -24,7 +24,7 @@ class Source:
     """Hub id, or the directory's name: where the cloud looks for its half. Empty when weights come from the seed."""
 
     config: PretrainedConfig
-    checkpoint: Optional[Checkpoint]
+    checkpoint: Optional[PretrainedWeights]
     """None when weights are drawn from the seed."""
     tokenizer: Any
 
@@ -43,7 +43,7 @@ def open_source(options: ModelOptions, config_overrides: Dict[str, Any]) -> Sour
         directory = find_model(str(options.model))
         name = public_name(str(options.model))
         config = read_config(directory / "config.json", config_overrides)
-        checkpoint = Checkpoint(directory)
+        checkpoint = PretrainedWeights(directory)
         tokenizer = read_tokenizer(find_model(options.tokenizer_name) if options.tokenizer_name else directory)
     family_of(config)
     check_length(config, options.max_seq_length)

@@ -1,1 +1,43 @@
 """Every option of every command. Imports nothing heavy, so that `--help` is quick."""
+
+from sft_edge.options.commands import (
+    DemoOptions,
+    DoctorOptions,
+    EvaluateOptions,
+    ExportOptions,
+    PredictOptions,
+    VerifyOptions,
+)
+from sft_edge.options.link import LinkOptions
+from sft_edge.options.lora import LoraOptions
+from sft_edge.options.optimizer import OptimizerOptions
+from sft_edge.options.train import (
+    NEWEST,
+    TRAIN_OPTIONS,
+    CutOptions,
+    DataOptions,
+    LoggingOptions,
+    ModelOptions,
+    TrainingOptions,
+    check_together,
+)
+
+__all__ = [
+    "NEWEST",
+    "TRAIN_OPTIONS",
+    "CutOptions",
+    "DataOptions",
+    "DemoOptions",
+    "DoctorOptions",
+    "EvaluateOptions",
+    "ExportOptions",
+    "LinkOptions",
+    "LoggingOptions",
+    "LoraOptions",
+    "ModelOptions",
+    "OptimizerOptions",
+    "PredictOptions",
+    "TrainingOptions",
+    "VerifyOptions",
+    "check_together",
+]

@@ -23,7 +23,7 @@ from sft.errors import CloudMemoryError, NonFiniteLossError, ProtocolError, Sess
 from sft.v1 import split_training_pb2 as pb
 from sft.wire.codec.elements import decode_tensor, encode_tensor
 from sft.wire.protocol import MAX_WAITING
-from sft_edge.link.link import Link, PendingReply
+from sft_edge.link import Link, PendingReply
 from sft_edge.script.autocast import autocast_type
 from sft_edge.script.cut_model import Cross, Crossed
 from sft_edge.script.gradients import CloudGradients

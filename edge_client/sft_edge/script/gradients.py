@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from sft.errors import NonFiniteLossError, UsageError
-from sft_edge.link.link import Link
+from sft_edge.link import Link
 
 PARAMETER_NAME = "cloud_gradients"
 """Of the scalar parameter, in the script's model."""

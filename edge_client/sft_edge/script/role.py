@@ -22,10 +22,7 @@ from sft.optimizer import Role, SplitOptions
 from sft.v1 import split_training_pb2 as pb
 from sft.wire.codec.elements import DATA_TYPES
 from sft.wire.protocol import PROTOCOL_VERSION
-from sft_edge.link.grpc_transport import GrpcTransport
-from sft_edge.link.link import Blob, Link
-from sft_edge.link.request import offer
-from sft_edge.link.retries import Patience
+from sft_edge.link import Blob, GrpcTransport, Link, RetryPolicy, offer
 from sft_edge.script.adapters import without_peft
 from sft_edge.script.crossing import LinkCross
 from sft_edge.script.cut_model import CutModel
@@ -63,10 +60,10 @@ class EdgeRole(Role):
         transport = options.transport or GrpcTransport(
             str(options.server), options.connect_timeout_seconds, credentials=_credentials(options)
         )
-        patience = Patience(
+        policy = RetryPolicy(
             options.reply_timeout_seconds, options.connect_timeout_seconds, options.reconnect_timeout_seconds
         )
-        link = Link(transport, request, blobs, patience, _tell)
+        link = Link(transport, request, blobs, policy, _tell)
         link.open()  # from here on nothing is left that could be wrong
         try:
             self._cross = LinkCross(link, DATA_TYPES[options.wire_dtype], next(model.parameters()).device)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sft.errors import UsageError
 from sft.tensors.stream import in_memory, safetensors_chunks, safetensors_size, sha256_of
-from sft_edge.link.link import Blob
+from sft_edge.link import Blob
 from sft_edge.script.crossing import LinkCross
 from sft_edge.script.gradients import PARAMETER_NAME
 

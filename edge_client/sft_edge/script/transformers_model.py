@@ -35,7 +35,7 @@ from sft.tensors.stream import in_memory
 from sft.wire.codec.messages import encode_labels, is_packed, outputs_of
 from sft.wire.codec.packing import pack, unpack
 from sft.wire.cut import HEADS, cut_to_proto
-from sft_edge.model_files.source import public_name
+from sft_edge.model_files import public_name
 from sft_edge.script.adapters import adapters_of, adapters_of_cloud, without_peft
 from sft_edge.script.arguments import count_learned, lengths_of, problem_type, read_call
 from sft_edge.script.cut_model import Cross, CutModel

@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 from sft.errors import UsageError
 from sft.models import Cut, Whole, build_net_1, build_net_2
 from sft.models.lora import LoraSpec, add_lora, resolve_lora
-from sft_edge.options.lora import LoraOptions
+from sft_edge.options import LoraOptions
 
 
 class HalfLora(NamedTuple):

@@ -15,13 +15,9 @@ from sft.models.lora import add_lora
 from sft.models.weights import factor_tensors, fill, pretrained_tensors
 from sft.optim.spec import OptimizerSpec, decay_groups, make_optimizer
 from sft.v1 import split_training_pb2 as pb
-from sft_edge.link.grpc_transport import transport_of
-from sft_edge.link.retries import patience_of
-from sft_edge.model_files.source import Source
-from sft_edge.options.link import LinkOptions
-from sft_edge.options.lora import LoraOptions
-from sft_edge.options.optimizer import OptimizerOptions
-from sft_edge.options.train import CutOptions, TrainingOptions
+from sft_edge.link import retry_policy_of, transport_of
+from sft_edge.model_files import Source
+from sft_edge.options import CutOptions, LinkOptions, LoraOptions, OptimizerOptions, TrainingOptions
 from sft_edge.systems.cloud_process import CloudProcess
 from sft_edge.systems.local import LocalSystem
 from sft_edge.systems.lora import half_lora, whole_lora
@@ -104,7 +100,7 @@ def open_system(
             cutting.wire_dtype,
             device,
             transport,
-            patience_of(linking),
+            retry_policy_of(linking),
             on_status,
             labels=linking.labels,
             freeze_edge=cutting.freeze_edge,

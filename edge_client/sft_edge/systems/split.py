@@ -24,11 +24,8 @@ from sft.wire.codec.elements import DATA_TYPES, decode_tensor
 from sft.wire.codec.messages import decode_logits, encode_activation, encode_labels, encode_logits, outputs_of
 from sft.wire.codec.packing import unpack
 from sft.wire.ledger import Ledger, Traffic, plain_split_bytes
-from sft_edge.link.link import Blob, Link, PendingReply
-from sft_edge.link.request import offer, session_request
-from sft_edge.link.retries import Patience
-from sft_edge.link.transport import Transport
-from sft_edge.model_files.source import Source
+from sft_edge.link import Blob, Link, PendingReply, RetryPolicy, Transport, offer, session_request
+from sft_edge.model_files import Source
 from sft_edge.systems.lora import NO_LORA, HalfLora
 from sft_edge.systems.system import StepTimer, System
 
@@ -209,7 +206,7 @@ def open_split_system(
     wire_dtype: str,
     device: torch.device,
     transport: Transport,
-    patience: Patience = Patience(),  # noqa: B008  # a tuple
+    policy: RetryPolicy = RetryPolicy(),  # noqa: B008  # a tuple
     on_status: Callable[[str], None] = lambda text: None,
     *,
     labels: str = "cloud",
@@ -263,6 +260,6 @@ def open_split_system(
         run_id=run_id,
         resume_from=resume_from,
     )
-    link = Link(transport, request, blobs, patience, on_status)
+    link = Link(transport, request, blobs, policy, on_status)
     next_step = link.open().next_step
     return SplitSystem(net_1, optimizer, link, cloud_names, seed, wire_dtype, labels, next_step)

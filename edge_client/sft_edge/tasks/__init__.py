@@ -6,15 +6,28 @@ from pathlib import Path
 from typing import Optional, Sequence
 
 from sft.errors import UsageError
-from sft_edge.tasks.base import SPLITS, Answer, Feature, Row, Task
+from sft_edge.tasks.base import SPLITS, Answer, Feature, Row, Task, batches_of
 from sft_edge.tasks.glue import GLUE, GlueTask
 from sft_edge.tasks.sequence import PROBLEM_TYPES, REGRESSION, SINGLE_LABEL
 from sft_edge.tasks.squad import SquadTask
+from sft_edge.tasks.synthetic import examples, write_synthetic
 from sft_edge.tasks.text import TextTask
 
 TASK_NAMES = (*GLUE, SquadTask.name, TextTask.name)
 
-__all__ = ["PROBLEM_TYPES", "SPLITS", "TASK_NAMES", "Answer", "Feature", "Row", "Task", "make_task"]
+__all__ = [
+    "PROBLEM_TYPES",
+    "SPLITS",
+    "TASK_NAMES",
+    "Answer",
+    "Feature",
+    "Row",
+    "Task",
+    "batches_of",
+    "examples",
+    "make_task",
+    "write_synthetic",
+]
 
 
 def make_task(

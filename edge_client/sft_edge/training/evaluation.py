@@ -11,9 +11,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from sft.batch import Batch
 from sft.models.losses import head_loss
-from sft_edge.systems.system import System
-from sft_edge.tasks import Feature, Row, Task
-from sft_edge.tasks.base import batches_of
+from sft_edge.systems import System
+from sft_edge.tasks import Feature, Row, Task, batches_of
 
 
 class EvaluationSet(NamedTuple):

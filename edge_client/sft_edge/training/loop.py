@@ -14,10 +14,9 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler
 from sft.batch import Batch
 from sft.errors import CloudMemoryError, NonFiniteLossError
 from sft.models.seeding import derive_seed
-from sft_edge.options.optimizer import OptimizerOptions
-from sft_edge.options.train import TrainingOptions
+from sft_edge.options import OptimizerOptions, TrainingOptions
 from sft_edge.signals import interrupts_deferred, note_termination_in_worker
-from sft_edge.systems.system import System
+from sft_edge.systems import System
 from sft_edge.tasks import Feature, Task
 from sft_edge.training.progress import Progress
 from sft_edge.training.report import TrainerState

@@ -19,8 +19,8 @@ from sft.v1 import split_training_pb2 as pb
 from sft.v1 import split_training_pb2_grpc as pb_grpc
 from sft.wire.protocol import HEALTH_CHECK, MAX_MESSAGE_BYTES
 from sft_cloud import server as serve
-from sft_cloud.access import interceptor as gate
 from sft_cloud.access.authentication import Authentication
+from sft_cloud.access.interceptor import REFUSALS_PER_SECOND, AuthenticationInterceptor
 from sft_cloud.access.protection import make_access
 from sft_cloud.access.tokens import LiveTokens, TokenFile
 from sft_cloud.options import AccessOptions
@@ -148,7 +148,9 @@ def test_strangers_reach_no_method(calls, alice, refused, method):
 
 def test_strangers_cannot_fill_the_log(tokens, alice, caplog):
     now = [0.0]
-    strangers = gate.Gate(Authentication(LiveTokens(tokens), needs_certificate=False), clock=lambda: now[0])
+    strangers = AuthenticationInterceptor(
+        Authentication(LiveTokens(tokens), needs_certificate=False), clock=lambda: now[0]
+    )
     details = SimpleNamespace(method="/any", invocation_metadata=())
 
     def call():
@@ -158,12 +160,12 @@ def test_strangers_cannot_fill_the_log(tokens, alice, caplog):
     with caplog.at_level(logging.INFO):
         for _ in range(1000):
             call()
-        assert [record.message for record in caplog.records] == gate.REFUSALS_PER_SECOND * ["caller refused"]
+        assert [record.message for record in caplog.records] == REFUSALS_PER_SECOND * ["caller refused"]
         now[0] += 1
         call()
         call()
     fields = [record.fields for record in caplog.records[-2:]]
-    assert [one.get("left_out_before") for one in fields] == [1000 - gate.REFUSALS_PER_SECOND, None]
+    assert [one.get("left_out_before") for one in fields] == [1000 - REFUSALS_PER_SECOND, None]
 
 
 @pytest.mark.parametrize("method", EVERY_METHOD)
@@ -173,7 +175,7 @@ def test_a_known_caller_reaches_every_method(calls, alice, refused, method):
 
 
 def test_who_calls_is_found_out_once(server, calls, alice, monkeypatch):
-    authentication, asked = server.access.gate._authentication, []
+    authentication, asked = server.access.interceptor._authentication, []
     identify = authentication.identify
     monkeypatch.setattr(authentication, "identify", lambda context: asked.append(context) or identify(context))
     assert calls(alice).cloud.Status(pb.StatusRequest(), timeout=SECONDS).caller == "alice"
@@ -228,8 +230,8 @@ def test_a_health_check_whose_answer_is_not_read_holds_no_thread(server, calls, 
         for _ in range(2 * CALLS_AT_A_TIME):
             assert stranger.check() == "answered, and the call goes on"
         assert calls(alice).cloud.Status(pb.StatusRequest(), timeout=SECONDS).caller == "alice"
-        server.call_watch._clock = lambda: time.monotonic() + 61
-        server.call_watch.look()
+        server.deadlines._clock = lambda: time.monotonic() + 61
+        server.deadlines.look()
         stranger.come_to_an_end(2 * CALLS_AT_A_TIME)
 
 
@@ -315,7 +317,7 @@ def test_an_idle_stream_is_ended_once_the_token_is_revoked(calls, alice, edge, t
     for stream in streams:
         assert next(stream.call).HasField("attached")
     TokenFile(tokens).revoke(lambda token: token.name == "alice")
-    server.access.gate.end_stale_calls()
+    server.access.interceptor.end_stale_calls()
     assert refusal(lambda: next(streams[0].call))[0] is Code.CANCELLED
     assert streams[1].ask(edge.forward(0)).result.loss > 0
     assert streams[1].end() == []
@@ -326,7 +328,7 @@ def test_what_runs_is_forgotten_when_it_ends(calls, alice, server):
     with pytest.raises(grpc.RpcError):
         calls(alice).cloud.OpenSession(pb.OpenSessionRequest(), timeout=SECONDS)
     server.stop(grace_seconds=0)  # waits for the ends of calls
-    assert server.access.gate._running == {}
+    assert server.access.interceptor._running == {}
 
 
 def test_the_server_looks_for_such_calls_by_itself(alice, tokens, tmp_path, monkeypatch):
@@ -340,7 +342,7 @@ def test_the_server_looks_for_such_calls_by_itself(alice, tokens, tmp_path, monk
             raise KeyError("which is no reason to stop")
         ended.set()
 
-    monkeypatch.setattr(access.gate, "end_stale_calls", look)
+    monkeypatch.setattr(access.interceptor, "end_stale_calls", look)
     server = CloudServer("127.0.0.1", 0, torch.device("cpu"), tmp_path / "other", None, 1, 1, access=access)
     try:
         assert ended.wait(SECONDS)

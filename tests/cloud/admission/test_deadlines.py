@@ -2,7 +2,7 @@
 
 import pytest
 
-from sft_cloud.admission.deadlines import CallWatch
+from sft_cloud.admission.deadlines import Deadlines
 
 
 class Clock:
@@ -19,7 +19,7 @@ def clock():
 
 @pytest.fixture
 def watch(clock):
-    return CallWatch(stall_seconds=60.0, idle_seconds=600.0, clock=clock)
+    return Deadlines(stall_seconds=60.0, idle_seconds=600.0, clock=clock)
 
 
 def test_who_stalls_is_ended_when_the_time_is_over(watch, clock):
@@ -87,7 +87,7 @@ def test_each_wait_has_its_own_time(watch, clock):
 
 def test_it_tells_who_wants_to_know(clock):
     told = []
-    watch = CallWatch(60.0, 600.0, clock, on_end=told.append)
+    watch = Deadlines(60.0, 600.0, clock, on_end=told.append)
     with watch.stalls("no first message", lambda: None):
         clock.now += 60
         watch.look()

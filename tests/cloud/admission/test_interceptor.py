@@ -17,7 +17,7 @@ from sft.models import Cut
 from sft.v1 import split_training_pb2 as pb
 from sft.wire.protocol import CLIENT_OPTIONS, HEALTH_WATCH
 from sft_cloud.access.protection import Access
-from sft_cloud.admission.interceptor import _Guarded
+from sft_cloud.admission.interceptor import _Admitted
 from sft_cloud.admission.quotas import SPARE_CALLS
 from sft_cloud.identity import ANONYMOUS, Identity, Limits
 from sft_cloud.observability.audit import AuditLog
@@ -126,7 +126,7 @@ class Announcing(dict):
 def start_server(start_server):
     def start(**values):
         server = start_server(**values)
-        server.call_watch._waits = Announcing()
+        server.deadlines._waits = Announcing()
         return server
 
     return start
@@ -134,7 +134,7 @@ def start_server(start_server):
 
 def overdue(server, reason, seconds=1e6):
     """Ends what waits for this reason, as the watch does when so much time is over; returns how many were ended."""
-    watch = server.call_watch
+    watch = server.deadlines
     watch._waits.come(reason)
     clock, watch._clock = watch._clock, lambda: time.monotonic() + seconds
     watch.look()
@@ -233,7 +233,7 @@ def test_a_health_watch_ends_when_it_was_idle_for_long_or_its_caller_goes(server
         gone, idle = (stub.Watch(health_pb2.HealthCheckRequest(), timeout=SECONDS) for _ in range(2))
         next(gone), next(idle)
         gone.cancel()
-        server.call_watch._waits.come("idle stream")
+        server.deadlines._waits.come("idle stream")
         overdue(server, "idle stream", seconds=1801)
         assert refusal(lambda: next(idle))[0] is grpc.StatusCode.CANCELLED
     server.stop()  # which returns when every call has ended
@@ -244,7 +244,7 @@ def test_a_health_watch_ends_when_it_was_idle_for_long_or_its_caller_goes(server
 def test_calls_of_other_services_are_counted_too(start_server, connect, raw, never, method):
     server = start_server(access=Access(identify=named(max_sessions=1)))
     held = [raw(server.address, method, never()) for _ in range(1 + SPARE_CALLS)]
-    server.call_watch._waits.come("no first message", len(held))
+    server.deadlines._waits.come("no first message", len(held))
     code, details = refusal(lambda: connect(server.address).Status(pb.StatusRequest(), timeout=SECONDS))
     assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert "5 calls of yours are running" in details
@@ -282,29 +282,29 @@ def test_a_stream_on_which_nothing_comes_is_ended_later(server, connect, edge):
 
 def test_a_stream_that_idles_keeps_no_message(server, connect, edge, monkeypatch):
     came, messages, answers = [], [], []
-    parsed, serialized = _Guarded._parsed, _Guarded._serialized
+    parsed, serialized = _Admitted._parsed, _Admitted._serialized
 
-    def parse(guarded, data):
+    def parse(admitted, data):
         came.append(data)
-        messages.append(parsed(guarded, data))
+        messages.append(parsed(admitted, data))
         return messages[-1]
 
-    def serialize(guarded, response):
+    def serialize(admitted, response):
         answers.append(response)
-        return serialized(guarded, response)
+        return serialized(admitted, response)
 
     stub = connect(server.address)
     session_id = open_session(stub, edge)
-    monkeypatch.setattr(_Guarded, "_parsed", parse)
-    monkeypatch.setattr(_Guarded, "_serialized", serialize)
+    monkeypatch.setattr(_Admitted, "_parsed", parse)
+    monkeypatch.setattr(_Admitted, "_serialized", serialize)
     stream = Stream(stub, attach(session_id))
     next(stream.call)
-    server.call_watch._waits.come("idle stream")
+    server.deadlines._waits.come("idle stream")
     made = [bytes(100_000)]
     (alone,) = [sys.getrefcount(one) for one in (*made,)]
     assert [sys.getrefcount(one) for one in (*came, *messages, *answers)] == [alone] * 3
     stream.ask(edge.forward(0))
-    server.call_watch._waits.come("idle stream", so_far=2)
+    server.deadlines._waits.come("idle stream", so_far=2)
     # The answer to a forward is remembered for who reconnects.
     assert [sys.getrefcount(one) for one in (*came, *messages)] == [alone] * 4
     stream.end()
@@ -317,7 +317,7 @@ def test_answers_that_are_not_read_end_the_stream(server, connect, make_edge):
     messages += [edge.forward(0, number) for number in range(30)]  # a quarter of a megabyte each
     stream = Stream(stub, *messages)
     next(stream.call)
-    server.call_watch._waits.come("answers are not read", so_far=17)  # four megabytes are on their way, and no more
+    server.deadlines._waits.come("answers are not read", so_far=17)  # four megabytes are on their way, and no more
     assert overdue(server, "answers are not read") == 1
     assert server.sessions.entries()[0].messages.last_number < 33
     assert refusal(lambda: list(stream.call))[0] is grpc.StatusCode.CANCELLED
@@ -325,7 +325,7 @@ def test_answers_that_are_not_read_end_the_stream(server, connect, make_edge):
 
 def test_an_answer_of_one_message_that_is_not_read_ends_its_call(server, raw):
     call = raw(server.address, "Probe", iter([pb.ProbeRequest(reply_bytes=4 << 20).SerializeToString()] * 1))
-    server.call_watch._waits.come("answers are not read")
+    server.deadlines._waits.come("answers are not read")
     usage = server.quotas._usage(ANONYMOUS)
     assert (usage.calls, overdue(server, "answers are not read")) == (1, 1)
     with pytest.raises(grpc.RpcError):
@@ -348,7 +348,7 @@ def test_so_many_calls_at_a_time(start_server, connect, raw, never):
     server = start_server(access=Access(identify=named(max_sessions=1)))
     stub = connect(server.address)
     held = [As(stub, "alice").Train(never(), timeout=SECONDS) for _ in range(1 + SPARE_CALLS)]
-    server.call_watch._waits.come("no first message", len(held))
+    server.deadlines._waits.come("no first message", len(held))
     request = pb.DownloadWeightsRequest(session_id="x")
     code, details = refusal(lambda: list(As(stub, "alice").DownloadWeights(request)))
     assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -390,9 +390,9 @@ def test_models_and_ranks_that_are_not_for_the_caller(start_server, connect, edg
 
 def test_who_is_too_fast_waits(server, connect, edge):
     waits = []
-    guard = server.guard
-    guard._identify = named(steps_per_second=0.5)
-    guard._wait = lambda over, seconds: waits.append(seconds)
+    admission = server.admission
+    admission._identify = named(steps_per_second=0.5)
+    admission._wait = lambda over, seconds: waits.append(seconds)
     server.quotas._clock = lambda: 0.0
     stub = connect(server.address)
     stream = Stream(stub, attach(open_session(stub, edge)))
@@ -408,9 +408,9 @@ def test_who_is_too_fast_waits(server, connect, edge):
 
 def test_a_caller_that_waits_for_its_turn_can_go(server, connect, edge):
     entered = threading.Event()
-    guard = server.guard
-    guard._identify = named(steps_per_second=0.0001)
-    guard._wait = lambda over, seconds: (entered.set(), over.wait(seconds))
+    admission = server.admission
+    admission._identify = named(steps_per_second=0.0001)
+    admission._wait = lambda over, seconds: (entered.set(), over.wait(seconds))
     stub = connect(server.address)
     stream = Stream(stub, attach(open_session(stub, edge)))
     next(stream.call)

@@ -5,7 +5,7 @@ import pytest
 from sft.errors import AccessError
 from sft_cloud.admission.quotas import SPARE_CALLS, Quotas
 from sft_cloud.errors import QuotaError
-from sft_cloud.identity import Identity, Limits, check_model_name, check_rank, max_sessions_of
+from sft_cloud.identity import Identity, Limits
 
 DAY = 86_400.0
 
@@ -131,22 +131,22 @@ def test_callers_that_are_long_gone_are_forgotten(quotas, clock):
 
 @pytest.mark.parametrize(("own", "server", "both"), [(None, 4, 4), (2, 4, 2), (9, 4, 4)])
 def test_sessions_at_a_time(own, server, both):
-    assert max_sessions_of(Limits(max_sessions=own), server) == both
+    assert Limits(max_sessions=own).sessions_of(server) == both
 
 
 def test_models_are_named_by_patterns():
     limits = Limits(models=("bert-*", "meta/*"))
     for name in ("bert-base", "meta/llama"):
-        check_model_name(limits, name)
+        limits.check_model_name(name)
     for name in ("Bert-base", "gpt2", "", "a/bert-base"):
         with pytest.raises(AccessError, match=r"not among those that your token is for: bert-\*, meta/\*"):
-            check_model_name(limits, name)
-    check_model_name(Limits(), "anything")
+            limits.check_model_name(name)
+    Limits().check_model_name("anything")
 
 
 def test_the_width_of_what_crosses():
     limits = Limits(max_split_rank=8)
-    check_rank(limits, 8)
+    limits.check_rank(8)
     with pytest.raises(AccessError, match="9 wide; your token is for at most 8"):
-        check_rank(limits, 9)
-    check_rank(Limits(), 10**6)
+        limits.check_rank(9)
+    Limits().check_rank(10**6)

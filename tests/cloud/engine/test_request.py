@@ -10,7 +10,7 @@ from sft.models import Cut
 from sft.v1 import split_training_pb2 as pb
 from sft.wire.cut import cut_to_proto
 from sft.wire.protocol import PROTOCOL_VERSION
-from sft_cloud.engine import request as opening
+from sft_cloud.engine import build as building
 from sft_cloud.engine.build import build, make_session
 from sft_cloud.engine.request import check_request
 from sft_cloud.errors import PreconditionError
@@ -202,6 +202,6 @@ def test_memory_that_runs_out_is_not_blamed_on_the_configuration(edge, monkeypat
     def no_memory(*_):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(opening, "fill", no_memory)
+    monkeypatch.setattr(building, "fill", no_memory)
     with pytest.raises(torch.cuda.OutOfMemoryError):
         try_to_open(edge)

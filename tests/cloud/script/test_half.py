@@ -10,7 +10,7 @@ from sft.errors import ProtocolError
 from sft.v1 import split_training_pb2 as pb
 from sft.wire.codec.elements import decode_tensor, encode_tensor
 from sft_cloud.script.graph_host import GraphHost
-from sft_cloud.session.upper_half import HalfModel
+from sft_cloud.session.upper_half import UpperHalf
 
 CPU = torch.device("cpu")
 B, S, R = 2, 3, 4
@@ -23,11 +23,11 @@ def model() -> nn.Module:
 
 
 @pytest.fixture
-def half(model: nn.Module) -> HalfModel:
+def half(model: nn.Module) -> UpperHalf:
     return make_half(GraphHost(model, "1", R, "none"))
 
 
-def make_half(host: GraphHost, data_type: pb.DataType = pb.DATA_TYPE_FLOAT32) -> HalfModel:
+def make_half(host: GraphHost, data_type: pb.DataType = pb.DATA_TYPE_FLOAT32) -> UpperHalf:
     cut = pb.Cut(mode=pb.MODE_SFT, layer_name="1", split_rank=R, residual=pb.RESIDUAL_NONE)
     return host.make_half(pb.OpenSessionRequest(cut=cut, wire_data_type=data_type))
 
@@ -37,7 +37,7 @@ def activation(*shape: int) -> pb.Activation:
 
 
 @pytest.mark.parametrize("shape", [(B, R), (B, S, R), (1, B, S, R)])
-def test_activations_of_any_shape(model: nn.Module, half: HalfModel, shape: tuple[int, ...]) -> None:
+def test_activations_of_any_shape(model: nn.Module, half: UpperHalf, shape: tuple[int, ...]) -> None:
     message = activation(*shape)
     half.train(False)
     given = half.decode(message)
@@ -61,12 +61,12 @@ def test_activations_of_any_shape(model: nn.Module, half: HalfModel, shape: tupl
         (pb.Activation(packed=pb.Tensor(data_type=1, shape=[B, R], data=b"1234")), "needs 32 bytes, 4 came"),
     ],
 )
-def test_activations_that_make_no_sense(half: HalfModel, message: pb.Activation, reason: str) -> None:
+def test_activations_that_make_no_sense(half: UpperHalf, message: pb.Activation, reason: str) -> None:
     with pytest.raises(ProtocolError, match=reason):
         half.decode(message)
 
 
-def test_gradients_and_labels_that_make_no_sense(half: HalfModel) -> None:
+def test_gradients_and_labels_that_make_no_sense(half: UpperHalf) -> None:
     given = half.decode(activation(B, R))
     outputs = half.outputs(given)
     with pytest.raises(ProtocolError, match=r"the gradient has shape \[2, 4\], the output \[2, 5\]"):
@@ -77,7 +77,7 @@ def test_gradients_and_labels_that_make_no_sense(half: HalfModel) -> None:
         half.loss(outputs, {}, given)
 
 
-def test_dropout_follows_the_mode(half: HalfModel) -> None:
+def test_dropout_follows_the_mode(half: UpperHalf) -> None:
     given = half.decode(activation(B, R))
     half.train(True)
     assert not half.outputs(given).equal(half.outputs(given))
@@ -92,7 +92,7 @@ def test_gradients_travel_in_the_type_of_the_wire(model: nn.Module) -> None:
     assert half.encode_outputs(half.outputs(given), given).data_type == pb.DATA_TYPE_FLOAT32
 
 
-def test_an_output_that_is_too_large(monkeypatch: pytest.MonkeyPatch, half: HalfModel) -> None:
+def test_an_output_that_is_too_large(monkeypatch: pytest.MonkeyPatch, half: UpperHalf) -> None:
     monkeypatch.setattr("sft_cloud.script.graph_host.MAX_MESSAGE_BYTES", 4 * B * 5 - 1)
     with pytest.raises(ProtocolError, match=r"the output of shape \[2, 5\] is too large"):
         half.outputs(half.decode(activation(B, R)))

@@ -217,7 +217,7 @@ def test_help_has_the_docstrings_and_defaults_in_groups(capsys):
 
 COMMANDS = """
 import os, signal, sys
-from sft.config import run
+from sft.cli.run import run
 from sft.errors import CheckpointError
 
 def torn(prog, argv):

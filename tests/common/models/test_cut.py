@@ -10,7 +10,7 @@ from sft.errors import CutError, UnsupportedModelError, UsageError
 from sft.models import Cut, build_net_1, build_net_2, build_whole
 from sft.models.decompose import decompose, decompose_with_residual
 from sft.models.weights import factor_tensors, fill, pretrained_tensors
-from sft.tensors.pretrained import Checkpoint
+from sft.tensors.pretrained import PretrainedWeights
 from sft.v1 import split_training_pb2 as pb
 from sft.wire.codec.messages import decode_activation, decode_labels, encode_activation, encode_labels
 
@@ -43,7 +43,7 @@ def build(directory, kind, cut):
     """net_1, net_2 and the same model in one piece, from one checkpoint and one seed."""
     head, overrides = HEADS[kind]
     config = AutoConfig.from_pretrained(directory, **overrides)
-    checkpoint = Checkpoint(directory)
+    checkpoint = PretrainedWeights(directory)
     for_edge, for_cloud = factor_tensors(config, head, cut, checkpoint, seed=3)
     net_1, net_2 = build_net_1(config, head, cut), build_net_2(config, head, cut)
     whole = build_whole(config, head, cut)
@@ -55,7 +55,7 @@ def build(directory, kind, cut):
 
 def build_whole_of(directory, cut):
     head, overrides = HEADS["one label"]
-    config, checkpoint = AutoConfig.from_pretrained(directory, **overrides), Checkpoint(directory)
+    config, checkpoint = AutoConfig.from_pretrained(directory, **overrides), PretrainedWeights(directory)
     whole = build_whole(config, head, cut)
     factors = factor_tensors(config, head, cut, checkpoint, seed=3)
     fill(whole, [*pretrained_tensors(whole, checkpoint), *factors[0], *factors[1]], seed=3)
@@ -115,7 +115,7 @@ def test_full_rank_with_residual_is_the_undecomposed_model(tmp_path, family):
     config = AutoConfig.from_pretrained(directory, **HEADS["one label"][1])
     decomposed = build_whole_of(directory, Cut("sft", 2, min(config.hidden_size, 64), "full"))
     plain = build_whole(config, "sequence-classification")
-    fill(plain, pretrained_tensors(plain, Checkpoint(directory)), seed=3)
+    fill(plain, pretrained_tensors(plain, PretrainedWeights(directory)), seed=3)
     batch = make_batch()
     torch.testing.assert_close(decomposed(*batch).logits, plain.eval()(*batch).logits, atol=1e-5, rtol=0)
 

@@ -14,7 +14,7 @@ from sft.batch import Batch, attention_mask
 from sft.errors import CutError, UnsupportedModelError
 from sft.models import Cut, Net1, Net2, Whole, build_net_1, build_net_2, build_whole, family_of
 from sft.models.weights import factor_tensors, fill, pretrained_tensors
-from sft.tensors.pretrained import Checkpoint
+from sft.tensors.pretrained import PretrainedWeights
 
 LIBRARY = {
     "sequence-classification": AutoModelForSequenceClassification,
@@ -157,7 +157,7 @@ def test_without_a_cut_it_is_the_librarys_model(tmp_path, name: str, head: str) 
     directory = make_tiny_model(tmp_path, name, layers=3, head=head, **overrides)
     library = LIBRARY[head].from_pretrained(directory).eval()
     whole = build_whole(library.config, head)
-    fill(whole, pretrained_tensors(whole, Checkpoint(directory)), seed=0)
+    fill(whole, pretrained_tensors(whole, PretrainedWeights(directory)), seed=0)
     batch = make_batch(head, pad=config.pad_token_id)
     with torch.no_grad():
         ours = whole.eval()(batch.inputs, batch.lengths, {}).logits
@@ -195,7 +195,7 @@ def test_a_tied_head_is_untied_by_the_cut(tmp_path, name: str) -> None:
     config = tiny_config(name, 2, tie_word_embeddings=True)
     tied = build_whole(config, "causal-lm")
     assert "lm_head.weight" not in tied.whole_parameters()
-    for checkpoint in (Checkpoint(directory), None):
+    for checkpoint in (PretrainedWeights(directory), None):
         net_1, net_2 = (build(config, "causal-lm", Cut("sl", 1)) for build in (build_net_1, build_net_2))
         for net in (net_1, net_2, tied):
             fill(net, pretrained_tensors(net, checkpoint), seed=5)

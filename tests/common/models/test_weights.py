@@ -8,7 +8,7 @@ from sft.errors import UsageError
 from sft.models import Cut, build_net_1, build_net_2, build_whole, matrix_of
 from sft.models.seeding import derive_seed, seeded
 from sft.models.weights import factor_tensors, fill, pretrained_tensors
-from sft.tensors.pretrained import Checkpoint
+from sft.tensors.pretrained import PretrainedWeights
 
 CPU = torch.device("cpu")
 HEAD = "sequence-classification"
@@ -47,9 +47,11 @@ def test_a_low_rank_residual_is_fitted_to_the_blocks_output(tmp_path, family):
     config = AutoConfig.from_pretrained(directory, num_labels=2)
     batches = [make_batch(0), make_batch(1)]
     whole = build_whole(config, HEAD)
-    fill(whole, pretrained_tensors(whole, Checkpoint(directory)), seed=5)
+    fill(whole, pretrained_tensors(whole, PretrainedWeights(directory)), seed=5)
     y_TD = sums_of(whole.eval(), layer, batches)
-    for_edge, for_cloud = factor_tensors(config, HEAD, Cut("sft", 2, 4, "low-rank"), Checkpoint(directory), 5, batches)
+    for_edge, for_cloud = factor_tensors(
+        config, HEAD, Cut("sft", 2, 4, "low-rank"), PretrainedWeights(directory), 5, batches
+    )
     moments = torch.cov(y_TD.T, correction=0)
     ffn2, ffn3, bias = (find(for_cloud, name) for name in ("ffn2.weight", "ffn3.weight", "ffn3.bias"))
     torch.testing.assert_close(ffn2.diagonal().square(), torch.linalg.eigvalsh(moments).flip(0)[:4])
@@ -123,7 +125,7 @@ def test_seed_decides_the_head(tmp_path):
 
     def head(seed):
         net = build_net_2(config, HEAD, Cut("sl", 1))
-        fill(net, pretrained_tensors(net, Checkpoint(directory)), seed)
+        fill(net, pretrained_tensors(net, PretrainedWeights(directory)), seed)
         return net.model.classifier.weight
 
     assert torch.equal(head(1), head(1))

@@ -5,7 +5,7 @@ from transformers import AutoConfig
 
 from sft.errors import UsageError
 from sft.models import Cut, build_net_1, build_net_2, build_whole
-from sft.optim import spec as parameter_groups
+from sft.optim import gradients
 from sft.optim.gradients import scalar_product, scale_gradients, squared_gradient_norm, squared_norm
 from sft.optim.spec import (
     GroupSpec,
@@ -90,7 +90,7 @@ def test_sums_of_squares_that_single_precision_cannot_hold():
 
 
 def test_sums_over_more_than_one_piece(monkeypatch):
-    monkeypatch.setattr(parameter_groups, "_PIECE", 4)
+    monkeypatch.setattr(gradients, "_PIECE", 4)
     x = torch.arange(30.0).reshape(5, 6)
     assert squared_norm([x.t(), torch.empty(0)]) == sum(i * i for i in range(30))
     assert scalar_product([x], [torch.ones(6, 5).t()]) == sum(range(30))

@@ -9,7 +9,7 @@ from transformers import AutoConfig
 from sft.errors import CheckpointError
 from sft.models import Cut, build_net_1, build_net_2
 from sft.models.weights import fill, pretrained_tensors, shapes
-from sft.tensors.pretrained import Checkpoint, find_model
+from sft.tensors.pretrained import PretrainedWeights, find_model
 
 CUT = Cut("sl", 2)
 
@@ -38,20 +38,20 @@ def shard(directory):
 
 def test_sharded_and_single_give_the_same(directory):
     single = net_2_of(directory)
-    fill(single, pretrained_tensors(single, Checkpoint(directory)), seed=0)
+    fill(single, pretrained_tensors(single, PretrainedWeights(directory)), seed=0)
     shard(directory)
     sharded = net_2_of(directory)
-    fill(sharded, pretrained_tensors(sharded, Checkpoint(directory)), seed=0)
+    fill(sharded, pretrained_tensors(sharded, PretrainedWeights(directory)), seed=0)
     for name, parameter in single.whole_parameters().items():
         assert torch.equal(parameter, sharded.whole_parameters()[name]), name
 
 
 def test_a_side_reads_only_its_own_tensors(directory, monkeypatch):
     read = []
-    original = Checkpoint._read
-    monkeypatch.setattr(Checkpoint, "_read", lambda self, key: read.append(key) or original(self, key))
+    original = PretrainedWeights._read
+    monkeypatch.setattr(PretrainedWeights, "_read", lambda self, key: read.append(key) or original(self, key))
     net_1 = build_net_1(AutoConfig.from_pretrained(directory), "sequence-classification", CUT)
-    fill(net_1, pretrained_tensors(net_1, Checkpoint(directory)), seed=0)
+    fill(net_1, pretrained_tensors(net_1, PretrainedWeights(directory)), seed=0)
     assert len(read) == len(list(net_1.parameters()))
     assert not any("layer.2" in key or "layer.3" in key or "pooler" in key for key in read)
 
@@ -64,7 +64,7 @@ def rewrite(directory, change):
 
 def test_names_without_prefix_and_with_gamma_and_beta(directory):
     expected = net_2_of(directory)
-    fill(expected, pretrained_tensors(expected, Checkpoint(directory)), seed=0)
+    fill(expected, pretrained_tensors(expected, PretrainedWeights(directory)), seed=0)
 
     def old_spelling(tensors):
         renamed = {name.replace("LayerNorm.weight", "LayerNorm.gamma"): x for name, x in tensors.items()}
@@ -73,7 +73,7 @@ def test_names_without_prefix_and_with_gamma_and_beta(directory):
 
     rewrite(directory, old_spelling)
     net = net_2_of(directory)
-    fill(net, pretrained_tensors(net, Checkpoint(directory)), seed=0)
+    fill(net, pretrained_tensors(net, PretrainedWeights(directory)), seed=0)
     for name, parameter in expected.whole_parameters().items():
         assert torch.equal(parameter, net.whole_parameters()[name]), name
 
@@ -81,13 +81,13 @@ def test_names_without_prefix_and_with_gamma_and_beta(directory):
 def test_half_precision_becomes_float32(directory):
     rewrite(directory, lambda tensors: {name: x.half() for name, x in tensors.items()})
     net = net_2_of(directory)
-    fill(net, pretrained_tensors(net, Checkpoint(directory)), seed=0)
+    fill(net, pretrained_tensors(net, PretrainedWeights(directory)), seed=0)
     assert {parameter.dtype for parameter in net.parameters()} == {torch.float32}
 
 
 def test_a_head_of_another_size_is_drawn_anew(directory):
     net = net_2_of(directory, num_labels=7)
-    tensors = pretrained_tensors(net, Checkpoint(directory))
+    tensors = pretrained_tensors(net, PretrainedWeights(directory))
     assert not any(tensor.name.startswith("classifier") for tensor in tensors)
     fill(net, tensors, seed=0)
     assert net.model.classifier.weight.shape == (7, net.model.config.hidden_size)
@@ -96,25 +96,25 @@ def test_a_head_of_another_size_is_drawn_anew(directory):
 def test_missing_body_tensor_is_torn(directory):
     rewrite(directory, lambda tensors: {n: x for n, x in tensors.items() if "layer.3.output.dense.weight" not in n})
     with pytest.raises(CheckpointError, match=r"layer\.3\.output\.dense\.weight' is missing; .* incomplete"):
-        pretrained_tensors(net_2_of(directory), Checkpoint(directory))
+        pretrained_tensors(net_2_of(directory), PretrainedWeights(directory))
 
 
 def test_body_of_another_shape_than_the_config_says(directory):
     with pytest.raises(CheckpointError, match=r"has shape \[.*\], config.json says"):
-        pretrained_tensors(net_2_of(directory, intermediate_size=48), Checkpoint(directory))
+        pretrained_tensors(net_2_of(directory, intermediate_size=48), PretrainedWeights(directory))
 
 
 def test_truncated_file(directory):
     path = directory / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match="not a whole safetensors file"):
-        Checkpoint(directory)
+        PretrainedWeights(directory)
 
 
 def test_garbage_file(directory):
     (directory / "model.safetensors").write_bytes(b"\xff" * 64)
     with pytest.raises(CheckpointError, match="not a whole safetensors file"):
-        Checkpoint(directory)
+        PretrainedWeights(directory)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"weight_map": 3}', "{}"])
@@ -122,31 +122,31 @@ def test_broken_index(directory, content):
     shard(directory)
     (directory / "model.safetensors.index.json").write_text(content)
     with pytest.raises(CheckpointError, match="not an index"):
-        Checkpoint(directory)
+        PretrainedWeights(directory)
 
 
 def test_missing_shard(directory):
     shard(directory)
     (directory / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"model-00002-of-00002.safetensors: this part .* missing"):
-        Checkpoint(directory)
+        PretrainedWeights(directory)
 
 
 def test_shard_without_a_tensor_of_the_index(directory):
     shard(directory)
     save_file({"other": torch.zeros(1)}, directory / "model-00002-of-00002.safetensors")
     with pytest.raises(CheckpointError, match="is not in the file that the index names"):
-        Checkpoint(directory)
+        PretrainedWeights(directory)
 
 
 def test_directories_without_safetensors(tmp_path):
     with pytest.raises(CheckpointError, match="no such directory"):
-        Checkpoint(tmp_path / "nowhere")
+        PretrainedWeights(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match=r"holds neither model.safetensors nor"):
-        Checkpoint(tmp_path)
+        PretrainedWeights(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
     with pytest.raises(CheckpointError, match="pickled checkpoints are not read"):
-        Checkpoint(tmp_path)
+        PretrainedWeights(tmp_path)
 
 
 def test_find_model(tmp_path, directory):

@@ -98,7 +98,7 @@ def test_twenty_thousand_steps_take_little_memory():
 
 
 def test_the_ledger_needs_no_torch():
-    code = "import sys, sft.ledger; sys.exit('torch' in sys.modules)"
+    code = "import sys, sft.wire.ledger; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
 
 

@@ -34,7 +34,7 @@ from sft.v1 import split_training_pb2 as pb
 from sft.v1.split_training_pb2_grpc import SplitTrainingServicer
 from sft_edge.link.grpc_transport import GrpcTransport
 from sft_edge.link.link import Blob, Link
-from sft_edge.link.retries import Patience
+from sft_edge.link.retries import RetryPolicy
 from sft_edge.link.transport import Stream
 
 Code = grpc.StatusCode
@@ -43,7 +43,7 @@ ACTIVATION = pb.Activation(
 )
 LABELS = pb.Labels(classes=pb.Labels.Classes(ids=[0, 1]))
 REQUEST = pb.OpenSessionRequest()
-AT_ONCE = Patience(reconnect_timeout_seconds=0)
+AT_ONCE = RetryPolicy(reconnect_timeout_seconds=0)
 """With it a link that breaks is given up; test_reconnect.py is about links that are mended."""
 
 
@@ -380,7 +380,7 @@ def test_a_server_that_vanishes_in_the_middle_of_a_step(cloud: ScriptedCloud) ->
 
 def test_a_link_that_goes_dead_without_a_word(cloud: ScriptedCloud) -> None:
     with through_proxy(cloud) as (proxy, transport), Link(
-        transport, REQUEST, {}, Patience(0.3, reconnect_timeout_seconds=0)
+        transport, REQUEST, {}, RetryPolicy(0.3, reconnect_timeout_seconds=0)
     ) as link:
         link.open()
         link.forward(0, 0, ACTIVATION, LABELS, 1).result()

@@ -158,7 +158,7 @@ def test_what_is_held_survives_ctrl_c(
     link.forward(0, 0, activation(), LABELS, 0.0).result()
     hold(link)
     with monkeypatch.context() as patch:
-        patch.setattr(link._exchange, "make_room", lambda: signal.raise_signal(signal.SIGINT))
+        patch.setattr(link._stream, "make_room", lambda: signal.raise_signal(signal.SIGINT))
         with pytest.raises(KeyboardInterrupt):
             link.forward(0, 1, activation(), LABELS, 0.0)
     link.forward(0, 1, activation(), LABELS, 0.0).result()

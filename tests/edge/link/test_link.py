@@ -78,7 +78,7 @@ def test_a_commit_counts_once_when_ctrl_c_comes_while_it_is_handed_over(
 ) -> None:
     link.forward(0, 0, activation(), LABELS, 1).result()
     link.commit(0, [0.1], 1)
-    send = link._exchange.send
+    send = link._stream.send
 
     def interrupted(*arguments: Any) -> Any:
         if place == "before":
@@ -89,7 +89,7 @@ def test_a_commit_counts_once_when_ctrl_c_comes_while_it_is_handed_over(
         return pending
 
     with monkeypatch.context() as patch:
-        patch.setattr(link._exchange, "send", interrupted)
+        patch.setattr(link._stream, "send", interrupted)
         with pytest.raises(KeyboardInterrupt):
             link.forward(1, 0, activation(), LABELS, 1)
     assert link.flush() is None, "it is on its way"

@@ -17,7 +17,7 @@ from sft.errors import AccessError, LinkError, ServerUnavailableError, SessionLo
 from sft.v1 import split_training_pb2 as pb
 from sft_edge.link.grpc_transport import GrpcTransport
 from sft_edge.link.link import Blob, Link
-from sft_edge.link.retries import Patience
+from sft_edge.link.retries import RetryPolicy
 
 ACTIVATION = pb.Activation(packed=pb.Tensor(data_type=pb.DATA_TYPE_FLOAT32, shape=[2, 1], data=bytes(8)))
 LABELS = pb.Labels(classes=pb.Labels.Classes(ids=[0, 1]))
@@ -38,8 +38,8 @@ class Waits:
         self.meanwhile()
         return not wake.empty()
 
-    def patience(self, **values: Any) -> Patience:
-        return Patience(**{"clock": lambda: self.now, "wait": self.wait, "uniform": lambda a, b: b, **values})
+    def policy(self, **values: Any) -> RetryPolicy:
+        return RetryPolicy(**{"clock": lambda: self.now, "wait": self.wait, "uniform": lambda a, b: b, **values})
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def waits() -> Waits:
 def through_proxy(cloud: ScriptedCloud, waits: Waits, **values: Any) -> Iterator[Tuple[TcpProxy, Link]]:
     with serving(cloud) as address, TcpProxy(address) as proxy:
         transport = GrpcTransport(proxy.address, connect_timeout_seconds=2.0, stall_timeout_seconds=2.0)
-        with Link(transport, pb.OpenSessionRequest(), {}, waits.patience(**values), waits.said.append) as link:
+        with Link(transport, pb.OpenSessionRequest(), {}, waits.policy(**values), waits.said.append) as link:
             link.open()
             yield proxy, link
 
@@ -130,8 +130,8 @@ def test_what_the_cloud_has_had_is_not_sent_again(cloud: ScriptedCloud, waits: W
 def test_each_try_waits_longer_until_the_time_is_over(cloud: ScriptedCloud, waits: Waits) -> None:
     with ExitStack() as server:
         address = server.enter_context(serving(cloud))
-        patience = waits.patience(reconnect_timeout_seconds=100.0, backoff_max_seconds=30.0)
-        with Link(GrpcTransport(address), pb.OpenSessionRequest(), {}, patience, waits.said.append) as link:
+        policy = waits.policy(reconnect_timeout_seconds=100.0, backoff_max_seconds=30.0)
+        with Link(GrpcTransport(address), pb.OpenSessionRequest(), {}, policy, waits.said.append) as link:
             link.open()
             losses(link, range(1))
             server.close()
@@ -146,13 +146,13 @@ def test_each_try_waits_longer_until_the_time_is_over(cloud: ScriptedCloud, wait
 
 def test_pauses_are_drawn_so_that_edges_do_not_come_back_all_at_once() -> None:
     asked: List[Tuple[float, float]] = []
-    patience = Patience(
+    policy = RetryPolicy(
         backoff_seconds=1.0, backoff_max_seconds=3.0, uniform=lambda low, high: asked.append((low, high)) or low
     )
-    delays = patience.delays()
+    delays = policy.delays()
     assert [next(delays) for _ in range(4)] == [0.5, 1.0, 1.5, 1.5]
     assert asked == [(0.5, 1.0), (1.0, 2.0), (1.5, 3.0), (1.5, 3.0)]
-    drawn = {next(Patience().delays()) for _ in range(10)}
+    drawn = {next(RetryPolicy().delays()) for _ in range(10)}
     assert len(drawn) == 10
     assert all(0.25 <= delay <= 0.5 for delay in drawn)
 
@@ -191,9 +191,9 @@ def test_a_session_that_is_gone_is_not_tried_for(
 def test_whoever_closes_a_broken_link_does_not_wait(cloud: ScriptedCloud, end: str) -> None:
     with serving(cloud) as address, TcpProxy(address) as proxy:
         broke = threading.Event()
-        patience = Patience(backoff_seconds=1000.0, backoff_max_seconds=1000.0)
+        policy = RetryPolicy(backoff_seconds=1000.0, backoff_max_seconds=1000.0)
         link = Link(
-            GrpcTransport(proxy.address), pb.OpenSessionRequest(), {}, patience, lambda text: text and broke.set()
+            GrpcTransport(proxy.address), pb.OpenSessionRequest(), {}, policy, lambda text: text and broke.set()
         )
         link.open()
         losses(link, range(1))
@@ -239,7 +239,7 @@ def test_an_upload_that_breaks_begins_again(cloud: ScriptedCloud, waits: Waits) 
 
         transport = GrpcTransport(proxy.address)
         blobs = {sha256: Blob(len(content), chunks)}
-        with Link(transport, pb.OpenSessionRequest(), blobs, waits.patience(), waits.said.append) as link:
+        with Link(transport, pb.OpenSessionRequest(), blobs, waits.policy(), waits.said.append) as link:
             assert link.open().session_id == "s1"
     assert len(reads) == 2
     assert cloud.blobs == {sha256: content}
@@ -252,8 +252,8 @@ def test_who_is_patient_waits_for_a_server_to_come(cloud: ScriptedCloud, waits: 
         address = f"127.0.0.1:{bound.getsockname()[1]}"
         with pytest.raises(ServerUnavailableError), Link(GrpcTransport(address), pb.OpenSessionRequest(), {}) as link:
             link.open()
-        patience = waits.patience(reconnect_timeout_seconds=10.0)
-        link = Link(GrpcTransport(address), pb.OpenSessionRequest(), {}, patience)
+        policy = waits.policy(reconnect_timeout_seconds=10.0)
+        link = Link(GrpcTransport(address), pb.OpenSessionRequest(), {}, policy)
         with pytest.raises(LinkError, match="5 tries in 10s did not help"), link:
             link.open(patient=True)
     assert waits.delays == [0.5, 1, 2, 4, 2.5]
@@ -262,9 +262,9 @@ def test_who_is_patient_waits_for_a_server_to_come(cloud: ScriptedCloud, waits: 
 def test_an_idle_link_may_break_again_and_again(cloud: ScriptedCloud, waits: Waits) -> None:
     """Each break counts for itself, although no answer comes in between."""
     mended = threading.Semaphore(0)
-    patience = waits.patience(reconnect_timeout_seconds=1.0)
+    policy = waits.policy(reconnect_timeout_seconds=1.0)
     with serving(cloud) as address, TcpProxy(address) as proxy, Link(
-        GrpcTransport(proxy.address), pb.OpenSessionRequest(), {}, patience, lambda text: text or mended.release()
+        GrpcTransport(proxy.address), pb.OpenSessionRequest(), {}, policy, lambda text: text or mended.release()
     ) as link:
         link.open()
         losses(link, range(1))
@@ -281,9 +281,9 @@ def test_a_terminal_that_has_gone_is_no_reason_to_lose_a_session(cloud: Scripted
         waits.said.append(text)
         raise OSError("no terminal")
 
-    patience = waits.patience()
+    policy = waits.policy()
     with serving(cloud) as address, TcpProxy(address) as proxy, Link(
-        GrpcTransport(proxy.address), pb.OpenSessionRequest(), {}, patience, gone
+        GrpcTransport(proxy.address), pb.OpenSessionRequest(), {}, policy, gone
     ) as link:
         link.open()
         losses(link, range(1))
@@ -295,8 +295,8 @@ def test_a_terminal_that_has_gone_is_no_reason_to_lose_a_session(cloud: Scripted
 def test_who_is_in_a_hurry_gives_a_broken_link_up(cloud: ScriptedCloud) -> None:
     with serving(cloud) as address, TcpProxy(address) as proxy:
         broke = threading.Event()
-        patience = Patience(backoff_seconds=1000.0, backoff_max_seconds=1000.0)
-        with Link(GrpcTransport(proxy.address), pb.OpenSessionRequest(), {}, patience, lambda _: broke.set()) as link:
+        policy = RetryPolicy(backoff_seconds=1000.0, backoff_max_seconds=1000.0)
+        with Link(GrpcTransport(proxy.address), pb.OpenSessionRequest(), {}, policy, lambda _: broke.set()) as link:
             link.open()
             losses(link, range(1))
             proxy.cut()

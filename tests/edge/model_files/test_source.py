@@ -10,7 +10,7 @@ import pytest
 from support.tiny import make_tiny_model, tiny_config, tiny_tokenizer
 
 from sft.errors import CheckpointError, UnsupportedModelError, UsageError
-from sft.tensors.pretrained import Checkpoint
+from sft.tensors.pretrained import PretrainedWeights
 from sft_edge.model_files.source import open_source, public_name, read_config, read_tokenizer
 from sft_edge.options.train import ModelOptions
 
@@ -19,7 +19,7 @@ def test_a_model_directory(tmp_path: Path) -> None:
     model = make_tiny_model(tmp_path / "tiny", layers=2)
     source = open_source(ModelOptions(model=str(model)), {"num_labels": 5, "problem_type": "regression"})
     assert source.name == "tiny"
-    assert isinstance(source.checkpoint, Checkpoint)
+    assert isinstance(source.checkpoint, PretrainedWeights)
     assert (source.config.num_labels, source.config.problem_type) == (5, "regression")
     assert source.config.num_hidden_layers == 2
     assert len(source.tokenizer) == source.config.vocab_size

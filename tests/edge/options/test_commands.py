@@ -118,7 +118,7 @@ def test_every_option_is_described():
 
 def test_help_needs_neither_torch_nor_transformers():
     code = (
-        "import sys; from sft.config import parse; from sft_edge.options import TRAIN_OPTIONS\n"
+        "import sys; from sft.cli.options import parse; from sft_edge.options.train import TRAIN_OPTIONS\n"
         "try: parse(TRAIN_OPTIONS, ['--help'], 'sft-edge train')\n"
         "finally: assert not {'torch', 'transformers'} & set(sys.modules)"
     )

@@ -69,5 +69,5 @@ def test_peft_that_is_missing_is_named(monkeypatch):
 
 
 def test_they_import_nothing_heavy():
-    code = "import sys, sft_edge.lora_options; assert not {'torch', 'transformers', 'peft'} & set(sys.modules)"
+    code = "import sys, sft_edge.options.lora; assert not {'torch', 'transformers', 'peft'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

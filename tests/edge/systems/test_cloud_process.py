@@ -28,7 +28,7 @@ def serve():
 ENDS_WITH_STDIN = SERVES + "serve(); sys.stdin.read()"
 PARENT = """
 import sys
-from sft_edge.cloud_process import CloudProcess
+from sft_edge.systems.cloud_process import CloudProcess
 with CloudProcess(command=[sys.executable, "-c", sys.argv[1]]) as cloud:
     print(cloud.address, flush=True)
     sys.stdin.read()

@@ -21,7 +21,7 @@ TIMEOUT_SECONDS = 60.0
 
 PARENT = """
 import sys
-from sft_edge.cloud_process import CloudProcess
+from sft_edge.systems.cloud_process import CloudProcess
 with CloudProcess(sys.argv[1:]) as cloud:
     print(cloud.address, flush=True)
     sys.stdin.read()

@@ -148,7 +148,7 @@ def test_storage_errors_pass_other_errors_on(tmp_path):
 
 PEAK = """
 import sys
-from sft_edge.report import peak_memory_bytes
+from sft_edge.training.report import peak_memory_bytes
 block = bytearray(300_000_000)
 block[::4096] = b"x" * len(block[::4096])
 del block
@@ -164,7 +164,7 @@ def measured(code, *argv):
 
 
 def test_peak_memory_is_this_process_at_its_largest():
-    small = measured("from sft_edge.report import *; print(peak_memory_bytes())")
+    small = measured("from sft_edge.training.report import *; print(peak_memory_bytes())")
     assert 290_000_000 < measured(PEAK, "0") - small < 330_000_000
     # Not of the larger process that started it: this one has torch loaded.
     assert small < peak_memory_bytes() / 2

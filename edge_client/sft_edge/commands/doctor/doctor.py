@@ -14,9 +14,8 @@ from sft_edge.commands.doctor.model import look_at_model, step_bytes
 from sft_edge.commands.doctor.path import PathCheck
 from sft_edge.commands.doctor.server import estimate, look_at_idle_way, look_at_server, measure
 from sft_edge.files import json_text
-from sft_edge.link.grpc_transport import GrpcTransport
-from sft_edge.options.commands import DoctorOptions
-from sft_edge.options.link import LinkOptions
+from sft_edge.link import GrpcTransport
+from sft_edge.options import DoctorOptions, LinkOptions
 
 ANSWER_SECONDS = 60.0
 """For one answer: a large probe on a slow way takes its time."""

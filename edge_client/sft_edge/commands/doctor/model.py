@@ -9,15 +9,12 @@ from sft.models import Cut, build_net_2, build_whole
 from sft.models.weights import factor_tensors, pretrained_tensors
 from sft.optim.spec import OptimizerSpec, decay_groups
 from sft.printable import format_bytes
-from sft.tensors.pretrained import Checkpoint, find_model
+from sft.tensors.pretrained import PretrainedWeights, find_model
 from sft_edge.commands.doctor.finding import Finding, failed, ok, skipped, warning
 from sft_edge.commands.doctor.server import Way
-from sft_edge.link.link import Blob
-from sft_edge.link.request import offer, session_request
-from sft_edge.link.transport import Transport
-from sft_edge.model_files.source import Source, public_name, read_config
-from sft_edge.options.commands import DoctorOptions
-from sft_edge.options.optimizer import OptimizerOptions
+from sft_edge.link import Blob, Transport, offer, session_request
+from sft_edge.model_files import Source, public_name, read_config
+from sft_edge.options import DoctorOptions, OptimizerOptions
 
 _LONG_SECONDS = 600.0
 """An upload that takes longer is worth a warning."""
@@ -111,4 +108,4 @@ def _source(options: DoctorOptions) -> Source:
         return Source("", read_config(options.from_config, of_head), None, None)
     directory = find_model(str(options.model))
     config = read_config(directory / "config.json", of_head)
-    return Source(public_name(str(options.model)), config, Checkpoint(directory), None)
+    return Source(public_name(str(options.model)), config, PretrainedWeights(directory), None)

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from sft.errors import VerificationError
 from sft_edge.commands.export.exported import logits as program
-from sft_edge.model_files.saved import Description, SavedModel
-from sft_edge.tasks.synthetic import examples
+from sft_edge.model_files import Description, SavedModel
+from sft_edge.tasks import examples
 
 TEXTS = 16
 

@@ -16,8 +16,7 @@ from sft.models.families.catalogue import AUTO_CLASSES
 from sft.tensors.stream import StoredTensor, in_memory, safetensors_chunks, safetensors_size
 from sft_edge.commands.export.code import CODE_FILE, base_name, config_name, model_type, modeling_code
 from sft_edge.files import storage_errors, write_file, write_json
-from sft_edge.model_files.saved import SavedModel
-from sft_edge.model_files.source import first_line
+from sft_edge.model_files import SavedModel, first_line
 
 DENSE, FACTORED = "dense", "factored"
 

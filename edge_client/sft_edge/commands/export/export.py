@@ -17,8 +17,8 @@ from sft_edge.commands.export.card import export_card
 from sft_edge.commands.export.check import Question, ask_elsewhere, ask_here, largest_difference, texts_for
 from sft_edge.commands.export.content import DENSE, FACTORED, Export
 from sft_edge.files import json_text, storage_errors, write_file
-from sft_edge.model_files.saved import load_model, read_description
-from sft_edge.options.commands import ExportOptions
+from sft_edge.model_files import load_model, read_description
+from sft_edge.options import ExportOptions
 
 TOLERANCES = {DENSE: 1e-4, FACTORED: 1e-5}
 """The largest difference of a logit; a product of three matrices is rounded otherwise than their effects are."""
