@@ -1,4 +1,4 @@
-"""Ctrl-C, where it must not come in between."""
+"""Ctrl-C and SIGTERM, where they may come: the one deferred, the other noted."""
 
 from __future__ import annotations
 

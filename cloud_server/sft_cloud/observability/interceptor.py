@@ -21,7 +21,6 @@ _METHODS = {method.name for method in pb.DESCRIPTOR.services_by_name["SplitTrain
 }
 """What becomes a label: not what callers make up."""
 
-
 _STREAM = "Train"
 """A call as long as a run is no piece of work; its messages are."""
 

@@ -39,10 +39,8 @@ from sft_cloud.errors import GapError, PreconditionError, StreamTakenError, Unau
 
 _log = logging.getLogger(__name__)
 
-
 MAX_DETAILS = 1000
 """Characters of a sentence that leave the server: what an edge sent is quoted in some, and headers must stay small."""
-
 
 _CODES: tuple[tuple[type[SFTError], grpc.StatusCode], ...] = (
     (PreconditionError, grpc.StatusCode.FAILED_PRECONDITION),

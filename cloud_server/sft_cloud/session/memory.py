@@ -23,6 +23,11 @@ _BEYOND_GRAPH = 1.5
 _COPIES_OF_OUTPUT = 4
 """The outputs, what the loss makes of them, and the gradients of both."""
 
+_STEP_COPIES = 1
+"""Of the trained parameters: what the optimizer's step computes with."""
+_FIRST_STEP_COPIES = 3
+"""Of those that have not been stepped: what Adam keeps of each, twice, besides."""
+
 _GIB = 1 << 30
 
 
@@ -182,14 +187,6 @@ def _gib(size: int) -> str:
     return f"{size / _GIB:.1f} GiB" if size >= _GIB // 10 else f"{size / (1 << 20):.1f} MiB"
 
 
-_COPIES = 1
-"""Of the trained parameters: what the step computes with."""
-
-
-_FIRST_STEP_COPIES = 3
-"""Of those that have not been stepped: what Adam keeps of each, twice, besides."""
-
-
 def check_room_for_step(optimizer: torch.optim.Optimizer) -> None:
     """Raises what the device's allocator raises when `optimizer.step()` would not get the memory it takes.
 
@@ -199,7 +196,7 @@ def check_room_for_step(optimizer: torch.optim.Optimizer) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if parameter.requires_grad:  # whether its gradient is in .grad by now, or kept aside
-                copies = _COPIES if optimizer.state.get(parameter) else _FIRST_STEP_COPIES
+                copies = _STEP_COPIES if optimizer.state.get(parameter) else _FIRST_STEP_COPIES
                 wanted += copies * parameter.numel() * parameter.element_size()
                 device = parameter.device
     if wanted:

@@ -15,13 +15,8 @@ Command = Callable[[str, List[str]], int]
 """A subcommand: takes its full name (`sft-edge train`) and its arguments, returns the exit code. The first line of its
 docstring is its help."""
 
-
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
-
-
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
-
-
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 

@@ -12,9 +12,7 @@ HEADS = {
 }
 """Heads as the wire calls them."""
 
-
 _MODES = {"sft": pb.MODE_SFT, "sl": pb.MODE_SL}
-
 
 _RESIDUALS = {"none": pb.RESIDUAL_NONE, "low-rank": pb.RESIDUAL_LOW_RANK}
 

@@ -52,7 +52,6 @@ from sft_edge.training import (
 CALIBRATION_ROWS = 256
 """How many of the first training rows a low-rank residual is fitted to."""
 
-
 CLOUD_STORE = "cloud-checkpoints"
 """Below the output directory: where a cloud of the run's own keeps its halves of checkpoints."""
 

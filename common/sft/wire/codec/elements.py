@@ -18,13 +18,11 @@ DATA_TYPES: Dict[str, pb.DataType] = {
 }
 """Names as options spell them."""
 
-
 _TORCH = {
     pb.DATA_TYPE_FLOAT32: torch.float32,
     pb.DATA_TYPE_BFLOAT16: torch.bfloat16,
     pb.DATA_TYPE_FLOAT16: torch.float16,
 }
-
 
 MAX_DIMENSIONS = 16
 """Of a tensor on the wire: the product of more sizes than that is not even computed."""
