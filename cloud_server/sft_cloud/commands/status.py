@@ -12,7 +12,6 @@ from sft.cli.options import above_zero, parse
 from sft.client.channel import open_channel
 from sft.client.credentials import AccessOptions, read_credentials
 from sft.client.inquiry import Inquiry
-from sft.errors import UsageError
 from sft.v1 import split_training_pb2 as pb
 from sft.wire.protocol import CLIENT_OPTIONS
 
@@ -33,9 +32,6 @@ class StatusOptions(AccessOptions):
     def __post_init__(self) -> None:
         """Raises UsageError."""
         above_zero(self, "timeout")
-        host, _, port = str(self.server).rpartition(":")
-        if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-            raise UsageError(f"--server must be HOST:PORT, such as cloud.example:50051, not {self.server!r}")
 
 
 def status_command(prog: str, argv: list[str]) -> int:

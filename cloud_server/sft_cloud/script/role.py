@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from sft.client.address import split_address
 from sft.errors import LinkError, SessionLostError, UsageError
 from sft.optimizer import Role, SplitOptions
 from sft_cloud.access import make_access
@@ -56,7 +57,7 @@ class CloudRole(Role):
             raise UsageError(
                 "this model was trained with an edge already; make model and optimizer anew to serve again"
             )
-        host, port = _parse(address)
+        host, port = split_address(address, "address", listens=True)
         access = make_access(self._access_options, host, dashes="")
         done = threading.Event()
         ends: list[LinkError | None] = []
@@ -137,13 +138,6 @@ def _cut(model: nn.Module, options: SplitOptions) -> HostedModel:
     if options.split_layer is not None or options.split_at is None:
         raise UsageError(f"a {kind} is cut at a layer: give split_at='NAME', the name of an nn.Linear, not split_layer")
     return GraphHost(model, options.split_at, options.split_rank, options.residual)
-
-
-def _parse(address: str) -> tuple[str, int]:
-    host, _, port = address.rpartition(":")
-    if not host or not port.isascii() or not port.isdecimal() or int(port) > 65535 or (":" in host) != (host[0] == "["):
-        raise UsageError(f"{address!r} is no address to listen on: give HOST:PORT, such as '0.0.0.0:50051'")
-    return host.strip("[]"), int(port)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Callable, Mapping, Optional, Tuple
 
+from sft.client.address import split_address
 from sft.errors import UsageError
 
 TOKEN_VARIABLE = "SFT_TOKEN"  # nosec B105 # the name of a secret, not one
@@ -108,8 +109,8 @@ def read_credentials(
 ) -> Credentials:
     """What the options mean for their server. `dashes`: `--` where they are flags.
 
-    Raises UsageError for files that cannot be read, for options that do not go together, and for a token that would
-    cross the network for everybody to read.
+    Raises UsageError for a server that is no HOST:PORT, for files that cannot be read, for options that do not go
+    together, and for a token that would cross the network for everybody to read.
     """
 
     def name(field: str) -> str:
@@ -126,7 +127,7 @@ def read_credentials(
     named = [field for field in ("tls_ca", "tls_cert") if getattr(options, field) is not None]
     if options.tls is False and named:
         raise UsageError(f"{name(named[0])} is for encrypted calls; leave out {name('tls')} false")
-    here = is_loopback(server)
+    here = is_loopback(split_address(server, name("server")).host)
     encrypted = options.tls if options.tls is not None else bool(named) or not here
     read_token = _token_reader(options.token_file, name("token_file"), environment)
     if read_token() is not None and not encrypted and not here and not options.insecure:
@@ -146,9 +147,8 @@ def read_credentials(
     return Credentials(True, ca or roots, chain, key, files, read_token, dashes)
 
 
-def is_loopback(server: str) -> bool:
-    """Whether HOST:PORT is this machine, as far as its text tells: what a name means is for others to say."""
-    host = server.rpartition(":")[0].strip("[]")
+def is_loopback(host: str) -> bool:
+    """Whether it is this machine, as far as its text tells: what a name means is for others to say."""
     if host == "localhost":
         return True
     try:

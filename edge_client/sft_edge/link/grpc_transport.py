@@ -32,6 +32,7 @@ from typing import Callable, Iterator, List, NamedTuple, Optional, Tuple, Type
 
 import grpc
 
+from sft.client.address import split_address
 from sft.client.channel import open_channel
 from sft.client.credentials import PLAINTEXT, TOKEN_VARIABLE, Credentials
 from sft.client.handshake import why_no_handshake
@@ -46,7 +47,6 @@ from sft.errors import (
     SessionLostError,
     SFTError,
     StreamBrokenError,
-    UsageError,
 )
 from sft.printable import printable
 from sft.v1 import split_training_pb2 as pb
@@ -95,7 +95,7 @@ class GrpcTransport(Transport):
     ) -> None:
         self._address = address
         self._credentials = credentials
-        self._host_and_port = _split_address(address)
+        self._host_and_port = split_address(address, "server")
         self._connect_timeout_seconds = connect_timeout_seconds
         self._open_timeout_seconds = open_timeout_seconds
         self._stall_timeout_seconds = stall_timeout_seconds
@@ -336,14 +336,6 @@ class _StallGuard:
             self._changed.notify_all()
         if self._thread is not None:
             self._thread.join()
-
-
-def _split_address(address: str) -> Tuple[str, int]:
-    host, _, port = address.rpartition(":")
-    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
-    if not bare or not port.isdigit() or not 0 < int(port) < 65536 or (":" in bare and bare == host):
-        raise UsageError(f"'{address}' is not an address: write HOST:PORT, such as 192.168.1.20:50051")
-    return bare, int(port)
 
 
 def transport_of(address: str, linking: LinkOptions) -> GrpcTransport:

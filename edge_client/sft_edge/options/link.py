@@ -7,7 +7,6 @@ from typing import Literal, Optional
 
 from sft.cli.durations import Duration
 from sft.cli.options import above_zero
-from sft.client.address import split_address
 from sft.client.credentials import AccessOptions, Credentials, read_credentials
 from sft.errors import UsageError
 
@@ -51,8 +50,6 @@ class LinkOptions(AccessOptions):
             raise UsageError(
                 f"--keepalive-time must be 10s or more, not {self.keepalive_time}: servers hang up on less"
             )
-        if self.server is not None:
-            split_address(self.server)
         self._credentials = read_credentials(self)
 
     @property

@@ -351,7 +351,7 @@ def test_an_output_that_does_not_cross() -> None:
 def test_no_address(address: str) -> None:
     model = make_model()
     optimizer = SFTOptimizer(adamw(model), role="cloud", model=model, split_at=AT, split_rank=RANK)
-    with pytest.raises(UsageError, match="is no address to listen on: give HOST:PORT"):
+    with pytest.raises(UsageError, match=r"^address must be HOST:PORT, such as 0\.0\.0\.0:50051"):
         optimizer.serve(address)
 
 

@@ -8,6 +8,7 @@ from typing import Any, Dict, Optional
 
 import pytest
 
+from sft.client.address import split_address
 from sft.client.credentials import PLAINTEXT, AccessOptions, Credentials, is_loopback, read_credentials
 from sft.errors import UsageError
 
@@ -42,7 +43,7 @@ def refusal(server: Optional[str], environment: Optional[Dict[str, str]] = None,
 
 @pytest.mark.parametrize("server", ["127.0.0.1:1", "127.9.9.9:1", "[::1]:1", "localhost:1"])
 def test_this_machine_is_called_in_plaintext(server: str) -> None:
-    assert is_loopback(server)
+    assert is_loopback(split_address(server, "--server").host)
     assert not read(server).encrypted
 
 
@@ -50,7 +51,7 @@ def test_this_machine_is_called_in_plaintext(server: str) -> None:
     "server", [THERE, "192.0.2.7:1", "[2001:db8::1]:1", "localhost.example:1", "127.0.0.1.example:1", "0.0.0.0:1"]
 )
 def test_other_machines_are_called_encrypted(server: str) -> None:
-    assert not is_loopback(server)
+    assert not is_loopback(split_address(server, "--server").host)
     assert read(server).encrypted
 
 

@@ -10,7 +10,6 @@ import pytest
 
 from sft.cli.durations import Duration
 from sft.cli.options import parse
-from sft.client.address import split_address
 from sft.errors import CutError, UsageError
 from sft_edge.cli import main
 from sft_edge.options.link import LinkOptions
@@ -272,24 +271,3 @@ def test_an_output_dir_without_permission_is_refused(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(UsageError, match="no permission to write"):
         TrainingOptions(tmp_path / "out")
-
-
-@pytest.mark.parametrize(
-    ("server", "address"),
-    [
-        ("localhost:1", ("localhost", 1)),
-        ("10.0.0.7:65535", ("10.0.0.7", 65535)),
-        ("[::1]:50051", ("[::1]", 50051)),
-        ("gpu-1.example:50051", ("gpu-1.example", 50051)),
-    ],
-)
-def test_addresses(server, address):
-    assert split_address(server) == address
-
-
-@pytest.mark.parametrize(
-    "server", ["", ":1", "host", "host:", "host:0", "host:65536", "host:x", "::1:50051", "http://host:1", "a b:1"]
-)
-def test_what_is_no_address(server):
-    with pytest.raises(UsageError, match="--server must be HOST:PORT"):
-        split_address(server)

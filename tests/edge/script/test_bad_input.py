@@ -44,7 +44,7 @@ def check_refused(model: Any, optimizer: Any, error: type, match: Optional[str],
     [
         ({"role": "phone"}, "role must be 'edge' or 'cloud', not 'phone'"),
         ({"server": None}, "needs the cloud's address"),
-        ({"server": "somewhere"}, "not an address: write HOST:PORT"),
+        ({"server": "somewhere"}, "^server must be HOST:PORT, such as .*, not 'somewhere'"),
         ({"split_layer": None}, "split_layer must be given"),
         ({"split_at": "bert.encoder.layer.1.output.dense"}, "not split_at"),
         ({"wire_dtype": "int8"}, "wire_dtype must be float32"),

@@ -46,8 +46,7 @@ def diagnose(
     """
     if linking.server is None:
         raise UsageError("--server HOST:PORT must be given: it is what is looked at")
-    host, port = split_address(linking.server)
-    path = PathCheck(host.strip("[]"), port, linking.credentials, linking.connect_timeout)
+    path = PathCheck(*split_address(linking.server, "--server"), linking.credentials, linking.connect_timeout)
     reachable = path.run(unix_clock())
     yield from path.findings
     if not reachable:

@@ -72,7 +72,7 @@ class PathCheck:
         return True
 
     def _plaintext(self) -> Finding:
-        if is_loopback(f"{self._host}:{self._port}"):
+        if is_loopback(self._host):
             return ok("encryption", "none; both ends are on this machine")
         return warning(
             "encryption",
