@@ -11,6 +11,7 @@ from sft_edge.options import (
     CutOptions,
     DemoOptions,
     DoctorOptions,
+    EnvOptions,
     EvaluateOptions,
     ExportOptions,
     LinkOptions,
@@ -75,6 +76,15 @@ def doctor(prog: str, argv: List[str]) -> int:
     return examine(*options)
 
 
+def env(prog: str, argv: List[str]) -> int:
+    """say what a bug report needs to know of this machine; no secrets"""
+    (options,) = parse((EnvOptions,), argv, prog, env.__doc__)
+    from sft_edge.commands.env import env as describe
+
+    describe(options)
+    return 0
+
+
 def demo(prog: str, argv: List[str]) -> int:
     """train the paper's three systems side by side on a synthetic text set"""
     (options,) = parse((DemoOptions,), argv, prog, demo.__doc__)
@@ -90,6 +100,7 @@ COMMANDS = {
     "export": export,
     "verify": verify,
     "doctor": doctor,
+    "env": env,
     "demo": demo,
 }
 

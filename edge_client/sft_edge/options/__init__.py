@@ -3,6 +3,7 @@
 from sft_edge.options.commands import (
     DemoOptions,
     DoctorOptions,
+    EnvOptions,
     EvaluateOptions,
     ExportOptions,
     PredictOptions,
@@ -29,6 +30,7 @@ __all__ = [
     "DataOptions",
     "DemoOptions",
     "DoctorOptions",
+    "EnvOptions",
     "EvaluateOptions",
     "ExportOptions",
     "LinkOptions",

@@ -182,6 +182,14 @@ class DoctorOptions:
 
 
 @dataclass
+class EnvOptions:
+    """What is told."""
+
+    json: bool = False
+    """write it as JSON"""
+
+
+@dataclass
 class DemoOptions:
     """The demo."""
 
