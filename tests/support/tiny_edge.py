@@ -21,7 +21,7 @@ from sft.v1 import split_training_pb2 as pb
 from sft.version import __version__
 from sft.wire.codec.elements import encode_tensor
 from sft.wire.codec.messages import encode_activation, encode_labels
-from sft.wire.cut import HEADS, cut_to_proto
+from sft.wire.cut import cut_to_proto, head_to_proto
 from sft.wire.protocol import PROTOCOL_VERSION
 
 SEQUENCES = "sequence-classification"
@@ -61,7 +61,7 @@ class TinyEdge:
             package_version=__version__,
             model_name="tiny",
             config_json=self.config.to_json_string(use_diff=False),
-            head=HEADS[self.head],
+            head=head_to_proto(self.head),
             cut=cut_to_proto(self.cut),
             seed=self.seed,
             weights_sha256=sha256_of(self.weights),

@@ -20,17 +20,11 @@ from sft.tensors.manifest import is_run_id
 from sft.v1 import split_training_pb2 as pb
 from sft.version import __version__
 from sft.wire.codec.elements import DATA_TYPES
+from sft.wire.cut import cut_from_proto, head_from_proto
 from sft.wire.protocol import PROTOCOL_VERSION
 from sft_cloud.errors import PreconditionError, is_out_of_memory
 from sft_cloud.storage import check_sha256
 
-_HEADS = {
-    pb.HEAD_SEQUENCE_CLASSIFICATION: "sequence-classification",
-    pb.HEAD_QUESTION_ANSWERING: "question-answering",
-    pb.HEAD_CAUSAL_LM: "causal-lm",
-}
-_RESIDUALS = {pb.RESIDUAL_NONE: "none", pb.RESIDUAL_LOW_RANK: "low-rank"}
-_MODES = {pb.MODE_SFT: "sft", pb.MODE_SL: "sl"}
 _PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 _IGNORED_SETTINGS = (
@@ -102,16 +96,9 @@ def check_request(request: pb.OpenSessionRequest) -> SessionSpec:
     # An empty name is no hint at all.
     if not re.fullmatch(r"([\w.-]+(/[\w.-]+)?)?", request.model_name, re.ASCII) or ".." in request.model_name:
         raise ProtocolError(f"model_name {request.model_name[:80]!r} is neither a hub id nor the name of a directory")
-    if request.head not in _HEADS:
-        raise ProtocolError(f"unknown head {int(request.head)}")
-    if request.cut.mode not in _MODES:
-        raise ProtocolError(f"unknown mode {int(request.cut.mode)} of the cut")
-    if request.cut.residual not in _RESIDUALS:
-        raise ProtocolError(f"unknown residual {int(request.cut.residual)} of the cut")
+    head, cut = head_from_proto(request.head), cut_from_proto(request.cut)
     if request.wire_data_type not in DATA_TYPES.values():
         raise ProtocolError(f"unknown wire_data_type {int(request.wire_data_type)}")
-    residual = _RESIDUALS[request.cut.residual]
-    cut = Cut(_MODES[request.cut.mode], request.cut.split_layer, request.cut.split_rank, residual)
     if request.run_id and not is_run_id(request.run_id):
         raise ProtocolError("run_id must be 32 lower-case hexadecimal digits")
     # A run that goes on has its weights on the cloud.
@@ -119,7 +106,6 @@ def check_request(request: pb.OpenSessionRequest) -> SessionSpec:
         raise ProtocolError("factors_sha256 must name a blob for mode sft, and be empty for mode sl")
     for sha256 in filter(None, (request.weights_sha256, request.factors_sha256)):
         check_sha256(sha256)
-    head = _HEADS[request.head]
     return SessionSpec(
         model_name=request.model_name,
         config=_parse_config(request.config_json, head),

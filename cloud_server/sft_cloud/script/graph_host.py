@@ -13,6 +13,7 @@ from sft.graphs.cut import GraphCut, cut
 from sft.tensors.stream import StoredTensor, in_memory
 from sft.v1 import split_training_pb2 as pb
 from sft.wire.codec.elements import MAX_DIMENSIONS, decode_tensor, encode_tensor
+from sft.wire.cut import layer_cut_to_proto
 from sft.wire.protocol import MAX_MESSAGE_BYTES
 from sft_cloud.script.hosted_model import HostedModel, check_same_cut, replace_forward
 from sft_cloud.session import Given, UpperHalf
@@ -42,13 +43,7 @@ class GraphHost(HostedModel):
 
     def make_half(self, request: pb.OpenSessionRequest) -> UpperHalf:
         """See HostedModel."""
-        own = pb.Cut(
-            mode=pb.MODE_SFT,
-            layer_name=self.layer_name,
-            split_rank=self._cut.split_rank,
-            residual=pb.RESIDUAL_NONE,
-        )
-        check_same_cut(request, own)
+        check_same_cut(request, layer_cut_to_proto(self.layer_name, self._cut.split_rank))
         return GraphHalf(self._cut, {**self.tensors, **self.factors}, request.wire_data_type)
 
 

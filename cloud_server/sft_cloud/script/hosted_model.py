@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sft.errors import ProtocolError
 from sft.v1 import split_training_pb2 as pb
+from sft.wire.cut import mode_name, residual_name
 from sft_cloud.session import UpperHalf
 
 ADVICE = "run the same script on both sides"
@@ -69,9 +70,9 @@ _ARGUMENTS = {
 def _plain(cut: pb.Cut, field: str) -> Any:
     value = getattr(cut, field)
     if field == "residual":
-        return pb.Residual.Name(value).removeprefix("RESIDUAL_").lower().replace("_", "-")
+        return residual_name(value)
     if field == "mode":
-        return pb.Mode.Name(value).removeprefix("MODE_").lower()
+        return mode_name(value)
     return (repr(value[:80]) if isinstance(value, str) else value) if value else "none"
 
 

@@ -14,11 +14,10 @@ from sft.models import Cut, Net2, Output, build_net_2, check_live, head_of, laye
 from sft.models.weights import fill, live_tensors
 from sft.tensors.stream import in_memory
 from sft.v1 import split_training_pb2 as pb
+from sft.wire.cut import cut_to_proto
 from sft_cloud.engine import check_request
 from sft_cloud.script.hosted_model import ADVICE, HostedModel, check_same_cut, keep_parameters, replace_forward
 from sft_cloud.session import TransformersUpperHalf, UpperHalf
-
-_RESIDUALS = {"none": pb.RESIDUAL_NONE, "low-rank": pb.RESIDUAL_LOW_RANK}
 
 
 class TransformersHost(HostedModel):
@@ -59,13 +58,7 @@ class TransformersHost(HostedModel):
 
     def make_half(self, request: pb.OpenSessionRequest) -> UpperHalf:
         """See HostedModel."""
-        own = pb.Cut(
-            mode=pb.MODE_SFT,
-            split_layer=self._cut.split_layer,
-            split_rank=self._cut.split_rank,
-            residual=_RESIDUALS[self._cut.residual],
-        )
-        check_same_cut(request, own)
+        check_same_cut(request, cut_to_proto(self._cut))
         spec = check_request(request)
         theirs, ours = f"{spec.config.model_type} for {spec.head}", f"{self._config.model_type} for {self._head}"
         if theirs != ours:

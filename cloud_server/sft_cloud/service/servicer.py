@@ -18,6 +18,7 @@ from sft.tensors.stream import StoredTensor, safetensors_chunks
 from sft.v1 import split_training_pb2 as pb
 from sft.v1 import split_training_pb2_grpc as pb_grpc
 from sft.version import __version__
+from sft.wire.cut import mode_name
 from sft_cloud.engine import Opener, Worker
 from sft_cloud.errors import PreconditionError, StreamTakenError
 from sft_cloud.identity import ANONYMOUS, Identity
@@ -286,7 +287,7 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
             "owner": entry.owner.name,
             "edge": request.package_version[:20],
             "model": request.model_name,
-            "mode": pb.Mode.Name(request.cut.mode).rpartition("_")[2].lower(),
+            "mode": mode_name(request.cut.mode),
             "split_layer": request.cut.layer_name or request.cut.split_layer,
             "split_rank": request.cut.split_rank,
             "optimizer": request.optimizer.name,

@@ -12,7 +12,7 @@ from sft.tensors.stream import StoredTensor, safetensors_chunks, safetensors_siz
 from sft.v1 import split_training_pb2 as pb
 from sft.version import __version__
 from sft.wire.codec.elements import DATA_TYPES
-from sft.wire.cut import HEADS, cut_to_proto
+from sft.wire.cut import cut_to_proto, head_to_proto
 from sft.wire.protocol import PROTOCOL_VERSION
 from sft_edge.link.link import Blob
 
@@ -40,7 +40,7 @@ def session_request(
         package_version=__version__,
         model_name=model_name,
         config_json=_config_json(config),
-        head=HEADS[head],
+        head=head_to_proto(head),
         cut=cut_to_proto(cut),
         seed=seed,
         weights_sha256=weights_sha256,

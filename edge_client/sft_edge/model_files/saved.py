@@ -21,7 +21,7 @@ from transformers import PretrainedConfig
 
 import sft
 from sft.errors import CheckpointError, StorageError
-from sft.models import HEADS, Cut, Whole, build_whole
+from sft.models import HEADS, RESIDUALS, Cut, Whole, build_whole
 from sft.models.weights import fill, shapes
 from sft.tensors.pretrained import PretrainedWeights, index_file, single_file
 from sft.tensors.stream import Shard
@@ -30,8 +30,6 @@ from sft_edge.model_files.source import first_line, read_config, read_tokenizer
 from sft_edge.tasks import Feature, Task, batches_of, make_task
 
 DESCRIPTION_FILE = "sft.json"
-
-_RESIDUALS = ("none", "low-rank", "full")
 
 
 @dataclass(frozen=True)
@@ -163,7 +161,7 @@ def read_description(directory: Path) -> Description:
         sizes = (description.max_seq_length, description.split_layer, description.split_rank)
         if not all(size is None or type(size) is int for size in sizes) or description.head not in HEADS:
             raise ValueError("a value of the wrong type")
-        if description.residual not in _RESIDUALS:
+        if description.residual not in RESIDUALS:
             raise ValueError(f"unknown residual {description.residual!r}")
         return description
     except (OSError, ValueError, TypeError, AttributeError) as error:

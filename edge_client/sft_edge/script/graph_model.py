@@ -13,7 +13,7 @@ from sft.errors import CutError, UsageError
 from sft.graphs.cut import GraphCut, cut
 from sft.models.decompose import decompose
 from sft.tensors.stream import StoredTensor, in_memory
-from sft.v1 import split_training_pb2 as pb
+from sft.wire.cut import layer_cut_to_proto
 from sft_edge.script.cut_model import Cross, CutModel
 from sft_edge.script.forward import replace_forward
 
@@ -50,14 +50,7 @@ class GraphModel(CutModel):
 
     def request_fields(self) -> Dict[str, Any]:
         """See CutModel."""
-        return {
-            "cut": pb.Cut(
-                mode=pb.MODE_SFT,
-                layer_name=self._cut.layer_name,
-                split_rank=self._cut.split_rank,
-                residual=pb.RESIDUAL_NONE,
-            )
-        }
+        return {"cut": layer_cut_to_proto(self._cut.layer_name, self._cut.split_rank)}
 
     def describe(self) -> str:
         """See CutModel."""

@@ -34,7 +34,7 @@ from sft.models.weights import live_factors, live_tensors
 from sft.tensors.stream import in_memory
 from sft.wire.codec.messages import encode_labels, is_packed, outputs_of
 from sft.wire.codec.packing import pack, unpack
-from sft.wire.cut import HEADS, cut_to_proto
+from sft.wire.cut import cut_to_proto, head_to_proto
 from sft_edge.model_files import public_name
 from sft_edge.script.adapters import adapters_of, adapters_of_cloud, without_peft
 from sft_edge.script.arguments import count_learned, lengths_of, problem_type, read_call
@@ -116,7 +116,7 @@ class TransformersModel(CutModel):
         return {
             "model_name": public_name(str(self._config._name_or_path)),
             "config_json": str(self._config.to_json_string(use_diff=False)),
-            "head": HEADS[self._head],
+            "head": head_to_proto(self._head),
             "cut": cut_to_proto(self._cut),
             "lora_json": self._lora_json,
         }
