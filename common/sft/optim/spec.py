@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Dict, Iterable, List, Mapping, Sequence
+from typing import Any, Dict, Iterable, List, Mapping, Sequence, Type
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +73,7 @@ def make_optimizer(spec: OptimizerSpec, parameters: Mapping[str, nn.Parameter]) 
 
     Raises UsageError when torch has no such optimizer, it does not fit, it refuses an argument, or a name is unknown.
     """
-    optimizer_class = _optimizer_class(spec.name)
+    made_of: Any = optimizer_class(spec.name)
     groups = []
     for group in spec.groups:
         unknown = [name for name in group.parameter_names if name not in parameters]
@@ -82,21 +82,23 @@ def make_optimizer(spec: OptimizerSpec, parameters: Mapping[str, nn.Parameter]) 
         groups.append({"params": [parameters[name] for name in group.parameter_names], **group.arguments})
     try:
         for group in spec.groups:  # torch checks the arguments of the constructor, not those of groups
-            optimizer_class([torch.zeros(1, requires_grad=True)], **group.arguments)
-        optimizer: torch.optim.Optimizer = optimizer_class(groups, **(spec.groups[0].arguments if spec.groups else {}))
+            made_of([torch.zeros(1, requires_grad=True)], **group.arguments)
+        optimizer: torch.optim.Optimizer = made_of(groups, **(spec.groups[0].arguments if spec.groups else {}))
         return optimizer
     except (TypeError, ValueError, RuntimeError, LookupError) as error:
-        raise UsageError(f"optimizer {optimizer_class.__name__}: {error}") from error
+        raise UsageError(f"optimizer {made_of.__name__}: {error}") from error
 
 
-def _optimizer_class(name: str) -> Any:
+def optimizer_class(name: str) -> Type[torch.optim.Optimizer]:
+    """The class of torch.optim; case does not matter. Raises UsageError for none, and for one that cannot be used."""
     wanted = name.lower()
     if wanted in _NEED_MORE:
         raise UsageError(f"optimizer {name} cannot train a split model: {_NEED_MORE[wanted]}")
     for attribute in vars(torch.optim).values():
         is_optimizer = isinstance(attribute, type) and issubclass(attribute, torch.optim.Optimizer)
         if is_optimizer and attribute.__name__.lower() == wanted:
-            return attribute
+            found: Type[torch.optim.Optimizer] = attribute
+            return found
     raise UsageError(f"torch.optim has no optimizer '{name}'; try AdamW, Adam or SGD")
 
 

@@ -15,11 +15,6 @@ if TYPE_CHECKING:  # the module itself stays light, for the sake of `--help`
     from torch.optim.lr_scheduler import LRScheduler
 
 
-_UNUSABLE = {
-    "Optimizer": "is only the base of the others",
-    "LBFGS": "computes the loss several times in a step, which a split step does not",
-    "SparseAdam": "needs sparse gradients",
-}
 _STEPPED_ON_A_METRIC = ("reduce_lr_on_plateau", "greedy")
 
 
@@ -82,14 +77,15 @@ class OptimizerOptions:
         Raises UsageError for a class that torch.optim does not have or that cannot train here, and for arguments it
         does not take.
         """
-        import torch
+        from sft.optim.spec import optimizer_class
 
-        optimizer_class = getattr(torch.optim, self.optim, None)
-        if not (inspect.isclass(optimizer_class) and issubclass(optimizer_class, torch.optim.Optimizer)):
-            raise UsageError(f"--optim: torch.optim has no optimizer {self.optim!r}")
-        if self.optim in _UNUSABLE:
-            raise UsageError(f"--optim {self.optim} {_UNUSABLE[self.optim]}; choose another")
-        taken = set(inspect.signature(optimizer_class).parameters) - {"params"}
+        try:
+            chosen = optimizer_class(self.optim)
+        except UsageError as error:
+            raise UsageError(f"--optim: {error}") from error
+        if self.optim != chosen.__name__:
+            raise UsageError(f"--optim: torch.optim has no optimizer {self.optim!r}; it has {chosen.__name__}")
+        taken = set(inspect.signature(chosen).parameters) - {"params"}
         arguments: Dict[str, Any] = {"lr": self.learning_rate}
         if "weight_decay" in taken:
             arguments["weight_decay"] = self.weight_decay

@@ -219,7 +219,7 @@ def test_no_files(refused: Callable[..., str], job: Job) -> None:
         ({"data_dir": None}, "task sst2 reads files: pass --data-dir"),
         ({"problem_type": "regression"}, "task sst2 is single_label_classification: --problem-type is for task text"),
         ({"optim": "AdamZ"}, "torch.optim has no optimizer 'AdamZ'"),
-        ({"optim": "LBFGS"}, "computes the loss several times in a step"),
+        ({"optim": "LBFGS"}, "cannot train a split model: it evaluates the loss several times a step"),
         ({"optim": "SGD", "optim_args": "nesterov=true"}, "Nesterov momentum requires a momentum"),
         ({"learning_rate": "fast"}, "'fast' is not a number"),
         ({"max_steps": 0}, "--max-steps must be 1 or more"),

@@ -27,11 +27,15 @@ def test_torch_takes_the_arguments(name):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"optim": "sgd"}, "--optim: torch.optim has no optimizer 'sgd'"),
+        ({"optim": "sgd"}, "--optim: torch.optim has no optimizer 'sgd'; it has SGD"),
+        ({"optim": "AdamZ"}, "--optim: torch.optim has no optimizer 'AdamZ'; try AdamW"),
         ({"optim": "lr_scheduler"}, "--optim: torch.optim has no optimizer 'lr_scheduler'"),
-        ({"optim": "Optimizer"}, "--optim Optimizer is only the base"),
-        ({"optim": "LBFGS"}, "--optim LBFGS computes the loss several times"),
-        ({"optim": "SparseAdam"}, "--optim SparseAdam needs sparse gradients"),
+        ({"optim": "Optimizer"}, "--optim: optimizer Optimizer cannot train a split model: it is the base class"),
+        ({"optim": "LBFGS"}, "--optim: optimizer LBFGS cannot train a split model: it evaluates the loss several"),
+        (
+            {"optim": "SparseAdam"},
+            "--optim: optimizer SparseAdam cannot train a split model: it wants sparse",
+        ),
         ({"optim": "Rprop", "weight_decay": 0.1}, "--optim Rprop has no --weight-decay"),
         ({"optim_args": "momentum=0.9"}, "--optim-args: AdamW takes no 'momentum'; it takes amsgrad, "),
         ({"optim_args": "lr=1"}, "--optim-args: lr has an option of its own"),
