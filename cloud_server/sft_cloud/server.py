@@ -23,13 +23,14 @@ from grpc_reflection.v1alpha import reflection
 from huggingface_hub.utils.tqdm import disable_progress_bars
 from transformers.utils import logging as transformers_logging
 
+from sft.cli.devices import find_device
 from sft.errors import SFTError, UsageError
 from sft.v1 import split_training_pb2 as pb
 from sft.v1 import split_training_pb2_grpc as pb_grpc
 from sft.wire.protocol import SERVER_OPTIONS
 from sft_cloud.access import Access, make_access
 from sft_cloud.admission import AdmissionInterceptor, Deadlines, Quotas
-from sft_cloud.engine import Checkpoints, DeviceWorker, Opener, TransformersOpener, WeightsFinder, Worker, find_device
+from sft_cloud.engine import Checkpoints, DeviceWorker, Opener, TransformersOpener, WeightsFinder, Worker
 from sft_cloud.observability import NOBODY, AuditLog, Observer, observing, open_observer
 from sft_cloud.options import AccessOptions, LimitOptions, MetricsOptions
 from sft_cloud.service import SERVICE_NAME as HEALTH

@@ -4,7 +4,7 @@ from sft_cloud.engine.opener import Opener, TransformersOpener
 from sft_cloud.engine.request import check_request, check_version
 from sft_cloud.engine.saved_session import Checkpoints
 from sft_cloud.engine.weights import WeightsFinder
-from sft_cloud.engine.worker import DeviceWorker, Worker, find_device
+from sft_cloud.engine.worker import DeviceWorker, Worker
 
 __all__ = [
     "Checkpoints",
@@ -15,5 +15,4 @@ __all__ = [
     "Worker",
     "check_request",
     "check_version",
-    "find_device",
 ]

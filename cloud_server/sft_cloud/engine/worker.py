@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from sft.errors import ServerFullError, ServerUnavailableError, UsageError
+from sft.errors import ServerFullError, ServerUnavailableError
 
 T = TypeVar("T")
 
@@ -92,18 +92,3 @@ class DeviceWorker:
                 except BaseException as error:
                     future.set_exception(error)
             del job, future, work  # an idle worker must not keep a closed session's memory
-
-
-def find_device(name: str) -> torch.device:
-    """`auto`, `cpu`, `cuda` or `cuda:N` as a device that is here. Raises UsageError."""
-    gpus = torch.cuda.device_count()
-    if name == "auto":
-        name = "cuda" if gpus else "cpu"
-    kind, _, index = name.partition(":")
-    if name == "cpu":
-        return torch.device("cpu")
-    if kind != "cuda" or (name != "cuda" and not index.isdecimal()):
-        raise UsageError(f"--device must be auto, cpu, cuda or cuda:N, not '{name}'")
-    if int(index or 0) >= gpus:
-        raise UsageError(f"--device {name}: this machine has {gpus} CUDA devices; try --device auto")
-    return torch.device("cuda", int(index or 0))

@@ -15,6 +15,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional
 import torch
 
 from sft.batch import Batch
+from sft.cli.devices import find_device
 from sft.errors import LinkError, StorageError, TrainingError
 from sft.models import build_whole
 from sft.v1 import split_training_pb2 as pb
@@ -33,7 +34,7 @@ from sft_edge.options import (
     TrainingOptions,
 )
 from sft_edge.signals import Termination, terminations_noted
-from sft_edge.systems import System, cut_of, device_of, open_system
+from sft_edge.systems import System, cut_of, open_system
 from sft_edge.tasks import Feature, Task, batches_of, make_task
 from sft_edge.training import (
     EvaluationSet,
@@ -260,7 +261,7 @@ class TrainingRun:
         )
 
     def _peak_memory(self) -> int:
-        device = device_of(self.training.device)
+        device = find_device(self.training.device)
         return peak_memory_bytes(torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0)
 
     def _save(self, loop: TrainingLoop, system: System, source: Source, task: Task, results: Dict[str, Any]) -> Path:

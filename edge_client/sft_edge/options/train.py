@@ -7,11 +7,11 @@ Options that transformers' `TrainingArguments` has are spelled as there. This mo
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Optional
 
+from sft.cli.devices import check_device
 from sft.cli.options import above_zero, at_least
 from sft.errors import CutError, UsageError
 from sft_edge.options.link import LinkOptions
@@ -180,8 +180,7 @@ class TrainingOptions:
             raise UsageError("--eval-steps needs --eval-strategy steps")
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"--seed must be 0 or more and below 2^63, not {self.seed}")
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
-            raise UsageError(f"--device must be auto, cpu, cuda or cuda:N, not {self.device!r}")
+        check_device(self.device)
         resumes = self.resume_from_checkpoint
         if resumes == NEWEST and self.output_dir is None:
             raise UsageError("--resume-from-checkpoint needs --output-dir, or the directory of a checkpoint")

@@ -1,7 +1,7 @@
 """The paper's three systems behind one interface: where Algorithm 1 is on the edge."""
 
 from sft_edge.systems.cloud_process import CloudProcess
-from sft_edge.systems.open import cut_of, device_of, open_system
+from sft_edge.systems.open import cut_of, open_system
 from sft_edge.systems.split import open_split_system
 from sft_edge.systems.system import System
 
@@ -9,7 +9,6 @@ __all__ = [
     "CloudProcess",
     "System",
     "cut_of",
-    "device_of",
     "open_split_system",
     "open_system",
 ]

@@ -6,9 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Callable, Iterator, Optional, Sequence
 
-import torch
-
 from sft.batch import Batch
+from sft.cli.devices import find_device
 from sft.errors import UsageError
 from sft.models import Cut, build_whole
 from sft.models.lora import add_lora
@@ -36,16 +35,6 @@ def cut_of(options: CutOptions) -> Optional[Cut]:
     return Cut(mode, int(options.split_layer or 0), rank, options.residual)
 
 
-def device_of(name: str) -> torch.device:
-    """The device that `--device` means. Raises UsageError when it is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
-    return device
-
-
 @contextmanager
 def open_system(
     source: Source,
@@ -71,7 +60,7 @@ def open_system(
     """
     if cutting.freeze_edge and adapting.on_edge:
         raise UsageError("--freeze-edge trains nothing of the edge's half: leave it out, or add --lora-half cloud")
-    cut, device = cut_of(cutting), device_of(training.device)
+    cut, device = cut_of(cutting), find_device(training.device)
     whole = build_whole(source.config, head, cut)
     if cutting.mode == "local":
         adapters = whole_lora(adapting, whole)

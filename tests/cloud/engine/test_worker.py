@@ -6,8 +6,8 @@ import weakref
 import pytest
 import torch
 
-from sft.errors import ServerFullError, ServerUnavailableError, UsageError
-from sft_cloud.engine.worker import DeviceWorker, find_device
+from sft.errors import ServerFullError, ServerUnavailableError
+from sft_cloud.engine.worker import DeviceWorker
 
 CPU = torch.device("cpu")
 
@@ -99,19 +99,3 @@ def test_an_idle_worker_holds_no_work(worker):
     worker.submit(lambda weights=weights: None).result(30)
     del weights
     assert gone.wait(30)
-
-
-def test_devices_by_name():
-    assert find_device("cpu") == CPU
-    assert find_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
-
-
-@pytest.mark.parametrize("name", ["tpu", "cuda:", "cuda:x", "cpu:0:1", "", "cuda:-1"])
-def test_devices_that_have_no_such_name(name):
-    with pytest.raises(UsageError, match="must be auto, cpu, cuda or cuda:N"):
-        find_device(name)
-
-
-def test_devices_that_are_not_here():
-    with pytest.raises(UsageError, match="CUDA devices; try --device auto"):
-        find_device("cuda:99")
