@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from sft_cloud.session.session import Session
 from sft_edge.commands import train as train_module
 from sft_edge.link import link as link_module
 from sft_edge.model_files.saved import load_model
+from sft_edge.systems import crossing
 from sft_edge.systems import split as split_system
 
 SECONDS = 60
@@ -48,7 +50,10 @@ def test_ctrl_c_between_steps(
     assert same_bits(weights_of(tmp_path / "out"), first_steps(4, job, model=model, mode=mode))
 
 
-@pytest.mark.parametrize("place", ["scale_gradients", "encode_activation", "decode_tensor"])
+@pytest.mark.parametrize(
+    ("module", "place"),
+    [(split_system, "scale_gradients"), (split_system, "encode_activation"), (crossing, "decode_tensor")],
+)
 def test_ctrl_c_anywhere_in_a_step(
     failing: Callable[..., tuple[int, str]],
     job: Job,
@@ -56,17 +61,18 @@ def test_ctrl_c_anywhere_in_a_step(
     first_steps: Callable[..., dict[str, torch.Tensor]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    module: Any,
     place: str,
 ) -> None:
     """After the commit was handed to the link, before a micro-batch is sent, and after it was answered."""
-    real, calls = getattr(split_system, place), iter(range(1, 1000))
+    real, calls = getattr(module, place), iter(range(1, 1000))
 
     def interrupted(*arguments):
         if next(calls) == 4:
             interrupt()
         return real(*arguments)
 
-    monkeypatch.setattr(split_system, place, interrupted)
+    monkeypatch.setattr(module, place, interrupted)
     assert failing()[0] == 130
     steps = read_json(tmp_path / "out" / "trainer_state.json")["global_step"]
     assert steps == (4 if place == "scale_gradients" else 3)

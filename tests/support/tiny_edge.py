@@ -21,6 +21,7 @@ from sft.v1 import split_training_pb2 as pb
 from sft.version import __version__
 from sft.wire.codec.elements import encode_tensor
 from sft.wire.codec.messages import encode_activation, encode_labels
+from sft.wire.codec.packing import pack
 from sft.wire.cut import cut_to_proto, head_to_proto
 from sft.wire.protocol import PROTOCOL_VERSION
 
@@ -83,7 +84,7 @@ class TinyEdge:
         """Random numbers in the shape that net_1 would give."""
         generator = torch.Generator().manual_seed(derive_seed(0, *seed))
         a_BSR = torch.randn(len(self.lengths), max(self.lengths), self.width, generator=generator)
-        return encode_activation(a_BSR, list(self.lengths), pb.DATA_TYPE_FLOAT32)
+        return encode_activation(pack(a_BSR, self.lengths), pb.DATA_TYPE_FLOAT32, self.lengths, a_BSR.shape[1])
 
     def forward(
         self, step: int, micro_batch: int = 0, commit: Optional[pb.Commit] = None, **fields: object

@@ -1,8 +1,4 @@
-"""The way through the cloud: one autograd function, and the bookkeeping of a step's micro-batches around it.
-
-    labels travel                                    labels stay
-    forward   Forward(labels)   -> Result            Forward            -> Outputs
-    backward  Weight, held until the next message    Backward(gradient) -> Result
+"""Autograd crosses: one function over the one `Crossing`, and the bookkeeping of a step's micro-batches around it.
 
 Every forward in a step is a micro-batch of its own. The cloud is told of one whose result is gone, so that nobody can
 go backward through it any more.
@@ -19,14 +15,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sft.errors import CloudMemoryError, NonFiniteLossError, ProtocolError, SessionLostError, UsageError
+from sft.errors import CloudMemoryError, NonFiniteLossError, SessionLostError, UsageError
 from sft.v1 import split_training_pb2 as pb
 from sft.wire.codec.elements import decode_tensor, encode_tensor
+from sft.wire.codec.messages import encode_activation
 from sft.wire.protocol import MAX_WAITING
 from sft_edge.link import Link, PendingReply
 from sft_edge.script.autocast import autocast_type
 from sft_edge.script.cut_model import Cross, Crossed
 from sft_edge.script.gradients import CloudGradients
+from sft_edge.systems import Crossing
 
 _Turn = Tuple[int, int]  # step, and how often a step had been undone
 
@@ -65,14 +63,12 @@ class LinkCross(Cross):
         want_outputs: bool = True,
     ) -> Crossed:
         """See Cross."""
-        packed = pb.Activation(
-            packed=encode_tensor(activation, self._data_type), lengths=lengths, padded_length=padded_length
-        )
+        message = encode_activation(activation, self._data_type, lengths, padded_length)
         if not torch.is_grad_enabled() and not training:
-            return Crossed(self._evaluate(packed, activation.device), None)
+            return Crossed(self._evaluate(message, activation.device), None)
 
         def ask() -> _Question:
-            return self._ask(packed, activation, labels, training, want_outputs)
+            return self._ask(activation, message, labels, training, want_outputs)
 
         loss, outputs = _ThroughCloud.apply(  # type: ignore[no-untyped-call]
             activation, self.gradients.parameter, ask
@@ -130,18 +126,6 @@ class LinkCross(Cross):
         if micro_batch not in self._waiting:
             raise UsageError("backward() through a forward from before a state was loaded; call the model again")
 
-    def answer_to(self, pending: PendingReply) -> pb.CloudMessage:
-        """Waits for it. Raises CloudMemoryError when the cloud has undone the step: then it is undone here, too."""
-        try:
-            return pending.result().message
-        except CloudMemoryError:
-            self.forwards = self._backwards = 0
-            self._waiting.clear()
-            self.undone += 1
-            self.gradients.undone()
-            self.on_undone()
-            raise
-
     def begin_backward(self, micro_batch: int) -> None:
         """Called when nothing is left that could be wrong: from here on the cloud may have added the gradients."""
         self._waiting.discard(micro_batch)
@@ -158,16 +142,16 @@ class LinkCross(Cross):
             raise SessionLostError("the session is over: close() was called, or the `with` block has ended")
         self.link.check()
 
-    def _evaluate(self, packed: pb.Activation, device: torch.device) -> Tensor:
+    def _evaluate(self, message: pb.Activation, device: torch.device) -> Tensor:
         self.catch_up()
         self._evaluations += 1
-        reply = self.link.evaluate(self.step, self._evaluations, packed, autocast_type(device)).result()
+        reply = self.link.evaluate(self.step, self._evaluations, message, autocast_type(device)).result()
         return decode_tensor(reply.message.evaluation.logits, device)
 
     def _ask(
         self,
-        packed: pb.Activation,
         activation: Tensor,
+        message: pb.Activation,
         labels: Optional[pb.Labels],
         training: bool,
         want_outputs: bool,
@@ -179,28 +163,42 @@ class LinkCross(Cross):
                 "follow, and detach() what is kept, such as a loss to be printed"
             )
         generation, turn, micro_batch = self.gradients.generation, self.turn, self.forwards
-        pending = self.link.forward(
+        crossing = Crossing(
+            self.link,
             self.step,
             micro_batch,
-            packed,
+            activation,
+            message,
             labels,
-            0.0,
+            loss_scale=0.0,
+            wait=self._wait,
             eval_mode=not training,
             want_logits=labels is not None and want_outputs,
-            frozen_edge=not activation.requires_grad,
             autocast=autocast_type(activation.device),
         )
         self.forwards += 1
         self._waiting.add(micro_batch)
-        kind = _Labelled if labels is not None else _Unlabelled
         try:
-            question = kind(self, turn, micro_batch, generation, activation, self.answer_to(pending))
+            crossing.wait()
+            question = _Question(self, crossing, turn, generation, activation)
             question.answered = weakref.finalize(question, self._dropped.append, (turn, micro_batch))
             question.answered.atexit = False
         except BaseException:  # Ctrl-C: the cloud answers all the same
             self._dropped.append((turn, micro_batch))
             raise
         return question
+
+    def _wait(self, pending: PendingReply) -> pb.CloudMessage:
+        """For an answer. Raises CloudMemoryError when the cloud has undone the step: then it is undone here, too."""
+        try:
+            return pending.result().message
+        except CloudMemoryError:
+            self.forwards = self._backwards = 0
+            self._waiting.clear()
+            self.undone += 1
+            self.gradients.undone()
+            self.on_undone()
+            raise
 
     def encode_gradient(self, gradient: Tensor) -> pb.Tensor:
         """For the wire."""
@@ -216,62 +214,40 @@ class _Question:
     answered: Any
     """The finalizer that has a question that was never answered dropped."""
 
-    def __init__(
-        self,
-        cross: LinkCross,
-        turn: _Turn,
-        micro_batch: int,
-        generation: int,
-        activation: Tensor,
-        message: pb.CloudMessage,
-    ) -> None:
-        self.cross = cross
-        self.turn = turn
-        self.micro_batch = micro_batch
-        self.generation = generation
-        self.shape = tuple(activation.shape)
-        self.dtype = activation.dtype
-        self.device = activation.device
-        self.is_frozen = not activation.requires_grad
-        self.message = message  # emptied as soon as it is not needed any more
+    def __init__(self, cross: LinkCross, crossing: Crossing, turn: _Turn, generation: int, activation: Tensor) -> None:
+        self._cross = cross
+        self._crossing: Optional[Crossing] = crossing  # None as soon as it is not needed any more
+        self._turn = turn
+        self._generation = generation
+        self._dtype, self._device = activation.dtype, activation.device
+        self._outputs_shape = torch.Size()
 
     def answer(self) -> Tuple[Optional[Tensor], Optional[Tensor]]:
         """Loss and outputs."""
-        raise NotImplementedError
+        crossing = self._still()
+        message = crossing.outputs()
+        outputs = None if message is None else decode_tensor(message, self._device)
+        if not crossing.labels_travel:
+            assert outputs is not None
+            self._outputs_shape = outputs.shape
+            return None, outputs
+        return torch.tensor(crossing.loss(), dtype=torch.float32, device=self._device), outputs
 
     def backward(self, grad_loss: Optional[Tensor], grad_outputs: Optional[Tensor]) -> Optional[Tensor]:
         """The gradient by the activation; None for a frozen edge."""
-        if not self.answered.alive:
-            raise UsageError("backward() went through this forward before; call the model again")
-        self.cross.check_backward(self.turn, self.micro_batch)
-        return self._backward(grad_loss, grad_outputs)
+        crossing = self._still()
+        self._cross.check_backward(self._turn, crossing.micro_batch)
+        if crossing.labels_travel:
+            gradient = self._weigh(crossing, grad_loss, grad_outputs)
+        else:
+            gradient = self._go_back(crossing, grad_outputs)
+        self._crossing = None
+        return None if gradient is None else gradient.to(self._dtype)
 
-    def _begin(self) -> None:
-        self.answered.detach()
-        self.cross.begin_backward(self.micro_batch)
-
-    def _backward(self, grad_loss: Optional[Tensor], grad_outputs: Optional[Tensor]) -> Optional[Tensor]:
-        raise NotImplementedError
-
-    def _gradient(self, result: pb.Result) -> Optional[Tensor]:
-        if self.is_frozen:
-            return None
-        gradient = decode_tensor(result.packed_gradient, self.device)
-        if tuple(gradient.shape) != self.shape:
-            raise ProtocolError(f"the cloud sent a gradient of shape {list(gradient.shape)}")
-        return gradient
-
-
-class _Labelled(_Question):
-    """The cloud has computed the loss and its gradients; how much they count is known when backward comes."""
-
-    def answer(self) -> Tuple[Optional[Tensor], Optional[Tensor]]:
-        result = self.message.result
-        outputs = decode_tensor(result.logits, self.device) if result.HasField("logits") else None
-        result.ClearField("logits")
-        return torch.tensor(result.loss, dtype=torch.float32, device=self.device), outputs
-
-    def _backward(self, grad_loss: Optional[Tensor], grad_outputs: Optional[Tensor]) -> Optional[Tensor]:
+    def _weigh(
+        self, crossing: Crossing, grad_loss: Optional[Tensor], grad_outputs: Optional[Tensor]
+    ) -> Optional[Tensor]:
+        """The cloud has computed the loss and its gradients; how much they count is known now."""
         if grad_outputs is not None:
             raise UsageError(
                 "backward() through logits whose loss the cloud has computed: call the model without labels to compute "
@@ -280,42 +256,39 @@ class _Labelled(_Question):
         weight = 0.0 if grad_loss is None else float(grad_loss)
         if not math.isfinite(weight):
             raise NonFiniteLossError(f"the loss is to be multiplied by {weight} in backward()")
-        cross, result = self.cross, self.message.result
-        gradient = self._gradient(result)
-        was_first, unchanged = cross.gradients.is_empty, cross.gradients.generation == self.generation
-        self._begin()
-        cross.link.weigh(self.micro_batch, weight)
-        if was_first or unchanged:
-            before = 0.0 if was_first else result.squared_gradient_norm + 2.0 * weight * result.gradient_product
-            squared_norm = before + weight * weight * result.own_squared_norm
+        gradient = crossing.gradient()
+        cross = self._cross
+        is_first, unchanged = cross.gradients.is_empty, cross.gradients.generation == self._generation
+        self._begin(crossing)
+        crossing.weigh(weight)
+        if is_first or unchanged:
+            squared_norm = crossing.weighed_squared_norm(weight, is_first)
         else:  # other gradients were added since the forward: only the cloud knows
             reply = cross.link.flush()
             assert reply is not None  # the weight was held
             squared_norm = reply.message.committed.squared_gradient_norm
         cross.end_backward(squared_norm)
-        self.message.Clear()
-        return None if gradient is None else gradient.mul_(weight).to(self.dtype)
+        return None if gradient is None else gradient.mul_(weight)
 
-
-class _Unlabelled(_Question):
-    """The cloud has kept the graph and waits for the gradient of its outputs."""
-
-    def answer(self) -> Tuple[Optional[Tensor], Optional[Tensor]]:
-        outputs = decode_tensor(self.message.outputs.logits, self.device)
-        self.message.Clear()
-        self.outputs_shape = outputs.shape
-        return None, outputs
-
-    def _backward(self, grad_loss: Optional[Tensor], grad_outputs: Optional[Tensor]) -> Optional[Tensor]:
+    def _go_back(self, crossing: Crossing, grad_outputs: Optional[Tensor]) -> Optional[Tensor]:
+        """The cloud has kept the graph and waits for the gradient of its outputs."""
         if grad_outputs is None:
-            grad_outputs = torch.zeros(self.outputs_shape)
-        cross = self.cross
-        message = cross.encode_gradient(grad_outputs)
-        self._begin()
-        result = cross.answer_to(cross.link.backward(cross.step, self.micro_batch, message)).result
-        gradient = self._gradient(result)
-        cross.end_backward(result.squared_gradient_norm)
-        return None if gradient is None else gradient.to(self.dtype)
+            grad_outputs = torch.zeros(self._outputs_shape)
+        message = self._cross.encode_gradient(grad_outputs)
+        self._begin(crossing)
+        crossing.go_back(message)
+        gradient = crossing.gradient()
+        self._cross.end_backward(crossing.squared_norm)
+        return gradient
+
+    def _still(self) -> Crossing:
+        if self._crossing is None or not self.answered.alive:
+            raise UsageError("backward() went through this forward before; call the model again")
+        return self._crossing
+
+    def _begin(self, crossing: Crossing) -> None:
+        self.answered.detach()
+        self._cross.begin_backward(crossing.micro_batch)
 
 
 class _ThroughCloud(torch.autograd.Function):

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from sft.batch import Batch
-from sft.errors import ProtocolError
 from sft.models import Cut, Net1, build_net_1, build_net_2
 from sft.models.lora import add_lora, lora_to_json, merged_tensors
 from sft.models.losses import head_loss
@@ -20,12 +19,13 @@ from sft.optim.gradients import scale_gradients, squared_gradient_norm
 from sft.optim.spec import OptimizerSpec, make_optimizer
 from sft.tensors.stream import Shard, StoredTensor, safetensors_chunks
 from sft.v1 import split_training_pb2 as pb
-from sft.wire.codec.elements import DATA_TYPES, decode_tensor
+from sft.wire.codec.elements import DATA_TYPES
 from sft.wire.codec.messages import decode_logits, encode_activation, encode_labels, encode_logits, outputs_of
-from sft.wire.codec.packing import unpack
+from sft.wire.codec.packing import pack, unpack
 from sft.wire.ledger import Ledger, Traffic, plain_split_bytes
 from sft_edge.link import Blob, Link, PendingReply, RetryPolicy, Transport, offer, session_request
 from sft_edge.model_files import Source
+from sft_edge.systems.crossing import Crossing
 from sft_edge.systems.lora import NO_LORA, HalfLora
 from sft_edge.systems.system import StepTimer, System
 
@@ -76,44 +76,40 @@ class SplitSystem(System):
                 not self._frozen
             ):
                 a_BSR = self.net_1(batch.inputs, batch.lengths)
-            activation = encode_activation(a_BSR, batch.lengths, self._data_type)
-        through = self._loss_here if self._labels_stay else self._loss_there
-        loss, result = through(activation, batch, step, micro_batch, loss_scale)
-        if not self._frozen:
-            with self._step.phase("edge_backward"):
-                gradient_TR = decode_tensor(result.packed_gradient, self.net_1.device)
-                if gradient_TR.shape != tuple(activation.packed.shape):
-                    raise ProtocolError(f"the cloud sent a gradient of shape {list(gradient_TR.shape)}")
+            a_TR = pack(a_BSR, batch.lengths)
+            activation = encode_activation(a_TR, self._data_type, batch.lengths, a_BSR.shape[1])
+        labels = None if self._labels_stay else encode_labels(batch.labels, batch.lengths)
+        crossing = Crossing(
+            self.link, step, micro_batch, a_TR, activation, labels, loss_scale=loss_scale, wait=self._answer
+        )
+        if self._labels_stay:
+            loss = self._loss_here(crossing, batch, a_BSR.shape[1], loss_scale)
+        else:
+            loss = crossing.loss()
+        crossing.wait()
+        with self._step.phase("edge_backward"):
+            gradient_TR = crossing.gradient()
+            if gradient_TR is not None:
                 a_BSR.backward(unpack(gradient_TR, batch.lengths, a_BSR.shape[1]))
         self._step.samples += len(batch.lengths)
         self._plain_bytes += plain_split_bytes(len(batch.lengths), a_BSR.shape[1], self._model_width)
-        self._cloud_squared_norm = result.squared_gradient_norm
+        self._cloud_squared_norm = crossing.squared_norm
         return loss
 
-    def _loss_there(
-        self, activation: pb.Activation, batch: Batch, step: int, micro_batch: int, loss_scale: float
-    ) -> Tuple[float, pb.Result]:
-        """Labels travel with the activation: one round trip."""
-        labels = encode_labels(batch.labels, batch.lengths)
-        pending = self.link.forward(step, micro_batch, activation, labels, loss_scale, frozen_edge=self._frozen)
-        result = self._answer(pending).result
-        return result.loss, result
-
-    def _loss_here(
-        self, activation: pb.Activation, batch: Batch, step: int, micro_batch: int, loss_scale: float
-    ) -> Tuple[float, pb.Result]:
-        """Labels stay: logits come, their gradient goes."""
-        pending = self.link.forward(step, micro_batch, activation, None, 0.0, frozen_edge=self._frozen)
-        outputs = self._answer(pending).outputs
+    def _loss_here(self, crossing: Crossing, batch: Batch, padded_length: int, loss_scale: float) -> float:
+        """Labels stay: logits have come, their gradient goes."""
+        outputs = crossing.outputs()
+        assert outputs is not None  # they are the answer where labels stay
         with self._step.phase("edge_backward"):
-            logits = self._decode_logits(outputs.logits, batch.lengths, activation.padded_length, self.net_1.device)
+            logits = self._decode_logits(outputs, batch.lengths, padded_length, self.net_1.device)
             logits.requires_grad_()
             labels = {name: y.to(logits.device) for name, y in batch.labels.items()}
             config, head = self.net_1.model.config, self.net_1.head
             loss = head_loss(head, config.problem_type, logits, labels, batch.lengths)
             (gradient,) = torch.autograd.grad(loss * loss_scale, logits)
             message = encode_logits(gradient, batch.lengths, head, self._data_type)
-        return float(loss.item()), self._answer(self.link.backward(step, micro_batch, message)).result
+        crossing.go_back(message)
+        return float(loss.item())
 
     def _answer(self, pending: PendingReply) -> pb.CloudMessage:
         """Waits, and notes what it took."""
@@ -157,7 +153,7 @@ class SplitSystem(System):
         for index, batch in enumerate(batches):
             with torch.no_grad():
                 a_BSR = self.net_1(batch.inputs, batch.lengths)
-            activation = encode_activation(a_BSR, batch.lengths, self._data_type)
+            activation = encode_activation(pack(a_BSR, batch.lengths), self._data_type, batch.lengths, a_BSR.shape[1])
             on_their_way.append((batch, a_BSR.shape[1], self.link.evaluate(step, index, activation)))
             if len(on_their_way) > _EVALUATIONS_AHEAD:
                 yield self._evaluated(*on_their_way.popleft())

@@ -13,6 +13,7 @@ from sft.models.weights import factor_tensors, fill, pretrained_tensors
 from sft.tensors.pretrained import PretrainedWeights
 from sft.v1 import split_training_pb2 as pb
 from sft.wire.codec.messages import decode_activation, decode_labels, encode_activation, encode_labels
+from sft.wire.codec.packing import pack
 
 CPU = torch.device("cpu")
 FAMILIES = ["bert", "roberta", "electra", "distilbert"]
@@ -63,7 +64,7 @@ def build_whole_of(directory, cut):
 
 
 def across_the_wire(a_BSR, batch, net_2, config, head):
-    activation = encode_activation(a_BSR, batch.lengths, pb.DATA_TYPE_FLOAT32)
+    activation = encode_activation(pack(a_BSR, batch.lengths), pb.DATA_TYPE_FLOAT32, batch.lengths, a_BSR.shape[1])
     received, lengths = decode_activation(activation, net_2.width, 64, CPU)
     labels = decode_labels(encode_labels(batch.labels), lengths, received.shape[1], config, head)
     return received.requires_grad_(), lengths, labels

@@ -75,7 +75,7 @@ def test_packing_leaves_padding_out_and_puts_zeros_back():
 
 def test_activation_round_trip():
     a_BSR = torch.randn(3, 4, 2)
-    message = encode_activation(a_BSR, LENGTHS, pb.DATA_TYPE_FLOAT32)
+    message = encode_activation(pack(a_BSR, LENGTHS), pb.DATA_TYPE_FLOAT32, LENGTHS, a_BSR.shape[1])
     assert len(message.packed.data) == sum(LENGTHS) * 2 * 4
     back, lengths = decode_activation(message, 2, 16, CPU)
     assert lengths == LENGTHS

@@ -48,10 +48,11 @@ def outputs_of(config: PretrainedConfig, head: str) -> int:
     return int(config.vocab_size) if head == "causal-lm" else int(config.num_labels or 0)
 
 
-def encode_activation(a_BSR: Tensor, lengths: List[int], data_type: pb.DataType) -> pb.Activation:
-    """What the edge sends of a micro-batch."""
-    packed = encode_tensor(pack(a_BSR, lengths), data_type)
-    return pb.Activation(packed=packed, lengths=lengths, padded_length=a_BSR.shape[1])
+def encode_activation(
+    packed: Tensor, data_type: pb.DataType, lengths: Sequence[int] = (), padded_length: int = 0
+) -> pb.Activation:
+    """What the edge sends of a micro-batch: (T, R) with the `lengths` of its sequences, or any (..., R) without."""
+    return pb.Activation(packed=encode_tensor(packed, data_type), lengths=lengths, padded_length=padded_length)
 
 
 def decode_activation(

@@ -1,0 +1,114 @@
+"""The split step, Algorithm 1, lines 6 to 11: an activation goes to the cloud's half, and its gradient comes back.
+
+    labels travel     Forward(labels)     -> Result
+    labels stay       Forward             -> Outputs
+                      Backward(gradient)  -> Result
+
+Two cross here: `SplitSystem` under the loop of the commands, and `SFTOptimizer` under a loop of anybody's, by an
+autograd function. The first says with the labels what the loss counts in the step. The other hears of that no sooner
+than in backward(): it sends them with `loss_scale` 0, has the cloud keep the gradients aside, and weighs them later.
+"""
+
+from __future__ import annotations
+
+from typing import Callable, Optional
+
+from torch import Tensor
+
+from sft.errors import ProtocolError
+from sft.v1 import split_training_pb2 as pb
+from sft.wire.codec.elements import decode_tensor
+from sft_edge.link import Link, PendingReply
+
+
+class Crossing:
+    """One micro-batch on its way: sent when made. Whoever asks for what comes back waits for it, if it is not here.
+
+    Several may be on their way. All that waits raises what `wait` does, and ProtocolError for an answer of the wrong
+    shape.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        step: int,
+        micro_batch: int,
+        activation: Tensor,
+        message: pb.Activation,
+        labels: Optional[pb.Labels],
+        loss_scale: float,
+        wait: Callable[[PendingReply], pb.CloudMessage],
+        *,
+        eval_mode: bool = False,
+        want_logits: bool = False,
+        autocast: pb.DataType = pb.DATA_TYPE_UNSPECIFIED,
+    ) -> None:
+        """`activation`: net_1's output, padding left out, (T, R) or any (..., R); `message`: the same as it travels.
+
+        `labels` are None where they stay here. `loss_scale`: what the loss is multiplied by before backward, 0 where
+        `weigh` says it later; of no account without labels. `wait` waits for an answer, and keeps account of it.
+        Where no gradient of `activation` is wanted none comes.
+        """
+        self.micro_batch = micro_batch
+        self.labels_travel = labels is not None
+        self._link, self._step, self._wait = link, step, wait
+        self._shape, self._device, self._is_frozen = activation.shape, activation.device, not activation.requires_grad
+        self._answer = pb.CloudMessage()
+        self._pending: Optional[PendingReply] = link.forward(
+            step,
+            micro_batch,
+            message,
+            labels,
+            loss_scale if self.labels_travel else 0.0,
+            eval_mode=eval_mode,
+            want_logits=want_logits,
+            frozen_edge=self._is_frozen,
+            autocast=autocast,
+        )
+
+    def wait(self) -> pb.CloudMessage:
+        """Until the answer to what was asked last is here."""
+        if self._pending is not None:
+            self._answer, self._pending = self._wait(self._pending), None
+        return self._answer
+
+    def loss(self) -> float:
+        """Where labels travel: as the cloud has computed it, unscaled."""
+        return self.wait().result.loss
+
+    def outputs(self) -> Optional[pb.Tensor]:
+        """Net_2's, as they are on the wire, where labels stay; where they travel, the logits if they were wanted."""
+        answer = self.wait()
+        if self.labels_travel:
+            return answer.result.logits if answer.result.HasField("logits") else None
+        self._answer = pb.CloudMessage()  # they may be large, and it may be long until the answer to `go_back`
+        return answer.outputs.logits
+
+    def go_back(self, gradient: pb.Tensor) -> None:
+        """Where labels stay, after `outputs`: the gradient of the loss by them. Returns at once."""
+        self._pending = self._link.backward(self._step, self.micro_batch, gradient)
+
+    def gradient(self) -> Optional[Tensor]:
+        """By the activation, of its shape, float32, on its device; None where none was wanted."""
+        if self._is_frozen:
+            return None
+        gradient = decode_tensor(self.wait().result.packed_gradient, self._device)
+        if gradient.shape != self._shape:
+            raise ProtocolError(f"the cloud sent a gradient of shape {list(gradient.shape)}")
+        return gradient
+
+    @property
+    def squared_norm(self) -> float:
+        """Of the gradients that net_2 has added up in the step, this micro-batch's included, unless it is weighed."""
+        return self.wait().result.squared_gradient_norm
+
+    def weigh(self, weight: float) -> None:
+        """Where labels went with `loss_scale` 0: the gradients count so many times. The cloud hears of it later."""
+        self._link.weigh(self.micro_batch, weight)
+
+    def weighed_squared_norm(self, weight: float, is_first: bool) -> float:
+        """As `squared_norm`, after `weigh`. `is_first`: nothing else has been added up, whatever was there when this
+        was sent; otherwise what was there then still has to be all."""
+        result = self.wait().result
+        before = 0.0 if is_first else result.squared_gradient_norm + 2.0 * weight * result.gradient_product
+        return before + weight * weight * result.own_squared_norm
