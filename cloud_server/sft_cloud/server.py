@@ -30,7 +30,7 @@ from sft.v1 import split_training_pb2_grpc as pb_grpc
 from sft.wire.protocol import SERVER_OPTIONS
 from sft_cloud.access import Access, make_access
 from sft_cloud.admission import AdmissionInterceptor, Deadlines, Quotas
-from sft_cloud.engine import Checkpoints, DeviceWorker, Opener, TransformersOpener, WeightsFinder, Worker
+from sft_cloud.engine import Checkpoints, InProcessEngine, Opener, TransformersOpener, WeightsFinder
 from sft_cloud.observability import NOBODY, AuditLog, Observer, observing, open_observer
 from sft_cloud.options import AccessOptions, LimitOptions, MetricsOptions
 from sft_cloud.service import SERVICE_NAME as HEALTH
@@ -76,7 +76,7 @@ class CloudServer:
         model_dir: Path | None,
         max_sessions: int,
         threads: int | None = None,
-        make_opener: Callable[[Worker, BlobStore], Opener] | None = None,
+        make_opener: Callable[[BlobStore], Opener] | None = None,
         on_close: Callable[[Entry, str], None] = lambda entry, reason: None,
         has_flags: bool = True,
         session_timeout_seconds: float = SESSION_TIMEOUT_SECONDS,
@@ -127,19 +127,20 @@ class CloudServer:
         self.address = _address(host, self.port)
         """`host:port`, with the port that was taken."""
         self.device = device
-        # Each call waits for at most one piece of work, so the queue holds whatever is admitted.
-        self._worker = DeviceWorker(device, calls, threads)
         self.memory = MemoryBudget(default_budget(device) if limits.memory_limit is None else limits.memory_limit)
         checkpoints: Checkpoints | None = None  # of a script's model none are kept
         if make_opener:
-            opener = make_opener(self._worker, store)
+            opener = make_opener(store)
         else:
             checkpoints = Checkpoints(
                 CheckpointStore(checkpoint_store or state_dir / "checkpoints"), limits.max_upload_bytes
             )
-            opener = TransformersOpener(self._worker, store, weights, checkpoints, self.memory)
+            opener = TransformersOpener(device, store, weights, checkpoints, self.memory)
+        # Each call waits for at most one piece of work, so the queue holds whatever is admitted.
+        self.engine = InProcessEngine(device, opener, checkpoints, calls, threads)
 
         def closed(entry: Entry, reason: str) -> None:
+            self.engine.close(entry.session_id)
             log_closed(entry, reason, self.sessions.age(entry))
             audit.write("closed", entry.owner.name, "-", session=entry.label, reason=reason)
             observer.metrics.closed(entry.owner.name)
@@ -151,9 +152,7 @@ class CloudServer:
         )
         if access.credentials is not None:
             observer.metrics.watch_certificate(access.certificate_expires)
-        self.service = SplitTrainingService(
-            self._worker, store, opener, self.sessions, access.identify, checkpoints, observer
-        )
+        self.service = SplitTrainingService(self.engine, store, self.sessions, access.identify, observer)
         pb_grpc.add_SplitTrainingServicer_to_server(self.service, self._server)
         self._health = Health(("", SERVICE_NAME), self.deadlines)
         self._health.add_to(self._server)
@@ -199,7 +198,7 @@ class CloudServer:
         self._health.stop_serving()
         self.service.drain()
         self._server.stop(grace_seconds).wait()
-        self._worker.shutdown()
+        self.engine.shutdown()
         self._executor.shutdown()
 
 

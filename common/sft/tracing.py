@@ -72,6 +72,9 @@ class Tracer:
         """As `span`, for work that the other side asked for; without a well-formed `parent` nobody will see it."""
         return NO_SPAN
 
+    def past_span(self, name: str, parent: str, began_ns: int, ended_ns: int) -> None:
+        """As `span`, for work that is over: Unix time in nanoseconds."""
+
     def close(self) -> None:
         """Sends what has not been sent."""
 
@@ -154,6 +157,9 @@ class OtelTracer(Tracer):
             return NO_SPAN
         kind = SpanKind.SERVER
         return _OtelSpan(self._tracer.start_span(name, context, kind=kind, attributes=dict(attributes or {})))
+
+    def past_span(self, name: str, parent: str, began_ns: int, ended_ns: int) -> None:
+        self._tracer.start_span(name, _context(parent), start_time=began_ns).end(ended_ns)
 
     def close(self) -> None:
         if self._owned:

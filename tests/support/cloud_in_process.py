@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Iterator
 
 import torch
 from support.in_memory import InMemoryTransport
@@ -13,6 +12,7 @@ from support.in_memory import InMemoryTransport
 from sft.v1 import split_training_pb2 as pb
 from sft_cloud.engine.opener import TransformersOpener
 from sft_cloud.engine.weights import WeightsFinder
+from sft_cloud.engine.worker import at_once
 from sft_cloud.identity import ANONYMOUS
 from sft_cloud.storage.blobs import BlobStore
 
@@ -25,10 +25,10 @@ class CloudInProcess(InMemoryTransport):
         self._directory = tempfile.TemporaryDirectory()
         path = Path(self._directory.name)
         self._store = BlobStore(path / "blobs")
-        self._opener = TransformersOpener(_AtOnce(), self._store, WeightsFinder(path / "models"))
+        self._opener = TransformersOpener(torch.device("cpu"), self._store, WeightsFinder(path / "models"))
 
     def open_session(self, request: pb.OpenSessionRequest) -> pb.OpenSessionResponse:
-        opened = self._opener.open(request, ANONYMOUS)
+        opened = self._opener.open(request, ANONYMOUS, at_once)
         if isinstance(opened, list):
             return pb.OpenSessionResponse(missing_blobs=opened)
         self.session = opened
@@ -40,17 +40,3 @@ class CloudInProcess(InMemoryTransport):
     def close(self) -> None:
         super().close()
         self._directory.cleanup()
-
-
-class _AtOnce:
-    """A worker without a thread."""
-
-    device = torch.device("cpu")
-
-    def submit(self, work: Callable[[], Any]) -> Future[Any]:
-        future: Future[Any] = Future()
-        future.set_result(work())
-        return future
-
-    def shutdown(self) -> None:
-        pass

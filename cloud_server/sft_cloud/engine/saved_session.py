@@ -8,7 +8,7 @@ from one message to the next.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,13 @@ from typing import Any
 from google.protobuf.message import DecodeError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
 
 from sft.errors import CheckpointError, ProtocolError, StorageError
 from sft.models.weights import load_parameters
 from sft.optim.state import checked_state, copied_state, group_settings, set_group_settings, stored_state
-from sft.tensors.stream import StoredTensor, in_memory, safetensors_chunks, safetensors_size
+from sft.tensors.stream import StoredTensor, copied, in_memory, safetensors_chunks, safetensors_size
 from sft.v1 import split_training_pb2 as pb
+from sft_cloud.engine.worker import Run, at_once
 from sft_cloud.errors import PreconditionError
 from sft_cloud.identity import Identity
 from sft_cloud.session import Session
@@ -46,9 +46,6 @@ _NOT_COMPARED = (
 
 _MAX_OFFERED = 1000
 
-Run = Callable[[Callable[[], Any]], Any]
-"""Runs work where the device may be touched, and gives its result."""
-
 
 class Checkpoints:
     """Sessions to and from a store."""
@@ -64,7 +61,7 @@ class Checkpoints:
 
         Raises StorageError; earlier checkpoints are then as they were.
         """
-        parts: dict[str, Part] = run(lambda: parts_of(session, request, run))
+        parts = run(lambda: parts_of(session, request, run))
         self._check_quota(owner, sum(part.total_bytes for part in parts.values()))
         saved = self._store.run(owner.name, request.run_id).save(session.next_step, parts)
         return pb.CheckpointSaved(
@@ -109,13 +106,13 @@ class Checkpoints:
             yield files
 
 
-def parts_of(session: Session, request: pb.OpenSessionRequest, run: Run = lambda work: work()) -> dict[str, Part]:
+def parts_of(session: Session, request: pb.OpenSessionRequest, run: Run = at_once) -> dict[str, Part]:
     """The files of a checkpoint. Tensors are read, each in `run`, as the files are written."""
     settings = json.dumps({"next_step": session.next_step, "groups": group_settings(session.optimizer)}).encode()
     parameters = session.half.all_parameters()
 
     def part(tensors: Iterable[StoredTensor]) -> Part:
-        there = [tensor._replace(read=_copy_in(run, tensor.read)) for tensor in tensors]
+        there = [_read_in(run, copied(tensor)) for tensor in tensors]
         return Part(safetensors_size(there), lambda: safetensors_chunks(there))
 
     return {
@@ -166,8 +163,8 @@ def restore(session: Session, files: Mapping[str, Path]) -> None:
         raise CheckpointError(f"the cloud's half of the checkpoint is none of this release ({error})") from error
 
 
-def _copy_in(run: Run, read: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    return lambda: run(lambda: read().to("cpu", copy=True))
+def _read_in(run: Run, tensor: StoredTensor) -> StoredTensor:
+    return tensor._replace(read=lambda: run(tensor.read))
 
 
 def _settings_of(config_json: str) -> dict[str, Any]:

@@ -1,8 +1,7 @@
 """Who owns the device: one thread, to which everything that touches a session's tensors is handed.
 
 Torch's global generators, the default dtype and the current device belong to the process; with one thread they are
-never shared. The Protocol is all that the service knows, so a worker can become a process, or an actor on another
-machine.
+never shared.
 """
 
 from __future__ import annotations
@@ -20,18 +19,16 @@ from sft.errors import ServerFullError, ServerUnavailableError
 T = TypeVar("T")
 
 
-class Worker(Protocol):
-    """Runs work on one device, one piece at a time."""
+class Run(Protocol):
+    """Does work where the device may be touched, and waits for it."""
 
-    @property
-    def device(self) -> torch.device:
-        """The device it owns."""
+    def __call__(self, work: Callable[[], T]) -> T:
+        """What the work returns; raises what it raises."""
 
-    def submit(self, work: Callable[[], T]) -> Future[T]:
-        """Queues `work`. Raises ServerFullError when the queue is full, ServerUnavailableError after `shutdown`."""
 
-    def shutdown(self) -> None:
-        """Lets the running piece finish, fails the waiting ones with ServerUnavailableError, and returns."""
+def at_once(work: Callable[[], T]) -> T:
+    """For whoever is on the right thread already."""
+    return work()
 
 
 class DeviceWorker:
@@ -50,7 +47,7 @@ class DeviceWorker:
         self._thread.start()
 
     def submit(self, work: Callable[[], T]) -> Future[T]:
-        """See `Worker.submit`."""
+        """Queues `work`. Raises ServerFullError when the queue is full, ServerUnavailableError after `shutdown`."""
         future: Future[T] = Future()
         with self._lock:
             if self._closed:
@@ -61,8 +58,12 @@ class DeviceWorker:
                 raise ServerFullError("the server's queue is full; try again later") from None
         return future
 
+    def run(self, work: Callable[[], T]) -> T:
+        """As `submit`, and waits for it; see Run."""
+        return self.submit(work).result()
+
     def shutdown(self) -> None:
-        """See `Worker.shutdown`."""
+        """Lets the running piece finish, fails the waiting ones with ServerUnavailableError, and returns."""
         with self._lock:
             if not self._closed:
                 self._closed = True

@@ -5,6 +5,16 @@ from sft_cloud.observability.call_record import CallRecord
 from sft_cloud.observability.interceptor import observing
 from sft_cloud.observability.log_limit import LogLimit
 from sft_cloud.observability.logs import set_up_logging
-from sft_cloud.observability.observer import NOBODY, Observer, open_observer
+from sft_cloud.observability.observer import NOBODY, Observer, Watch, open_observer
 
-__all__ = ["NOBODY", "AuditLog", "CallRecord", "LogLimit", "Observer", "observing", "open_observer", "set_up_logging"]
+__all__ = [
+    "NOBODY",
+    "AuditLog",
+    "CallRecord",
+    "LogLimit",
+    "Observer",
+    "Watch",
+    "observing",
+    "open_observer",
+    "set_up_logging",
+]

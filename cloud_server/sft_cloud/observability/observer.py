@@ -7,20 +7,18 @@ one that the message names.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
-from sft.tracing import NO_SPAN, NO_TRACER, Span, Tracer, Value, open_tracer
+from sft.tracing import NO_SPAN, NO_TRACER, Tracer, Value, open_tracer
 from sft.v1 import split_training_pb2 as pb
 from sft_cloud.observability.metrics import Metrics
 from sft_cloud.options import MetricsOptions
 
 if TYPE_CHECKING:
     import torch  # late: who makes a token does not wait for it
-
-T = TypeVar("T")
 
 
 class Observer:
@@ -52,30 +50,21 @@ class Watch:
             attributes["sft.micro_batch"] = message.micro_batch
             self._span = self._tracer.server_span(_name_of(message), message.trace_parent, attributes)
 
-    def work(self, work: Callable[[], T]) -> Callable[[], T]:
-        """The same work, for the worker: how long it waits from now on, and how long it takes, is noted."""
-        submitted = time.perf_counter()
-        waiting = self._child("wait for the device")
-
-        def timed() -> T:
-            began = time.perf_counter()
-            waiting.end()
-            try:
-                with self._child("work on the device"):
-                    return work()
-            finally:
-                self._metrics.worked(self._tenant, began - submitted, time.perf_counter() - began)
-
-        return timed
+    def worked(self, waited_seconds: float, worked_seconds: float) -> None:
+        """The engine has done what the message asks, just now."""
+        self._metrics.worked(self._tenant, waited_seconds, worked_seconds)
+        if self._span.parent:
+            over = time.time_ns()
+            began = over - int(1e9 * worked_seconds)
+            asked = began - int(1e9 * waited_seconds)
+            self._tracer.past_span("wait for the device", self._span.parent, asked, began)
+            self._tracer.past_span("work on the device", self._span.parent, began, over)
 
     def answered(self, answer: pb.CloudMessage, sizes: tuple[int, int], steps: int, repeated: bool) -> None:
         """See Metrics."""
         self._metrics.answered(self._tenant, self._message, answer, sizes, steps, repeated)
         if repeated:
             self._span.set("sft.repeated", True)
-
-    def _child(self, name: str) -> Span:
-        return self._tracer.span(name, self._span.parent) if self._span.parent else NO_SPAN
 
     def __enter__(self) -> Watch:
         return self

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -12,14 +11,12 @@ from sft.errors import ProtocolError, ServerFullError
 from sft.tensors.stream import in_memory, sha256_of
 from sft.v1 import split_training_pb2 as pb
 from sft.wire.codec.elements import DATA_TYPES
-from sft_cloud.engine import Worker, check_version
+from sft_cloud.engine import Run, check_version
 from sft_cloud.errors import PreconditionError
 from sft_cloud.identity import Identity
 from sft_cloud.script.hosted_model import ADVICE, HostedModel
 from sft_cloud.session import Session
 from sft_cloud.storage import BlobStore, check_sha256, read_blob
-
-T = TypeVar("T")
 
 
 class ScriptOpener:
@@ -30,7 +27,6 @@ class ScriptOpener:
         hosted: HostedModel,
         optimizer: torch.optim.Optimizer,
         groups: Sequence[Sequence[str]],
-        worker: Worker,
         store: BlobStore,
         is_over: Callable[[], bool] = lambda: False,
     ) -> None:
@@ -40,12 +36,11 @@ class ScriptOpener:
         self._hosted = hosted
         self._optimizer = optimizer
         self._groups = groups
-        self._worker = worker
         self._store = store
         self._is_over = is_over
         self._session: Session | None = None
 
-    def open(self, request: pb.OpenSessionRequest, owner: Identity) -> Session | list[str]:
+    def open(self, request: pb.OpenSessionRequest, owner: Identity, run: Run) -> Session | list[str]:
         """See Opener. The model has the edge's weights from then on.
 
         Raises ServerFullError once an edge has begun: what the model has learned from it is not overwritten.
@@ -57,12 +52,12 @@ class ScriptOpener:
         if request.wire_data_type not in DATA_TYPES.values():
             raise ProtocolError(f"unknown wire_data_type {int(request.wire_data_type)}")
         store = self._store.of(owner)
-        half = self._run(lambda: self._hosted.make_half(request))
+        half = run(lambda: self._hosted.make_half(request))
         self._check_groups(request.optimizer)
         tensors: dict[str, Tensor] = {}
         missing = _find(store, request.factors_sha256, self._hosted.factors, tensors)
         # The model's own weights count if they are the edge's, to the last bit.
-        if request.weights_sha256 != self._run(lambda: self._hash()):
+        if request.weights_sha256 != run(self._hash):
             missing += _find(store, request.weights_sha256, self._hosted.tensors, tensors)
         if missing or request.only_check:
             return missing
@@ -73,7 +68,7 @@ class ScriptOpener:
             self._session = Session(half, self._optimizer, request.seed, store.find)
             return self._session
 
-        return self._run(begin)
+        return run(begin)
 
     def _check_free(self) -> None:
         if self._is_over() or (self._session is not None and self._session.has_begun):
@@ -105,9 +100,6 @@ class ScriptOpener:
                 {**self._hosted.tensors, **self._hosted.factors}[name].copy_(tensor)
         for name, parameter in self._hosted.parameters.items():
             parameter.requires_grad_(name in trained)  # no gradients, and no part in their norm, for nothing
-
-    def _run(self, work: Callable[[], T]) -> T:
-        return self._worker.submit(work).result()
 
 
 def _find(store: BlobStore, sha256: str, wanted: Mapping[str, Tensor], found: dict[str, Tensor]) -> list[str]:

@@ -76,9 +76,7 @@ class CloudRole(Role):
                 Path(state_dir),
                 model_dir=None,
                 max_sessions=1,
-                make_opener=lambda worker, store: ScriptOpener(
-                    self._hosted, self.optimizer, self._groups, worker, store, done.is_set
-                ),
+                make_opener=lambda store: ScriptOpener(self._hosted, self.optimizer, self._groups, store, done.is_set),
                 on_close=on_close,
                 has_flags=False,
                 access=access,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +13,6 @@ from sft.v1 import split_training_pb2 as pb
 from sft_cloud.errors import QuotaError
 from sft_cloud.identity import Identity
 from sft_cloud.service.exactly_once import ExactlyOnce
-from sft_cloud.session import Session
 
 SESSION_TIMEOUT_SECONDS = 600.0
 """How long a session outlives a stream that broke, as a default."""
@@ -38,17 +36,18 @@ class StreamHandle:
 
 @dataclass
 class Entry:
-    """A session and what the server knows about it."""
+    """What the server knows about a session; the session itself is the engine's."""
 
-    session: Session
+    session_id: str = field(repr=False)
+    """Whoever knows it, and is its owner, can use the session, so no log holds all of it."""
     request: pb.OpenSessionRequest
     """As it was opened with."""
     owner: Identity
     opened_at: float
     used_at: float
     """When its stream last began or ended, or a message came."""
-    session_id: str = field(default_factory=lambda: secrets.token_urlsafe(24), repr=False)
-    """Whoever knows it, and is its owner, can use the session, so no log holds all of it."""
+    next_step: int
+    """The first step that is not committed, as the engine last told it."""
     messages: ExactlyOnce = field(default_factory=ExactlyOnce)
     lock: threading.Lock = field(default_factory=threading.Lock)
     """Held while a message is applied, so that a stream that takes over finds nothing half-done."""
@@ -110,8 +109,8 @@ class Registry:
         return None
 
     @contextmanager
-    def place(self, request: pb.OpenSessionRequest, owner: Identity) -> Iterator[Callable[[Session], Entry]]:
-        """Holds a place while a session is made, and gives the function that puts it there.
+    def place(self, request: pb.OpenSessionRequest, owner: Identity) -> Iterator[Callable[[str, int], Entry]]:
+        """Holds a place while a session is made, and gives the function that puts it there: its id and next step.
 
         An older session of the same run makes room first, as its edge begins anew; then those that have been without a
         stream for a while. Raises ServerFullError when there is no room, QuotaError when the owner has used up its own.
@@ -140,7 +139,7 @@ class Registry:
                 raise ServerFullError(f"the server has no room: all of its {self.max_sessions} sessions are in use")
             self._opening.append(mark)
         try:
-            yield lambda session: self._add(session, request, owner)
+            yield lambda session_id, next_step: self._add(session_id, request, owner, next_step)
         finally:
             with self._lock:
                 self._opening.remove(mark)
@@ -210,9 +209,9 @@ class Registry:
     def _in_use(self) -> int:
         return len(self._entries) + len(self._opening)
 
-    def _add(self, session: Session, request: pb.OpenSessionRequest, owner: Identity) -> Entry:
+    def _add(self, session_id: str, request: pb.OpenSessionRequest, owner: Identity, next_step: int) -> Entry:
         now = self._clock()
-        entry = Entry(session, request, owner, opened_at=now, used_at=now)
+        entry = Entry(session_id, request, owner, opened_at=now, used_at=now, next_step=next_step)
         with self._lock:
             self._entries[entry.session_id] = entry
         return entry

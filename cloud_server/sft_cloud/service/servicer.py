@@ -1,52 +1,33 @@
-"""The gRPC face of the cloud: takes messages off the wire and hands them to sessions, on the worker's thread."""
+"""The gRPC face of the cloud: takes messages off the wire and asks the engine in which the sessions are."""
 
 from __future__ import annotations
 
 import itertools
 import logging
+import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import Any, Protocol, TypeVar
 
 import grpc
-from torch import Tensor
 
 from sft.errors import ProtocolError, ServerUnavailableError, SessionLostError, SFTError, StorageError
-from sft.tensors.stream import StoredTensor, safetensors_chunks
+from sft.tensors.stream import CHUNK_BYTES
 from sft.v1 import split_training_pb2 as pb
 from sft.v1 import split_training_pb2_grpc as pb_grpc
 from sft.version import __version__
 from sft.wire.cut import mode_name
-from sft_cloud.engine import Opener, Worker
+from sft_cloud.engine import Engine
 from sft_cloud.errors import PreconditionError, StreamTakenError
 from sft_cloud.identity import ANONYMOUS, Identity
-from sft_cloud.observability import NOBODY, Observer
+from sft_cloud.observability import NOBODY, Observer, Watch
 from sft_cloud.rpc import ends_call, ends_session
 from sft_cloud.service.registry import DONE, Entry, Registry, StreamHandle
 from sft_cloud.service.status import Status
-from sft_cloud.session import Session
 from sft_cloud.storage import BlobStore
 
-T = TypeVar("T")
-
-OnWorker = Callable[[Callable[[], Any]], Any]
-"""Runs something on the thread that owns the device, and returns what it returns."""
-
 _log = logging.getLogger(__name__)
-
-
-class Checkpoints(Protocol):
-    """Where sessions are saved, so that they survive the process."""
-
-    def save(
-        self, session: Session, request: pb.OpenSessionRequest, owner: Identity, run: OnWorker
-    ) -> pb.CheckpointSaved:
-        """Writes the session as it is. What reads tensors goes through `run`. Raises StorageError."""
-
-    def keep(self, session: Session, request: pb.OpenSessionRequest, owner: Identity, steps: Sequence[int]) -> None:
-        """Deletes the other steps of the session's run. Raises StorageError."""
 
 
 class SplitTrainingService(pb_grpc.SplitTrainingServicer):
@@ -54,27 +35,25 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
 
     def __init__(
         self,
-        worker: Worker,
+        engine: Engine,
         store: BlobStore,
-        opener: Opener,
         sessions: Registry,
         identify: Callable[[grpc.ServicerContext], Identity] = lambda context: ANONYMOUS,
-        checkpoints: Checkpoints | None = None,
         observer: Observer = NOBODY,
     ) -> None:
-        """`store` takes uploads; `identify` says who calls, or raises AccessError; `observer` is told what happens."""
-        self._worker = worker
+        """`store` takes uploads; `sessions` has whoever closes one close it in the `engine`, too; `identify` says who
+        calls, or raises AccessError; `observer` is told what happens.
+        """
+        self._engine = engine
         self._store = store
-        self._opener = opener
         self._identify = identify
-        self._checkpoints = checkpoints
         self._observer = observer
         self._draining = threading.Event()
         self._idle: set[grpc.ServicerContext] = set()
         self.sessions = sessions
         self.stopping = threading.Event()
         """Set some time before `drain`: every answer tells its edge to save a checkpoint now."""
-        self._status = Status(sessions, worker.device, lambda: self.stopping.is_set() or self._draining.is_set())
+        self._status = Status(sessions, engine.device, lambda: self.stopping.is_set() or self._draining.is_set())
 
     def drain(self) -> None:
         """From now on no session is opened; streams end, with UNAVAILABLE, once what they work on is answered.
@@ -87,13 +66,12 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
 
     def OpenSession(self, request: pb.OpenSessionRequest, context: grpc.ServicerContext) -> pb.OpenSessionResponse:
         """See the .proto."""
-        response = pb.OpenSessionResponse(package_version=__version__, device=str(self._worker.device))
+        response = pb.OpenSessionResponse(package_version=__version__, device=self._engine.device)
         with ends_call(context):
             caller = self._identify(context)
             self._check_draining()
             if request.only_check:
-                missing = self._opener.open(request, caller)
-                response.missing_blobs.extend([] if isinstance(missing, Session) else missing)
+                response.missing_blobs.extend(self._engine.open("", request, caller).missing_blobs)
                 return response
             if self.stopping.is_set():
                 raise ServerUnavailableError("the server is about to stop")
@@ -101,15 +79,15 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
             if entry is None:
                 started = time.monotonic()
                 with self.sessions.place(request, caller) as put:
-                    opened = self._opener.open(request, caller)
-                    if not isinstance(opened, Session):
-                        response.missing_blobs.extend(opened)
+                    opened = self._engine.open(secrets.token_urlsafe(24), request, caller)
+                    if not opened.session_id:
+                        response.missing_blobs.extend(opened.missing_blobs)
                         return response
-                    entry = put(opened)
+                    entry = put(opened.session_id, opened.next_step)
                 self._log_opened(entry, time.monotonic() - started)
                 self._observer.metrics.opened(caller.name, resumed=bool(request.resume_from))
             response.session_id = entry.session_id
-            response.next_step = entry.session.next_step
+            response.next_step = entry.next_step
             response.session_timeout_seconds = self.sessions.session_timeout_seconds
         return response
 
@@ -143,10 +121,10 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
             entry = self.sessions.attach(first.attach.session_id, caller, stream)
             session_id, answered = entry.session_id, first.answered
             self._observer.metrics.attached(caller.name, again)
-            # Whoever held on to a session would keep its memory when it has ended.
+            # Whoever held on to an entry would keep the answers in it when its session has ended.
             del entry, first
             try:
-                # A call that ends while its thread waits for the worker must not hold the session until then.
+                # A call that ends while its thread waits for the engine must not hold the session until then.
                 if not context.add_callback(lambda: self._detach(session_id, caller, stream)):
                     return
                 yield from self._attached(session_id, caller, stream, answered)
@@ -167,26 +145,19 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
     def DownloadWeights(
         self, request: pb.DownloadWeightsRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.DownloadWeightsResponse]:
-        """See the .proto. Tensor by tensor, so the worker is never held for long, but all of one step."""
+        """See the .proto. Tensor by tensor, so the engine is never held for long, but all of one step."""
         with ends_call(context):
-            entry = self.sessions.get(request.session_id, self._identify(context))
-            version = entry.session.version
-
-            def listed() -> list[StoredTensor]:
-                session = entry.session
-                return session.stored_optimizer_state() if request.optimizer_state else session.stored_parameters()
-
-            def on_worker(read: Callable[[], Tensor]) -> Callable[[], Tensor]:
-                return lambda: self._run(lambda: _read_at(entry.session, version, read))
-
-            stored = [tensor._replace(read=on_worker(tensor.read)) for tensor in self._run(listed)]
-            skip, sent = request.offset, 0
-            for data in safetensors_chunks(stored):
-                if skip < len(data):
-                    yield pb.DownloadWeightsResponse(data=data[skip:])
-                    sent += len(data) - skip
-                skip = max(skip - len(data), 0)
-            self._observer.metrics.downloaded(entry.owner.name, sent)
+            caller = self._identify(context)
+            session_id = self.sessions.get(request.session_id, caller).session_id
+            version, sizes = self._engine.contents(session_id, request.optimizer_state)
+            skip = request.offset
+            for index, size in enumerate(sizes):
+                if skip < size:
+                    data = self._engine.read(session_id, request.optimizer_state, index, version)
+                    for start in range(skip, size, CHUNK_BYTES):
+                        yield pb.DownloadWeightsResponse(data=data[start : start + CHUNK_BYTES])
+                skip = max(skip - size, 0)
+            self._observer.metrics.downloaded(caller.name, max(0, sum(sizes) - request.offset))
 
     def Status(self, request: pb.StatusRequest, context: grpc.ServicerContext) -> pb.StatusResponse:
         """See the .proto."""
@@ -217,7 +188,7 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
         with entry.lock:  # what the stream before this one had begun is finished
             _check_has(entry, stream)
             answers = entry.messages.answers_after(answered)
-            attached = pb.Attached(next_step=entry.session.next_step, last_number=entry.messages.last_number)
+            attached = pb.Attached(next_step=entry.next_step, last_number=entry.messages.last_number)
         del entry
         yield pb.CloudMessage(attached=attached, stopping=self.stopping.is_set())
         yield from answers
@@ -226,41 +197,46 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
         self, session_id: str, caller: Identity, stream: StreamHandle, message: pb.EdgeMessage
     ) -> pb.CloudMessage:
         arrived = time.monotonic()
-        # Looked up each time: whoever held on to a session would keep its memory when it has ended.
-        entry = self.sessions.get(session_id, caller)
+        entry = self.sessions.get(session_id, caller)  # looked up each time, see `Train`
 
         def work() -> pb.CloudMessage:
-            remembered = entry.messages.held_bytes
-            handled = watch.work(lambda: self.sessions.get(session_id, caller).session.handle(message, remembered))
-            answer = self._run(handled)
+            answer = self._handle(entry, message, watch)
             if message.HasField("save_checkpoint"):
                 answer.checkpoint_saved.CopyFrom(self._save(entry))
-            if message.HasField("keep_checkpoints") and self._checkpoints is not None:
-                steps = message.keep_checkpoints.steps
-                entry.saves += entry.session.next_step in steps
+            if message.HasField("keep_checkpoints"):
+                steps = list(message.keep_checkpoints.steps)
+                entry.saves += entry.next_step in steps
                 with suppress(StorageError):  # too many is no harm; they are told again with the next checkpoint
-                    self._checkpoints.keep(entry.session, entry.request, entry.owner, steps)
+                    self._engine.keep(session_id, steps)
             answer.cloud_seconds = time.monotonic() - arrived
             return answer
 
         with self._observer.message(caller.name, entry.label, message) as watch, entry.lock:
             _check_has(entry, stream)
             self.sessions.touch(entry)
-            before = entry.session.next_step
+            before = entry.next_step
             answer, repeated = entry.messages.apply(message, work)
             answer.stopping = self.stopping.is_set()
             received, sent = message.ByteSize(), answer.ByteSize()
             entry.bytes_received += received
             entry.bytes_sent += sent
-            watch.answered(answer, (received, sent), entry.session.next_step - before, repeated)
+            watch.answered(answer, (received, sent), entry.next_step - before, repeated)
         return answer
 
-    def _save(self, entry: Entry) -> pb.CheckpointSaved:
-        """In the thread of the stream: the disk keeps nobody else waiting."""
-        if self._checkpoints is None or not entry.request.run_id:
-            raise PreconditionError("this session was opened without a run_id, or this server saves no checkpoints")
+    def _handle(self, entry: Entry, message: pb.EdgeMessage, watch: Watch) -> pb.CloudMessage:
+        handled = self._engine.handle(entry.session_id, message, entry.messages.held_bytes)
         try:
-            return self._checkpoints.save(entry.session, entry.request, entry.owner, self._run)
+            watch.worked(handled.waited_seconds, handled.worked_seconds)
+            entry.next_step = handled.next_step
+            if handled.error is not None:
+                raise handled.error
+            return handled.answer
+        finally:
+            del handled  # the error's traceback would hold the error in a circle, and with it the session
+
+    def _save(self, entry: Entry) -> pb.CheckpointSaved:
+        try:
+            return self._engine.save(entry.session_id)
         except StorageError as error:
             _log.warning("checkpoint not saved", extra={"fields": {"session": entry.label, "reason": str(error)}})
             return pb.CheckpointSaved(error=str(error))
@@ -272,9 +248,6 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
     def _end(self, session_id: str, caller: Identity, stream: StreamHandle, reason: str) -> None:
         self._detach(session_id, caller, stream)  # first, or the call would end as cancelled
         self.sessions.close(session_id, reason)
-
-    def _run(self, work: Callable[[], T]) -> T:
-        return self._worker.submit(work).result()
 
     def _check_draining(self) -> None:
         if self._draining.is_set():
@@ -291,7 +264,7 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
             "split_layer": request.cut.layer_name or request.cut.split_layer,
             "split_rank": request.cut.split_rank,
             "optimizer": request.optimizer.name,
-            "next_step": entry.session.next_step,
+            "next_step": entry.next_step,
             "seconds": round(seconds, 3),
         }
         _log.info("session opened", extra={"fields": fields})
@@ -303,7 +276,7 @@ def log_closed(entry: Entry, reason: str, age_seconds: float) -> None:
         "session": entry.label,
         "owner": entry.owner.name,
         "reason": reason,
-        "steps": entry.session.next_step,
+        "steps": entry.next_step,
         "seconds": round(age_seconds, 3),
         "bytes_received": entry.bytes_received,
         "bytes_sent": entry.bytes_sent,
@@ -314,9 +287,3 @@ def log_closed(entry: Entry, reason: str, age_seconds: float) -> None:
 def _check_has(entry: Entry, stream: StreamHandle) -> None:
     if entry.stream is not stream:
         raise StreamTakenError("another stream has this session now")
-
-
-def _read_at(session: Session, version: int, read: Callable[[], Tensor]) -> Tensor:
-    if session.version != version:
-        raise PreconditionError("the session trained on while its weights were read; download them between two steps")
-    return read()

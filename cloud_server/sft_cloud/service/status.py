@@ -5,8 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-import torch
-
 from sft.errors import ProtocolError
 from sft.v1 import split_training_pb2 as pb
 from sft.version import __version__
@@ -21,7 +19,7 @@ class Status:
     def __init__(
         self,
         sessions: Registry,
-        device: torch.device,
+        device: str,
         is_stopping: Callable[[], bool] = lambda: False,
         clock: Callable[[], float] = time.monotonic,
         unix_clock: Callable[[], float] = time.time,
@@ -41,7 +39,7 @@ class Status:
         return pb.StatusResponse(
             package_version=__version__,
             protocol_version=PROTOCOL_VERSION,
-            device=str(self._device),
+            device=self._device,
             unix_seconds=self._unix_clock(),
             uptime_seconds=self._clock() - self._started_at,
             caller=caller.name,
@@ -69,7 +67,7 @@ class Status:
             label=entry.label,
             owner=entry.owner.name,
             model_name=entry.request.model_name or entry.request.cut.layer_name,
-            next_step=entry.session.next_step,
+            next_step=entry.next_step,
             age_seconds=self._sessions.age(entry),
             idle_seconds=self._sessions.idle(entry),
             bytes_received=entry.bytes_received,

@@ -29,7 +29,7 @@ from sft.models.seeding import seeded
 from sft.optim.gradients import scale_gradients
 from sft.optim.spec import set_learning_rates
 from sft.optim.state import stored_state
-from sft.tensors.stream import StoredTensor
+from sft.tensors.stream import StoredTensor, copied
 from sft.v1 import split_training_pb2 as pb
 from sft_cloud.errors import PreconditionError, is_out_of_memory
 from sft_cloud.session.commit import apply_group_arguments, check_commit, take_step
@@ -128,7 +128,7 @@ class Session:
 
     def stored_parameters(self) -> list[StoredTensor]:
         """Net_2's parameters under whole-model names, sorted; reading one copies it to the CPU as it is then."""
-        return [_copied(tensor) for tensor in self._half.stored_parameters()]
+        return [copied(tensor) for tensor in self._half.stored_parameters()]
 
     def stored_optimizer_state(self) -> list[StoredTensor]:
         """The state of net_2's optimizer, see `sft.optim.state`."""
@@ -328,7 +328,3 @@ class Session:
 def _check_autocast(autocast: pb.DataType) -> None:
     if autocast and autocast not in _AUTOCAST:
         raise ProtocolError("autocast must be of type bfloat16 or float16")
-
-
-def _copied(tensor: StoredTensor) -> StoredTensor:
-    return tensor._replace(read=lambda: tensor.read().to("cpu", copy=True))

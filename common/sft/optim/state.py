@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sft.errors import ProtocolError, UsageError
-from sft.tensors.stream import StoredTensor
+from sft.tensors.stream import StoredTensor, copied
 
 SCALARS = "scalars"
 
@@ -44,7 +44,7 @@ def stored_state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.P
 
 def stored_tensor(name: str, tensor: Tensor) -> StoredTensor:
     """A tensor that reading copies to the CPU, as it is then."""
-    return StoredTensor(name, tensor.dtype, tuple(tensor.shape), lambda: tensor.detach().to("cpu", copy=True))
+    return copied(StoredTensor(name, tensor.dtype, tuple(tensor.shape), lambda: tensor))
 
 
 def checked_state(

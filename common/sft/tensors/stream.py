@@ -48,9 +48,14 @@ def in_memory(tensors: Dict[str, Tensor]) -> Sequence[StoredTensor]:
     ]
 
 
+def copied(tensor: StoredTensor) -> StoredTensor:
+    """The same, but reading it copies it to the CPU, as it is then."""
+    return tensor._replace(read=lambda: tensor.read().detach().to("cpu", copy=True))
+
+
 def safetensors_size(tensors: Sequence[StoredTensor]) -> int:
     """Bytes that `safetensors_chunks` yields in all."""
-    return len(_header(tensors)) + sum(tensor.size() for tensor in tensors)
+    return len(safetensors_header(tensors)) + sum(tensor.size() for tensor in tensors)
 
 
 def safetensors_chunks(tensors: Sequence[StoredTensor]) -> Iterator[bytes]:
@@ -58,10 +63,15 @@ def safetensors_chunks(tensors: Sequence[StoredTensor]) -> Iterator[bytes]:
 
     One tensor is in memory at a time. The same tensors give the same bytes on every machine, so they have one hash.
     """
-    yield from _cut(_header(tensors))
+    yield from _cut(safetensors_header(tensors))
     for tensor in tensors:
-        flat = tensor.read().detach().to("cpu").contiguous().reshape(-1)
-        yield from _cut(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
+        yield from _cut(tensor_bytes(tensor.read()))
+
+
+def tensor_bytes(x: Tensor) -> bytes:
+    """The elements of a tensor as a safetensors file has them."""
+    flat = x.detach().to("cpu").contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
 
 
 def sha256_of(tensors: Sequence[StoredTensor]) -> str:
@@ -72,7 +82,8 @@ def sha256_of(tensors: Sequence[StoredTensor]) -> str:
     return digest.hexdigest()
 
 
-def _header(tensors: Sequence[StoredTensor]) -> bytes:
+def safetensors_header(tensors: Sequence[StoredTensor]) -> bytes:
+    """What stands before the elements of the tensors in a safetensors file."""
     # Transformers 4.46 opens no file without this.
     entries: Dict[str, Dict[str, object]] = {"__metadata__": {"format": "pt"}}
     offset = 0

@@ -260,7 +260,7 @@ def test_what_is_saved_while_others_wait(stub, server: CloudServer, edge: TinyEd
     other = Run(stub, make_edge(), run_id="f" * 32)
     run = Run(stub, edge)
     run.train(1)
-    store = server.service._checkpoints._store._files
+    store = server.engine._checkpoints._store._files
     trained = []
     write = type(store).write
 
@@ -274,14 +274,17 @@ def test_what_is_saved_while_others_wait(stub, server: CloudServer, edge: TinyEd
 
 
 def test_checkpoints_of_one_caller_take_no_more_than_it_may(start_server, connect, edge: TinyEdge) -> None:
-    server = start_server(access=Access(identify=lambda context: Identity("ann")))
-    run = Run(connect(server.address), edge)
-    run.train(1)
-    size = run.save().total_bytes
-    (entry,) = server.sessions.entries()
-    entry.owner = Identity("ann", Limits(max_upload_bytes=3 * size - 1))
-    run.train(1)
-    assert not run.save().error
+    callers = [Identity("zoe")]
+    stub = connect(start_server(access=Access(identify=lambda context: callers[-1])).address)
+    without_limit = Run(stub, edge)
+    without_limit.train(1)
+    size = without_limit.save().total_bytes
+    without_limit.stream.end()
+    callers.append(Identity("ann", Limits(max_upload_bytes=3 * size - 1)))
+    run = Run(stub, edge)
+    for _ in range(2):
+        run.train(1)
+        assert not run.save().error
     run.train(1)
     refused = run.save()
     assert refused.error.startswith(f"your checkpoints take {2 * size} bytes, this one would take {size} more")

@@ -23,7 +23,7 @@ from sft.errors import CutError, LinkError, ProtocolError, ServerFullError, SFTE
 from sft.tensors.stream import in_memory, safetensors_chunks
 from sft.v1 import split_training_pb2 as pb
 from sft.wire.protocol import PROTOCOL_VERSION
-from sft_cloud.engine.worker import DeviceWorker
+from sft_cloud.engine.worker import at_once
 from sft_cloud.identity import ANONYMOUS
 from sft_cloud.script.graph_host import GraphHost
 from sft_cloud.script.opener import ScriptOpener
@@ -196,9 +196,8 @@ class OneModel:
         self.model = make_model()
         self.hosted = GraphHost(self.model, AT, RANK, "none")
         self.names = [*self.hosted.parameters]
-        self.worker = DeviceWorker(torch.device("cpu"), 4)
         self.store = BlobStore(place)
-        self.opener = ScriptOpener(self.hosted, adamw(self.model), [self.names], self.worker, self.store, is_over)
+        self.opener = ScriptOpener(self.hosted, adamw(self.model), [self.names], self.store, is_over)
 
     def request(self, value: float) -> pb.OpenSessionRequest:
         """Of an edge all of whose numbers are `value`."""
@@ -224,25 +223,23 @@ class OneModel:
 
 def test_only_a_session_that_has_had_no_message_makes_room(tmp_path: Path) -> None:
     one = OneModel(tmp_path)
-    assert isinstance(one.opener.open(one.request(1.0), ANONYMOUS), Session)
-    second = one.opener.open(one.request(2.0), ANONYMOUS)
+    assert isinstance(one.opener.open(one.request(1.0), ANONYMOUS, at_once), Session)
+    second = one.opener.open(one.request(2.0), ANONYMOUS, at_once)
     assert isinstance(second, Session)
     assert one.value == 2.0
     second.has_begun = True
     with pytest.raises(ServerFullError, match="trains with one edge"):
-        one.opener.open(one.request(3.0), ANONYMOUS)
+        one.opener.open(one.request(3.0), ANONYMOUS, at_once)
     assert one.value == 2.0
-    one.worker.shutdown()
 
 
 def test_an_edge_that_comes_while_another_is_looked_at(tmp_path: Path) -> None:
     """What an opener has found on the way in may no longer hold when it loads."""
     one = OneModel(tmp_path, is_over=iter([False, False, False, True]).__next__)
-    one.opener.open(one.request(1.0), ANONYMOUS)
+    one.opener.open(one.request(1.0), ANONYMOUS, at_once)
     with pytest.raises(ServerFullError, match="trains with one edge"):
-        one.opener.open(one.request(2.0), ANONYMOUS)
+        one.opener.open(one.request(2.0), ANONYMOUS, at_once)
     assert one.value == 1.0
-    one.worker.shutdown()
 
 
 def test_an_optimizer_of_a_class_of_the_clouds_own() -> None:

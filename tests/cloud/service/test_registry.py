@@ -1,5 +1,7 @@
 """Places for sessions, and who has them."""
 
+import secrets
+
 import pytest
 
 from sft.errors import ServerFullError, ServerUnavailableError, SessionLostError
@@ -48,7 +50,7 @@ def request(**fields):
 
 def add(registry, owner=ANN, **fields):
     with registry.place(request(**fields), owner) as put:
-        return put(object())
+        return put(secrets.token_hex(), 0)
 
 
 def test_a_caller_has_so_many_sessions(registry, clock):
@@ -59,7 +61,7 @@ def test_a_caller_has_so_many_sessions(registry, clock):
     with registry.place(request(), BOB) as put:  # one that is being opened counts, too
         with pytest.raises(ServerFullError, match="all of its 2 sessions"):
             add(registry, ANN)
-        put(object())
+        put("b", 0)
     registry.close(entry.session_id, "done")
     with registry.place(request(), few), pytest.raises(QuotaError), registry.place(request(), few):
         pass

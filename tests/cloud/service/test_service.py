@@ -214,7 +214,7 @@ def test_an_unexpected_error_stays_in_the_log(stub, make_edge, server, caplog):
     stream = Stream(stub, attach(session_id))
     next(stream.call)
     (entry,) = server.sessions.entries()
-    entry.session._half = None  # as a bug would
+    server.engine._find(entry.session_id).session._half = None  # as a bug would
     assert refusal(lambda: stream.ask(edge.forward(0))) == (
         grpc.StatusCode.INTERNAL,
         "internal error, see the server's log",
@@ -228,7 +228,7 @@ def test_an_unexpected_error_stays_in_the_log(stub, make_edge, server, caplog):
 def test_an_edge_that_goes_frees_its_session(stub, edge, server, connect, without_gc, end):
     closed = wait_until_closed(server)
     session_id = open_session(stub, edge)
-    net_2 = weakref.ref(server.sessions.get(session_id, ANONYMOUS).session._half.net_2)
+    net_2 = weakref.ref(server.engine._find(session_id).session._half.net_2)
     stream = Stream(stub, attach(session_id))
     next(stream.call)
     stream.ask(edge.forward(0))
@@ -298,7 +298,7 @@ def test_a_server_that_stops_answers_what_it_works_on(stub, edge, server):
     stream = Stream(stub, attach(open_session(stub, edge)))
     next(stream.call)
     held, go_on, waits = threading.Event(), threading.Event(), threading.Event()
-    worker = server.service._worker
+    worker = server.engine._worker
     submit = worker.submit
     submit(lambda: (held.set(), go_on.wait(SECONDS)))
     assert held.wait(SECONDS)

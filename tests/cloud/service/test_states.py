@@ -11,8 +11,7 @@ from support.tiny_edge import attach
 
 from sft.v1 import split_training_pb2 as pb
 from sft.v1 import split_training_pb2_grpc as pb_grpc
-from sft_cloud.engine.worker import DeviceWorker
-from sft_cloud.identity import ANONYMOUS
+from sft_cloud.engine.in_process import InProcessEngine
 from sft_cloud.service.registry import Registry
 from sft_cloud.service.servicer import SplitTrainingService
 from sft_cloud.storage.blobs import BlobStore
@@ -54,17 +53,15 @@ def test_what_was_learned_goes_down_and_up_again(stub, edge):
 @pytest.mark.parametrize("change", ["a step", "a state that is loaded"])
 def test_weights_cannot_be_read_across_a_change(stub, edge, server, change):
     session_id = open_session(stub, edge)
-    session = server.sessions.get(session_id, ANONYMOUS).session
-    stored = session.stored_parameters()
     load_state = pb.LoadState(sha256=upload(stub, download(stub, session_id)))
     messages = [edge.forward(0), edge.commit(0)] if change == "a step" else [pb.EdgeMessage(load_state=load_state)]
 
-    def meanwhile():
-        for message in messages:
-            session.handle(message)
-        return stored
+    def read(*asked, read=server.engine.read):
+        while messages:
+            server.engine.handle(session_id, messages.pop(0), 0)
+        return read(*asked)
 
-    session.stored_parameters = meanwhile
+    server.engine.read = read
     code, details = refusal(lambda: download(stub, session_id))
     assert code is grpc.StatusCode.FAILED_PRECONDITION
     assert "between two steps" in details
@@ -74,14 +71,14 @@ def test_another_opener_serves_what_it_likes(edge, connect, open_session, tmp_pa
     """The service knows no models: a script's host gives it an opener of its own."""
 
     class Opener:
-        def open(self, request, owner):
+        def open(self, request, owner, run):
             if request.cut.layer_name != "blocks.5.mlp.fc2":
                 return ["f" * 64]
             return open_session(edge)
 
-    worker, executor = DeviceWorker(torch.device("cpu"), 4, 1), ThreadPoolExecutor(4)
+    engine, executor = InProcessEngine(torch.device("cpu"), Opener(), threads=1), ThreadPoolExecutor(4)
     server = grpc.server(executor)
-    service = SplitTrainingService(worker, BlobStore(tmp_path), Opener(), Registry(1))
+    service = SplitTrainingService(engine, BlobStore(tmp_path), Registry(1))
     pb_grpc.add_SplitTrainingServicer_to_server(service, server)
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
@@ -96,5 +93,5 @@ def test_another_opener_serves_what_it_likes(edge, connect, open_session, tmp_pa
         assert [answer.WhichOneof("body") for answer in answers] == ["attached", "result"]
     finally:
         server.stop(0).wait(SECONDS)
-        worker.shutdown()
+        engine.shutdown()
         executor.shutdown()

@@ -85,7 +85,7 @@ def test_an_edge_that_comes_back_while_its_message_waits(server, connect, edge):
     stream = Stream(stub, attach(session_id))
     next(stream.call)
     held, go_on = threading.Event(), threading.Event()
-    worker = server.service._worker
+    worker = server.engine._worker
     submit, waits = worker.submit, threading.Event()
     submit(lambda: (held.set(), go_on.wait(SECONDS)))
     assert held.wait(SECONDS)

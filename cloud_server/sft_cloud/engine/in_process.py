@@ -1,0 +1,133 @@
+"""The engine in this process: sessions are objects here, and one thread owns the device that all of them compute on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sft.errors import SessionLostError
+from sft.tensors.stream import StoredTensor, safetensors_header, tensor_bytes
+from sft.v1 import split_training_pb2 as pb
+from sft_cloud.engine.engine import Contents, Handled
+from sft_cloud.engine.opener import Opener
+from sft_cloud.engine.saved_session import Checkpoints
+from sft_cloud.engine.worker import DeviceWorker
+from sft_cloud.errors import PreconditionError
+from sft_cloud.identity import Identity
+from sft_cloud.session import Session
+
+
+class _Live(NamedTuple):
+    session: Session
+    request: pb.OpenSessionRequest
+    """As it was opened with."""
+    owner: Identity
+
+
+class InProcessEngine:
+    """See `sft_cloud.engine.engine.Engine`.
+
+    A session is looked up on the worker's thread: whoever held on to one while waiting would keep its memory after its
+    end.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        opener: Opener,
+        checkpoints: Checkpoints | None = None,
+        capacity: int = 64,
+        threads: int | None = None,
+    ) -> None:
+        """Without `checkpoints` none are saved. `capacity`: how much work may wait for the device; `threads`: how many
+        torch computes with, None is its own choice.
+        """
+        self.device = str(device)
+        self._opener = opener
+        self._checkpoints = checkpoints
+        self._worker = DeviceWorker(device, capacity, threads)
+        self._sessions: dict[str, _Live] = {}
+
+    def open(self, session_id: str, request: pb.OpenSessionRequest, owner: Identity) -> pb.OpenSessionResponse:
+        """See Engine."""
+        opened = self._opener.open(request, owner, self._worker.run)
+        if request.only_check or not isinstance(opened, Session):
+            return pb.OpenSessionResponse(missing_blobs=[] if isinstance(opened, Session) else opened)
+        self._sessions[session_id] = _Live(opened, request, owner)
+        return pb.OpenSessionResponse(session_id=session_id, next_step=opened.next_step)
+
+    def handle(self, session_id: str, message: pb.EdgeMessage, remembered_bytes: int) -> Handled:
+        """See Engine."""
+        asked = time.perf_counter()
+
+        def work() -> Handled:
+            session, began = self._find(session_id).session, time.perf_counter()
+            # Neither the error nor what holds it may be a variable here: its traceback would hold them in a circle.
+            try:
+                answer = session.handle(message, remembered_bytes)
+                return Handled(answer, None, session.next_step, began - asked, time.perf_counter() - began)
+            except Exception as error:
+                nothing = pb.CloudMessage()
+                return Handled(nothing, error, session.next_step, began - asked, time.perf_counter() - began)
+
+        return self._worker.run(work)
+
+    def contents(self, session_id: str, optimizer_state: bool) -> Contents:
+        """See Engine."""
+
+        def work() -> Contents:
+            session = self._find(session_id).session
+            stored = _stored(session, optimizer_state)
+            return Contents(session.version, [len(safetensors_header(stored)), *(tensor.size() for tensor in stored)])
+
+        return self._worker.run(work)
+
+    def read(self, session_id: str, optimizer_state: bool, index: int, version: int) -> bytes:
+        """See Engine. The worker is held while one tensor is copied."""
+
+        def work() -> bytes | Tensor:
+            session = self._find(session_id).session
+            if session.version != version:
+                raise PreconditionError(
+                    "the session trained on while its weights were read; download them between two steps"
+                )
+            stored = _stored(session, optimizer_state)
+            return stored[index - 1].read() if index else safetensors_header(stored)
+
+        part = self._worker.run(work)
+        return part if isinstance(part, bytes) else tensor_bytes(part)
+
+    def save(self, session_id: str) -> pb.CheckpointSaved:
+        """See Engine. In the caller's thread: the disk keeps nobody else waiting."""
+        live = self._find(session_id)
+        if self._checkpoints is None or not live.request.run_id:
+            raise PreconditionError("this session was opened without a run_id, or this server saves no checkpoints")
+        return self._checkpoints.save(live.session, live.request, live.owner, self._worker.run)
+
+    def keep(self, session_id: str, steps: Sequence[int]) -> None:
+        """See Engine."""
+        live = self._find(session_id)
+        if self._checkpoints is not None:
+            self._checkpoints.keep(live.session, live.request, live.owner, steps)
+
+    def close(self, session_id: str) -> None:
+        """See Engine."""
+        self._sessions.pop(session_id, None)
+
+    def shutdown(self) -> None:
+        """See Engine."""
+        self._worker.shutdown()
+
+    def _find(self, session_id: str) -> _Live:
+        live = self._sessions.get(session_id)
+        if live is None:
+            raise SessionLostError("there is no such session on this server; it has ended, or was never opened")
+        return live
+
+
+def _stored(session: Session, optimizer_state: bool) -> Sequence[StoredTensor]:
+    return session.stored_optimizer_state() if optimizer_state else session.stored_parameters()
