@@ -126,7 +126,7 @@ def test_a_whole_group_of_processes(job: Job, model: Path, tmp_path: Path) -> No
 SIGNALLED_IN_A_STEP = """
 import multiprocessing, subprocess, sys
 from sft_edge.cli import main
-from sft_edge.systems import LocalSystem
+from sft_edge.systems.local import LocalSystem
 
 def update(self, step, scale, update=LocalSystem.update):
     update(self, step, scale)
