@@ -1,17 +1,18 @@
-"""Files that are written whole or not at all: under a temporary name, synced, renamed."""
+"""Files of a run, written whole or not at all, and JSON."""
 
 from __future__ import annotations
 
 import json
 import math
 import numbers
-import os
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, Iterable, Iterator, Mapping
 
 from sft.errors import StorageError
+from sft.files.room import free_bytes
+from sft.files.whole import whole_file
 
 
 @contextmanager
@@ -29,31 +30,21 @@ def write_file(path: Path, chunks: Iterable[bytes]) -> int:
 
     What `chunks` raises goes through. Nothing is left behind then.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     size = 0
-    try:
-        with storage_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
-                for chunk in chunks:
-                    size += file.write(chunk)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(str(temporary), str(path))
-    except BaseException:
-        with storage_errors(path):
-            temporary.unlink(missing_ok=True)
-        raise
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as file:
+            for chunk in chunks:
+                size += file.write(chunk)
     return size
 
 
-def sync_directory(path: Path) -> None:
-    """Until then a crash of the machine may forget what was renamed in it. Raises OSError."""
-    handle = os.open(str(path), os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def check_room(option: str, directory: Path, needed: int) -> None:
+    """Raises StorageError where a model of so many bytes does not fit into the directory that `option` names."""
+    with storage_errors(directory):
+        free = free_bytes(directory)
+    if free < needed:
+        raise StorageError(f"{option} {directory}: the model needs {needed:,} bytes, the disk has {free:,} free")
 
 
 def write_json(path: Path, content: Any) -> None:

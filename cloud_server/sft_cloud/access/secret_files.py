@@ -2,38 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 import stat
-from contextlib import suppress
 from pathlib import Path
 
 from sft.errors import StorageError, UsageError
+from sft.files.whole import sync_directory, whole_file
 
 PRIVATE, PUBLIC = 0o600, 0o644
 
 
 def write_file(path: Path, content: bytes, mode: int = PRIVATE) -> None:
     """Puts a file in the place of what was there, with this mode from its first byte on. Raises StorageError."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-        try:
-            with open(descriptor, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(descriptor)
-            os.replace(temporary, path)
-        except BaseException:
-            with suppress(OSError):
-                os.unlink(temporary)
-            raise
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        with whole_file(path, mode) as file:
+            file.write(content)
+        sync_directory(path.parent)
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror}") from error
 

@@ -9,13 +9,12 @@ import hashlib
 import logging
 import os
 import re
-import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 from urllib.parse import quote
 
 import torch
@@ -24,8 +23,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sft.errors import ProtocolError, StorageError
+from sft.files.whole import whole_file
 from sft_cloud.errors import QuotaError
 from sft_cloud.identity import Identity
+from sft_cloud.storage.files import check_disk
 
 MAX_BLOB_BYTES = 64 << 30
 """Largest blob accepted: float32 weights of 16 billion parameters."""
@@ -135,19 +136,9 @@ class BlobStore:
         if path.is_file():
             return
         try:
-            free = shutil.disk_usage(self._directory).free
-            if total_bytes > free:
-                raise StorageError(f"the cloud's disk has {free} bytes left, the upload needs {total_bytes}")
-            with (
-                self._room_for(total_bytes),
-                tempfile.NamedTemporaryFile(dir=self._directory, suffix=".part", delete=False) as file,
-            ):
-                try:
-                    _write(file, sha256, total_bytes, chunks)
-                    os.replace(file.name, path)
-                except BaseException:
-                    os.unlink(file.name)
-                    raise
+            check_disk(self._directory, total_bytes, "upload")
+            with self._room_for(total_bytes), whole_file(path, mode=0o600, suffix=".part") as file:
+                _write(file, sha256, total_bytes, chunks)
         except OSError as error:
             raise StorageError(f"the cloud cannot store the upload: {error.strerror}") from error
 
@@ -187,7 +178,7 @@ class BlobStore:
         return self._directory / f"{check_sha256(sha256)}.safetensors"
 
 
-def _write(file: tempfile._TemporaryFileWrapper[bytes], sha256: str, total_bytes: int, chunks: Iterable[bytes]) -> None:
+def _write(file: BinaryIO, sha256: str, total_bytes: int, chunks: Iterable[bytes]) -> None:
     digest, size = hashlib.sha256(), 0
     for chunk in chunks:
         size += len(chunk)
@@ -200,5 +191,3 @@ def _write(file: tempfile._TemporaryFileWrapper[bytes], sha256: str, total_bytes
         raise ProtocolError(f"{relation} bytes than the {total_bytes} announced were uploaded")
     if digest.hexdigest() != sha256:
         raise ProtocolError(f"the uploaded bytes have SHA-256 {digest.hexdigest()}, not {sha256}; upload them again")
-    file.flush()
-    os.fsync(file.fileno())

@@ -15,6 +15,8 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from sft.errors import StorageError, UsageError
+from sft.files.room import free_bytes, nearest_existing
+from sft.files.whole import sync_directory, whole_file
 
 
 class Files(Protocol):
@@ -53,7 +55,7 @@ class LocalFiles:
     def __init__(self, root: Path) -> None:
         """The directory is made with the first file. Raises UsageError where that could not be."""
         self._root = root.absolute()
-        existing = next(path for path in (self._root, *self._root.parents) if path.exists())
+        existing = nearest_existing(self._root)
         if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
             raise UsageError(f"--checkpoint-store {root}: {existing} is no directory that can be written in")
 
@@ -62,18 +64,10 @@ class LocalFiles:
         path = self._root / name
         with _storage_errors():
             self._make(path.parent)
-            file = tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False)  # noqa: SIM115
-            try:
-                with file:
-                    for chunk in chunks:
-                        file.write(chunk)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(file.name, path)
-            except BaseException:
-                Path(file.name).unlink(missing_ok=True)
-                raise
-            _sync(path.parent)
+            with whole_file(path, mode=0o600) as file:
+                for chunk in chunks:
+                    file.write(chunk)
+            sync_directory(path.parent)
 
     def read(self, name: str, max_bytes: int) -> bytes | None:
         """See Files."""
@@ -103,21 +97,18 @@ class LocalFiles:
             else:
                 path.unlink(missing_ok=True)
             if path.parent.is_dir():
-                _sync(path.parent)
+                sync_directory(path.parent)
 
     def check_room(self, total_bytes: int) -> None:
         """See Files."""
         with _storage_errors():
-            self._make(self._root)
-            free = shutil.disk_usage(self._root).free
-        if free < total_bytes:
-            raise StorageError(f"the cloud's disk has {free:,} bytes left, the checkpoint needs {total_bytes:,}")
+            check_disk(self._root, total_bytes, "checkpoint")
 
     def _make(self, directory: Path) -> None:
         missing = [path for path in (directory, *directory.parents) if not path.exists()]
         for path in reversed(missing):
             path.mkdir(exist_ok=True)
-            _sync(path.parent)
+            sync_directory(path.parent)
 
 
 class FsspecFiles:
@@ -200,13 +191,11 @@ class FsspecFiles:
             ) from error
 
 
-def _sync(directory: Path) -> None:
-    """Until then a crash of the machine may forget what was renamed in it."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def check_disk(directory: Path, needed: int, what: str) -> None:
+    """Raises StorageError where `what`, of so many bytes, does not fit; OSError where nobody can tell."""
+    free = free_bytes(directory)
+    if free < needed:
+        raise StorageError(f"the cloud's disk has {free:,} bytes left, the {what} needs {needed:,}")
 
 
 @contextmanager

@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple
 
 from sft.errors import CheckpointError, UsageError
+from sft.files.whole import sync_directory
 from sft.tensors.manifest import MANIFEST_FILE, Manifest, Measured, is_whole, read_manifest
-from sft_edge.files import storage_errors, sync_directory, write_file
+from sft_edge.files import storage_errors, write_file
 
 PREFIX = "checkpoint-"
 

@@ -20,7 +20,7 @@ from sft.errors import LinkError, StorageError, TrainingError
 from sft.models import build_whole
 from sft.v1 import split_training_pb2 as pb
 from sft_edge.checkpoints import Checkpointing, Stopped, likeness
-from sft_edge.files import write_file, write_json
+from sft_edge.files import check_room, write_file, write_json
 from sft_edge.link import retry_policy_of
 from sft_edge.model_files import Description, Source, model_card, open_source, save_model
 from sft_edge.options import (
@@ -310,11 +310,4 @@ class TrainingRun:
         """Raises StorageError now where the disk could not hold the result hours later."""
         whole = build_whole(source.config, task.head, cut_of(self.cutting))
         needed = sum(4 * math.prod(parameter.shape) for parameter in whole.parameters())
-        place = self.output_dir
-        while not place.exists():
-            place = place.parent
-        free = shutil.disk_usage(str(place)).free
-        if free < needed:
-            raise StorageError(
-                f"--output-dir {self.output_dir}: the model needs {needed:,} bytes, the disk has {free:,} free"
-            )
+        check_room("--output-dir", self.output_dir, needed)

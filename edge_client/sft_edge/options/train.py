@@ -14,6 +14,7 @@ from typing import Literal, Optional
 from sft.cli.devices import check_device
 from sft.cli.options import above_zero, at_least
 from sft.errors import CutError, UsageError
+from sft.files.room import nearest_existing
 from sft_edge.options.link import LinkOptions
 from sft_edge.options.lora import LoraOptions
 from sft_edge.options.optimizer import OptimizerOptions
@@ -240,9 +241,7 @@ def check_output_dir(output_dir: Path, overwrite: bool) -> None:
             f"--output-dir {output_dir} is not empty; name another, or add --overwrite-output-dir, or "
             "--resume-from-checkpoint to go on where a run was broken off"
         )
-    existing = output_dir
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
+    existing = nearest_existing(output_dir)
     if not existing.is_dir():
         raise UsageError(f"--output-dir {output_dir}: {existing} is not a directory")
     if not os.access(existing, os.W_OK | os.X_OK):

@@ -102,7 +102,7 @@ def test_only_hashes_name_blobs(store, name):
 def test_a_blob_larger_than_the_disk_is_refused_before_it_comes(store, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10_000, 6_000, 4_000))
-    with pytest.raises(StorageError, match="4000 bytes left, the upload needs 5000"):
+    with pytest.raises(StorageError, match="4,000 bytes left, the upload needs 5,000"):
         store.add(SHA256, len(CONTENT), CHUNKS)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import shutil
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
@@ -16,7 +15,7 @@ from sft.errors import StorageError, VerificationError
 from sft_edge.commands.export.card import export_card
 from sft_edge.commands.export.check import Question, ask_elsewhere, ask_here, largest_difference, texts_for
 from sft_edge.commands.export.content import DENSE, FACTORED, Export
-from sft_edge.files import json_text, storage_errors, write_file
+from sft_edge.files import check_room, json_text, storage_errors, write_file
 from sft_edge.model_files import load_model, read_description
 from sft_edge.options import ExportOptions
 
@@ -65,7 +64,7 @@ def export(options: ExportOptions) -> None:
 
 def _export(options: ExportOptions) -> Report:
     exported = Export(load_model(options.model), FACTORED if options.factored else DENSE)
-    _check_room(exported, options.to)
+    check_room("--to", options.to, exported.size())
     with _whole_or_not_at_all(options.to) as directory:
         exported.write(directory)
         write_file(directory / "README.md", [export_card(exported).encode("utf-8")])
@@ -107,15 +106,6 @@ def _compare(report: Report, directory: Path, model: Path) -> None:
             "nothing was exported: a hidden state of the base model, as AutoModel opens it, differs from that inside "
             f"{report.architecture} by {answer.base_difference:.3g}, over {report.tolerance:g}"
         )
-
-
-def _check_room(exported: Export, to: Path) -> None:
-    place = to
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(str(place)).free
-    if free < exported.size():
-        raise StorageError(f"--to {to}: the model needs {exported.size():,} bytes, the disk has {free:,} free")
 
 
 @contextlib.contextmanager
