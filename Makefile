@@ -12,6 +12,8 @@ PROTO_PYTHON ?= $(PYTHON)
 PROTO := proto/sft/v1/split_training.proto
 # Tests that take longer than about ten seconds run only with SLOW=1.
 SLOW ?= 0
+# A process for each core, which takes about a gigabyte; who has nothing left to do takes over from another.
+PYTEST = $(BIN)/pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 # Bandwidth of `make emulate`, in tc's units.
 RATE ?= 100mbit
 
@@ -34,9 +36,9 @@ demo: setup  ## fine-tune MiniLM on synthetic data in the paper's three systems,
 
 test: setup  ## run the tests; SLOW=1 adds the slow ones, SFT_DATA_DIR names the folder with the real data sets
 ifeq ($(SLOW),1)
-	$(BIN)/pytest
+	$(PYTEST)
 else
-	$(BIN)/pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 endif
 
 check: setup $(PROTO_BIN)/.installed  ## format, lint, types, import contracts, Python 3.8 in edge code, generated code up to date

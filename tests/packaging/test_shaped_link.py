@@ -28,8 +28,14 @@ def may_make_namespaces() -> bool:
 pytestmark = pytest.mark.skipif(not may_make_namespaces(), reason="network namespaces need root and iproute2")
 
 
-def namespaces() -> str:
-    return subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
+def namespaces_of(process: subprocess.Popen[str]) -> list[str]:
+    """Those that an emulation has made; others are those of tests in other processes."""
+    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
+    return [name for name in (line.split()[0] for line in listed.splitlines()) if name.endswith(f"-{process.pid}")]
+
+
+def emulate(*flags: str) -> subprocess.Popen[str]:
+    return subprocess.Popen([*EMULATE, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.fixture
@@ -74,39 +80,36 @@ def test_the_container_does_not_start_with_a_limit_that_cannot_be_set(namespace:
 
 
 def test_emulation_refuses_a_rate_that_tc_does_not_know(tmp_path: Path) -> None:
-    before = namespaces()
-    done = subprocess.run([*EMULATE, "--rate=20apples", f"--output-dir={tmp_path}"], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1
-    assert "20apples" in done.stderr
-    assert namespaces() == before
+    with emulate("--rate=20apples", f"--output-dir={tmp_path}") as emulation:
+        _, errors = emulation.communicate()
+    assert emulation.returncode == 2
+    assert len(errors.splitlines()) == 1
+    assert "20apples" in errors
+    assert namespaces_of(emulation) == []
 
 
 def test_interrupted_emulation_leaves_no_namespace(tmp_path: Path) -> None:
-    before = namespaces()
-    command = [*EMULATE, "--rate=1gbit", f"--output-dir={tmp_path}"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as emulation:
+    with emulate("--rate=1gbit", f"--output-dir={tmp_path}") as emulation:
         assert emulation.stdout is not None
         assert "measured" in emulation.stdout.readline()  # the namespaces are there, the cloud is starting
-        assert f"sft-edge-{emulation.pid}" in namespaces()
+        assert f"sft-edge-{emulation.pid}" in namespaces_of(emulation)
         emulation.send_signal(signal.SIGINT)
         _, errors = emulation.communicate(timeout=60)
     assert emulation.returncode == 130, errors
-    assert namespaces() == before
+    assert namespaces_of(emulation) == []
 
 
 @pytest.mark.slow
 def test_emulation_trains_both_systems_through_the_link(tmp_path: Path, minilm: str) -> None:
-    before = namespaces()
     flags = [f"--model={minilm}", "--max-steps=2", "--max-train-samples=64", "--max-eval-samples=32"]
-    command = [*EMULATE, "--rate=50mbit", f"--output-dir={tmp_path}", *flags]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    table = {line[:18].strip(): line[18:].split() for line in done.stdout.splitlines()[-10:]}
+    with emulate("--rate=50mbit", f"--output-dir={tmp_path}", *flags) as emulation:
+        told, errors = emulation.communicate(timeout=300)
+    assert emulation.returncode == 0, errors
+    table = {line[:18].strip(): line[18:].split() for line in told.splitlines()[-10:]}
     assert table[""] == ["sl", "sft"]
     assert table["steps"] == ["2", "2"]
     sl, sft = (json.loads((tmp_path / mode / "all_results.json").read_text()) for mode in ("sl", "sft"))
     assert sl["wire_payload_bytes_sent"] == 48 * sft["wire_payload_bytes_sent"]
     # What the link lets through in a second is the least that the bytes can have taken.
     assert sl["train_runtime"] > 8 * sl["wire_bytes_sent"] / 50e6
-    assert namespaces() == before
+    assert namespaces_of(emulation) == []
