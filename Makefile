@@ -18,10 +18,10 @@ PYTEST = $(BIN)/pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 RATE ?= 100mbit
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check audit format proto test-jetpack lock emulate clean
+.PHONY: help setup demo test check audit format proto docs release-check test-jetpack lock emulate clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.installed  ## install everything into .venv, at the versions of constraints.txt
 
@@ -52,6 +52,11 @@ check: setup $(PROTO_BIN)/.installed  ## format, lint, types, import contracts, 
 	$(call generate,build/proto)
 	diff -rq -x __init__.py -x __pycache__ build/proto/sft/v1 common/sft/v1 || { echo "common/sft/v1 is out of date: run make proto" >&2; exit 1; }
 
+# The tag at HEAD, if there is one.
+release-check: TAG ?= $(shell git describe --tags --exact-match 2>/dev/null)
+release-check:  ## whether changelog, version, citation and tag agree; TAG=vX.Y.Z names another than HEAD's
+	$(PYTHON) .ci/check_release.py --tag "$(TAG)"
+
 audit: setup  ## look up the pinned releases in the databases of known vulnerabilities; needs the network and pip-audit
 	pip-audit --disable-pip --no-deps --requirement constraints.txt
 
@@ -61,6 +66,9 @@ format: setup  ## format the code and mend what the linter can
 
 proto: $(PROTO_BIN)/.installed  ## generate common/sft/v1 from the .proto
 	$(call generate,common)
+
+docs: setup  ## write what of docs/ is made from the code: api.md, commands.md, the rooms in architecture.md
+	$(BIN)/python docs/generate.py
 
 $(PROTO_BIN)/.installed: proto/requirements.txt
 	$(PROTO_PYTHON) -m venv .venv-proto

@@ -1,4 +1,4 @@
-"""The name under which docs/lora.md has always told scripts to import it; the code is `sft.models.lora`."""
+"""`resolve_lora`, where scripts import it from; the code is in `sft.models.lora`."""
 
 from sft.models.lora import resolve_lora
 

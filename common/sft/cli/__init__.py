@@ -1,1 +1,1 @@
-"""Command lines from dataclasses, and how a command ends."""
+"""Command lines from dataclasses, how a command ends, and what it says of the machine."""

@@ -4,7 +4,7 @@
     optimizer.safetensors   the state of its optimizer
     random.safetensors      the states of every generator of random numbers
     ledger.safetensors      bytes and seconds of every step
-    state.json              all the rest: see `saved_run`
+    state.json              all the rest: see `content`
     manifest.json           hashes of these, and the hash of the cloud's manifest
 
 A checkpoint is written under another name, beside. Renaming its directory is the moment in which it comes to be, for

@@ -1,4 +1,4 @@
-"""The options of every command but `train`, whose are in `options`. This module, too, imports nothing heavy."""
+"""The options of every command but `train`, whose are in `train`. This module, too, imports nothing heavy."""
 
 from __future__ import annotations
 
