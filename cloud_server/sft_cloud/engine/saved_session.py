@@ -11,13 +11,13 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from google.protobuf.message import DecodeError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from sft.errors import CheckpointError, ProtocolError, StorageError
+from sft.models.configuration import settings_of
 from sft.models.weights import load_parameters
 from sft.optim.state import checked_state, copied_state, group_settings, set_group_settings, stored_state
 from sft.tensors.stream import StoredTensor, copied, in_memory, safetensors_chunks, safetensors_size
@@ -133,7 +133,7 @@ def check_same_run(files: Mapping[str, Path], request: pb.OpenSessionRequest) ->
         if field.name in _NOT_COMPARED:
             continue
         if field.name == "config_json":
-            theirs, ours = _settings_of(saved.config_json), _settings_of(request.config_json)
+            theirs, ours = (settings_of(json.loads(each.config_json)) for each in (saved, request))
             differing = [key for key in sorted(theirs.keys() | ours.keys()) if theirs.get(key) != ours.get(key)]
             what = f"config_json (its '{differing[0][:80]}')" if differing else ""
         else:
@@ -165,9 +165,3 @@ def restore(session: Session, files: Mapping[str, Path]) -> None:
 
 def _read_in(run: Run, tensor: StoredTensor) -> StoredTensor:
     return tensor._replace(read=lambda: run(tensor.read))
-
-
-def _settings_of(config_json: str) -> dict[str, Any]:
-    """Of a model, without what says nothing about it: where it was found, and which release wrote it down."""
-    values: dict[str, Any] = json.loads(config_json)
-    return {key: value for key, value in values.items() if key != "transformers_version" and not key.startswith("_")}

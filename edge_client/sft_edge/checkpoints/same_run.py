@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Dict, Mapping, Sequence
+from typing import Dict, Mapping, Sequence
 
 from transformers import PretrainedConfig
 
 from sft.cli.options import flag
 from sft.errors import UsageError
+from sft.models.configuration import settings_of
 from sft_edge.files import json_text
 from sft_edge.options import CutOptions, DataOptions, LinkOptions, LoraOptions, OptimizerOptions, TrainingOptions
 from sft_edge.tasks import Feature
@@ -75,9 +76,7 @@ def check_likeness(now: Mapping[str, str], then: Mapping[str, str], directory: P
 
 
 def _shape_of(config: PretrainedConfig) -> str:
-    """A hash over all that says what the model is, and not where it was found or by which release it was written."""
-    values: Dict[str, Any] = config.to_dict()
-    kept = {key: value for key, value in values.items() if key != "transformers_version" and not key.startswith("_")}
+    kept = settings_of(config.to_dict())
     return hashlib.sha256(json_text(dict(sorted(kept.items()))).encode()).hexdigest()
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Dict, List, Optional, Sequence
+from typing import Dict, List, Sequence
 
 from transformers import PretrainedConfig
 
 from sft.models import Cut
+from sft.models.configuration import config_text
 from sft.optim.spec import OptimizerSpec, spec_to_proto
 from sft.tensors.stream import StoredTensor, safetensors_chunks, safetensors_size, sha256_of
 from sft.v1 import split_training_pb2 as pb
@@ -39,7 +40,7 @@ def session_request(
         protocol_version=PROTOCOL_VERSION,
         package_version=__version__,
         model_name=model_name,
-        config_json=_config_json(config),
+        config_json=config_text(config),
         head=head_to_proto(head),
         cut=cut_to_proto(cut),
         seed=seed,
@@ -51,12 +52,6 @@ def session_request(
         run_id=run_id,
         resume_from=resume_from,
     )
-
-
-def _config_json(config: PretrainedConfig) -> str:
-    """Without what differs between releases and says nothing about the model."""
-    text: Optional[str] = config.to_json_string(use_diff=False)
-    return str(text)
 
 
 def offer(tensors: List[StoredTensor], blobs: Dict[str, Blob]) -> str:

@@ -28,6 +28,7 @@ from sft.models import (
     name_of_w,
     whole_name,
 )
+from sft.models.configuration import config_text
 from sft.models.lora import LoraSpec, adapter_shapes, lora_to_json
 from sft.models.losses import head_loss
 from sft.models.weights import live_factors, live_tensors
@@ -115,7 +116,7 @@ class TransformersModel(CutModel):
         """See CutModel."""
         return {
             "model_name": public_name(str(self._config._name_or_path)),
-            "config_json": str(self._config.to_json_string(use_diff=False)),
+            "config_json": config_text(self._config),
             "head": head_to_proto(self._head),
             "cut": cut_to_proto(self._cut),
             "lora_json": self._lora_json,
