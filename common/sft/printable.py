@@ -1,4 +1,4 @@
-"""What the other side says, made fit for a terminal and for arithmetic."""
+"""What people read: what the other side says, made fit for a terminal and for arithmetic, and figures with units."""
 
 from __future__ import annotations
 

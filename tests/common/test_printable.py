@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from sft.printable import MAX_SECONDS, MAX_TEXT, finite, printable, tidied
+from sft.printable import MAX_SECONDS, MAX_TEXT, finite, format_bytes, format_seconds, printable, tidied
 from sft.v1 import split_training_pb2 as pb
 
 
@@ -42,3 +42,27 @@ def test_every_part_of_an_answer_is_tidied_and_the_answer_itself_left() -> None:
     assert list(tidy.limits.models) == ["bert-*", "?[31m"]
     assert (tidy.limits.steps_per_second, tidy.limits.max_sessions) == (0.0, 3)
     assert said.caller == "\x07"
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1 kB"),
+        (12_900, "12.9 kB"),
+        (999_600, "1 MB"),
+        (6.5e6, "6.5 MB"),
+        (3e15, "3e+03 TB"),
+    ],
+)
+def test_format_bytes(count: float, text: str) -> None:
+    assert format_bytes(count) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0s"), (59.4, "59s"), (59.6, "1m00s"), (80, "1m20s"), (7500, "2h05m"), (400_000, "111h06m")],
+)
+def test_format_seconds(seconds: float, text: str) -> None:
+    assert format_seconds(seconds) == text

@@ -12,6 +12,7 @@ from sft.cli.options import above_zero, parse
 from sft.client.channel import open_channel
 from sft.client.credentials import AccessOptions, read_credentials
 from sft.client.inquiry import Inquiry
+from sft.printable import format_bytes
 from sft.v1 import split_training_pb2 as pb
 from sft.wire.protocol import CLIENT_OPTIONS
 
@@ -88,8 +89,8 @@ def _row(session: pb.SessionStatus) -> tuple[str, ...]:
         str(session.next_step),
         _duration(session.age_seconds),
         _duration(session.idle_seconds),
-        _bytes(session.bytes_received),
-        _bytes(session.bytes_sent),
+        format_bytes(session.bytes_received),
+        format_bytes(session.bytes_sent),
         "yes" if session.attached else "no",
     )
 
@@ -102,14 +103,6 @@ def _until(unix_seconds: float) -> str:
 
 def _duration(seconds: float) -> str:
     return str(Duration(round(seconds)))
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 999.5:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
 
 
 def _fields(message: pb.StatusResponse | pb.SessionStatus | pb.CallerLimits) -> dict[str, object]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sft.errors import ProtocolError, ServerFullError
+from sft.printable import format_bytes
 
 _SHARE_OF_DEVICE = 0.8
 _BEYOND_GRAPH = 1.5
@@ -27,8 +28,6 @@ _STEP_COPIES = 1
 """Of the trained parameters: what the optimizer's step computes with."""
 _FIRST_STEP_COPIES = 3
 """Of those that have not been stepped: what Adam keeps of each, twice, besides."""
-
-_GIB = 1 << 30
 
 
 class BatchMemory(NamedTuple):
@@ -65,13 +64,13 @@ class MemoryBudget:
         share = MemoryShare(self, fixed_bytes)
         if fixed_bytes > self.total_bytes:
             raise ServerFullError(
-                f"this session would take {_gib(fixed_bytes)}, but all sessions of this server together may take "
-                f"{_gib(self.total_bytes)}; choose a smaller model, a higher --split-layer, or LoRA"
+                f"this session would take {format_bytes(fixed_bytes)}, but all sessions of this server together may "
+                f"take {format_bytes(self.total_bytes)}; choose a smaller model, a higher --split-layer, or LoRA"
             )
         if not self._add(fixed_bytes):
             raise ServerFullError(
-                f"this session would take {_gib(fixed_bytes)}, but {_gib(self.total_bytes - self._held)} of the "
-                "server's memory are left; try again when another session has ended"
+                f"this session would take {format_bytes(fixed_bytes)}, but "
+                f"{format_bytes(self.total_bytes - self._held)} of the server's memory are left; try again when another session has ended"
             )
         return share
 
@@ -106,15 +105,16 @@ class MemoryShare:
         """Raises ProtocolError when so much could never fit, however few others there are."""
         if self._budget is not None and self._fixed + size > self._budget.total_bytes:
             raise ProtocolError(
-                f"this batch, with what waits for a backward(), would take about {_gib(size)} on the cloud, whose "
-                f"sessions may take {_gib(self._budget.total_bytes)} together: send smaller batches"
+                f"this batch, with what waits for a backward(), would take about {format_bytes(size)} on the cloud, "
+                f"whose sessions may take {format_bytes(self._budget.total_bytes)} together: send smaller batches"
             )
 
     def hold(self, size: int) -> None:
         """From now on the session takes so much beside what it began with. Raises MemoryError if that is not there."""
         if self._budget is not None:
             if not self._budget._add(self._fixed + size - self._held[0]):
-                raise MemoryError(f"{_gib(size)} are wanted beside the {_gib(self._budget.held_bytes)} that are taken")
+                held = format_bytes(self._budget.held_bytes)
+                raise MemoryError(f"{format_bytes(size)} are wanted beside the {held} that are taken")
             self._held[0] = self._fixed + size
 
     def settle(self, size: int) -> None:
@@ -181,10 +181,6 @@ def _saved(run: Callable[[], Tensor], parameters: list[nn.Parameter]) -> int:
         output = run()
     kept.clear()  # the graph holds on to `pack`
     return sum(sizes.values()) + _COPIES_OF_OUTPUT * output.numel() * output.element_size()
-
-
-def _gib(size: int) -> str:
-    return f"{size / _GIB:.1f} GiB" if size >= _GIB // 10 else f"{size / (1 << 20):.1f} MiB"
 
 
 def check_room_for_step(optimizer: torch.optim.Optimizer) -> None:

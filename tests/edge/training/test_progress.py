@@ -8,7 +8,6 @@ import pytest
 from rich.console import Console
 
 from sft.errors import StorageError, UsageError
-from sft.printable import format_bytes, format_seconds
 from sft_edge.training.progress import Progress, TensorBoard, TerminalProgress, open_progress
 
 
@@ -27,30 +26,6 @@ def follow(progress, clock, steps, seconds=0.5, wire_bytes=12_900, total_steps=2
     for step in range(1, steps + 1):
         clock.now += seconds
         progress.step(step, loss=1 / step, wire_bytes=wire_bytes)
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [
-        (0, "0 B"),
-        (999, "999 B"),
-        (1000, "1 kB"),
-        (12_900, "12.9 kB"),
-        (999_600, "1 MB"),
-        (6.5e6, "6.5 MB"),
-        (3e15, "3e+03 TB"),
-    ],
-)
-def test_format_bytes(count, text):
-    assert format_bytes(count) == text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0, "0s"), (59.4, "59s"), (59.6, "1m00s"), (80, "1m20s"), (7500, "2h05m"), (400_000, "111h06m")],
-)
-def test_format_seconds(seconds, text):
-    assert format_seconds(seconds) == text
 
 
 def test_a_plain_line_every_logging_steps_and_at_the_end():
