@@ -70,7 +70,8 @@ class MemoryBudget:
         if not self._add(fixed_bytes):
             raise ServerFullError(
                 f"this session would take {format_bytes(fixed_bytes)}, but "
-                f"{format_bytes(self.total_bytes - self._held)} of the server's memory are left; try again when another session has ended"
+                f"{format_bytes(self.total_bytes - self._held)} of the server's memory are left; try again "
+                "when another session has ended"
             )
         return share
 
