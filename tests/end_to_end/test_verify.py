@@ -226,10 +226,10 @@ def test_half_precision_is_found_out(
     """What float32 on the wire promises, sixteen bits do not hold."""
     from sft_edge.commands import verify as verify_module
 
-    def open_in_half_precision(*arguments, open_split_system=verify_module.open_split_system, **named):
-        return open_split_system(*["bfloat16" if one == "float32" else one for one in arguments], **named)
+    def halve_for_half_precision(*arguments, halve=verify_module.halve, **named):
+        return halve(*arguments, wire_dtype="bfloat16", **named)
 
-    monkeypatch.setattr(verify_module, "open_split_system", open_in_half_precision)
+    monkeypatch.setattr(verify_module, "halve", halve_for_half_precision)
     code, report, _ = verify()
     assert (code, report["first_step_over_tolerance"]) == (8, 1)
     assert verify(tolerance=1)[0] == 0

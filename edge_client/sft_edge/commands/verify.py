@@ -22,15 +22,14 @@ from sft.batch import IGNORED, Batch, attention_mask
 from sft.errors import UsageError, VerificationError
 from sft.models import Cut, build_net_1, build_whole, max_positions
 from sft.models.seeding import derive_seed
-from sft.models.weights import factor_tensors, fill, pretrained_tensors
+from sft.models.weights import fill
 from sft.optim.gradients import squared_norm
-from sft.optim.spec import OptimizerSpec, decay_groups, make_optimizer
-from sft.tensors.pretrained import PretrainedWeights, find_model
+from sft.optim.spec import make_optimizer
 from sft_edge.files import json_text
 from sft_edge.link import retry_policy_of, transport_of
-from sft_edge.model_files import Source, public_name, read_config
+from sft_edge.model_files import Source, open_model
 from sft_edge.options import LinkOptions, OptimizerOptions, VerifyOptions
-from sft_edge.systems import CloudProcess, System, open_split_system
+from sft_edge.systems import CloudProcess, System, halve, open_split_system, optimizer_spec, whole_tensors
 
 _CPU = torch.device("cpu")
 
@@ -85,20 +84,17 @@ def verify(options: VerifyOptions, optimizing: OptimizerOptions, linking: LinkOp
     reference = _OneProcess(source, options, cut, optimizing)
     with ExitStack() as stack:
         address = linking.server or stack.enter_context(CloudProcess(["--device", "cpu", "--threads", "1"])).address
-        system = open_split_system(
+        start = halve(
             source,
             options.head,
             cut,
             reference.optimizer_spec,
             options.seed,
-            "float32",
-            _CPU,
-            transport_of(address, linking),
-            retry_policy_of(linking),
-            labels=linking.labels,
             freeze_edge=options.freeze_edge,
             calibration=_calibration(options, source.config),
         )
+        transport, policy = transport_of(address, linking), retry_policy_of(linking)
+        system = open_split_system(start, _CPU, transport, policy, labels=linking.labels)
         stack.enter_context(system.link)
         return _compare(options, cut, optimizing, reference, system)
 
@@ -147,11 +143,9 @@ class _OneProcess:
             of_edge = build_net_1(source.config, options.head, cut).whole_names.values()
             for name, parameter in self._net.whole_parameters().items():
                 parameter.requires_grad_(parameter.requires_grad and name not in of_edge)
-        tensors, calibration = pretrained_tensors(self._net, source.checkpoint), _calibration(options, source.config)
-        for factors in factor_tensors(source.config, options.head, cut, source.checkpoint, options.seed, calibration):
-            tensors += factors
-        fill(self._net, tensors, options.seed)
-        self.optimizer_spec = OptimizerSpec(optimizing.optim, decay_groups(self._net, optimizing.arguments()))
+        calibration = _calibration(options, source.config)
+        fill(self._net, whole_tensors(self._net, source, cut, options.seed, calibration), options.seed)
+        self.optimizer_spec = optimizer_spec(optimizing, self._net)
         self._optimizer = make_optimizer(self.optimizer_spec, self._net.whole_parameters())
         self._scheduler = optimizing.scheduler(self._optimizer, options.steps)
         self._max_grad_norm = optimizing.max_grad_norm
@@ -215,13 +209,8 @@ def _source(options: VerifyOptions) -> Source:
         overrides = {"num_labels": 2}
     elif options.head == "causal-lm":
         overrides = {}
-    name, checkpoint = "", None
-    if options.model is not None:
-        directory = find_model(options.model)
-        name = public_name(options.model)
-        config, checkpoint = read_config(directory / "config.json", overrides), PretrainedWeights(directory)
-    elif options.from_config is not None:
-        config = read_config(options.from_config, overrides)
+    if options.model is not None or options.from_config is not None:
+        source = open_model(options.model, options.from_config, overrides)
     else:
         config = BertConfig(
             vocab_size=1000,  # the table is most of such a model, and says least about the cut
@@ -231,10 +220,11 @@ def _source(options: VerifyOptions) -> Source:
             intermediate_size=1536,
             **overrides,
         )
-    _switch_dropout_off(config)
-    if options.max_seq_length > max_positions(config):
-        raise UsageError(f"--max-seq-length must be at most {max_positions(config)} for this model")
-    return Source(name, config, checkpoint, None)
+        source = Source("", config, None)
+    _switch_dropout_off(source.config)
+    if options.max_seq_length > max_positions(source.config):
+        raise UsageError(f"--max-seq-length must be at most {max_positions(source.config)} for this model")
+    return source
 
 
 def _switch_dropout_off(config: PretrainedConfig) -> None:

@@ -3,7 +3,7 @@
 from sft_edge.link.grpc_transport import GrpcTransport, transport_of
 from sft_edge.link.link import Blob, Link, PendingReply
 from sft_edge.link.reliable_stream import TRANSIENT
-from sft_edge.link.request import offer, session_request
+from sft_edge.link.request import model_fields, session_request
 from sft_edge.link.retries import RetryPolicy, retry_policy_of
 from sft_edge.link.transport import Transport
 
@@ -15,7 +15,7 @@ __all__ = [
     "PendingReply",
     "RetryPolicy",
     "Transport",
-    "offer",
+    "model_fields",
     "retry_policy_of",
     "session_request",
     "transport_of",

@@ -1,8 +1,8 @@
-"""The request that opens a session for a transformers model."""
+"""The request that opens a session, and the files that the cloud may ask for then."""
 
 from __future__ import annotations
 
-from typing import Dict, List, Sequence
+from typing import Any, Dict, List, Mapping, Sequence, Tuple
 
 from transformers import PretrainedConfig
 
@@ -19,42 +19,49 @@ from sft_edge.link.link import Blob
 
 
 def session_request(
-    model_name: str,
-    config: PretrainedConfig,
-    head: str,
-    cut: Cut,
-    optimizer_spec: OptimizerSpec,
+    model: Mapping[str, Any],
+    optimizer: OptimizerSpec,
     seed: int,
     wire_dtype: str,
-    weights_sha256: str,
-    factors_sha256: str,
-    lora_json: str = "",
+    weights: List[StoredTensor],
+    factors: List[StoredTensor],
     run_id: str = "",
     resume_from: Sequence[pb.CheckpointId] = (),
-) -> pb.OpenSessionRequest:
-    """`model_name` is what the cloud may know it by; `optimizer_spec` is net_2's.
+) -> Tuple[pb.OpenSessionRequest, Dict[str, Blob]]:
+    """The request, and its blobs by their hashes, which are read when the cloud asks for one.
 
-    The blobs are named by their hashes, see `offer`; `run_id` and `resume_from` are of checkpoints.
+    `model`: the fields that say what is cut and where, as `model_fields` gives them; `optimizer`: net_2's; `weights`
+    and `factors`: net_2's tensors, the factors of the layer that is cut apart from the others; `run_id` and
+    `resume_from` are of checkpoints. Raises UsageError for an optimizer with arguments that do not travel.
     """
-    return pb.OpenSessionRequest(
+    blobs: Dict[str, Blob] = {}
+    request = pb.OpenSessionRequest(
         protocol_version=PROTOCOL_VERSION,
         package_version=__version__,
-        model_name=model_name,
-        config_json=config_text(config),
-        head=head_to_proto(head),
-        cut=cut_to_proto(cut),
         seed=seed,
-        weights_sha256=weights_sha256,
-        factors_sha256=factors_sha256,
-        optimizer=spec_to_proto(optimizer_spec),
+        weights_sha256=_offer(weights, blobs),
+        factors_sha256=_offer(factors, blobs),
+        optimizer=spec_to_proto(optimizer),
         wire_data_type=DATA_TYPES[wire_dtype],
-        lora_json=lora_json,
         run_id=run_id,
         resume_from=resume_from,
+        **model,
     )
+    return request, blobs
 
 
-def offer(tensors: List[StoredTensor], blobs: Dict[str, Blob]) -> str:
+def model_fields(name: str, config: PretrainedConfig, head: str, cut: Cut, lora_json: str = "") -> Dict[str, Any]:
+    """Of a transformers model. `name` is what the cloud may know it by; `lora_json`: the adapters of net_2."""
+    return {
+        "model_name": name,
+        "config_json": config_text(config),
+        "head": head_to_proto(head),
+        "cut": cut_to_proto(cut),
+        "lora_json": lora_json,
+    }
+
+
+def _offer(tensors: List[StoredTensor], blobs: Dict[str, Blob]) -> str:
     """Adds the tensors to `blobs`, as one blob; returns its hash, which is empty for no tensors."""
     if not tensors:
         return ""

@@ -2,7 +2,7 @@
 
 from sft_edge.model_files.card import model_card
 from sft_edge.model_files.saved import Description, SavedModel, load_model, read_description, save_model, task_of
-from sft_edge.model_files.source import Source, first_line, open_source, public_name, read_config
+from sft_edge.model_files.source import Source, first_line, open_model, open_source, public_name
 
 __all__ = [
     "Description",
@@ -11,9 +11,9 @@ __all__ = [
     "first_line",
     "load_model",
     "model_card",
+    "open_model",
     "open_source",
     "public_name",
-    "read_config",
     "read_description",
     "save_model",
     "task_of",

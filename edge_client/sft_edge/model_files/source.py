@@ -26,7 +26,7 @@ class Source:
     config: PretrainedConfig
     checkpoint: Optional[PretrainedWeights]
     """None when weights are drawn from the seed."""
-    tokenizer: Any
+    tokenizer: Any = None
 
 
 def open_source(options: ModelOptions, config_overrides: Dict[str, Any]) -> Source:
@@ -35,21 +35,26 @@ def open_source(options: ModelOptions, config_overrides: Dict[str, Any]) -> Sour
     Raises CheckpointError, UnsupportedModelError for an architecture that cannot be cut, UsageError when sequences
     would be longer than the model takes.
     """
-    if options.from_config is not None:
-        name, checkpoint = "", None
-        config = read_config(options.from_config, config_overrides)
-        tokenizer = read_tokenizer(find_model(str(options.tokenizer_name)))
+    source = open_model(options.model, options.from_config, config_overrides)
+    if options.tokenizer_name or source.checkpoint is None:
+        source.tokenizer = read_tokenizer(find_model(str(options.tokenizer_name)))
     else:
-        directory = find_model(str(options.model))
-        name = public_name(str(options.model))
-        config = read_config(directory / "config.json", config_overrides)
-        checkpoint = PretrainedWeights(directory)
-        tokenizer = read_tokenizer(find_model(options.tokenizer_name) if options.tokenizer_name else directory)
-    family_of(config)
-    check_length(config, options.max_seq_length)
-    if len(tokenizer) > config.vocab_size:
-        raise UsageError(f"the tokenizer has {len(tokenizer)} tokens, the model knows {config.vocab_size}")
-    return Source(name, config, checkpoint, tokenizer)
+        source.tokenizer = read_tokenizer(source.checkpoint.directory)
+    check_length(source.config, options.max_seq_length)
+    if len(source.tokenizer) > source.config.vocab_size:
+        raise UsageError(
+            f"the tokenizer has {len(source.tokenizer)} tokens, the model knows {source.config.vocab_size}"
+        )
+    return source
+
+
+def open_model(model: Optional[str], from_config: Optional[Path], config_overrides: Dict[str, Any]) -> Source:
+    """As `open_source`, without a tokenizer: for who asks the model of no text."""
+    if from_config is not None:
+        return Source("", read_config(from_config, config_overrides), None)
+    directory = find_model(str(model))
+    config = read_config(directory / "config.json", config_overrides)
+    return Source(public_name(str(model)), config, PretrainedWeights(directory))
 
 
 def public_name(model: str) -> str:

@@ -14,15 +14,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-import sft
 from sft.client.credentials import AccessOptions, Credentials, read_credentials
 from sft.errors import LinkError, UsageError
 from sft.optim.spec import GroupSpec, OptimizerSpec, spec_to_proto
 from sft.optimizer import Role, SplitOptions
 from sft.v1 import split_training_pb2 as pb
 from sft.wire.codec.elements import DATA_TYPES
-from sft.wire.protocol import PROTOCOL_VERSION
-from sft_edge.link import Blob, GrpcTransport, Link, RetryPolicy, offer
+from sft_edge.link import GrpcTransport, Link, RetryPolicy, session_request
 from sft_edge.script.adapters import without_peft
 from sft_edge.script.crossing import LinkCross
 from sft_edge.script.cut_model import CutModel
@@ -46,16 +44,13 @@ class EdgeRole(Role):
         cut_model = _cut_model(model, options)
         spec = groups.spec(cut_model)
         shapes = {tensor.name: tensor.shape for tensor in (*cut_model.cloud_tensors, *cut_model.cloud_factors)}
-        blobs: Dict[str, Blob] = {}
-        request = pb.OpenSessionRequest(
-            protocol_version=PROTOCOL_VERSION,
-            package_version=sft.__version__,
-            seed=torch.initial_seed() if options.seed is None else options.seed,
-            weights_sha256=offer(cut_model.cloud_tensors, blobs),
-            factors_sha256=offer(cut_model.cloud_factors, blobs),
-            optimizer=spec_to_proto(spec),
-            wire_data_type=DATA_TYPES[options.wire_dtype],
-            **cut_model.request_fields(),
+        request, blobs = session_request(
+            cut_model.request_fields(),
+            spec,
+            torch.initial_seed() if options.seed is None else options.seed,
+            options.wire_dtype,
+            cut_model.cloud_tensors,
+            cut_model.cloud_factors,
         )
         transport = options.transport or GrpcTransport(
             str(options.server), options.connect_timeout_seconds, credentials=_credentials(options)
@@ -66,7 +61,7 @@ class EdgeRole(Role):
         link = Link(transport, request, blobs, policy, _tell)
         link.open()  # from here on nothing is left that could be wrong
         try:
-            self._cross = LinkCross(link, DATA_TYPES[options.wire_dtype], next(model.parameters()).device)
+            self._cross = LinkCross(link, request.wire_data_type, next(model.parameters()).device)
             parameters = cut_model.install(self._cross)
             model.register_parameter(PARAMETER_NAME, self._cross.gradients.parameter)
             groups.swap(parameters, self._cross.gradients.parameter)

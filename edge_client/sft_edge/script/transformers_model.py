@@ -28,14 +28,13 @@ from sft.models import (
     name_of_w,
     whole_name,
 )
-from sft.models.configuration import config_text
 from sft.models.lora import LoraSpec, adapter_shapes, lora_to_json
 from sft.models.losses import head_loss
 from sft.models.weights import live_factors, live_tensors
 from sft.tensors.stream import in_memory
 from sft.wire.codec.messages import encode_labels, is_packed, outputs_of
 from sft.wire.codec.packing import pack, unpack
-from sft.wire.cut import cut_to_proto, head_to_proto
+from sft_edge.link import model_fields
 from sft_edge.model_files import public_name
 from sft_edge.script.adapters import adapters_of, adapters_of_cloud, without_peft
 from sft_edge.script.arguments import count_learned, lengths_of, problem_type, read_call
@@ -114,13 +113,8 @@ class TransformersModel(CutModel):
 
     def request_fields(self) -> Dict[str, Any]:
         """See CutModel."""
-        return {
-            "model_name": public_name(str(self._config._name_or_path)),
-            "config_json": config_text(self._config),
-            "head": head_to_proto(self._head),
-            "cut": cut_to_proto(self._cut),
-            "lora_json": self._lora_json,
-        }
+        name = public_name(str(self._config._name_or_path))
+        return model_fields(name, self._config, self._head, self._cut, self._lora_json)
 
     def describe(self) -> str:
         """See CutModel."""

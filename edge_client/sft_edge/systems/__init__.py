@@ -2,6 +2,7 @@
 
 from sft_edge.systems.cloud_process import CloudProcess
 from sft_edge.systems.crossing import Crossing
+from sft_edge.systems.halves import Halves, halve, optimizer_spec, whole_tensors
 from sft_edge.systems.open import cut_of, open_system
 from sft_edge.systems.split import open_split_system
 from sft_edge.systems.system import System
@@ -9,8 +10,12 @@ from sft_edge.systems.system import System
 __all__ = [
     "CloudProcess",
     "Crossing",
+    "Halves",
     "System",
     "cut_of",
+    "halve",
     "open_split_system",
     "open_system",
+    "optimizer_spec",
+    "whole_tensors",
 ]

@@ -11,13 +11,14 @@ from sft.cli.devices import find_device
 from sft.errors import UsageError
 from sft.models import Cut, build_whole
 from sft.models.lora import add_lora
-from sft.models.weights import factor_tensors, fill, pretrained_tensors
-from sft.optim.spec import OptimizerSpec, decay_groups, make_optimizer
+from sft.models.weights import fill
+from sft.optim.spec import make_optimizer
 from sft.v1 import split_training_pb2 as pb
 from sft_edge.link import retry_policy_of, transport_of
 from sft_edge.model_files import Source
 from sft_edge.options import CutOptions, LinkOptions, LoraOptions, OptimizerOptions, TrainingOptions
 from sft_edge.systems.cloud_process import CloudProcess
+from sft_edge.systems.halves import halve, optimizer_spec, whole_tensors
 from sft_edge.systems.local import LocalSystem
 from sft_edge.systems.lora import half_lora, whole_lora
 from sft_edge.systems.split import open_split_system
@@ -65,39 +66,32 @@ def open_system(
     if cutting.mode == "local":
         adapters = whole_lora(adapting, whole)
         # What goes on from a checkpoint takes all values from there.
-        tensors = [] if resume_from else pretrained_tensors(whole, source.checkpoint)
-        if cut is not None and not resume_from:
-            for factors in factor_tensors(source.config, head, cut, source.checkpoint, training.seed, calibration):
-                tensors += factors
+        tensors = [] if resume_from else whole_tensors(whole, source, cut, training.seed, calibration)
         fill(whole, tensors, training.seed, device)
         if adapters is not None:
             add_lora(whole, adapters, training.seed)
-        spec = OptimizerSpec(optimizing.optim, decay_groups(whole, optimizing.arguments()))
-        yield LocalSystem(whole, make_optimizer(spec, whole.whole_parameters()), training.seed)
+        optimizer = make_optimizer(optimizer_spec(optimizing, whole), whole.whole_parameters())
+        yield LocalSystem(whole, optimizer, training.seed)
         return
     assert cut is not None  # every other mode is cut
     lora = half_lora(adapting, whole, source.config, cut, training.seed)
-    spec = OptimizerSpec(optimizing.optim, decay_groups(whole, optimizing.arguments()))
     with _server(linking, checkpoint_store) as address:
-        transport = transport_of(address, linking)
-        system = open_split_system(
+        start = halve(
             source,
             head,
             cut,
-            spec,
+            optimizer_spec(optimizing, whole),
             training.seed,
             cutting.wire_dtype,
-            device,
-            transport,
-            retry_policy_of(linking),
-            on_status,
-            labels=linking.labels,
             freeze_edge=cutting.freeze_edge,
             calibration=calibration,
             lora=lora,
             run_id=run_id,
             resume_from=resume_from,
         )
+        transport, policy = transport_of(address, linking), retry_policy_of(linking)
+        system = open_split_system(start, device, transport, policy, on_status, linking.labels)
+        del start  # what the blobs read from may be half a model
         with system.link:
             yield system
 

@@ -10,23 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from sft.batch import Batch
-from sft.models import Cut, Net1, build_net_1, build_net_2
-from sft.models.lora import add_lora, lora_to_json, merged_tensors
+from sft.models import Net1
+from sft.models.lora import merged_tensors
 from sft.models.losses import head_loss
 from sft.models.seeding import seeded
-from sft.models.weights import factor_tensors, fill, pretrained_tensors
 from sft.optim.gradients import scale_gradients, squared_gradient_norm
-from sft.optim.spec import OptimizerSpec, make_optimizer
-from sft.tensors.stream import Shard, StoredTensor, safetensors_chunks
+from sft.tensors.stream import Shard, safetensors_chunks
 from sft.v1 import split_training_pb2 as pb
-from sft.wire.codec.elements import DATA_TYPES
 from sft.wire.codec.messages import decode_logits, encode_activation, encode_labels, encode_logits, outputs_of
 from sft.wire.codec.packing import pack, unpack
 from sft.wire.ledger import Ledger, Traffic, plain_split_bytes
-from sft_edge.link import Blob, Link, PendingReply, RetryPolicy, Transport, offer, session_request
-from sft_edge.model_files import Source
+from sft_edge.link import Link, PendingReply, RetryPolicy, Transport
 from sft_edge.systems.crossing import Crossing
-from sft_edge.systems.lora import NO_LORA, HalfLora
+from sft_edge.systems.halves import Halves
 from sft_edge.systems.system import StepTimer, System
 
 _EVALUATIONS_AHEAD = 2
@@ -43,14 +39,15 @@ class SplitSystem(System):
         link: Link,
         cloud_names: Sequence[str],
         seed: int,
-        wire_dtype: str,
+        data_type: pb.DataType,
         labels: str = "cloud",
         first_step: int = 0,
     ) -> None:
         """`net_1` filled, `link` open; `cloud_names` are net_2's parameters, under whole-model names.
 
-        `labels`: `cloud` where they travel with the activation, `local` where they stay here. Without a parameter of
-        net_1 that is trained there is no backward pass here. `first_step` is the cloud's next.
+        `data_type` is that of activations and gradients on the wire. `labels`: `cloud` where they travel with the
+        activation, `local` where they stay here. Without a parameter of net_1 that is trained there is no backward pass
+        here. `first_step` is the cloud's next.
         """
         self.net_1 = net_1
         self.optimizer = optimizer
@@ -58,7 +55,7 @@ class SplitSystem(System):
         self.ledger = Ledger()
         self._cloud_names = sorted(cloud_names)
         self._seed = seed
-        self._data_type = DATA_TYPES[wire_dtype]
+        self._data_type = data_type
         self._first_step = first_step
         self._labels_stay = labels == "local"
         self._frozen = not any(parameter.requires_grad for parameter in net_1.parameters())
@@ -194,68 +191,28 @@ class SplitSystem(System):
 
 
 def open_split_system(
-    source: Source,
-    head: str,
-    cut: Cut,
-    optimizer_spec: OptimizerSpec,
-    seed: int,
-    wire_dtype: str,
+    start: Halves,
     device: torch.device,
     transport: Transport,
     policy: RetryPolicy = RetryPolicy(),  # noqa: B008  # a tuple
     on_status: Callable[[str], None] = lambda text: None,
-    *,
     labels: str = "cloud",
-    freeze_edge: bool = False,
-    calibration: Sequence[Batch] = (),
-    lora: HalfLora = NO_LORA,
-    run_id: str = "",
-    resume_from: Sequence[pb.CheckpointId] = (),
 ) -> SplitSystem:
-    """Algorithm 1, lines 1 to 3: cuts the model, fills net_1, and opens a session in which the cloud fills net_2.
+    """Fills net_1 on `device`, and opens a session in which the cloud fills net_2. `start` is used up.
 
     The edge never holds net_2: what the cloud lacks of it is copied from the checkpoint one tensor at a time. `labels`
-    as SplitSystem has it; `freeze_edge`: net_1 is not trained; `calibration`: what a low-rank residual is fitted to;
-    `lora`: the adapters of the halves, whose parameters `optimizer_spec` names; `run_id`: whose checkpoints are saved,
-    if any are. With `resume_from` the cloud goes on from one of these, and net_1 has memory, but no values of any
-    worth: the caller loads those of the step that the cloud has got to.
-
-    Raises CutError, CheckpointError, UsageError, and what opening a link raises.
+    as SplitSystem has it. Raises UsageError, and what opening a link raises.
     """
-    config, checkpoint = source.config, source.checkpoint
-    net_1, net_2 = build_net_1(config, head, cut), build_net_2(config, head, cut)
-    if freeze_edge:
-        net_1.requires_grad_(False)
-    for_edge: List[StoredTensor] = []
-    for_cloud: List[StoredTensor] = []
-    blobs: Dict[str, Blob] = {}
-    weights_sha256 = ""
-    if not resume_from:
-        for_edge, for_cloud = factor_tensors(config, head, cut, checkpoint, seed, calibration)
-        for_edge += pretrained_tensors(net_1, checkpoint)
-        weights_sha256 = offer(pretrained_tensors(net_2, checkpoint), blobs)
-    fill(net_1, for_edge, seed, device)
-    if lora.edge is not None:
-        add_lora(net_1, lora.edge, seed)
-    trained_here = [name for name, parameter in net_1.whole_parameters().items() if parameter.requires_grad]
-    optimizer = make_optimizer(optimizer_spec.restricted_to(trained_here), net_1.whole_parameters())
-    cloud_names = sorted(set(net_2.whole_names.values()).difference(net_1.whole_names.values()))
-    if lora.cloud is not None:
-        add_lora(net_2, lora.cloud, seed)  # for the names of what is trained there
-    request = session_request(
-        source.name,
-        source.config,
-        head,
-        cut,
-        optimizer_spec.restricted_to(net_2.whole_names.values()),
-        seed,
-        wire_dtype,
-        weights_sha256,
-        factors_sha256=offer(for_cloud, blobs),
-        lora_json="" if lora.cloud is None else lora_to_json(lora.cloud),
-        run_id=run_id,
-        resume_from=resume_from,
-    )
-    link = Link(transport, request, blobs, policy, on_status)
+    optimizer = start.start_edge(device)
+    link = Link(transport, start.request, start.blobs, policy, on_status)
     next_step = link.open().next_step
-    return SplitSystem(net_1, optimizer, link, cloud_names, seed, wire_dtype, labels, next_step)
+    return SplitSystem(
+        start.net_1,
+        optimizer,
+        link,
+        start.cloud_names,
+        start.request.seed,
+        start.request.wire_data_type,
+        labels,
+        next_step,
+    )

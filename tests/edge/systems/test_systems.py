@@ -25,6 +25,7 @@ from sft.wire.protocol import PROTOCOL_VERSION
 from sft_edge.link.grpc_transport import GrpcTransport
 from sft_edge.model_files.source import Source, open_source
 from sft_edge.options.train import ModelOptions
+from sft_edge.systems.halves import halve
 from sft_edge.systems.local import LocalSystem
 from sft_edge.systems.split import SplitSystem, open_split_system
 from sft_edge.systems.system import StepTimer
@@ -175,8 +176,8 @@ def split(
     cloud.change_answer = _with_norm
     spec = OptimizerSpec("SGD", decay_groups(build_whole(source.config, HEAD, cut), {"lr": 0.1, **arguments}))
     with serving(cloud) as address:
-        told = {"labels": labels, "freeze_edge": freeze_edge}
-        system = open_split_system(source, HEAD, cut, spec, 11, wire_dtype, CPU, GrpcTransport(address), **told)
+        start = halve(source, HEAD, cut, spec, 11, wire_dtype, freeze_edge=freeze_edge)
+        system = open_split_system(start, CPU, GrpcTransport(address), labels=labels)
         with system.link:
             yield Rig(system, cloud)
 

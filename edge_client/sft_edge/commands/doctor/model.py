@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Dict, List, Optional, Tuple
+from typing import List, Optional, Tuple
 
 from sft.errors import LinkError, ServerFullError, SFTError
-from sft.models import Cut, build_net_2, build_whole
-from sft.models.weights import factor_tensors, pretrained_tensors
-from sft.optim.spec import OptimizerSpec, decay_groups
+from sft.models import Cut, build_whole
 from sft.printable import format_bytes
-from sft.tensors.pretrained import PretrainedWeights, find_model
 from sft_edge.commands.doctor.finding import Finding, failed, ok, skipped, warning
 from sft_edge.commands.doctor.server import Way
-from sft_edge.link import Blob, Transport, offer, session_request
-from sft_edge.model_files import Source, public_name, read_config
+from sft_edge.link import Transport
+from sft_edge.model_files import Source, open_model
 from sft_edge.options import DoctorOptions, OptimizerOptions
+from sft_edge.systems import halve, optimizer_spec
 
 _LONG_SECONDS = 600.0
 """An upload that takes longer is worth a warning."""
@@ -38,24 +36,10 @@ def look_at_model(options: DoctorOptions, transport: Transport, way: Optional[Wa
 
 def _look(options: DoctorOptions, transport: Transport, way: Optional[Way]) -> Finding:
     source, cut = _source(options), _cut(options)
-    net_2 = build_net_2(source.config, options.head, cut)
-    blobs: Dict[str, Blob] = {}
-    weights_sha256 = offer(pretrained_tensors(net_2, source.checkpoint), blobs)
-    factors_sha256 = offer(factor_tensors(source.config, options.head, cut, source.checkpoint, options.seed)[1], blobs)
     whole = build_whole(source.config, options.head, cut)
-    optimizing = OptimizerOptions()
-    spec = OptimizerSpec(optimizing.optim, decay_groups(whole, optimizing.arguments()))
-    request = session_request(
-        source.name,
-        source.config,
-        options.head,
-        cut,
-        spec.restricted_to(net_2.whole_names.values()),
-        options.seed,
-        options.wire_dtype,
-        weights_sha256,
-        factors_sha256,
-    )
+    spec = optimizer_spec(OptimizerOptions(), whole)
+    start = halve(source, options.head, cut, spec, options.seed, options.wire_dtype)
+    request, blobs, weights_sha256 = start.request, start.blobs, start.request.weights_sha256
     request.only_check = True
     response = transport.open_session(request)
     unknown = [sha256 for sha256 in response.missing_blobs if sha256 not in blobs]
@@ -104,8 +88,4 @@ def _source(options: DoctorOptions) -> Source:
     overrides = {"sequence-classification": {"num_labels": 2, "problem_type": "single_label_classification"}}
     overrides["question-answering"] = {"num_labels": 2}
     of_head = overrides.get(options.head, {})
-    if options.from_config is not None:
-        return Source("", read_config(options.from_config, of_head), None, None)
-    directory = find_model(str(options.model))
-    config = read_config(directory / "config.json", of_head)
-    return Source(public_name(str(options.model)), config, PretrainedWeights(directory), None)
+    return open_model(options.model, options.from_config, of_head)

@@ -1,0 +1,122 @@
+"""What each half of a model starts from: Algorithm 1, lines 1 to 3."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Dict, List, Optional, Sequence
+
+import torch
+
+from sft.batch import Batch
+from sft.models import Cut, Net1, Whole, build_net_1, build_net_2
+from sft.models.lora import LoraSpec, add_lora, lora_to_json
+from sft.models.weights import factor_tensors, fill, pretrained_tensors
+from sft.optim.spec import OptimizerSpec, decay_groups, make_optimizer
+from sft.tensors.stream import StoredTensor
+from sft.v1 import split_training_pb2 as pb
+from sft_edge.link import Blob, model_fields, session_request
+from sft_edge.model_files import Source
+from sft_edge.options import OptimizerOptions
+from sft_edge.systems.lora import NO_LORA, HalfLora
+
+
+@dataclass(frozen=True)
+class Halves:
+    """A model that is cut, before anything is filled: net_1 is here, the cloud is asked for net_2."""
+
+    net_1: Net1
+    """On the meta device; frozen what is not trained."""
+
+    net_1_tensors: List[StoredTensor]
+    """What it is filled with, its factor among them; what is not here is drawn from the seed."""
+
+    net_1_lora: Optional[LoraSpec]
+    cloud_names: List[str]
+    """Parameters that only net_2 has, by whole-model names, adapters excluded."""
+
+    optimizer: OptimizerSpec
+    """Of both halves."""
+
+    request: pb.OpenSessionRequest
+    """That the cloud makes net_2 and its optimizer."""
+
+    blobs: Dict[str, Blob]
+    """What the cloud may ask for, by the hashes that `request` names: net_2's pretrained tensors, and its factors."""
+
+    def start_edge(self, device: torch.device) -> torch.optim.Optimizer:
+        """Fills net_1 on `device`, adapters included, and makes its optimizer. Once."""
+        net_1, seed = self.net_1, self.request.seed
+        fill(net_1, self.net_1_tensors, seed, device)
+        if self.net_1_lora is not None:
+            add_lora(net_1, self.net_1_lora, seed)
+        trained = [name for name, parameter in net_1.whole_parameters().items() if parameter.requires_grad]
+        return make_optimizer(self.optimizer.restricted_to(trained), net_1.whole_parameters())
+
+
+def halve(
+    source: Source,
+    head: str,
+    cut: Cut,
+    optimizer: OptimizerSpec,
+    seed: int,
+    wire_dtype: str = "float32",
+    *,
+    freeze_edge: bool = False,
+    calibration: Sequence[Batch] = (),
+    lora: HalfLora = NO_LORA,
+    run_id: str = "",
+    resume_from: Sequence[pb.CheckpointId] = (),
+) -> Halves:
+    """Cuts the model and decomposes the layer. What the cloud lacks is read when it asks for it, a tensor at a time.
+
+    `optimizer` is that of both halves, see `optimizer_spec`; `freeze_edge`: net_1 is not trained; `calibration`: what a
+    low-rank residual is fitted to; `lora`: the adapters of the halves, whose parameters `optimizer` names; `run_id`:
+    whose checkpoints are saved, if any are. With `resume_from` the cloud goes on from one of these, and net_1 gets
+    memory, but no values of any worth: the caller loads those of the step that the cloud has got to.
+
+    Raises CutError, CheckpointError, UsageError.
+    """
+    config, checkpoint = source.config, source.checkpoint
+    net_1, net_2 = build_net_1(config, head, cut), build_net_2(config, head, cut)
+    if freeze_edge:
+        net_1.requires_grad_(False)
+    for_edge: List[StoredTensor] = []
+    for_cloud: List[StoredTensor] = []
+    weights: List[StoredTensor] = []
+    if not resume_from:
+        for_edge, for_cloud = factor_tensors(config, head, cut, checkpoint, seed, calibration)
+        for_edge += pretrained_tensors(net_1, checkpoint)
+        weights = pretrained_tensors(net_2, checkpoint)
+    cloud_names = sorted(set(net_2.whole_names.values()).difference(net_1.whole_names.values()))
+    if lora.cloud is not None:
+        add_lora(net_2, lora.cloud, seed)  # for the names of what is trained there
+    request, blobs = session_request(
+        model_fields(source.name, config, head, cut, "" if lora.cloud is None else lora_to_json(lora.cloud)),
+        optimizer.restricted_to(net_2.whole_names.values()),
+        seed,
+        wire_dtype,
+        weights,
+        for_cloud,
+        run_id,
+        resume_from,
+    )
+    return Halves(net_1, for_edge, lora.edge, cloud_names, optimizer, request, blobs)
+
+
+def whole_tensors(
+    net: Whole, source: Source, cut: Optional[Cut], seed: int, calibration: Sequence[Batch] = ()
+) -> List[StoredTensor]:
+    """What a model that stays in one piece is filled with, to start from where the halves start.
+
+    Raises CheckpointError and UsageError.
+    """
+    tensors = pretrained_tensors(net, source.checkpoint)
+    if cut is not None:
+        for factors in factor_tensors(source.config, net.head, cut, source.checkpoint, seed, calibration):
+            tensors += factors
+    return tensors
+
+
+def optimizer_spec(options: OptimizerOptions, whole: Whole) -> OptimizerSpec:
+    """The optimizer that the options mean for the model in one piece, which may be on the meta device."""
+    return OptimizerSpec(options.optim, decay_groups(whole, options.arguments()))
