@@ -33,6 +33,7 @@ from sft_cloud.admission import AdmissionInterceptor, Deadlines, Quotas
 from sft_cloud.engine import Checkpoints, InProcessEngine, Opener, TransformersOpener, WeightsFinder
 from sft_cloud.observability import NOBODY, AuditLog, Observer, observing, open_observer
 from sft_cloud.options import AccessOptions, LimitOptions, MetricsOptions
+from sft_cloud.rpc import CallInterceptor
 from sft_cloud.service import SERVICE_NAME as HEALTH
 from sft_cloud.service import SESSION_TIMEOUT_SECONDS, Entry, Health, Registry, SplitTrainingService, log_closed
 from sft_cloud.session import MemoryBudget, default_budget
@@ -103,12 +104,14 @@ class CloudServer:
         weights = WeightsFinder(state_dir / "models" if model_dir is None else model_dir, limits.download_models)
         self.quotas = Quotas(max_sessions, limits.opens_per_minute)
         self.deadlines = Deadlines(limits.stall_timeout, limits.idle_timeout)
-        self.admission = AdmissionInterceptor(access.identify, self.quotas, self.deadlines, audit)
+        self.admission = AdmissionInterceptor(self.quotas, self.deadlines, audit)
+        self.calls = CallInterceptor(access.identify)
         self._executor = ThreadPoolExecutor(calls, thread_name_prefix="call")
         self._server = grpc.server(
             self._executor,
             interceptors=[
-                *observing(observer, lambda context: access.identify(context).name),
+                self.calls,
+                *observing(observer),
                 *([access.interceptor] if access.interceptor else []),
                 self.admission,
             ],
@@ -152,7 +155,7 @@ class CloudServer:
         )
         if access.credentials is not None:
             observer.metrics.watch_certificate(access.certificate_expires)
-        self.service = SplitTrainingService(self.engine, store, self.sessions, access.identify, observer)
+        self.service = SplitTrainingService(self.engine, store, self.sessions, observer)
         pb_grpc.add_SplitTrainingServicer_to_server(self.service, self._server)
         self._health = Health(("", SERVICE_NAME), self.deadlines)
         self._health.add_to(self._server)

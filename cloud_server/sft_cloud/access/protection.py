@@ -13,8 +13,9 @@ from sft.errors import UsageError
 from sft_cloud.access.authentication import Authentication
 from sft_cloud.access.interceptor import AuthenticationInterceptor
 from sft_cloud.access.tokens import LiveTokens
-from sft_cloud.identity import ANONYMOUS, Identity
+from sft_cloud.identity import ANONYMOUS
 from sft_cloud.options import AccessOptions, check_exposure, check_together
+from sft_cloud.rpc import Identify
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,8 @@ class Access:
     interceptor: AuthenticationInterceptor | None = None
     """Stands before every method; None where everybody is let in."""
 
-    identify: Callable[[grpc.ServicerContext], Identity] = lambda context: ANONYMOUS
-    """Who calls. Raises UnauthenticatedError."""
+    identify: Identify = lambda context: ANONYMOUS
+    """Finds out who calls, once a call."""
 
     certificate_expires: Callable[[], float | None] = lambda: None
     """When the certificate in use expires, in Unix seconds; None without TLS."""
@@ -61,7 +62,7 @@ def make_access(
     tokens = None if options.tokens is None else LiveTokens(options.tokens)
     authentication = Authentication(tokens, needs_certificate=options.tls_client_ca is not None)
     interceptor = AuthenticationInterceptor(authentication, on_refused)
-    return Access(credentials, interceptor, interceptor.identify, certificate_expires)
+    return Access(credentials, interceptor, authentication.identify, certificate_expires)
 
 
 def is_loopback(host: str, dashes: str = "") -> bool:

@@ -6,11 +6,10 @@ message is read here, too: gRPC itself would wait for it, on a thread of the ser
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, TypeAlias
+from typing import Any
 
 import grpc
 from google.protobuf.descriptor import Descriptor
@@ -23,12 +22,8 @@ from sft_cloud.access import OPEN_METHODS
 from sft_cloud.admission.deadlines import Deadlines
 from sft_cloud.admission.quotas import Quotas
 from sft_cloud.admission.wire_check import check_wire
-from sft_cloud.identity import Identity
 from sft_cloud.observability import AuditLog, CallRecord
-from sft_cloud.rpc import status_of
-
-AnyHandler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
-Identify = Callable[[grpc.ServicerContext], Identity]
+from sft_cloud.rpc import Call, Handler, behaviour_of, outcome, raw
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["SplitTraining"]
 _TRAIN = f"/{_SERVICE.full_name}/Train"
@@ -41,24 +36,18 @@ _MAX_BYTES = {
     "Probe": (4 << 20) + 1024,
 }
 
-_log = logging.getLogger(__name__)
-
 
 class AdmissionInterceptor(grpc.ServerInterceptor):
     """Stands in front of all services of a server."""
 
     def __init__(
         self,
-        identify: Identify,
         quotas: Quotas,
         watch: Deadlines,
         audit: AuditLog,
         wait: Callable[[threading.Event, float], object] = threading.Event.wait,
     ) -> None:
-        """`identify` tells who calls this project's service; it may raise an SFTError. `wait`: for an event, at most so
-        many seconds.
-        """
-        self._identify = identify
+        """`wait`: for an event, at most so many seconds."""
         self._quotas = quotas
         self._watch = watch
         self._audit = audit
@@ -66,39 +55,34 @@ class AdmissionInterceptor(grpc.ServerInterceptor):
 
     def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], AnyHandler | None],
+        continuation: Callable[[grpc.HandlerCallDetails], Handler | None],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> AnyHandler | None:
+    ) -> Handler | None:
         """See grpc.ServerInterceptor."""
         handler = continuation(handler_call_details)
         method = str(handler_call_details.method)
         if handler is None or method in OPEN_METHODS:  # whose handlers read nothing that a stranger sends
             return handler
         admitted = _Admitted(self, method, handler)
-        make = (
-            grpc.stream_stream_rpc_method_handler
-            if handler.response_streaming
-            else grpc.stream_unary_rpc_method_handler
-        )
-        return make(admitted.stream if handler.response_streaming else admitted.unary)  # bytes in, bytes out
+        return raw(handler, admitted.one_answer, admitted.many_answers)
 
 
 class _Admitted:
     """One method behind it."""
 
-    def __init__(self, admission: AdmissionInterceptor, method: str, handler: AnyHandler) -> None:
+    def __init__(self, admission: AdmissionInterceptor, method: str, handler: Handler) -> None:
         self._admission = admission
         self._method = method
         self._handler: Any = handler
+        self._behaviour = behaviour_of(handler)
         name = method.rpartition("/")[2]
         ours = _SERVICE.methods_by_name.get(name) if method.startswith(f"/{_SERVICE.full_name}/") else None
         self._descriptor: Descriptor | None = ours.input_type if ours is not None else None
         self._max_bytes = _MAX_BYTES.get(name, _MAX_OTHER_BYTES) if ours is not None else _MAX_OTHER_BYTES
 
-    def unary(self, raw: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
+    def one_answer(self, raw: Iterator[bytes], context: Call) -> bytes:
         with self._call(context) as call:
-            behavior = self._handler.stream_unary or self._handler.unary_unary
-            response = behavior(self._argument(raw, context, call), context)
+            response = self._behaviour(self._argument(raw, context, call), context)
             call.record.answered(response)
             data = self._serialized(response)
             call.count(len(data))
@@ -107,13 +91,12 @@ class _Admitted:
             call.ends_with(self._admission._watch.stalling("answers are not read", context.cancel, len(data)))
             return data
 
-    def stream(self, raw: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+    def many_answers(self, raw: Iterator[bytes], context: Call) -> Iterator[bytes]:
         watch = self._admission._watch
         # Who watches the server's health sends nothing more, so all of it counts as idle.
         lasting = watch.idles("idle stream", context.cancel) if self._method == HEALTH_WATCH else nullcontext()
         with self._call(context) as call, lasting:
-            behavior = self._handler.stream_stream or self._handler.unary_stream
-            for response in behavior(self._argument(raw, context, call), context):
+            for response in self._behaviour(self._argument(raw, context, call), context):
                 call.record.answered(response)
                 data = self._serialized(response)
                 del response
@@ -125,20 +108,24 @@ class _Admitted:
             call.record.finished()
 
     @contextmanager
-    def _call(self, context: grpc.ServicerContext) -> Iterator[_Call]:
+    def _call(self, context: Call) -> Iterator[_Call]:
         admission = self._admission
         record = CallRecord(admission._audit, self._method, context.peer())
-        with _tells_errors(context, record):
-            caller = admission._identify(context)
-            record.who = caller.name
-            call = _Call(admission, record, caller, context)
-            call.ends_with(admission._quotas.call(caller))
+        try:
+            record.who = context.caller.name
+            call = _Call(admission, record, context)
+            call.ends_with(admission._quotas.call(context.caller))
             try:
                 yield call
             finally:
                 call.handler_ends()
+        except grpc.RpcError:
+            raise  # the other side has gone
+        except Exception as error:
+            record.refused(*outcome(context, error))
+            raise
 
-    def _argument(self, raw: Iterator[bytes], context: grpc.ServicerContext, call: _Call) -> Any:
+    def _argument(self, raw: Iterator[bytes], context: Call, call: _Call) -> Any:
         messages = self._messages(raw, context, call)
         if self._handler.request_streaming:
             return messages
@@ -147,7 +134,7 @@ class _Admitted:
             raise ProtocolError("the call ended before its request had come")
         return first
 
-    def _messages(self, raw: Iterator[bytes], context: grpc.ServicerContext, call: _Call) -> Iterator[Any]:
+    def _messages(self, raw: Iterator[bytes], context: Call, call: _Call) -> Iterator[Any]:
         watch, reason = self._admission._watch, "no first message"
         while True:
             may_idle = self._method == _TRAIN and reason != "no first message"
@@ -184,12 +171,10 @@ class _Admitted:
 class _Call:
     """One call of a caller."""
 
-    def __init__(
-        self, admission: AdmissionInterceptor, record: CallRecord, caller: Identity, context: grpc.ServicerContext
-    ) -> None:
+    def __init__(self, admission: AdmissionInterceptor, record: CallRecord, context: Call) -> None:
         self.record = record
         self._admission = admission
-        self._caller = caller
+        self._caller = context.caller
         self._over = threading.Event()
         self._lock = threading.Lock()
         self._left = 2  # the handler, and the call
@@ -230,23 +215,3 @@ class _Call:
             seconds = self._admission._quotas.seconds_to_wait(self._caller)
             if seconds:
                 self._admission._wait(self._over, seconds)
-
-
-@contextmanager
-def _tells_errors(context: grpc.ServicerContext, record: CallRecord) -> Iterator[None]:
-    """An error that nobody has turned into a status yet becomes one; gRPC would send the text of any exception."""
-    try:
-        yield
-    except grpc.RpcError:
-        raise  # the other side has gone
-    except Exception as error:
-        ended: Any = context  # what the stubs do not know of it
-        known, details = ended.code(), ended.details()
-        if known is not None:
-            record.refused(known, details.decode(errors="replace") if isinstance(details, bytes) else str(details))
-            raise
-        code, reason = status_of(error)
-        if code is grpc.StatusCode.INTERNAL:
-            _log.exception("internal error")
-        record.refused(code, reason)
-        context.abort(code, reason)

@@ -1,9 +1,18 @@
-"""What every room that sees gRPC shares of it: the table of status codes, and a handler around another."""
+"""What rooms that see gRPC share of it: a call with its caller, the table of status codes, handlers around others."""
 
-from sft_cloud.rpc.status_codes import ends_call, ends_session, status_of
+from sft_cloud.rpc.call import Call, CallInterceptor, Identify
+from sft_cloud.rpc.handlers import Handler, around, behaviour_of, raw, remade
+from sft_cloud.rpc.status_codes import ends_session, outcome
 
 __all__ = [
-    "ends_call",
+    "Call",
+    "CallInterceptor",
+    "Handler",
+    "Identify",
+    "around",
+    "behaviour_of",
     "ends_session",
-    "status_of",
+    "outcome",
+    "raw",
+    "remade",
 ]

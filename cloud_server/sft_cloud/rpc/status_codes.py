@@ -23,6 +23,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import grpc
 
@@ -83,14 +84,24 @@ def ends_session(error: BaseException) -> bool:
     return isinstance(error, Exception) and not isinstance(error, (grpc.RpcError, *goes_on))
 
 
+def outcome(context: Any, error: Exception) -> tuple[grpc.StatusCode, str]:
+    """As `status_of`, but for a call that somebody has ended already: as that one said."""
+    code, details = context.code(), context.details()
+    if code is None:
+        return status_of(error)
+    return code, details.decode(errors="replace") if isinstance(details, bytes) else str(details)
+
+
 @contextmanager
 def ends_call(context: grpc.ServicerContext) -> Iterator[None]:
-    """An error in the block ends the call with its status code."""
+    """An error in the block ends the call with its status code; gRPC would send the text of any exception."""
     try:
         yield
     except grpc.RpcError:
-        raise  # the edge has gone; there is nobody to tell
+        raise  # the other side has gone; there is nobody to tell
     except Exception as error:
+        if context.code() is not None:  # type: ignore[attr-defined]  # missing in the stubs
+            raise  # somebody has ended it already
         code, details = status_of(error)
         if code is grpc.StatusCode.INTERNAL:
             _log.exception("internal error")

@@ -7,10 +7,8 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
-
-import grpc
 
 from sft.errors import ProtocolError, ServerUnavailableError, SessionLostError, SFTError, StorageError
 from sft.tensors.stream import CHUNK_BYTES
@@ -20,9 +18,9 @@ from sft.version import __version__
 from sft.wire.cut import mode_name
 from sft_cloud.engine import Engine
 from sft_cloud.errors import PreconditionError, StreamTakenError
-from sft_cloud.identity import ANONYMOUS, Identity
+from sft_cloud.identity import Identity
 from sft_cloud.observability import NOBODY, Observer, Watch
-from sft_cloud.rpc import ends_call, ends_session
+from sft_cloud.rpc import Call, ends_session
 from sft_cloud.service.registry import DONE, Entry, Registry, StreamHandle
 from sft_cloud.service.status import Status
 from sft_cloud.storage import BlobStore
@@ -31,25 +29,23 @@ _log = logging.getLogger(__name__)
 
 
 class SplitTrainingService(pb_grpc.SplitTrainingServicer):
-    """Implements `sft.v1.SplitTraining`. One thread of the server runs each call."""
+    """Implements `sft.v1.SplitTraining`, behind a CallInterceptor. One thread of the server runs each call."""
 
     def __init__(
         self,
         engine: Engine,
         store: BlobStore,
         sessions: Registry,
-        identify: Callable[[grpc.ServicerContext], Identity] = lambda context: ANONYMOUS,
         observer: Observer = NOBODY,
     ) -> None:
-        """`store` takes uploads; `sessions` has whoever closes one close it in the `engine`, too; `identify` says who
-        calls, or raises AccessError; `observer` is told what happens.
+        """`store` takes uploads; `observer` is told what happens. Whoever closes one of `sessions` closes it in the
+        `engine`, too.
         """
         self._engine = engine
         self._store = store
-        self._identify = identify
         self._observer = observer
         self._draining = threading.Event()
-        self._idle: set[grpc.ServicerContext] = set()
+        self._idle: set[Call] = set()
         self.sessions = sessions
         self.stopping = threading.Event()
         """Set some time before `drain`: every answer tells its edge to save a checkpoint now."""
@@ -64,115 +60,102 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
         for context in list(self._idle):
             context.cancel()
 
-    def OpenSession(self, request: pb.OpenSessionRequest, context: grpc.ServicerContext) -> pb.OpenSessionResponse:
+    def OpenSession(self, request: pb.OpenSessionRequest, context: Call) -> pb.OpenSessionResponse:
         """See the .proto."""
         response = pb.OpenSessionResponse(package_version=__version__, device=self._engine.device)
-        with ends_call(context):
-            caller = self._identify(context)
-            self._check_draining()
-            if request.only_check:
-                response.missing_blobs.extend(self._engine.open("", request, caller).missing_blobs)
-                return response
-            if self.stopping.is_set():
-                raise ServerUnavailableError("the server is about to stop")
-            entry = self.sessions.opened(request, caller)
-            if entry is None:
-                started = time.monotonic()
-                with self.sessions.place(request, caller) as put:
-                    opened = self._engine.open(secrets.token_urlsafe(24), request, caller)
-                    if not opened.session_id:
-                        response.missing_blobs.extend(opened.missing_blobs)
-                        return response
-                    entry = put(opened.session_id, opened.next_step)
-                self._log_opened(entry, time.monotonic() - started)
-                self._observer.metrics.opened(caller.name, resumed=bool(request.resume_from))
-            response.session_id = entry.session_id
-            response.next_step = entry.next_step
-            response.session_timeout_seconds = self.sessions.session_timeout_seconds
+        caller = context.caller
+        self._check_draining()
+        if request.only_check:
+            response.missing_blobs.extend(self._engine.open("", request, caller).missing_blobs)
+            return response
+        if self.stopping.is_set():
+            raise ServerUnavailableError("the server is about to stop")
+        entry = self.sessions.opened(request, caller)
+        if entry is None:
+            started = time.monotonic()
+            with self.sessions.place(request, caller) as put:
+                opened = self._engine.open(secrets.token_urlsafe(24), request, caller)
+                if not opened.session_id:
+                    response.missing_blobs.extend(opened.missing_blobs)
+                    return response
+                entry = put(opened.session_id, opened.next_step)
+            self._log_opened(entry, time.monotonic() - started)
+            self._observer.metrics.opened(caller.name, resumed=bool(request.resume_from))
+        response.session_id = entry.session_id
+        response.next_step = entry.next_step
+        response.session_timeout_seconds = self.sessions.session_timeout_seconds
         return response
 
-    def UploadBlob(
-        self, request_iterator: Iterator[pb.UploadBlobRequest], context: grpc.ServicerContext
-    ) -> pb.UploadBlobResponse:
+    def UploadBlob(self, request_iterator: Iterator[pb.UploadBlobRequest], context: Call) -> pb.UploadBlobResponse:
         """See the .proto."""
-        with ends_call(context):
-            caller = self._identify(context)
-            self._check_draining()
-            first = next(request_iterator, None)
-            if first is None:
-                raise ProtocolError("the upload holds no chunk; the first one names the blob")
-            chunks = (request.data for request in itertools.chain([first], request_iterator))
-            self._store.of(caller).add(first.sha256, first.total_bytes, chunks)
-            self._observer.metrics.uploaded(caller.name, first.total_bytes)
-            _log.info("blob stored", extra={"fields": {"sha256": first.sha256, "bytes": first.total_bytes}})
+        caller = context.caller
+        self._check_draining()
+        first = next(request_iterator, None)
+        if first is None:
+            raise ProtocolError("the upload holds no chunk; the first one names the blob")
+        chunks = (request.data for request in itertools.chain([first], request_iterator))
+        self._store.of(caller).add(first.sha256, first.total_bytes, chunks)
+        self._observer.metrics.uploaded(caller.name, first.total_bytes)
+        _log.info("blob stored", extra={"fields": {"sha256": first.sha256, "bytes": first.total_bytes}})
         return pb.UploadBlobResponse()
 
-    def Train(
-        self, request_iterator: Iterator[pb.EdgeMessage], context: grpc.ServicerContext
-    ) -> Iterator[pb.CloudMessage]:
+    def Train(self, request_iterator: Iterator[pb.EdgeMessage], context: Call) -> Iterator[pb.CloudMessage]:
         """See the .proto."""
-        with ends_call(context):
-            caller = self._identify(context)
-            first = next(request_iterator, None)
-            if first is None or first.WhichOneof("body") != "attach":
-                raise PreconditionError("the first message of a stream must be an attach")
-            stream = StreamHandle(context.cancel)
-            again = self.sessions.get(first.attach.session_id, caller).was_attached
-            entry = self.sessions.attach(first.attach.session_id, caller, stream)
-            session_id, answered = entry.session_id, first.answered
-            self._observer.metrics.attached(caller.name, again)
-            # Whoever held on to an entry would keep the answers in it when its session has ended.
-            del entry, first
-            try:
-                # A call that ends while its thread waits for the engine must not hold the session until then.
-                if not context.add_callback(lambda: self._detach(session_id, caller, stream)):
+        caller = context.caller
+        first = next(request_iterator, None)
+        if first is None or first.WhichOneof("body") != "attach":
+            raise PreconditionError("the first message of a stream must be an attach")
+        stream = StreamHandle(context.cancel)
+        again = self.sessions.get(first.attach.session_id, caller).was_attached
+        entry = self.sessions.attach(first.attach.session_id, caller, stream)
+        session_id, answered = entry.session_id, first.answered
+        self._observer.metrics.attached(caller.name, again)
+        # Whoever held on to an entry would keep the answers in it when its session has ended.
+        del entry, first
+        try:
+            # A call that ends while its thread waits for the engine must not hold the session until then.
+            if not context.add_callback(lambda: self._detach(session_id, caller, stream)):
+                return
+            yield from self._attached(session_id, caller, stream, answered)
+            while (message := self._wait_for_message(request_iterator, context)) is not None:
+                if message.WhichOneof("body") == "close":
+                    self._end(session_id, caller, stream, DONE)
                     return
-                yield from self._attached(session_id, caller, stream, answered)
-                while (message := self._wait_for_message(request_iterator, context)) is not None:
-                    if message.WhichOneof("body") == "close":
-                        self._end(session_id, caller, stream, DONE)
-                        return
-                    yield self._answer(session_id, caller, stream, message)
-                    del message  # a stream that idles must not keep it
-            except Exception as error:
-                if ends_session(error):
-                    reason = str(error) if isinstance(error, SFTError) else "internal error"
-                    self._end(session_id, caller, stream, reason)
-                raise
-            finally:
-                self._detach(session_id, caller, stream)
+                yield self._answer(session_id, caller, stream, message)
+                del message  # a stream that idles must not keep it
+        except Exception as error:
+            if ends_session(error):
+                reason = str(error) if isinstance(error, SFTError) else "internal error"
+                self._end(session_id, caller, stream, reason)
+            raise
+        finally:
+            self._detach(session_id, caller, stream)
 
     def DownloadWeights(
-        self, request: pb.DownloadWeightsRequest, context: grpc.ServicerContext
+        self, request: pb.DownloadWeightsRequest, context: Call
     ) -> Iterator[pb.DownloadWeightsResponse]:
         """See the .proto. Tensor by tensor, so the engine is never held for long, but all of one step."""
-        with ends_call(context):
-            caller = self._identify(context)
-            session_id = self.sessions.get(request.session_id, caller).session_id
-            version, sizes = self._engine.contents(session_id, request.optimizer_state)
-            skip = request.offset
-            for index, size in enumerate(sizes):
-                if skip < size:
-                    data = self._engine.read(session_id, request.optimizer_state, index, version)
-                    for start in range(skip, size, CHUNK_BYTES):
-                        yield pb.DownloadWeightsResponse(data=data[start : start + CHUNK_BYTES])
-                skip = max(skip - size, 0)
-            self._observer.metrics.downloaded(caller.name, max(0, sum(sizes) - request.offset))
+        caller = context.caller
+        session_id = self.sessions.get(request.session_id, caller).session_id
+        version, sizes = self._engine.contents(session_id, request.optimizer_state)
+        skip = request.offset
+        for index, size in enumerate(sizes):
+            if skip < size:
+                data = self._engine.read(session_id, request.optimizer_state, index, version)
+                for start in range(skip, size, CHUNK_BYTES):
+                    yield pb.DownloadWeightsResponse(data=data[start : start + CHUNK_BYTES])
+            skip = max(skip - size, 0)
+        self._observer.metrics.downloaded(caller.name, max(0, sum(sizes) - request.offset))
 
-    def Status(self, request: pb.StatusRequest, context: grpc.ServicerContext) -> pb.StatusResponse:
+    def Status(self, request: pb.StatusRequest, context: Call) -> pb.StatusResponse:
         """See the .proto."""
-        with ends_call(context):
-            return self._status.status(self._identify(context))
+        return self._status.status(context.caller)
 
-    def Probe(self, request: pb.ProbeRequest, context: grpc.ServicerContext) -> pb.ProbeResponse:
+    def Probe(self, request: pb.ProbeRequest, context: Call) -> pb.ProbeResponse:
         """See the .proto."""
-        with ends_call(context):
-            self._identify(context)
-            return self._status.probe(request)
+        return self._status.probe(request)
 
-    def _wait_for_message(
-        self, request_iterator: Iterator[pb.EdgeMessage], context: grpc.ServicerContext
-    ) -> pb.EdgeMessage | None:
+    def _wait_for_message(self, request_iterator: Iterator[pb.EdgeMessage], context: Call) -> pb.EdgeMessage | None:
         self._idle.add(context)
         try:
             self._check_draining()

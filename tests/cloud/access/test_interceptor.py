@@ -23,6 +23,7 @@ from sft_cloud.access.authentication import Authentication
 from sft_cloud.access.interceptor import REFUSALS_PER_SECOND, AuthenticationInterceptor
 from sft_cloud.access.protection import make_access
 from sft_cloud.access.tokens import LiveTokens, TokenFile
+from sft_cloud.errors import UnauthenticatedError
 from sft_cloud.options import AccessOptions
 from sft_cloud.server import _SPARE_THREADS, CloudServer
 
@@ -154,8 +155,9 @@ def test_strangers_cannot_fill_the_log(tokens, alice, caplog):
     details = SimpleNamespace(method="/any", invocation_metadata=())
 
     def call():
-        context = SimpleNamespace(peer=lambda: "ipv4:192.0.2.1:1", abort=lambda code, sentence: None)
-        strangers.intercept_service(lambda details: None, details).stream_stream(None, context)
+        context = SimpleNamespace(peer=lambda: "ipv4:192.0.2.1:1")
+        with pytest.raises(UnauthenticatedError):
+            strangers.intercept_service(lambda details: None, details).stream_stream(None, context)
 
     with caplog.at_level(logging.INFO):
         for _ in range(1000):
@@ -175,9 +177,9 @@ def test_a_known_caller_reaches_every_method(calls, alice, refused, method):
 
 
 def test_who_calls_is_found_out_once(server, calls, alice, monkeypatch):
-    authentication, asked = server.access.interceptor._authentication, []
-    identify = authentication.identify
-    monkeypatch.setattr(authentication, "identify", lambda context: asked.append(context) or identify(context))
+    asked = []
+    identify = server.calls._identify
+    monkeypatch.setattr(server.calls, "_identify", lambda context: asked.append(context) or identify(context))
     assert calls(alice).cloud.Status(pb.StatusRequest(), timeout=SECONDS).caller == "alice"
     assert len(asked) == 1
 

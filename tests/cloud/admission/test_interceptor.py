@@ -338,6 +338,7 @@ def test_a_good_stream_is_not_touched_when_others_are_ended(server, connect, edg
     stub = connect(server.address)
     stream = Stream(stub, attach(open_session(stub, edge)))
     next(stream.call)
+    server.deadlines._waits.come("idle stream")  # not any more for its first answer to be read
     silent = raw(server.address, "Train", never())
     assert overdue(server, "no first message", seconds=61) == 1
     assert refusal(lambda: list(silent))[0] is grpc.StatusCode.CANCELLED
@@ -391,7 +392,7 @@ def test_models_and_ranks_that_are_not_for_the_caller(start_server, connect, edg
 def test_who_is_too_fast_waits(server, connect, edge):
     waits = []
     admission = server.admission
-    admission._identify = named(steps_per_second=0.5)
+    server.calls._identify = named(steps_per_second=0.5)
     admission._wait = lambda over, seconds: waits.append(seconds)
     server.quotas._clock = lambda: 0.0
     stub = connect(server.address)
@@ -409,7 +410,7 @@ def test_who_is_too_fast_waits(server, connect, edge):
 def test_a_caller_that_waits_for_its_turn_can_go(server, connect, edge):
     entered = threading.Event()
     admission = server.admission
-    admission._identify = named(steps_per_second=0.0001)
+    server.calls._identify = named(steps_per_second=0.0001)
     admission._wait = lambda over, seconds: (entered.set(), over.wait(seconds))
     stub = connect(server.address)
     stream = Stream(stub, attach(open_session(stub, edge)))

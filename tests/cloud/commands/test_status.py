@@ -2,10 +2,10 @@
 
 import json
 import math
+import secrets
 import socket
 
 import pytest
-import torch
 from support.calls import SECONDS, open_session, refusal
 from support.scripted_cloud import ScriptedCloud, serving
 
@@ -19,7 +19,6 @@ from sft_cloud.identity import ANONYMOUS, Identity, Limits
 from sft_cloud.service.registry import Registry, StreamHandle
 from sft_cloud.service.status import Status
 
-CPU = torch.device("cpu")
 ANNA, BEN = Identity("anna"), Identity("ben")
 
 
@@ -31,12 +30,6 @@ class Clock:
 
     def __call__(self):
         return self.now
-
-
-class Trained:
-    """As much of a session as a registry and a status look at."""
-
-    next_step = 7
 
 
 @pytest.fixture
@@ -51,12 +44,12 @@ def sessions(clock):
 
 @pytest.fixture
 def status(sessions, clock):
-    return Status(sessions, CPU, clock=clock, unix_clock=lambda: 1_800_000_000.25)
+    return Status(sessions, "cpu", clock=clock, unix_clock=lambda: 1_800_000_000.25)
 
 
 def put(sessions, owner, **fields):
     with sessions.place(pb.OpenSessionRequest(**fields), owner) as add:
-        return add(Trained())
+        return add(secrets.token_hex(), 7)
 
 
 def test_the_server(status, clock):

@@ -14,10 +14,11 @@ from sft.tracing import NO_TRACER, Span
 from sft.v1 import split_training_pb2 as pb
 from sft.v1.split_training_pb2_grpc import SplitTrainingStub, add_SplitTrainingServicer_to_server
 from sft.wire.protocol import CLIENT_OPTIONS
+from sft_cloud.identity import Identity
 from sft_cloud.observability.interceptor import CallObserver
 from sft_cloud.observability.metrics import Metrics
 from sft_cloud.observability.observer import Observer
-from sft_cloud.rpc.status_codes import ends_call
+from sft_cloud.rpc.call import CallInterceptor
 from sft_edge.link.tracing import traced
 
 
@@ -47,13 +48,11 @@ class Refusing(ScriptedCloud):
     error = ServerFullError("no room")
 
     def OpenSession(self, request, context):
-        with ends_call(context):
-            raise self.error
+        raise self.error
 
     def DownloadWeights(self, request, context):
-        with ends_call(context):
-            yield pb.DownloadWeightsResponse(data=b"a part")
-            raise self.error
+        yield pb.DownloadWeightsResponse(data=b"a part")
+        raise self.error
 
 
 @pytest.fixture
@@ -66,9 +65,9 @@ def start(told):
     """`start(cloud)` serves it behind an observer, and gives a channel to it."""
     servers, channels = [], []
 
-    def make(cloud, tracer=NO_TRACER, tenant_of=lambda context: "anna", gates=()):
+    def make(cloud, tracer=NO_TRACER, identify=lambda context: Identity("anna"), gates=()):
         pool = ThreadPoolExecutor(4)
-        server = grpc.server(pool, interceptors=[CallObserver(told, tracer, tenant_of), *gates])
+        server = grpc.server(pool, interceptors=[CallInterceptor(identify), CallObserver(told, tracer), *gates])
         add_SplitTrainingServicer_to_server(cloud, server)
         port = server.add_insecure_port("127.0.0.1:0")
         server.start()
@@ -120,10 +119,10 @@ class Closed(grpc.ServerInterceptor):
 
 
 def test_strangers_have_no_name_and_make_no_label_up(start, told):
-    def tenant_of(context):
+    def identify(context):
         raise AccessError("not known")
 
-    channel = start(ScriptedCloud(), tenant_of=tenant_of, gates=[Closed()])
+    channel = start(ScriptedCloud(), identify=identify, gates=[Closed()])
     assert refusal(lambda: channel.unary_unary("/made.up/Method-4711")(b"", timeout=SECONDS))[1] == "who are you?"
     assert told.changed.wait(SECONDS)
     assert told.refusals == [("unknown", "unknown", "UNAUTHENTICATED", "UNAUTHENTICATED")]
@@ -154,11 +153,11 @@ def test_a_call_that_fails_ends_both_spans_with_the_reason(start):
 
 
 def test_strangers_make_no_span(start, told):
-    def tenant_of(context):
+    def identify(context):
         raise AccessError("not known")
 
     spans = RecordedSpans()
-    stub = SplitTrainingStub(traced(start(ScriptedCloud(), spans.tracer, tenant_of, [Closed()]), spans.tracer))
+    stub = SplitTrainingStub(traced(start(ScriptedCloud(), spans.tracer, identify, [Closed()]), spans.tracer))
     assert refusal(lambda: stub.OpenSession(pb.OpenSessionRequest(), timeout=SECONDS))[1] == "who are you?"
     assert told.changed.wait(SECONDS)
     assert [span.kind.name for span in spans.named("OpenSession")] == ["CLIENT"]

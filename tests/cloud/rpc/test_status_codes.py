@@ -6,7 +6,7 @@ import torch
 
 from sft import errors
 from sft_cloud.errors import PreconditionError, QuotaError, UnauthenticatedError
-from sft_cloud.rpc.status_codes import MAX_DETAILS, status_of
+from sft_cloud.rpc.status_codes import MAX_DETAILS, ends_call, outcome, status_of
 
 CODES = {
     PreconditionError: "FAILED_PRECONDITION",
@@ -62,6 +62,40 @@ def test_out_of_memory(error):
 @pytest.mark.parametrize("error", [RuntimeError("a secret"), KeyError("a secret"), OSError("a secret")])
 def test_the_unexpected_stays_here(error):
     assert status_of(error) == (grpc.StatusCode.INTERNAL, "internal error, see the server's log")
+
+
+class Context:
+    """Of a call that may have been ended already."""
+
+    def __init__(self, code=None, details=None):
+        self.ended = (code, details)
+
+    def code(self):
+        return self.ended[0]
+
+    def details(self):
+        return self.ended[1]
+
+    def abort(self, code, details):
+        self.ended = (code, details)
+        raise Exception
+
+
+def test_an_error_ends_the_call_once():
+    """Whoever has ended it before knows better."""
+    context = Context()
+    with pytest.raises(Exception), ends_call(context), ends_call(context):  # noqa: B017, PT011
+        raise errors.ServerFullError("no room")
+    assert context.ended == (grpc.StatusCode.RESOURCE_EXHAUSTED, "no room")
+    assert outcome(context, KeyError("of no interest")) == context.ended
+    assert outcome(Context(grpc.StatusCode.NOT_FOUND, b"none"), KeyError()) == (grpc.StatusCode.NOT_FOUND, "none")
+
+
+def test_who_has_gone_is_told_nothing():
+    context = Context()
+    with pytest.raises(grpc.RpcError), ends_call(context):
+        raise grpc.RpcError
+    assert context.ended == (None, None)
 
 
 def test_torch_s_own_words_for_no_memory_are_known():

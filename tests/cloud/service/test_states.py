@@ -12,6 +12,8 @@ from support.tiny_edge import attach
 from sft.v1 import split_training_pb2 as pb
 from sft.v1 import split_training_pb2_grpc as pb_grpc
 from sft_cloud.engine.in_process import InProcessEngine
+from sft_cloud.identity import ANONYMOUS
+from sft_cloud.rpc.call import CallInterceptor
 from sft_cloud.service.registry import Registry
 from sft_cloud.service.servicer import SplitTrainingService
 from sft_cloud.storage.blobs import BlobStore
@@ -77,7 +79,7 @@ def test_another_opener_serves_what_it_likes(edge, connect, open_session, tmp_pa
             return open_session(edge)
 
     engine, executor = InProcessEngine(torch.device("cpu"), Opener(), threads=1), ThreadPoolExecutor(4)
-    server = grpc.server(executor)
+    server = grpc.server(executor, interceptors=[CallInterceptor(lambda context: ANONYMOUS)])
     service = SplitTrainingService(engine, BlobStore(tmp_path), Registry(1))
     pb_grpc.add_SplitTrainingServicer_to_server(service, server)
     port = server.add_insecure_port("127.0.0.1:0")

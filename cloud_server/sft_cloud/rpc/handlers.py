@@ -1,0 +1,69 @@
+"""A gRPC handler of the same kind around another: the four kinds are spelled out here alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any, TypeAlias
+
+import grpc
+
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+
+_KINDS: dict[tuple[bool, bool], tuple[str, Any]] = {
+    (False, False): ("unary_unary", grpc.unary_unary_rpc_method_handler),
+    (False, True): ("unary_stream", grpc.unary_stream_rpc_method_handler),
+    (True, False): ("stream_unary", grpc.stream_unary_rpc_method_handler),
+    (True, True): ("stream_stream", grpc.stream_stream_rpc_method_handler),
+}
+"""By whether requests, and whether answers, are a stream."""
+
+
+def behaviour_of(handler: Handler) -> Callable[[Any, Any], Any]:
+    """What it does with a request, or an iterator of them, and a context."""
+    behaviour: Callable[[Any, Any], Any] = getattr(handler, _KINDS[_kind(handler)][0])
+    return behaviour
+
+
+def remade(
+    handler: Handler, one_answer: Callable[[Any, Any], Any], many_answers: Callable[[Any, Any], Iterator[Any]]
+) -> Handler:
+    """A handler of the same kind that does one of the two instead."""
+    kind = _kind(handler)
+    made: Handler = _KINDS[kind][1](
+        many_answers if handler.response_streaming else one_answer,
+        request_deserializer=handler.request_deserializer,
+        response_serializer=handler.response_serializer,
+    )
+    return made
+
+
+def raw(
+    handler: Handler, one_answer: Callable[[Any, Any], bytes], many_answers: Callable[[Any, Any], Iterator[bytes]]
+) -> Handler:
+    """A handler that takes a stream of bytes, whatever the other takes, and gives as many answers, of bytes."""
+    made: Handler = _KINDS[True, handler.response_streaming][1](
+        many_answers if handler.response_streaming else one_answer
+    )
+    return made
+
+
+def around(handler: Handler, block: Callable[[Any], AbstractContextManager[Any]]) -> Handler:
+    """A handler of the same kind in a block that is left after the last answer; `block` takes a call's context, and
+    gives that which the handler sees.
+    """
+    behaviour = behaviour_of(handler)
+
+    def one_answer(request: Any, context: Any) -> Any:
+        with block(context) as inner:
+            return behaviour(request, inner)
+
+    def many_answers(request: Any, context: Any) -> Iterator[Any]:
+        with block(context) as inner:
+            yield from behaviour(request, inner)
+
+    return remade(handler, one_answer, many_answers)
+
+
+def _kind(handler: Handler) -> tuple[bool, bool]:
+    return handler.request_streaming, handler.response_streaming
