@@ -1,4 +1,4 @@
-"""From an OpenSessionRequest to a session: every field is checked, since anybody may have written it."""
+"""An OpenSessionRequest read into what it asks for: every field is checked, since anybody may have written it."""
 
 from __future__ import annotations
 

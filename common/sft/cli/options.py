@@ -1,4 +1,4 @@
-"""Command lines and configuration files from dataclasses, and the way a command ends.
+"""Command lines and configuration files from dataclasses.
 
 A dataclass holds one concern. Each field is an option: its name with hyphens is the flag (underscores are accepted
 too), its type says how text is read, the docstring under it is the help. `--config FILE` (YAML or JSON) gives values

@@ -1,4 +1,8 @@
-"""Cutting a transformers model at block l: `cut` has the algorithm, one small file per family the names of modules."""
+"""Algorithm 1, lines 1 to 3, for a transformers model: cut at block l, decomposed, filled; a small file a family.
+
+Listed here is what speaks of models, halves and cuts. Doors of their own are `weights`, `lora`, `losses`, `decompose`,
+`split_layer`, `seeding`, `configuration` and `families.catalogue`; the other files are the room's own.
+"""
 
 from sft.models.calibration import Moments, output_moments
 from sft.models.cut import Cut, build_net_1, build_net_2, build_whole, ffn_out_name, matrix_of, name_of_w

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from sft.errors import ProtocolError, UsageError
-from sft.models import Net
+from sft.models.nets import Net
 from sft.models.seeding import seeded
 from sft.tensors.stream import StoredTensor
 

@@ -12,23 +12,12 @@ from transformers import PretrainedConfig
 
 from sft.batch import Batch
 from sft.errors import CheckpointError, UsageError
-from sft.models import (
-    Cut,
-    Moments,
-    Net,
-    Net1,
-    TiedHead,
-    build_net_1,
-    build_whole,
-    check_live,
-    family_of,
-    ffn_out_name,
-    layer_to_cut,
-    live_parameters,
-    matrix_of,
-    output_moments,
-)
+from sft.models.calibration import Moments, output_moments
+from sft.models.cut import Cut, build_net_1, build_whole, ffn_out_name, matrix_of
 from sft.models.decompose import decompose, decompose_with_residual
+from sft.models.families.catalogue import family_of
+from sft.models.in_place import check_live, layer_to_cut, live_parameters
+from sft.models.nets import Net, Net1, TiedHead
 from sft.models.seeding import seeded
 from sft.tensors.pretrained import PretrainedWeights
 from sft.tensors.stream import StoredTensor, in_memory

@@ -1,1 +1,1 @@
-"""Tensors and labels as bytes."""
+"""Tensors, activations, logits and labels as messages and back: `messages` over `packing` and `elements`."""

@@ -58,6 +58,6 @@ def _without_elements(shape: Sequence[int]) -> Tuple[int, ...]:
     return tuple(shape)
 
 
-def _shown(shape: Sequence[int]) -> str:
+def shown(shape: Sequence[int]) -> str:
     """For an error's sentence."""
     return str(list(shape[:MAX_DIMENSIONS])) + (" and more" if len(shape) > MAX_DIMENSIONS else "")

@@ -1,4 +1,4 @@
-"""Tensors <-> bytes: element types, and the packing away of padding.
+"""Activations, logits and labels as messages, without their padding, and back; whatever comes is checked.
 
 Shape suffixes: B batch, S padded sequence, T tokens left after packing, R width on the wire, C outputs of the head.
 
@@ -16,7 +16,7 @@ from transformers import PretrainedConfig
 from sft.batch import IGNORED, attention_mask
 from sft.errors import ProtocolError
 from sft.v1 import split_training_pb2 as pb
-from sft.wire.codec.elements import _shown, decode_tensor, encode_tensor
+from sft.wire.codec.elements import decode_tensor, encode_tensor, shown
 from sft.wire.codec.packing import pack, unpack
 
 
@@ -37,7 +37,7 @@ def decode_logits(
     rows = sum(lengths) if is_packed(head) else len(lengths)
     if len(message.shape) != 2 or list(message.shape) != [rows, columns]:
         raise ProtocolError(
-            f"logits, or their gradient, of shape {_shown(message.shape)} came; it has to be {[rows, columns]}"
+            f"logits, or their gradient, of shape {shown(message.shape)} came; it has to be {[rows, columns]}"
         )
     logits = decode_tensor(message, device)
     return unpack(logits, lengths, padded_length) if is_packed(head) else logits
@@ -67,7 +67,7 @@ def decode_activation(
         raise ProtocolError(f"padded length {padded_length} is more than the model's {max_length} positions")
     if message.lengths and (len(shape) != 2 or len(message.lengths) > shape[0]):
         raise ProtocolError(
-            f"the activation has shape {_shown(shape)}, which is not a row for each token of "
+            f"the activation has shape {shown(shape)}, which is not a row for each token of "
             f"{len(message.lengths)} sequences"
         )
     lengths = list(message.lengths)
