@@ -31,12 +31,12 @@ _DTYPES = {
 }
 
 
-def single_file(stem: str = "model") -> str:
+def single_file(stem: str) -> str:
     """Name of the only file of a checkpoint that is not cut in several, as the library has it."""
     return f"{stem}.safetensors"
 
 
-def index_file(stem: str = "model") -> str:
+def index_file(stem: str) -> str:
     """Name of the index of a checkpoint that is."""
     return f"{stem}.safetensors.index.json"
 

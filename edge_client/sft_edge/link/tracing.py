@@ -38,9 +38,9 @@ class StepSpans:
         message.trace_parent = span.parent
         return span
 
-    def end_step(self, error: str = "") -> None:
+    def end_step(self) -> None:
         """The step is taken, or will never be."""
-        self._span.end(error)
+        self._span.end()
         self._step, self._span = None, NO_SPAN
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import asdict
-from typing import Callable, Iterator
+from typing import Iterator
 
 from sft.client.address import split_address
 from sft.errors import LinkError, UsageError
@@ -37,24 +37,22 @@ def doctor(options: DoctorOptions, linking: LinkOptions) -> int:
     return LinkError.exit_code if stops else 0
 
 
-def diagnose(
-    options: DoctorOptions, linking: LinkOptions, unix_clock: Callable[[], float] = time.time
-) -> Iterator[Finding]:
+def diagnose(options: DoctorOptions, linking: LinkOptions) -> Iterator[Finding]:
     """What is found, in the order of a run; after what would stop one, nothing that stands on it is looked at.
 
-    `unix_clock`: what dates are compared with. Raises UsageError without a server.
+    Raises UsageError without a server.
     """
     if linking.server is None:
         raise UsageError("--server HOST:PORT must be given: it is what is looked at")
     path = PathCheck(*split_address(linking.server, "--server"), linking.credentials, linking.connect_timeout)
-    reachable = path.run(unix_clock())
+    reachable = path.run(time.time())
     yield from path.findings
     if not reachable:
         return
     transport = GrpcTransport(linking.server, linking.connect_timeout, credentials=linking.credentials)
     try:
         inquiry = transport.inquiry(ANSWER_SECONDS)
-        findings, status = look_at_server(inquiry, unix_clock())
+        findings, status = look_at_server(inquiry, time.time())
         yield from findings
         if status is None or any(finding.name == "versions" and finding.verdict == "failed" for finding in findings):
             return
