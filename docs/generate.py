@@ -16,7 +16,7 @@ from sft import SFTOptimizer, errors, lora
 from sft.cli.options import Option, options_of
 from sft.optimizer import SplitOptions
 from sft_cloud.commands import certs, env, status, token
-from sft_cloud.options import AccessOptions, LimitOptions, MetricsOptions, ServeOptions
+from sft_cloud.options import LimitOptions, MetricsOptions, ServeOptions, ServerAccess
 from sft_edge import options as edge
 
 if sys.version_info >= (3, 11):
@@ -37,7 +37,7 @@ EDGE: Mapping[str, Sequence[type]] = {
     "demo": [edge.DemoOptions],
 }
 CLOUD: Mapping[str, Sequence[type]] = {
-    "serve": [ServeOptions, AccessOptions, LimitOptions, MetricsOptions],
+    "serve": [ServeOptions, ServerAccess, LimitOptions, MetricsOptions],
     "status": [status.StatusOptions],
     "token create": [token.CreateOptions],
     "token list": [token.ListOptions],

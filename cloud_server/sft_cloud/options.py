@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from sft.cli.durations import Duration
-from sft.cli.options import above_zero, at_least
+from sft.cli.options import above_zero, at_least, spelled
 from sft.errors import UsageError
 
 _DEFAULT_STATE_DIR = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sft-cloud"
@@ -78,7 +78,7 @@ _IDLE, _STALL = Duration("30m"), Duration("1m")
 
 
 @dataclass(frozen=True)
-class AccessOptions:
+class ServerAccess:
     """Who is let in, and how the way to the server is protected."""
 
     tls_cert: Path | None = None
@@ -99,18 +99,18 @@ class AccessOptions:
     """listen on an address that other machines reach, although calls are not encrypted, or everybody is let in"""
 
 
-def check_together(options: AccessOptions, dashes: str = "") -> None:
+def check_together(options: ServerAccess, dashes: str = "") -> None:
     """Raises UsageError for options that mean nothing without others. `dashes`: `--` where they are flags."""
-    name = _spelling(dashes)
+    name = partial(spelled, dashes=dashes)
     if (options.tls_cert is None) != (options.tls_key is None):
         raise UsageError(f"{name('tls_cert')} and {name('tls_key')} belong together; give both")
     if options.tls_client_ca is not None and options.tls_cert is None:
         raise UsageError(f"{name('tls_client_ca')} needs {name('tls_cert')} and {name('tls_key')}")
 
 
-def check_exposure(options: AccessOptions, host: str, is_loopback: bool, dashes: str = "") -> None:
+def check_exposure(options: ServerAccess, host: str, is_loopback: bool, dashes: str = "") -> None:
     """Raises UsageError where strangers could reach the server, or read along, and nobody has said that they may."""
-    name = _spelling(dashes)
+    name = partial(spelled, dashes=dashes)
     if is_loopback or options.insecure:
         return
     missing = []
@@ -123,10 +123,6 @@ def check_exposure(options: AccessOptions, host: str, is_loopback: bool, dashes:
             f"other machines can reach host {host or '(every interface)'}: give {', and '.join(missing)}; "
             f"or {name('insecure')}, where everybody who can reach it may use it and read along"
         )
-
-
-def _spelling(dashes: str) -> Callable[[str], str]:
-    return lambda field: dashes + field.replace("_", "-") if dashes else field
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from sft_cloud.access import Access, make_access
 from sft_cloud.admission import AdmissionInterceptor, Deadlines, Quotas
 from sft_cloud.engine import Checkpoints, InProcessEngine, Opener, TransformersOpener, WeightsFinder
 from sft_cloud.observability import NOBODY, AuditLog, Observer, observing, open_observer
-from sft_cloud.options import AccessOptions, LimitOptions, MetricsOptions
+from sft_cloud.options import LimitOptions, MetricsOptions, ServerAccess
 from sft_cloud.rpc import CallInterceptor
 from sft_cloud.service import SERVICE_NAME as HEALTH
 from sft_cloud.service import SESSION_TIMEOUT_SECONDS, Entry, Health, Registry, SplitTrainingService, log_closed
@@ -224,7 +224,7 @@ def serve(
     threads: int | None,
     exit_with_stdin: bool,
     session_timeout_seconds: float,
-    access_options: AccessOptions,
+    access_options: ServerAccess,
     limits: LimitOptions,
     metrics_options: MetricsOptions,
     checkpoint_store: str | None,

@@ -12,10 +12,11 @@ from __future__ import annotations
 import sys
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import metadata
+from pathlib import Path
 from types import TracebackType
-from typing import Any, Callable, Dict, Iterable, List, NoReturn, Optional, Type
+from typing import Any, Callable, Dict, Iterable, List, NoReturn, Optional, Type, TypeVar
 
 import torch
 from torch import nn
@@ -29,6 +30,11 @@ _INSTALL = {
     "edge": "pip install 'split-fine-tuning[edge]'",
     "cloud": "pip install 'split-fine-tuning[cloud]' (Python 3.10 or newer)",
 }
+
+_FILES = ("tls_ca", "tls_cert", "tls_key", "tls_client_ca", "token_file", "tokens")
+"""Fields of `SplitOptions` that name files."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,13 @@ class SplitOptions:
 
     transport: Any = None
     """A `sft_edge.link.transport.Transport` to use instead of gRPC to `server`."""
+
+    def as_options(self, kind: Type[T]) -> T:
+        """A command's options, all of which have fields of their name here, as this script gives them: how a client
+        shows who it is, or how a server is protected.
+        """
+        values = {field.name: getattr(self, field.name) for field in fields(kind)}  # type: ignore[arg-type]
+        return kind(**{name: Path(x) if x is not None and name in _FILES else x for name, x in values.items()})
 
 
 class Role(ABC):

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from sft import SFTOptimizer, optimizer
+from sft.client.credentials import ClientOptions
 from sft.errors import UsageError
 
 
@@ -33,6 +34,13 @@ def refusal(monkeypatch: pytest.MonkeyPatch, entry_points: List[EntryPoint]) -> 
     with pytest.raises(UsageError) as caught:
         SFTOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), role="cloud", model=model, split_at="", split_rank=1)
     return str(caught.value)
+
+
+def test_a_script_s_options_are_a_client_s() -> None:
+    options = optimizer.SplitOptions(server="host:1", tls_ca="ca.pem", token_file="token", insecure=True)
+    assert options.as_options(ClientOptions) == ClientOptions(
+        "host:1", tls_ca=Path("ca.pem"), token_file=Path("token"), insecure=True
+    )
 
 
 ADVICE = ": pip install 'split-fine-tuning[cloud]' (Python 3.10 or newer)"

@@ -14,7 +14,7 @@ from support.tiny import make_tiny_model
 from support.tls import Certificates, make_certificates, make_token
 
 from sft_cloud.access.protection import make_access
-from sft_cloud.options import AccessOptions
+from sft_cloud.options import ServerAccess
 from sft_cloud.server import CloudServer
 from sft_edge.cli import main
 
@@ -89,7 +89,7 @@ def start_protected(tmp_path: Path) -> Any:
     def start(**options: Path) -> CloudServer:
         import torch
 
-        access = make_access(AccessOptions(**options), "127.0.0.1")
+        access = make_access(ServerAccess(**options), "127.0.0.1")
         state = tmp_path / f"cloud-{len(servers)}"
         servers.append(CloudServer("127.0.0.1", 0, torch.device("cpu"), state, None, 2, threads=1, access=access))
         return servers[-1]

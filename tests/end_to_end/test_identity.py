@@ -19,7 +19,7 @@ from sft import SFTOptimizer
 from sft.errors import AccessError, UsageError
 from sft_cloud.access.protection import make_access
 from sft_cloud.access.tokens import TokenFile
-from sft_cloud.options import AccessOptions
+from sft_cloud.options import ServerAccess
 from sft_cloud.server import CloudServer
 from sft_edge.cli import main
 
@@ -54,7 +54,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., str]]:
     servers: list[CloudServer] = []
 
     def make(**options: object) -> str:
-        access = make_access(AccessOptions(**options), "127.0.0.1")
+        access = make_access(ServerAccess(**options), "127.0.0.1")
         state = tmp_path / f"state-{len(servers)}"
         servers.append(CloudServer("127.0.0.1", 0, torch.device("cpu"), state, None, 2, 1, access=access))
         return servers[-1].address

@@ -26,7 +26,7 @@ from sft.wire.protocol import CLIENT_OPTIONS
 from sft_cloud.access.protection import make_access
 from sft_cloud.observability.observer import Observer
 from sft_cloud.observability.prometheus import MetricsPort, PrometheusMetrics
-from sft_cloud.options import AccessOptions
+from sft_cloud.options import ServerAccess
 from sft_cloud.server import CloudServer
 
 CPU = torch.device("cpu")
@@ -125,7 +125,7 @@ def test_strangers_tenants_and_the_certificate(metrics: PrometheusMetrics, edge:
     certificates = make_certificates(tmp_path / "certificates")
     token = make_token(tmp_path / "tokens", "anna")
     files = certificates.server
-    access = make_access(AccessOptions(tls_cert=files.cert, tls_key=files.key, tokens=tmp_path / "tokens"), "127.0.0.1")
+    access = make_access(ServerAccess(tls_cert=files.cert, tls_key=files.key, tokens=tmp_path / "tokens"), "127.0.0.1")
     state, observer = tmp_path / "cloud", Observer(metrics)
     server = CloudServer("127.0.0.1", 0, CPU, state, None, 1, threads=1, access=access, observer=observer)
     trusted = grpc.ssl_channel_credentials(certificates.ca.read_bytes())

@@ -20,14 +20,14 @@ from dockerfile_parse import DockerfileParser
 from sft.cli.durations import Duration
 from sft.cli.options import parse
 from sft_cloud.access.protection import make_access
-from sft_cloud.options import AccessOptions, ServeOptions
+from sft_cloud.options import ServeOptions, ServerAccess
 from sft_cloud.server import GRACE_SECONDS, CloudServer
 from sft_edge.options.link import LinkOptions
 from sft_edge.options.train import TRAIN_OPTIONS
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILES = ("cloud_server/Dockerfile", "edge_client/Dockerfile", "edge_client/Dockerfile.jetson")
-OPTIONS = {"serve": (ServeOptions, AccessOptions), "train": TRAIN_OPTIONS}
+OPTIONS = {"serve": (ServeOptions, ServerAccess), "train": TRAIN_OPTIONS}
 
 
 def instructions(dockerfile: str) -> list[tuple[str, str]]:
@@ -82,10 +82,10 @@ def test_the_cloud_image_serves_with_options_that_exist(tmp_path: Path) -> None:
     assert options.state_dir == tmp_path / value_of("cloud_server/Dockerfile", "VOLUME").strip("/")
 
 
-def serving_access(tmp_path: Path) -> AccessOptions:
+def serving_access(tmp_path: Path) -> ServerAccess:
     """What both the image and compose serve with."""
     secrets = tmp_path / "secrets"
-    return AccessOptions(secrets / "server.pem", secrets / "server-key.pem", tokens=secrets / "tokens.json")
+    return ServerAccess(secrets / "server.pem", secrets / "server-key.pem", tokens=secrets / "tokens.json")
 
 
 @pytest.fixture
@@ -223,7 +223,7 @@ def test_the_health_check_tells_a_server_that_serves(
     tmp_path: Path, make_secrets: Callable[[], None], protected: bool
 ) -> None:
     make_secrets()
-    access = make_access(serving_access(tmp_path) if protected else AccessOptions(), "127.0.0.1")
+    access = make_access(serving_access(tmp_path) if protected else ServerAccess(), "127.0.0.1")
     ca = [str(tmp_path / "secrets" / "ca.pem")] if protected else []
     server = CloudServer("127.0.0.1", 0, torch.device("cpu"), tmp_path, None, max_sessions=1, threads=1, access=access)
     try:

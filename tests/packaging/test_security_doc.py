@@ -16,14 +16,14 @@ from sft_cloud.commands.certs import InitOptions
 from sft_cloud.commands.token import CreateOptions, ListOptions, RevokeOptions
 from sft_cloud.observability.audit import MAX_TEXT, REFUSALS_PER_SECOND, AuditLog
 from sft_cloud.observability.call_record import CallRecord
-from sft_cloud.options import AccessOptions, LimitOptions, MetricsOptions, ServeOptions
+from sft_cloud.options import LimitOptions, MetricsOptions, ServeOptions, ServerAccess
 from sft_cloud.server import GRACE_SECONDS, IDENTITIES_SECONDS
 from sft_edge.options.train import TRAIN_OPTIONS
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
 COMMANDS = {
-    "sft-cloud serve": (ServeOptions, AccessOptions, LimitOptions, MetricsOptions),
+    "sft-cloud serve": (ServeOptions, ServerAccess, LimitOptions, MetricsOptions),
     "sft-cloud certs init": (InitOptions,),
     "sft-cloud token create": (CreateOptions,),
     "sft-cloud token list": (ListOptions,),

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import ipaddress
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import grpc
 
+from sft.client.credentials import is_loopback
 from sft.errors import UsageError
 from sft_cloud.access.authentication import Authentication
 from sft_cloud.access.interceptor import AuthenticationInterceptor
 from sft_cloud.access.tokens import LiveTokens
 from sft_cloud.identity import ANONYMOUS
-from sft_cloud.options import AccessOptions, check_exposure, check_together
+from sft_cloud.options import ServerAccess, check_exposure, check_together
 from sft_cloud.rpc import Identify
 
 
@@ -36,7 +36,7 @@ class Access:
 
 
 def make_access(
-    options: AccessOptions,
+    options: ServerAccess,
     host: str,
     dashes: str = "--",
     on_refused: Callable[[str, str], None] = lambda peer, reason: None,
@@ -46,7 +46,7 @@ def make_access(
     `on_refused` is told the address of each stranger, and why it is one. Raises UsageError.
     """
     check_together(options, dashes)
-    check_exposure(options, host, is_loopback(host, dashes), dashes)
+    check_exposure(options, host, is_here_alone(host, dashes), dashes)
     tls = credentials = None
     if options.tls_cert is not None and options.tls_key is not None:
         from sft_cloud.access.tls import ServerTls  # only here: cryptography is not needed without
@@ -65,10 +65,10 @@ def make_access(
     return Access(credentials, interceptor, authentication.identify, certificate_expires)
 
 
-def is_loopback(host: str, dashes: str = "") -> bool:
+def is_here_alone(host: str, dashes: str = "") -> bool:
     """Whether only this machine reaches a server there. Raises UsageError for a host that is none."""
     try:
         found = socket.getaddrinfo(host or None, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:
         raise UsageError(f"{dashes}host {host}: {getattr(error, 'strerror', None) or 'no host name'}") from error
-    return all(ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback for *_, address in found)
+    return all(is_loopback(str(address[0]).partition("%")[0]) for *_, address in found)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from sft.cli.options import parse
-from sft_cloud.options import AccessOptions, LimitOptions, MetricsOptions, ServeOptions, check_together
+from sft_cloud.options import LimitOptions, MetricsOptions, ServeOptions, ServerAccess, check_together
 
 
 def serve_command(prog: str, argv: list[str]) -> int:
     """Wait for edges and train their upper halves."""
     options, access_options, limits, metrics_options = parse(
-        [ServeOptions, AccessOptions, LimitOptions, MetricsOptions], argv, prog, serve_command.__doc__
+        [ServeOptions, ServerAccess, LimitOptions, MetricsOptions], argv, prog, serve_command.__doc__
     )
     check_together(access_options, dashes="--")
     from sft_cloud.observability import set_up_logging

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from sft.cli.durations import Duration
 from sft.cli.options import above_zero, parse
 from sft.client.channel import open_channel
-from sft.client.credentials import AccessOptions, read_credentials
+from sft.client.credentials import ClientOptions, read_credentials
 from sft.client.inquiry import Inquiry
 from sft.printable import format_bytes
 from sft.v1 import split_training_pb2 as pb
@@ -18,7 +18,7 @@ from sft.wire.protocol import CLIENT_OPTIONS
 
 
 @dataclass
-class StatusOptions(AccessOptions):
+class StatusOptions(ClientOptions):
     """Which server is asked, and how."""
 
     server: str | None = "127.0.0.1:50051"

@@ -18,7 +18,7 @@ from sft.client.address import split_address
 from sft.errors import LinkError, SessionLostError, UsageError
 from sft.optimizer import Role, SplitOptions
 from sft_cloud.access import make_access
-from sft_cloud.options import AccessOptions
+from sft_cloud.options import ServerAccess
 from sft_cloud.script.graph_host import GraphHost
 from sft_cloud.script.hosted_model import HostedModel
 from sft_cloud.script.opener import ScriptOpener
@@ -38,7 +38,7 @@ class CloudRole(Role):
 
         What of the options is for the edge is left unread, so that a script can give both roles the same.
         """
-        self._access_options = _access_options(options)
+        self._access_options = options.as_options(ServerAccess)
         names = names_of(optimizer, model)
         self._hosted = _cut(model, options)
         self._groups = swap(optimizer, names, self._hosted)
@@ -112,19 +112,6 @@ class CloudRole(Role):
     def describe(self) -> str:
         """See Role."""
         return self._title
-
-
-def _access_options(options: SplitOptions) -> AccessOptions:
-    def path(text: str | None) -> Path | None:
-        return None if text is None else Path(text)
-
-    return AccessOptions(
-        path(options.tls_cert),
-        path(options.tls_key),
-        path(options.tls_client_ca),
-        path(options.tokens),
-        options.insecure,
-    )
 
 
 def _cut(model: nn.Module, options: SplitOptions) -> HostedModel:

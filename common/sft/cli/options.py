@@ -70,9 +70,14 @@ def parse_scalar(text: str) -> Union[bool, int, float, str]:
     return text
 
 
+def spelled(field: str, dashes: str = "--") -> str:
+    """How the user knows an option: `--tls-ca` on a command line, `tls_ca` where there are no `dashes`, in a script."""
+    return dashes + field.replace("_", "-") if dashes else field
+
+
 def flag(name: str) -> str:
     """The flag of a field."""
-    return "--" + name.replace("_", "-")
+    return spelled(name, "--")
 
 
 def at_least(options: object, bound: float, *names: str) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Callable, Mapping, Optional, Tuple
 
+from sft.cli.options import spelled
 from sft.client.address import split_address
 from sft.errors import UsageError
 
@@ -34,7 +35,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass
-class AccessOptions:
+class ClientOptions:
     """The server, and who we are."""
 
     server: Optional[str] = None
@@ -88,7 +89,7 @@ class Credentials:
 
     def option(self, field: str, value: str = "FILE") -> str:
         """How the user gives an option: `--tls-ca FILE` on a command line, `tls_ca=FILE` in a script."""
-        return f"{_spelled(field, self.dashes)} {value}" if self.dashes else f"{field}={value}"
+        return f"{spelled(field, self.dashes)} {value}" if self.dashes else f"{field}={value}"
 
     @property
     def has_token(self) -> bool:
@@ -105,7 +106,7 @@ PLAINTEXT = Credentials()
 
 
 def read_credentials(
-    options: AccessOptions, dashes: str = "--", environment: Mapping[str, str] = os.environ
+    options: ClientOptions, dashes: str = "--", environment: Mapping[str, str] = os.environ
 ) -> Credentials:
     """What the options mean for their server. `dashes`: `--` where they are flags.
 
@@ -114,11 +115,11 @@ def read_credentials(
     """
 
     def name(field: str) -> str:
-        return _spelled(field, dashes)
+        return spelled(field, dashes)
 
     server = options.server
     if server is None:
-        given = [field.name for field in fields(AccessOptions) if getattr(options, field.name) != field.default]
+        given = [field.name for field in fields(ClientOptions) if getattr(options, field.name) != field.default]
         if given:
             raise UsageError(f"{name(given[0])} needs {name('server')}")
         return PLAINTEXT
@@ -155,10 +156,6 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-def _spelled(field: str, dashes: str) -> str:
-    return dashes + field.replace("_", "-") if dashes else field
 
 
 def _token_reader(file: Optional[Path], what: str, environment: Mapping[str, str]) -> Callable[[], Optional[str]]:

@@ -7,12 +7,12 @@ from typing import Literal, Optional
 
 from sft.cli.durations import Duration
 from sft.cli.options import above_zero
-from sft.client.credentials import AccessOptions, Credentials, read_credentials
+from sft.client.credentials import ClientOptions, Credentials, read_credentials
 from sft.errors import UsageError
 
 
 @dataclass
-class LinkOptions(AccessOptions):
+class LinkOptions(ClientOptions):
     """The way to the cloud."""
 
     server: Optional[str] = None

@@ -7,14 +7,13 @@ import logging
 import math
 import weakref
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from sft.client.credentials import AccessOptions, Credentials, read_credentials
+from sft.client.credentials import ClientOptions, read_credentials
 from sft.errors import LinkError, UsageError
 from sft.optim.spec import GroupSpec, OptimizerSpec, spec_to_proto
 from sft.optimizer import Role, SplitOptions
@@ -53,7 +52,9 @@ class EdgeRole(Role):
             cut_model.cloud_factors,
         )
         transport = options.transport or GrpcTransport(
-            str(options.server), options.connect_timeout_seconds, credentials=_credentials(options)
+            str(options.server),
+            options.connect_timeout_seconds,
+            credentials=read_credentials(options.as_options(ClientOptions), dashes=""),
         )
         policy = RetryPolicy(
             options.reply_timeout_seconds, options.connect_timeout_seconds, options.reconnect_timeout_seconds
@@ -159,22 +160,6 @@ class EdgeRole(Role):
             yield
         finally:
             self.optimizer.param_groups[0]["params"].append(parameter)
-
-
-def _credentials(options: SplitOptions) -> Credentials:
-    def path(text: Optional[str]) -> Optional[Path]:
-        return None if text is None else Path(text)
-
-    access = AccessOptions(
-        options.server,
-        options.tls,
-        path(options.tls_ca),
-        path(options.tls_cert),
-        path(options.tls_key),
-        path(options.token_file),
-        options.insecure,
-    )
-    return read_credentials(access, dashes="")
 
 
 def _tell(text: str) -> None:

@@ -24,7 +24,7 @@ from sft_cloud.access.interceptor import REFUSALS_PER_SECOND, AuthenticationInte
 from sft_cloud.access.protection import make_access
 from sft_cloud.access.tokens import LiveTokens, TokenFile
 from sft_cloud.errors import UnauthenticatedError
-from sft_cloud.options import AccessOptions
+from sft_cloud.options import ServerAccess
 from sft_cloud.server import _SPARE_THREADS, CloudServer
 
 Code = grpc.StatusCode
@@ -78,7 +78,7 @@ def refused():
 @pytest.fixture
 def server(tmp_path, tokens, alice, refused):
     access = make_access(
-        AccessOptions(tokens=tokens),
+        ServerAccess(tokens=tokens),
         "127.0.0.1",
         on_refused=lambda peer, reason: refused.append((peer.partition(":")[0], reason)),
     )
@@ -335,7 +335,7 @@ def test_what_runs_is_forgotten_when_it_ends(calls, alice, server):
 
 def test_the_server_looks_for_such_calls_by_itself(alice, tokens, tmp_path, monkeypatch):
     monkeypatch.setattr(serve, "IDENTITIES_SECONDS", 0.01)
-    access = make_access(AccessOptions(tokens=tokens), "127.0.0.1")
+    access = make_access(ServerAccess(tokens=tokens), "127.0.0.1")
     looks, ended = [], threading.Event()
 
     def look():

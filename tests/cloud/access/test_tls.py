@@ -12,14 +12,13 @@ import pytest
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from sft.client.credentials import AccessOptions as ClientOptions
-from sft.client.credentials import read_credentials
+from sft.client.credentials import ClientOptions, read_credentials
 from sft.client.handshake import look_at_tls, why_no_handshake
 from sft.errors import UsageError
 from sft_cloud.access import tls
-from sft_cloud.access.protection import is_loopback, make_access
+from sft_cloud.access.protection import is_here_alone, make_access
 from sft_cloud.access.tls import ServerTls
-from sft_cloud.options import AccessOptions
+from sft_cloud.options import ServerAccess
 from sft_cloud.server import CloudServer
 
 SECONDS = 30
@@ -39,7 +38,7 @@ def start(tmp_path):
     servers = []
 
     def make(*options):
-        access = make_access(AccessOptions(*options), "127.0.0.1")
+        access = make_access(ServerAccess(*options), "127.0.0.1")
         servers.append(CloudServer("127.0.0.1", 0, torch.device("cpu"), tmp_path / "state", None, 1, 1, access=access))
         return servers[-1]
 
@@ -236,29 +235,29 @@ def test_an_address_that_others_reach_needs_tls_and_an_identity(options, says, h
     if "tokens" in options:
         files["tokens"] = tmp_path / "tokens.json"
     with pytest.raises(UsageError) as caught:
-        make_access(AccessOptions(**files), host)
+        make_access(ServerAccess(**files), host)
     assert says in str(caught.value)
     assert "or --insecure" in str(caught.value)
 
 
 def test_with_both_or_when_told_otherwise_it_may_be_reached(pair, certificates):
-    make_access(AccessOptions(insecure=True), "0.0.0.0")
-    make_access(AccessOptions(*pair, tls_client_ca=certificates.ca), "0.0.0.0")
-    make_access(AccessOptions(), "localhost")
+    make_access(ServerAccess(insecure=True), "0.0.0.0")
+    make_access(ServerAccess(*pair, tls_client_ca=certificates.ca), "0.0.0.0")
+    make_access(ServerAccess(), "localhost")
 
 
 @pytest.mark.parametrize(
     ("host", "expected"),
     [("127.0.0.1", True), ("127.1.2.3", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("", False)],
 )
-def test_what_is_loopback(host, expected):
-    assert is_loopback(host) is expected
+def test_who_reaches_a_server_there(host, expected):
+    assert is_here_alone(host) is expected
 
 
 @pytest.mark.parametrize("host", ["no.such.host.invalid", "a" * 64 + ".example", "..."])
 def test_a_host_that_cannot_be_looked_up_is_not_taken_for_loopback(host):
     with pytest.raises(UsageError, match=rf"^--host {re.escape(host)}: "):
-        make_access(AccessOptions(), host)
+        make_access(ServerAccess(), host)
 
 
 @pytest.mark.parametrize(
@@ -266,4 +265,4 @@ def test_a_host_that_cannot_be_looked_up_is_not_taken_for_loopback(host):
 )
 def test_files_that_need_others(options, tmp_path):
     with pytest.raises(UsageError, match=r"--tls-cert and --tls-key"):
-        make_access(AccessOptions(**{name: tmp_path / text for name, text in options.items()}), "127.0.0.1")
+        make_access(ServerAccess(**{name: tmp_path / text for name, text in options.items()}), "127.0.0.1")

@@ -3,7 +3,7 @@
 import pytest
 
 from sft.client.address import split_address
-from sft.client.credentials import AccessOptions, read_credentials
+from sft.client.credentials import ClientOptions, read_credentials
 from sft.errors import UsageError
 
 GOOD = [
@@ -83,4 +83,4 @@ def test_port_0_is_for_who_listens() -> None:
 @pytest.mark.parametrize(("dashes", "name"), [("--", "--server"), ("", "server")])
 def test_a_client_s_server_is_named_as_the_user_spelled_it(dashes: str, name: str) -> None:
     with pytest.raises(UsageError, match=f"^{name} must be HOST:PORT, .*, not 'somewhere'$"):
-        read_credentials(AccessOptions(server="somewhere"), dashes, {})
+        read_credentials(ClientOptions(server="somewhere"), dashes, {})

@@ -9,7 +9,7 @@ from typing import Any, Dict, Optional
 import pytest
 
 from sft.client.address import split_address
-from sft.client.credentials import PLAINTEXT, AccessOptions, Credentials, is_loopback, read_credentials
+from sft.client.credentials import PLAINTEXT, ClientOptions, Credentials, is_loopback, read_credentials
 from sft.errors import UsageError
 
 TOKEN = "sft_0123456789ab_" + "s" * 43
@@ -30,7 +30,7 @@ def files(tmp_path: Path) -> Dict[str, Path]:
 
 
 def read(server: Optional[str], environment: Optional[Dict[str, str]] = None, **options: Any) -> Credentials:
-    return read_credentials(AccessOptions(server=server, **options), environment=environment or {})
+    return read_credentials(ClientOptions(server=server, **options), environment=environment or {})
 
 
 def refusal(server: Optional[str], environment: Optional[Dict[str, str]] = None, **options: Any) -> str:
@@ -138,7 +138,7 @@ def test_files_that_cannot_be_used_are_named(files: Dict[str, Path], name: str) 
 
 def test_a_script_is_told_of_arguments_rather_than_flags(files: Dict[str, Path]) -> None:
     with pytest.raises(UsageError, match=r"^tls_cert and tls_key belong together"):
-        read_credentials(AccessOptions(server=THERE, tls_cert=files["tls_cert"]), dashes="", environment={})
+        read_credentials(ClientOptions(server=THERE, tls_cert=files["tls_cert"]), dashes="", environment={})
 
 
 def test_a_token_in_the_environment_that_is_none() -> None:
