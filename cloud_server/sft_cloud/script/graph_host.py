@@ -15,7 +15,7 @@ from sft.v1 import split_training_pb2 as pb
 from sft.wire.codec.elements import MAX_DIMENSIONS, decode_tensor, encode_tensor
 from sft.wire.cut import layer_cut_to_proto
 from sft.wire.protocol import MAX_MESSAGE_BYTES
-from sft_cloud.script.hosted_model import HostedModel, check_same_cut, replace_forward
+from sft_cloud.script.hosted_model import HostedModel, check_same_cut
 from sft_cloud.session import Given, UpperHalf
 
 
@@ -39,7 +39,7 @@ class GraphHost(HostedModel):
             for factor, linear in named.items()
             for own, parameter in linear.named_parameters()
         }
-        replace_forward(model, self._cut.run_net_2)
+        model.forward = self._cut.run_net_2
 
     def make_half(self, request: pb.OpenSessionRequest) -> UpperHalf:
         """See HostedModel."""

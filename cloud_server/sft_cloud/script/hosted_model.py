@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -74,11 +74,6 @@ def _plain(cut: pb.Cut, field: str) -> Any:
     if field == "mode":
         return mode_name(value)
     return (repr(value[:80]) if isinstance(value, str) else value) if value else "none"
-
-
-def replace_forward(model: nn.Module, forward: Callable[..., Any]) -> None:
-    """From now on `model(...)` calls `forward(...)`."""
-    model.forward = forward
 
 
 def keep_parameters(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:

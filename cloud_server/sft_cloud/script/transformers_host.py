@@ -16,7 +16,7 @@ from sft.tensors.stream import in_memory
 from sft.v1 import split_training_pb2 as pb
 from sft.wire.cut import cut_to_proto
 from sft_cloud.engine import check_request
-from sft_cloud.script.hosted_model import ADVICE, HostedModel, check_same_cut, keep_parameters, replace_forward
+from sft_cloud.script.hosted_model import ADVICE, HostedModel, check_same_cut, keep_parameters
 from sft_cloud.session import TransformersUpperHalf, UpperHalf
 
 
@@ -54,7 +54,7 @@ class TransformersHost(HostedModel):
         self.factors = {name: parameter for name, parameter in whole.items() if name in unset}
         self.tensors: dict[str, Tensor] = {tensor.name: whole[tensor.name] for tensor in live}
         keep_parameters(model, whole)
-        replace_forward(model, _Forward(model, net_2))
+        model.forward = _Forward(model, net_2)
 
     def make_half(self, request: pb.OpenSessionRequest) -> UpperHalf:
         """See HostedModel."""
