@@ -25,9 +25,8 @@ from transformers.utils import logging as transformers_logging
 
 from sft.cli.devices import find_device
 from sft.errors import SFTError, UsageError
-from sft.v1 import split_training_pb2 as pb
 from sft.v1 import split_training_pb2_grpc as pb_grpc
-from sft.wire.protocol import SERVER_OPTIONS
+from sft.wire.protocol import SERVER_OPTIONS, SERVICE
 from sft_cloud.access import Access, make_access
 from sft_cloud.admission import AdmissionInterceptor, Deadlines, Quotas
 from sft_cloud.engine import Checkpoints, InProcessEngine, Opener, TransformersOpener, WeightsFinder
@@ -38,8 +37,6 @@ from sft_cloud.service import SERVICE_NAME as HEALTH
 from sft_cloud.service import SESSION_TIMEOUT_SECONDS, Entry, Health, Registry, SplitTrainingService, log_closed
 from sft_cloud.session import MemoryBudget, default_budget
 from sft_cloud.storage import BlobStore, CheckpointStore
-
-SERVICE_NAME = pb.DESCRIPTOR.services_by_name["SplitTraining"].full_name
 
 GRACE_SECONDS = 3.0
 """How long calls may take to end once the server stops."""
@@ -157,9 +154,9 @@ class CloudServer:
             observer.metrics.watch_certificate(access.certificate_expires)
         self.service = SplitTrainingService(self.engine, store, self.sessions, observer)
         pb_grpc.add_SplitTrainingServicer_to_server(self.service, self._server)
-        self._health = Health(("", SERVICE_NAME), self.deadlines)
+        self._health = Health(("", SERVICE), self.deadlines)
         self._health.add_to(self._server)
-        names = (SERVICE_NAME, HEALTH, reflection.SERVICE_NAME)
+        names = (SERVICE, HEALTH, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
         self._server.start()
         self._stopping = threading.Event()

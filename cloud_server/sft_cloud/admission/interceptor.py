@@ -17,7 +17,7 @@ from google.protobuf.message import DecodeError
 
 from sft.errors import ProtocolError
 from sft.v1 import split_training_pb2 as pb
-from sft.wire.protocol import HEALTH_WATCH, MAX_MESSAGE_BYTES
+from sft.wire.protocol import HEALTH_WATCH, MAX_MESSAGE_BYTES, SERVICE, TRAIN
 from sft_cloud.access import OPEN_METHODS
 from sft_cloud.admission.deadlines import Deadlines
 from sft_cloud.admission.quotas import Quotas
@@ -25,8 +25,7 @@ from sft_cloud.admission.wire_check import check_wire
 from sft_cloud.observability import AuditLog, CallRecord
 from sft_cloud.rpc import Call, Handler, behaviour_of, outcome, raw
 
-_SERVICE = pb.DESCRIPTOR.services_by_name["SplitTraining"]
-_TRAIN = f"/{_SERVICE.full_name}/Train"
+_METHODS = pb.DESCRIPTOR.services_by_name["SplitTraining"].methods_by_name
 
 _MAX_OTHER_BYTES = 1 << 16
 _MAX_BYTES = {
@@ -76,7 +75,7 @@ class _Admitted:
         self._handler: Any = handler
         self._behaviour = behaviour_of(handler)
         name = method.rpartition("/")[2]
-        ours = _SERVICE.methods_by_name.get(name) if method.startswith(f"/{_SERVICE.full_name}/") else None
+        ours = _METHODS.get(name) if method.startswith(f"/{SERVICE}/") else None
         self._descriptor: Descriptor | None = ours.input_type if ours is not None else None
         self._max_bytes = _MAX_BYTES.get(name, _MAX_OTHER_BYTES) if ours is not None else _MAX_OTHER_BYTES
 
@@ -101,7 +100,7 @@ class _Admitted:
                 data = self._serialized(response)
                 del response
                 # An answer that is computed is sent: the next message is refused instead.
-                call.count(len(data), refuses=self._method != _TRAIN)
+                call.count(len(data), refuses=self._method != TRAIN)
                 with watch.stalls("answers are not read", context.cancel, len(data)):
                     yield data
                 del data
@@ -137,7 +136,7 @@ class _Admitted:
     def _messages(self, raw: Iterator[bytes], context: Call, call: _Call) -> Iterator[Any]:
         watch, reason = self._admission._watch, "no first message"
         while True:
-            may_idle = self._method == _TRAIN and reason != "no first message"
+            may_idle = self._method == TRAIN and reason != "no first message"
             waits = watch.idles if may_idle else watch.stalls
             with waits(reason, context.cancel):
                 data = next(raw, None)
@@ -150,7 +149,7 @@ class _Admitted:
             call.check(message)
             yield message
             del message
-            reason = "idle stream" if self._method == _TRAIN else "no next part"
+            reason = "idle stream" if self._method == TRAIN else "no next part"
 
     def _parsed(self, data: bytes) -> Any:
         if len(data) > self._max_bytes:

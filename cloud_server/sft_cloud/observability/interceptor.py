@@ -10,6 +10,7 @@ import grpc
 from sft.errors import SFTError
 from sft.tracing import METADATA_KEY, NO_SPAN, Tracer
 from sft.v1 import split_training_pb2 as pb
+from sft.wire.protocol import TRAIN
 from sft_cloud.observability.metrics import UNKNOWN, Metrics
 from sft_cloud.observability.observer import Observer
 from sft_cloud.rpc import Call, Handler, around, outcome
@@ -20,9 +21,6 @@ _METHODS = {method.name for method in pb.DESCRIPTOR.services_by_name["SplitTrain
     "ServerReflectionInfo",
 }
 """What becomes a label: not what callers make up."""
-
-_STREAM = "Train"
-"""A call as long as a run is no piece of work; its messages are."""
 
 
 class CallObserver(grpc.ServerInterceptor):
@@ -45,7 +43,8 @@ class CallObserver(grpc.ServerInterceptor):
         if method not in _METHODS:
             method = UNKNOWN  # whoever stands before this refuses methods that there are not, too
         parent = ""
-        if self._tracer.active and method != _STREAM:
+        # A call as long as a run is no piece of work; its messages are.
+        if self._tracer.active and handler_call_details.method != TRAIN:
             metadata = dict(handler_call_details.invocation_metadata or ())
             parent = str(metadata.get(METADATA_KEY, ""))
         return around(handler, lambda call: self._watched(method, parent, call))

@@ -7,6 +7,12 @@ from typing import List, Tuple
 PROTOCOL_VERSION = 3
 """Raised when a change of the .proto makes old and new sides misunderstand each other."""
 
+SERVICE = "sft.v1.SplitTraining"
+"""This project's own, as gRPC calls it; a method of it is /SERVICE/NAME."""
+
+TRAIN = f"/{SERVICE}/Train"
+"""The stream of a session: the method that differs from all others, as it is open as long as a run."""
+
 HEALTH_CHECK = "/grpc.health.v1.Health/Check"
 HEALTH_WATCH = "/grpc.health.v1.Health/Watch"
 """Literally: what both sides share does without grpcio-health-checking."""

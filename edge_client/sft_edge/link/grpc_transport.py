@@ -51,7 +51,7 @@ from sft.errors import (
 from sft.printable import printable
 from sft.v1 import split_training_pb2 as pb
 from sft.v1.split_training_pb2_grpc import SplitTrainingStub
-from sft.wire.protocol import CLIENT_OPTIONS
+from sft.wire.protocol import CLIENT_OPTIONS, TRAIN
 from sft_edge.link.tracing import edge_tracer, traced
 from sft_edge.link.transport import Stream, Transport
 from sft_edge.options import LinkOptions
@@ -64,8 +64,6 @@ OPEN_TIMEOUT_SECONDS = 600.0
 
 STALL_TIMEOUT_SECONDS = 120.0
 """For one chunk of an upload or download. A whole file may take as long as the link needs."""
-
-_TRAIN = pb.DESCRIPTOR.services_by_name["SplitTraining"].methods_by_name["Train"]
 
 
 class Keepalive(NamedTuple):
@@ -114,8 +112,7 @@ class GrpcTransport(Transport):
         channel = traced(open_channel(self._address, self._credentials, options), edge_tracer())
         self._stub = SplitTrainingStub(channel)
         # Without serializers: see transport.py.
-        method = f"/{_TRAIN.containing_service.full_name}/{_TRAIN.name}"
-        self._train: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(method)
+        self._train: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(TRAIN)
         return channel
 
     def open_session(self, request: pb.OpenSessionRequest) -> pb.OpenSessionResponse:
