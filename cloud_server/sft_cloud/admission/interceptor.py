@@ -39,10 +39,18 @@ _MAX_BYTES = {
 class AdmissionInterceptor(grpc.ServerInterceptor):
     """Stands in front of all services of a server."""
 
-    def __init__(self, quotas: Quotas, watch: Deadlines, audit: AuditLog) -> None:
+    def __init__(
+        self,
+        quotas: Quotas,
+        watch: Deadlines,
+        audit: AuditLog,
+        wait: Callable[[threading.Event, float], object] = threading.Event.wait,
+    ) -> None:
+        """`wait`: for an event, at most so many seconds."""
         self._quotas = quotas
         self._watch = watch
         self._audit = audit
+        self._wait = wait
 
     def intercept_service(
         self,
@@ -205,4 +213,4 @@ class _Call:
             # few that can be under way are no harm.
             seconds = self._admission._quotas.seconds_to_wait(self._caller)
             if seconds:
-                self._over.wait(seconds)
+                self._admission._wait(self._over, seconds)
