@@ -8,7 +8,6 @@ from sft.cli.options import parse
 from sft.cli.run import run
 from sft_edge.options import (
     TRAIN_OPTIONS,
-    CutOptions,
     DemoOptions,
     DoctorOptions,
     EnvOptions,
@@ -17,6 +16,7 @@ from sft_edge.options import (
     LinkOptions,
     OptimizerOptions,
     PredictOptions,
+    RunOptions,
     VerifyOptions,
     check_together,
 )
@@ -24,11 +24,11 @@ from sft_edge.options import (
 
 def train(prog: str, argv: List[str]) -> int:
     """fine-tune a model across this machine and a cloud"""
-    options = parse(TRAIN_OPTIONS, argv, prog, train.__doc__)
-    check_together(options[TRAIN_OPTIONS.index(CutOptions)], options[TRAIN_OPTIONS.index(LinkOptions)])
-    from sft_edge.commands.train import TrainingRun
+    options = RunOptions(*parse(TRAIN_OPTIONS, argv, prog, train.__doc__))
+    check_together(options.cut, options.link)
+    from sft_edge.commands.train.train import TrainingRun
 
-    TrainingRun(*options).run()
+    TrainingRun(options).run()
     return 0
 
 

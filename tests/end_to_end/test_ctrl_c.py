@@ -15,7 +15,7 @@ import torch
 from support.jobs import STEADY, Job, read_json, same_bits, weights_of
 
 from sft_cloud.session.session import Session
-from sft_edge.commands import train as train_module
+from sft_edge.commands.train import train as train_module
 from sft_edge.link import link as link_module
 from sft_edge.model_files.saved import load_model
 from sft_edge.systems import crossing

@@ -20,7 +20,7 @@ from sft_cloud.storage.checkpoints import CheckpointStore
 from sft_cloud.storage.files import LocalFiles
 from sft_edge.checkpoints.directory import check_hashes, checkpoints_in
 from sft_edge.cli import main
-from sft_edge.commands import train as train_module
+from sft_edge.commands.train import train as train_module
 from sft_edge.model_files.saved import load_model
 
 SECONDS = 60

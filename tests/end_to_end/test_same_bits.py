@@ -7,14 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.jobs import Job, read_json, same_bits, squad, sst2, weights_of
+from support.jobs import Job, read_json, run_options, same_bits, squad, sst2, weights_of
 from support.tiny import make_tiny_model
 
 from sft_edge.cli import main
 from sft_edge.model_files.source import open_source
-from sft_edge.options.link import LinkOptions
-from sft_edge.options.optimizer import OptimizerOptions
-from sft_edge.options.train import CutOptions, ModelOptions, TrainingOptions
+from sft_edge.options.train import ModelOptions
 from sft_edge.systems.open import open_system
 from sft_edge.systems.split import SplitSystem
 from sft_edge.tasks import make_task
@@ -148,10 +146,7 @@ def test_edges_that_take_turns_end_with_the_bits_of_their_solo_runs(job: Job, mo
         system = open_system(
             source,
             task.head,
-            CutOptions(split_layer=2, split_rank=4),
-            TrainingOptions(seed=seed, device="cpu"),
-            OptimizerOptions(learning_rate=1e-3),
-            LinkOptions(server=cloud),
+            run_options(model=str(model), split_rank=4, seed=seed, learning_rate=1e-3, server=cloud),
         )
         return system
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClassification
 
 from sft_edge.cli import main
-from sft_edge.commands import train as train_module
+from sft_edge.commands.train import train as train_module
 from sft_edge.model_files.saved import load_model, task_of
 from sft_edge.systems.local import LocalSystem
 from sft_edge.systems.split import SplitSystem

@@ -4,18 +4,30 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
 from safetensors.torch import load_file
 from torch import Tensor
 
+from sft_edge.options.train import TRAIN_OPTIONS, RunOptions
+
 _GOOD, _BAD = ("good", "great", "best"), ("bad", "worst", "no")
 STEADY = {"lr_scheduler_type": "constant", "logging_steps": 1, "max_steps": 50}
 """Options with which a run of fewer steps is the beginning of a longer one."""
 
 _FILLERS = ["the", "film", "is", "a", "story", "of", "people", "and", "their", "plot", "in", "it", "for", "one"]
+
+
+def run_options(**values: object) -> RunOptions:
+    """What `sft-edge train` would be given by flags of these names, of a run on the CPU."""
+    values = {"model": "tiny", "task": "sst2", "split_layer": 2, "device": "cpu", **values}
+    unknown = set(values) - {field.name for group in TRAIN_OPTIONS for field in fields(group)}
+    assert not unknown, unknown
+    return RunOptions(
+        *(group(**{f.name: values[f.name] for f in fields(group) if f.name in values}) for group in TRAIN_OPTIONS)
+    )
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from sft.cli.options import flag
 from sft.errors import UsageError
 from sft.models.configuration import settings_of
 from sft_edge.files import json_text
-from sft_edge.options import CutOptions, DataOptions, LinkOptions, LoraOptions, OptimizerOptions, TrainingOptions
+from sft_edge.options import DataOptions, RunOptions, TrainingOptions
 from sft_edge.tasks import Feature
 
 _FREE = {
@@ -36,23 +36,14 @@ MODEL, ROWS = "--model", "the training rows, or their tokens"
 """What is compared beside options."""
 
 
-def likeness(
-    cutting: CutOptions,
-    reading: DataOptions,
-    training: TrainingOptions,
-    optimizing: OptimizerOptions,
-    adapting: LoraOptions,
-    linking: LinkOptions,
-    config: PretrainedConfig,
-    features: Sequence[Feature],
-) -> Dict[str, str]:
+def likeness(options: RunOptions, config: PretrainedConfig, features: Sequence[Feature]) -> Dict[str, str]:
     """By name of the option; the values are text to be compared and shown."""
-    found = {"--labels": str(linking.labels)}
-    for options in (cutting, reading, training, optimizing, adapting):
-        free = _FREE.get(type(options), set())
-        for field in fields(options):
+    found = {"--labels": str(options.link.labels)}
+    for group in (options.cut, options.data, options.training, options.optimizer, options.lora):
+        free = _FREE.get(type(group), set())
+        for field in fields(group):
             if field.name not in free:
-                value = getattr(options, field.name)
+                value = getattr(group, field.name)
                 found[flag(field.name)] = " ".join(json_text(value).split()) if isinstance(value, dict) else str(value)
     # The name of a model may change with its place; what it starts from is in the checkpoint.
     found[MODEL] = f"the model with {_shape_of(config)}"

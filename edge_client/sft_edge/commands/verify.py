@@ -59,9 +59,9 @@ class Report:
         return self.first_step_over_tolerance is None
 
 
-def verify_and_report(options: VerifyOptions, optimizing: OptimizerOptions, linking: LinkOptions) -> None:
+def verify_and_report(options: VerifyOptions, optimizer: OptimizerOptions, link: LinkOptions) -> None:
     """Prints what `verify` finds. Raises VerificationError when a difference exceeds the tolerance."""
-    report = verify(options, optimizing, linking)
+    report = verify(options, optimizer, link)
     if options.json:
         sys.stdout.write(json_text({**asdict(report), "passed": report.passed}))
     else:
@@ -75,15 +75,15 @@ def verify_and_report(options: VerifyOptions, optimizing: OptimizerOptions, link
         )
 
 
-def verify(options: VerifyOptions, optimizing: OptimizerOptions, linking: LinkOptions) -> Report:
+def verify(options: VerifyOptions, optimizer: OptimizerOptions, link: LinkOptions) -> Report:
     """Trains both ways and compares. Sets torch to one thread: sums in another order have other last bits."""
     torch.set_num_threads(1)
     source = _source(options)
     rank = options.split_rank if options.mode == "sft" else 0
     cut = Cut(options.mode, options.split_layer, rank, options.residual)
-    reference = _OneProcess(source, options, cut, optimizing)
+    reference = _OneProcess(source, options, cut, optimizer)
     with ExitStack() as stack:
-        address = linking.server or stack.enter_context(CloudProcess(["--device", "cpu", "--threads", "1"])).address
+        address = link.server or stack.enter_context(CloudProcess(["--device", "cpu", "--threads", "1"])).address
         start = halve(
             source,
             options.head,
@@ -93,22 +93,22 @@ def verify(options: VerifyOptions, optimizing: OptimizerOptions, linking: LinkOp
             freeze_edge=options.freeze_edge,
             calibration=_calibration(options, source.config),
         )
-        transport, policy = transport_of(address, linking), retry_policy_of(linking)
-        system = open_split_system(start, _CPU, transport, policy, labels=linking.labels)
+        transport, policy = transport_of(address, link), retry_policy_of(link)
+        system = open_split_system(start, _CPU, transport, policy, labels=link.labels)
         stack.enter_context(system.link)
-        return _compare(options, cut, optimizing, reference, system)
+        return _compare(options, cut, optimizer, reference, system)
 
 
 def _compare(
-    options: VerifyOptions, cut: Cut, optimizing: OptimizerOptions, reference: _OneProcess, system: System
+    options: VerifyOptions, cut: Cut, optimizer: OptimizerOptions, reference: _OneProcess, system: System
 ) -> Report:
-    scheduler = optimizing.scheduler(system.optimizer, options.steps)
+    scheduler = optimizer.scheduler(system.optimizer, options.steps)
     worst_loss = worst_parameter = 0.0
     losses, first_over = [], None
     for step in range(options.steps):
         batches = list(_batches(options, reference.config, step))
         expected = reference.step(batches)
-        loss = _split_step(system, batches, step, optimizing.max_grad_norm)
+        loss = _split_step(system, batches, step, optimizer.max_grad_norm)
         scheduler.step()
         losses.append(loss)
         loss_difference = abs(loss - expected)
@@ -136,7 +136,7 @@ def _compare(
 class _OneProcess:
     """The reference."""
 
-    def __init__(self, source: Source, options: VerifyOptions, cut: Cut, optimizing: OptimizerOptions) -> None:
+    def __init__(self, source: Source, options: VerifyOptions, cut: Cut, optimizer: OptimizerOptions) -> None:
         self.config = source.config
         self._net = build_whole(source.config, options.head, cut)
         if options.freeze_edge:
@@ -145,10 +145,10 @@ class _OneProcess:
                 parameter.requires_grad_(parameter.requires_grad and name not in of_edge)
         calibration = _calibration(options, source.config)
         fill(self._net, whole_tensors(self._net, source, cut, options.seed, calibration), options.seed)
-        self.optimizer_spec = optimizer_spec(optimizing, self._net)
+        self.optimizer_spec = optimizer_spec(optimizer, self._net)
         self._optimizer = make_optimizer(self.optimizer_spec, self._net.whole_parameters())
-        self._scheduler = optimizing.scheduler(self._optimizer, options.steps)
-        self._max_grad_norm = optimizing.max_grad_norm
+        self._scheduler = optimizer.scheduler(self._optimizer, options.steps)
+        self._max_grad_norm = optimizer.max_grad_norm
 
     def step(self, batches: List[Batch]) -> float:
         self._net.train()

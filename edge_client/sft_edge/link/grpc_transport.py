@@ -335,7 +335,7 @@ class _StallGuard:
             self._thread.join()
 
 
-def transport_of(address: str, linking: LinkOptions) -> GrpcTransport:
+def transport_of(address: str, link: LinkOptions) -> GrpcTransport:
     """The way to `address` as the options want it. Raises UsageError."""
-    keepalive = Keepalive(linking.keepalive_time, linking.keepalive_timeout)
-    return GrpcTransport(address, linking.connect_timeout, keepalive=keepalive, credentials=linking.credentials)
+    keepalive = Keepalive(link.keepalive_time, link.keepalive_timeout)
+    return GrpcTransport(address, link.connect_timeout, keepalive=keepalive, credentials=link.credentials)

@@ -100,12 +100,12 @@ class Retries:
             raise SessionLostError("the link is closed") from error
 
 
-def retry_policy_of(linking: LinkOptions) -> RetryPolicy:
+def retry_policy_of(link: LinkOptions) -> RetryPolicy:
     """How long to wait and to try again. A cloud of the edge's own that has died does not come back."""
     return RetryPolicy(
-        reply_timeout_seconds=linking.reply_timeout,
-        attach_timeout_seconds=linking.connect_timeout,
-        reconnect_timeout_seconds=linking.reconnect_timeout if linking.server is not None else 0.0,
-        backoff_seconds=linking.reconnect_backoff,
-        backoff_max_seconds=linking.reconnect_backoff_max,
+        reply_timeout_seconds=link.reply_timeout,
+        attach_timeout_seconds=link.connect_timeout,
+        reconnect_timeout_seconds=link.reconnect_timeout if link.server is not None else 0.0,
+        backoff_seconds=link.reconnect_backoff,
+        backoff_max_seconds=link.reconnect_backoff_max,
     )

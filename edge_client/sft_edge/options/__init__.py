@@ -19,6 +19,7 @@ from sft_edge.options.train import (
     DataOptions,
     LoggingOptions,
     ModelOptions,
+    RunOptions,
     TrainingOptions,
     check_together,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "ModelOptions",
     "OptimizerOptions",
     "PredictOptions",
+    "RunOptions",
     "TrainingOptions",
     "VerifyOptions",
     "check_together",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Optional
+from typing import Literal, NamedTuple, Optional, get_type_hints
 
 from sft.cli.devices import check_device
 from sft.cli.options import above_zero, at_least
@@ -211,26 +211,30 @@ class LoggingOptions:
         at_least(self, 1, "logging_steps")
 
 
-TRAIN_OPTIONS = (
-    ModelOptions,
-    CutOptions,
-    DataOptions,
-    TrainingOptions,
-    OptimizerOptions,
-    LoraOptions,
-    LoggingOptions,
-    LinkOptions,
-)
-"""What `sft-edge train` takes, in the order of its help."""
+class RunOptions(NamedTuple):
+    """What `sft-edge train` was given."""
+
+    model: ModelOptions
+    cut: CutOptions
+    data: DataOptions
+    training: TrainingOptions
+    optimizer: OptimizerOptions
+    lora: LoraOptions
+    logging: LoggingOptions
+    link: LinkOptions
 
 
-def check_together(cutting: CutOptions, linking: LinkOptions) -> None:
+TRAIN_OPTIONS = tuple(get_type_hints(RunOptions).values())
+"""What it takes, in the order of its help."""
+
+
+def check_together(cut: CutOptions, link: LinkOptions) -> None:
     """Raises UsageError where options of the link would do nothing, as there is none."""
-    if cutting.mode != "local":
+    if cut.mode != "local":
         return
-    if linking.server is not None:
-        raise UsageError(f"--server {linking.server} needs --mode sft or sl: one process has no cloud")
-    if linking.labels == "local":
+    if link.server is not None:
+        raise UsageError(f"--server {link.server} needs --mode sft or sl: one process has no cloud")
+    if link.labels == "local":
         raise UsageError("--labels local needs --mode sft or sl: in one process labels are local as it is")
 
 

@@ -16,15 +16,13 @@ from sft.optim.spec import make_optimizer
 from sft.v1 import split_training_pb2 as pb
 from sft_edge.link import retry_policy_of, transport_of
 from sft_edge.model_files import Source
-from sft_edge.options import CutOptions, LinkOptions, LoraOptions, OptimizerOptions, TrainingOptions
+from sft_edge.options import CutOptions, LinkOptions, RunOptions
 from sft_edge.systems.cloud_process import CloudProcess
 from sft_edge.systems.halves import halve, optimizer_spec, whole_tensors
 from sft_edge.systems.local import LocalSystem
 from sft_edge.systems.lora import half_lora, whole_lora
 from sft_edge.systems.split import open_split_system
 from sft_edge.systems.system import System
-
-_NO_LORA = LoraOptions()
 
 
 def cut_of(options: CutOptions) -> Optional[Cut]:
@@ -40,11 +38,7 @@ def cut_of(options: CutOptions) -> Optional[Cut]:
 def open_system(
     source: Source,
     head: str,
-    cutting: CutOptions,
-    training: TrainingOptions,
-    optimizing: OptimizerOptions,
-    linking: LinkOptions,
-    adapting: LoraOptions = _NO_LORA,
+    options: RunOptions,
     calibration: Sequence[Batch] = (),
     on_status: Callable[[str], None] = lambda text: None,
     run_id: str = "",
@@ -59,47 +53,47 @@ def open_system(
 
     Raises what building, connecting and opening a session raise: CutError, CheckpointError, UsageError, LinkError.
     """
-    if cutting.freeze_edge and adapting.on_edge:
+    if options.cut.freeze_edge and options.lora.on_edge:
         raise UsageError("--freeze-edge trains nothing of the edge's half: leave it out, or add --lora-half cloud")
-    cut, device = cut_of(cutting), find_device(training.device)
+    cut, device = cut_of(options.cut), find_device(options.training.device)
     whole = build_whole(source.config, head, cut)
-    if cutting.mode == "local":
-        adapters = whole_lora(adapting, whole)
+    if options.cut.mode == "local":
+        adapters = whole_lora(options.lora, whole)
         # What goes on from a checkpoint takes all values from there.
-        tensors = [] if resume_from else whole_tensors(whole, source, cut, training.seed, calibration)
-        fill(whole, tensors, training.seed, device)
+        tensors = [] if resume_from else whole_tensors(whole, source, cut, options.training.seed, calibration)
+        fill(whole, tensors, options.training.seed, device)
         if adapters is not None:
-            add_lora(whole, adapters, training.seed)
-        optimizer = make_optimizer(optimizer_spec(optimizing, whole), whole.whole_parameters())
-        yield LocalSystem(whole, optimizer, training.seed)
+            add_lora(whole, adapters, options.training.seed)
+        optimizer = make_optimizer(optimizer_spec(options.optimizer, whole), whole.whole_parameters())
+        yield LocalSystem(whole, optimizer, options.training.seed)
         return
     assert cut is not None  # every other mode is cut
-    lora = half_lora(adapting, whole, source.config, cut, training.seed)
-    with _server(linking, checkpoint_store) as address:
+    lora = half_lora(options.lora, whole, source.config, cut, options.training.seed)
+    with _server(options.link, checkpoint_store) as address:
         start = halve(
             source,
             head,
             cut,
-            optimizer_spec(optimizing, whole),
-            training.seed,
-            cutting.wire_dtype,
-            freeze_edge=cutting.freeze_edge,
+            optimizer_spec(options.optimizer, whole),
+            options.training.seed,
+            options.cut.wire_dtype,
+            freeze_edge=options.cut.freeze_edge,
             calibration=calibration,
             lora=lora,
             run_id=run_id,
             resume_from=resume_from,
         )
-        transport, policy = transport_of(address, linking), retry_policy_of(linking)
-        system = open_split_system(start, device, transport, policy, on_status, linking.labels)
+        transport, policy = transport_of(address, options.link), retry_policy_of(options.link)
+        system = open_split_system(start, device, transport, policy, on_status, options.link.labels)
         del start  # what the blobs read from may be half a model
         with system.link:
             yield system
 
 
 @contextmanager
-def _server(linking: LinkOptions, checkpoint_store: Optional[Path]) -> Iterator[str]:
-    if linking.server is not None:
-        yield linking.server
+def _server(link: LinkOptions, checkpoint_store: Optional[Path]) -> Iterator[str]:
+    if link.server is not None:
+        yield link.server
         return
     store = [] if checkpoint_store is None else ["--checkpoint-store", str(checkpoint_store)]
     with CloudProcess(store) as cloud:

@@ -14,7 +14,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler
 from sft.batch import Batch
 from sft.errors import CloudMemoryError, NonFiniteLossError
 from sft.models.seeding import derive_seed
-from sft_edge.options import OptimizerOptions, TrainingOptions
+from sft_edge.options import RunOptions
 from sft_edge.signals import interrupts_deferred, note_termination_in_worker
 from sft_edge.systems import System
 from sft_edge.tasks import Feature, Task
@@ -36,20 +36,18 @@ class TrainingLoop:
         system: System,
         task: Task,
         features: List[Feature],
-        training: TrainingOptions,
-        optimizing: OptimizerOptions,
-        logging_steps: int,
-        num_workers: int,
+        options: RunOptions,
         progress: Progress,
         evaluate: Optional[Evaluate] = None,
         report: Optional[Callable[[int, Dict[str, Any]], None]] = None,
         after_step: Callable[[TrainingLoop], None] = lambda loop: None,
     ) -> None:
-        """`evaluate` runs as `training.eval_strategy` says; `report` gets every entry of the history and its step.
+        """`evaluate` runs as `--eval-strategy` says; `report` gets every entry of the history and its step.
 
         `after_step` is called when all of a step has been noted, but the evaluation of an epoch that ends with it: then
         `saved_state` is that of a run which goes on from there.
         """
+        training, optimizer = options.training, options.optimizer
         self.system = system
         self.main_metric = f"eval_{task.main_metric}"
         self.seconds = 0.0
@@ -62,11 +60,11 @@ class TrainingLoop:
             batch_sampler=self._rows,
             generator=self._order,
             collate_fn=task.collate,
-            num_workers=num_workers,
+            num_workers=options.data.dataloader_num_workers,
             worker_init_fn=note_termination_in_worker,
         )
         self._training = training
-        self._max_grad_norm = optimizing.max_grad_norm
+        self._max_grad_norm = optimizer.max_grad_norm
         self._progress = progress
         self._evaluate = evaluate
         self._report = report
@@ -78,9 +76,9 @@ class TrainingLoop:
             max_steps=max_steps,
             num_train_epochs=max_steps / self._steps_per_epoch,
             train_batch_size=training.per_device_train_batch_size,
-            logging_steps=logging_steps,
+            logging_steps=options.logging.logging_steps,
         )
-        self._scheduler = optimizing.scheduler(system.optimizer, max_steps)
+        self._scheduler = optimizer.scheduler(system.optimizer, max_steps)
         self._losses = _Mean()
         self._all_losses = _Mean()
 

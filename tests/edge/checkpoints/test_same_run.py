@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Dict
 
 import pytest
-from support.jobs import sst2
+from support.jobs import run_options, sst2
 from support.tiny import tiny_config, tiny_tokenizer
 
 from sft.cli.options import options_of
@@ -29,14 +29,9 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def of(place: Path, model: Any = None, rows: Any = None, **changes: Any) -> Dict[str, str]:
-    values = {**GIVEN, **changes}
-    options = [
-        cls(**{option.name: values[option.name] for option in options_of(cls) if option.name in values})
-        for cls in CLASSES
-    ]
     task = make_task("sst2", place)
     features = task.encode(task.read("train"), tiny_tokenizer(), 64)
-    return likeness(*options, model or tiny_config(), features[:rows])
+    return likeness(run_options(**{**GIVEN, **changes}), model or tiny_config(), features[:rows])
 
 
 FREE: Dict[str, Any] = {

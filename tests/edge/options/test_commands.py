@@ -175,16 +175,16 @@ def test_what_makes_no_sense_is_named(make, message):
 
 
 @pytest.mark.parametrize(
-    ("linking", "message"),
+    ("link", "message"),
     [
         (LinkOptions("cloud.example:50051"), "--server cloud.example:50051 needs --mode sft or sl: one process has no"),
         (LinkOptions(labels="local"), "--labels local needs --mode sft or sl: in one process"),
     ],
 )
-def test_what_one_process_has_no_use_for_is_named(linking, message):
+def test_what_one_process_has_no_use_for_is_named(link, message):
     with pytest.raises(UsageError, match=message):
-        check_together(CutOptions("local"), linking)
-    check_together(CutOptions("sl", 3, wire_dtype="float16"), linking)
+        check_together(CutOptions("local"), link)
+    check_together(CutOptions("sl", 3, wire_dtype="float16"), link)
     check_together(CutOptions("local"), LinkOptions())
 
 

@@ -9,7 +9,7 @@ from typing import Any, Dict, List, Tuple
 
 import pytest
 import torch
-from support.jobs import sst2
+from support.jobs import run_options, sst2
 from support.tiny import tiny_config, tiny_tokenizer
 
 from sft.batch import Batch
@@ -17,8 +17,6 @@ from sft.errors import NonFiniteLossError
 from sft.models import build_whole
 from sft.models.weights import fill
 from sft.optim.spec import OptimizerSpec, decay_groups, make_optimizer
-from sft_edge.options.optimizer import OptimizerOptions
-from sft_edge.options.train import TrainingOptions
 from sft_edge.systems.local import LocalSystem
 from sft_edge.tasks import make_task
 from sft_edge.training.loop import TrainingLoop
@@ -31,16 +29,13 @@ class Rig:
     """A loop and all that it did."""
 
     def __init__(self, directory: Path, logging_steps: int = 1, **options: Any) -> None:
-        training = {"per_device_train_batch_size": 4, "num_train_epochs": 1.0, "seed": 3, "device": "cpu"}
-        optimizing = {"learning_rate": 1e-2}
-        for name, value in options.items():
-            (training if hasattr(TrainingOptions, name) else optimizing)[name] = value
+        usual = {"per_device_train_batch_size": 4, "num_train_epochs": 1.0, "seed": 3, "learning_rate": 1e-2}
+        given = run_options(**{**usual, "mode": "local", "logging_steps": logging_steps, **options})
         task = make_task("sst2", sst2(directory, train_rows=ROWS).data_dir)
         features = task.encode(task.read("train"), tiny_tokenizer(), 64)
         net = build_whole(tiny_config(layers=1, **task.config_overrides()), task.head)
         fill(net, [], seed=0)
-        optimizer_options = OptimizerOptions(**optimizing)
-        spec = OptimizerSpec("SGD", decay_groups(net, {"lr": optimizer_options.learning_rate}))
+        spec = OptimizerSpec("SGD", decay_groups(net, {"lr": given.optimizer.learning_rate}))
         self.system = LocalSystem(net, make_optimizer(spec, net.whole_parameters()), seed=3)
         self.seen: List[Tuple[int, int, float, Batch]] = []
         self.rates: List[float] = []
@@ -52,10 +47,7 @@ class Rig:
             self.system,
             task,
             features,
-            TrainingOptions(**training),  # type: ignore[arg-type]
-            optimizer_options,
-            logging_steps,
-            0,
+            given,
             Progress(logging_steps, self.screen),
             self._evaluate,
             lambda step, entry: self.reported.append((step, entry)),

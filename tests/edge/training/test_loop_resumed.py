@@ -9,7 +9,7 @@ from typing import Any, Dict, List, Tuple
 
 import pytest
 import torch
-from support.jobs import same_bits, sst2
+from support.jobs import run_options, same_bits, sst2
 from support.tiny import tiny_config, tiny_tokenizer
 
 from sft.batch import Batch
@@ -18,8 +18,6 @@ from sft.models.weights import fill
 from sft.optim.spec import OptimizerSpec, decay_groups, make_optimizer
 from sft_edge.checkpoints.content import parts_of, restore
 from sft_edge.checkpoints.directory import EdgeCheckpoint, write_checkpoint
-from sft_edge.options.optimizer import OptimizerOptions
-from sft_edge.options.train import TrainingOptions
 from sft_edge.systems.local import LocalSystem
 from sft_edge.tasks import Task, make_task
 from sft_edge.training.loop import TrainingLoop
@@ -32,17 +30,14 @@ class Run:
     """A loop over a tiny model; with `save_in` it saves a checkpoint after each step."""
 
     def __init__(self, directory: Path, save_in: Path, **options: Any) -> None:
-        training = {"per_device_train_batch_size": 2, "num_train_epochs": 2.0, "seed": 3, "device": "cpu"}
-        optimizing = {"learning_rate": 1e-2, "optim": "AdamW", "warmup_steps": 3}
-        rest = {"logging_steps": 3, "num_workers": 0}
-        for name, value in options.items():
-            (training if hasattr(TrainingOptions, name) else optimizing if name not in rest else rest)[name] = value
+        usual = {"per_device_train_batch_size": 2, "num_train_epochs": 2.0, "seed": 3, "logging_steps": 3}
+        usual.update(learning_rate=1e-2, warmup_steps=3)
+        given = run_options(**{**usual, "mode": "local", "optim": "AdamW", **options})
         task = make_task("sst2", directory)
         features = task.encode(task.read("train"), tiny_tokenizer(), 64)
         net = build_whole(tiny_config(layers=1, **task.config_overrides()), task.head)
         fill(net, [], seed=0)
-        optimizer_options = OptimizerOptions(**optimizing)
-        spec = OptimizerSpec(optimizer_options.optim, decay_groups(net, optimizer_options.arguments()))
+        spec = OptimizerSpec(given.optimizer.optim, decay_groups(net, given.optimizer.arguments()))
         self.system = LocalSystem(net, make_optimizer(spec, net.whole_parameters()), seed=3)
         self.losses: Dict[Tuple[int, int], float] = {}
         self.rows: Dict[Tuple[int, int], List[List[int]]] = {}
@@ -57,10 +52,7 @@ class Run:
             self.system,
             task,
             features,
-            TrainingOptions(**training),  # type: ignore[arg-type]
-            optimizer_options,
-            rest["logging_steps"],
-            rest["num_workers"],
+            given,
             progress,
             lambda step: {"eval_accuracy": float(self.weight()[:3].sum()), "eval_nothing": float("nan")},
             None,
@@ -115,7 +107,7 @@ OPTIONS = [
     {"optim": "Rprop"},
     {"optim": "ASGD", "max_grad_norm": 0},
     {"optim": "RAdam", "lr_scheduler_type": "constant_with_warmup"},
-    {"num_workers": 1, "max_steps": 3},
+    {"dataloader_num_workers": 1, "max_steps": 3},
 ]
 
 

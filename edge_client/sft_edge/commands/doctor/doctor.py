@@ -21,10 +21,10 @@ ANSWER_SECONDS = 60.0
 """For one answer: a large probe on a slow way takes its time."""
 
 
-def doctor(options: DoctorOptions, linking: LinkOptions) -> int:
+def doctor(options: DoctorOptions, link: LinkOptions) -> int:
     """Prints what is found, as it is found; returns the exit code, that of a LinkError where a run would stop."""
     findings = []
-    for finding in diagnose(options, linking):
+    for finding in diagnose(options, link):
         findings.append(finding)
         if not options.json:
             sys.stdout.write(text_of(finding))
@@ -37,19 +37,19 @@ def doctor(options: DoctorOptions, linking: LinkOptions) -> int:
     return LinkError.exit_code if stops else 0
 
 
-def diagnose(options: DoctorOptions, linking: LinkOptions) -> Iterator[Finding]:
+def diagnose(options: DoctorOptions, link: LinkOptions) -> Iterator[Finding]:
     """What is found, in the order of a run; after what would stop one, nothing that stands on it is looked at.
 
     Raises UsageError without a server.
     """
-    if linking.server is None:
+    if link.server is None:
         raise UsageError("--server HOST:PORT must be given: it is what is looked at")
-    path = PathCheck(*split_address(linking.server, "--server"), linking.credentials, linking.connect_timeout)
+    path = PathCheck(*split_address(link.server, "--server"), link.credentials, link.connect_timeout)
     reachable = path.run(time.time())
     yield from path.findings
     if not reachable:
         return
-    transport = GrpcTransport(linking.server, linking.connect_timeout, credentials=linking.credentials)
+    transport = GrpcTransport(link.server, link.connect_timeout, credentials=link.credentials)
     try:
         inquiry = transport.inquiry(ANSWER_SECONDS)
         findings, status = look_at_server(inquiry, time.time())

@@ -1,0 +1,1 @@
+"""`sft-edge train`: a run from options to a directory with a model, and its attempts."""

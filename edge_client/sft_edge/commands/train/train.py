@@ -1,0 +1,174 @@
+"""`sft-edge train`: fine-tunes a model as one of the paper's three systems, and keeps the result."""
+
+from __future__ import annotations
+
+import math
+import sys
+from contextlib import ExitStack
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional
+
+from sft.batch import Batch
+from sft.errors import LinkError
+from sft.models import build_whole
+from sft.v1 import split_training_pb2 as pb
+from sft_edge.checkpoints import Checkpointing, Stopped, likeness
+from sft_edge.commands.train.attempt import Attempt, Job
+from sft_edge.files import check_room
+from sft_edge.link import retry_policy_of
+from sft_edge.model_files import Source, open_source
+from sft_edge.options import RunOptions
+from sft_edge.signals import Termination, terminations_noted
+from sft_edge.systems import cut_of, open_system
+from sft_edge.tasks import Task, batches_of, make_task
+from sft_edge.training import EvaluationSet, Progress, Recovery, TensorBoard, TrainingLoop, evaluate, open_progress
+
+CALIBRATION_ROWS = 256
+"""How many of the first training rows a low-rank residual is fitted to."""
+
+CLOUD_STORE = "cloud-checkpoints"
+"""Below the output directory: where a cloud of the run's own keeps its halves of checkpoints."""
+
+
+class TrainingRun:
+    """One run, from options to a directory with a model that works."""
+
+    def __init__(self, options: RunOptions) -> None:
+        self.options = options
+        unnamed = Path("runs") / f"{options.data.task}-{options.cut.mode}-{datetime.now():%Y%m%d-%H%M%S}"
+        self.output_dir = options.training.output_dir or unnamed
+
+    def run(self) -> Dict[str, Any]:
+        """Trains, evaluates, saves and prints the report; returns the content of `all_results.json`.
+
+        A run that is interrupted, or whose loss is no longer finite, leaves the model of its last good step before the
+        error goes on. One that is terminated leaves a checkpoint, and returns nothing. Raises any SFTError.
+        """
+        options = self.options
+        job = self._job()
+        with ExitStack() as stack:
+            progress = stack.enter_context(open_progress(options.logging.logging_steps, options.logging.disable_tqdm))
+            terminated = stack.enter_context(terminations_noted())
+            same = likeness(options, job.source.config, job.features)
+            checkpointing = Checkpointing(self.output_dir, options.training, same, progress, terminated)
+            stack.enter_context(checkpointing)
+            try:
+                return self._with_recovery(job, progress, checkpointing, terminated)
+            except Stopped as stopped:
+                progress.stop()
+                sys.stdout.write(self._farewell(stopped) + "\n")
+                return {}
+
+    def _job(self) -> Job:
+        data, length = self.options.data, self.options.model.max_seq_length
+        task = make_task(data.task, data.data_dir, data.problem_type)
+        source = open_source(self.options.model, task.config_overrides())
+        self._check_room(source, task)
+        train_rows = task.read("train", data.max_train_samples)
+        eval_rows = task.read("validation", data.max_eval_samples)
+        features = task.encode(train_rows, source.tokenizer, length)
+        validation = EvaluationSet(eval_rows, task.encode(eval_rows, source.tokenizer, length))
+        return Job(task, source, features, validation)
+
+    def _check_room(self, source: Source, task: Task) -> None:
+        """Raises StorageError now where the disk could not hold the result hours later."""
+        whole = build_whole(source.config, task.head, cut_of(self.options.cut))
+        needed = sum(4 * math.prod(parameter.shape) for parameter in whole.parameters())
+        check_room("--output-dir", self.output_dir, needed)
+
+    def _farewell(self, stopped: Stopped) -> str:
+        if stopped.directory is None:
+            when = f"after step {stopped.step}, and nothing is saved" if stopped.step else "before the first step"
+            return f"stopped {when}; the same command begins anew"
+        named = "" if self.options.training.output_dir is not None else f"--output-dir {self.output_dir} "
+        return (
+            f"stopped after step {stopped.step}, which is saved in {stopped.directory}; the same command with "
+            f"{named}--resume-from-checkpoint goes on"
+        )
+
+    def _with_recovery(
+        self, job: Job, progress: Progress, checkpointing: Checkpointing, terminated: Termination
+    ) -> Dict[str, Any]:
+        """Attempts, each with a session of its own, until one gets to the end."""
+        link = self.options.link
+        recovery = Recovery(link.reconnect_timeout, retry_policy_of(link).delays, terminated)
+
+        def after_step(loop: TrainingLoop) -> None:
+            recovery.reached(loop.state.global_step)
+            checkpointing.after_step(loop)
+
+        while True:
+            attempt: Optional[Attempt] = None
+            try:
+                with ExitStack() as stack:
+                    attempt = self._begin(stack, job, progress, checkpointing, terminated, after_step)
+                    return attempt.run()
+            except LinkError as error:
+                steps = attempt.steps if attempt is not None else 0
+                checkpointing.check_lost(steps, error)
+                if not (checkpointing.can_go_on and recovery.is_worth_trying(error, attempt is not None)):
+                    raise
+                progress.status(f"{error}: going on in another session")
+                if attempt is not None:
+                    checkpointing.recover(steps)
+            recovery.wait()
+            checkpointing.check_stop()
+
+    def _begin(
+        self,
+        stack: ExitStack,
+        job: Job,
+        progress: Progress,
+        checkpointing: Checkpointing,
+        terminated: Termination,
+        after_step: Callable[[TrainingLoop], None],
+    ) -> Attempt:
+        """Opens a session, and what else ends with `stack`; the loop is where the run goes on."""
+        options = self.options
+        offered = checkpointing.offers()
+        progress.status(self._opening())
+        system = stack.enter_context(
+            open_system(
+                job.source,
+                job.task.head,
+                options,
+                [] if offered else self._calibration(job),
+                progress.status,
+                run_id=checkpointing.run_id,
+                resume_from=[pb.CheckpointId(step=c.step, sha256=c.manifest.other_half or "") for c in offered],
+                checkpoint_store=self.output_dir / CLOUD_STORE,
+            )
+        )
+        terminated.then = system.give_up_waiting
+        chosen = checkpointing.choose(system, offered)
+        report = None
+        if options.logging.report_to == "tensorboard":
+            directory = options.logging.logging_dir or self.output_dir / "runs"
+            report = stack.enter_context(TensorBoard(directory, chosen.step if chosen else 0)).log
+        batch_size = options.training.per_device_eval_batch_size
+        loop = TrainingLoop(
+            system,
+            job.task,
+            job.features,
+            options,
+            progress,
+            lambda step: evaluate(system, job.task, job.validation, batch_size, step),
+            report,
+            after_step,
+        )
+        checkpointing.begin(system, loop, chosen)
+        return Attempt(options, self.output_dir, job, system, loop, progress, checkpointing)
+
+    def _calibration(self, job: Job) -> List[Batch]:
+        """The same for every system, so that all decompose alike."""
+        if self.options.cut.residual != "low-rank":
+            return []
+        batch_size = self.options.training.per_device_train_batch_size
+        return list(batches_of(job.task, job.features[:CALIBRATION_ROWS], batch_size))
+
+    def _opening(self) -> str:
+        if self.options.cut.mode == "local":
+            return "loading the model"
+        server = self.options.link.server
+        return f"opening a session at {server}" if server else "starting a cloud here"
