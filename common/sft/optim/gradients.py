@@ -38,6 +38,11 @@ def _add_products(pairs: Iterable[Tuple[Optional[Tensor], Optional[Tensor]]]) ->
     return float(torch.stack(sums).sum()) if sums else 0.0
 
 
+def clip_scale(norm: float, max_norm: float) -> float:
+    """What gradients of this norm are multiplied by, as by torch's clip_grad_norm_; 1 where `max_norm` is 0."""
+    return min(1.0, max_norm / (norm + 1e-6)) if max_norm > 0 else 1.0
+
+
 def scale_gradients(parameters: Iterable[nn.Parameter], scale: float) -> None:
     """Multiplies every gradient in place, as torch's clip_grad_norm_ does; 1 leaves the bits."""
     for parameter in parameters:

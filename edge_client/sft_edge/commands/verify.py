@@ -23,7 +23,7 @@ from sft.errors import UsageError, VerificationError
 from sft.models import Cut, build_net_1, build_whole, max_positions
 from sft.models.seeding import derive_seed
 from sft.models.weights import fill
-from sft.optim.gradients import squared_norm
+from sft.optim.gradients import clip_scale, squared_norm
 from sft.optim.spec import make_optimizer
 from sft_edge.files import json_text
 from sft_edge.link import retry_policy_of, transport_of
@@ -181,8 +181,7 @@ class _OneProcess:
 
 def _split_step(system: System, batches: List[Batch], step: int, max_grad_norm: float) -> float:
     losses = [system.forward_backward(batch, step, index, 1 / len(batches)) for index, batch in enumerate(batches)]
-    scale = min(1.0, max_grad_norm / (system.gradient_norm() + 1e-6)) if max_grad_norm > 0 else 1.0
-    system.update(step, scale)
+    system.update(step, clip_scale(system.gradient_norm(), max_grad_norm))
     return sum(losses) / len(losses)
 
 

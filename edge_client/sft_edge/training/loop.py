@@ -14,6 +14,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler
 from sft.batch import Batch
 from sft.errors import CloudMemoryError, NonFiniteLossError
 from sft.models.seeding import derive_seed
+from sft.optim.gradients import clip_scale
 from sft_edge.options import RunOptions
 from sft_edge.signals import interrupts_deferred, note_termination_in_worker
 from sft_edge.systems import System
@@ -142,12 +143,10 @@ class TrainingLoop:
         losses = self._losses_of(group, step)
         loss = sum(losses) / len(losses)
         self._check_finite("loss", loss)
-        norm, scale = self.system.gradient_norm(), 1.0
+        norm = self.system.gradient_norm()
         self._check_finite("norm of the gradient", norm)
-        if self._max_grad_norm > 0:
-            scale = min(1.0, self._max_grad_norm / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
         with interrupts_deferred():  # half a step could not be taken back
-            self.system.update(step, scale)
+            self.system.update(step, clip_scale(norm, self._max_grad_norm))
             self._scheduler.step()
             self.state.global_step += 1
         now = time.perf_counter()

@@ -6,7 +6,7 @@ from transformers import AutoConfig
 from sft.errors import UsageError
 from sft.models import Cut, build_net_1, build_net_2, build_whole
 from sft.optim import gradients
-from sft.optim.gradients import scalar_product, scale_gradients, squared_gradient_norm, squared_norm
+from sft.optim.gradients import clip_scale, scalar_product, scale_gradients, squared_gradient_norm, squared_norm
 from sft.optim.spec import (
     GroupSpec,
     OptimizerSpec,
@@ -169,7 +169,7 @@ def test_norm_and_scale_agree_with_torch():
         p.grad = p.detach().clone()
     squared = squared_gradient_norm(parameters)
     assert squared == pytest.approx(30.0)
-    scale_gradients(parameters, 1.0 / (squared**0.5 + 1e-6))
+    scale_gradients(parameters, clip_scale(squared**0.5, 1.0))
     ours = [p.grad.clone() for p in parameters[:2]]
     for p in parameters[:2]:
         p.grad = p.detach().clone()
@@ -177,6 +177,7 @@ def test_norm_and_scale_agree_with_torch():
     for mine, p in zip(ours, parameters):
         torch.testing.assert_close(mine, p.grad)
     assert squared_gradient_norm([parameter(1.0)]) == 0.0
+    assert (clip_scale(0.5, 1.0), clip_scale(1e9, 0.0)) == (1.0, 1.0)
 
 
 def test_learning_rates_go_to_their_groups():
