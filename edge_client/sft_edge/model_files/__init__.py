@@ -1,10 +1,12 @@
 """A model on disk: what a run starts from, and what it leaves."""
 
-from sft_edge.model_files.card import model_card
+from sft_edge.model_files.card import PIPELINES, RESIDUAL_IS, model_card
 from sft_edge.model_files.saved import Description, SavedModel, load_model, read_description, save_model, task_of
 from sft_edge.model_files.source import Source, first_line, open_model, open_source, public_name
 
 __all__ = [
+    "PIPELINES",
+    "RESIDUAL_IS",
     "Description",
     "SavedModel",
     "Source",

@@ -13,12 +13,15 @@ _SYSTEMS = {
     "local": "one process",
 }
 
-_RESIDUALS = {"none": "removed", "low-rank": "kept as far as the split rank holds it", "full": "kept"}
-_PIPELINES = {
+RESIDUAL_IS = {"none": "removed", "low-rank": "kept as far as the split rank holds it", "full": "kept"}
+"""What has become of the residual around the layer that is cut, in words for cards."""
+
+PIPELINES = {
     "sequence-classification": "text-classification",
     "question-answering": "question-answering",
     "causal-lm": "text-generation",
 }
+"""What model hubs call the use of a head."""
 
 
 def model_card(description: Description, results: Mapping[str, Any]) -> str:
@@ -28,7 +31,7 @@ def model_card(description: Description, results: Mapping[str, Any]) -> str:
         [
             "---",
             "library_name: split-fine-tuning",
-            f"pipeline_tag: {_PIPELINES[description.head]}",
+            f"pipeline_tag: {PIPELINES[description.head]}",
             f"base_model: {description.base_model or 'none'}",
             "---",
             "",
@@ -49,7 +52,7 @@ def _training(description: Description, results: Mapping[str, Any]) -> Mapping[s
         rows["split layer"] = f"block {description.split_layer}, counted from 1"
     if description.split_rank is not None:
         rows["split rank"] = str(description.split_rank)
-        rows["residual at the split layer"] = _RESIDUALS[description.residual]
+        rows["residual at the split layer"] = RESIDUAL_IS[description.residual]
     rows["steps"] = str(results["train_steps"])
     rows["training loss"] = f"{results['train_loss']:.4f}"
     return rows

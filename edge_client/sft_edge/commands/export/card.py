@@ -4,24 +4,13 @@ from __future__ import annotations
 
 from sft_edge.commands.export.code import CODE_FILE
 from sft_edge.commands.export.content import FACTORED, Export
-
-_PIPELINES = {
-    "sequence-classification": "text-classification",
-    "question-answering": "question-answering",
-    "causal-lm": "text-generation",
-}
-
-_RESIDUALS = {
-    "none": "The residual around that layer is removed.",
-    "low-rank": "The residual around that layer goes through it.",
-    "full": "The residual around that layer is kept.",
-}
+from sft_edge.model_files import PIPELINES, RESIDUAL_IS
 
 
 def export_card(exported: Export) -> str:
     """Markdown with the metadata that model hubs read."""
     description = exported.description
-    base_model, pipeline = description.base_model, _PIPELINES[description.head]
+    base_model, pipeline = description.base_model, PIPELINES[description.head]
     trust = ", trust_remote_code=True" if exported.has_code else ""
     opening = [f'model = {exported.auto_class}.from_pretrained("THIS_DIRECTORY"{trust})']
     opening.append(f'tokenizer = AutoTokenizer.from_pretrained("THIS_DIRECTORY"{trust})')
@@ -70,5 +59,5 @@ def _architecture(exported: Export) -> str:
     stands = f"{rank}, kept as its three factors" if exported.form == FACTORED else rank
     return (
         f"A `{exported.architecture}` whose feed-forward layer in block {cut.split_layer}, counted from 1, ends in "
-        f"{stands}. {_RESIDUALS[cut.residual]}"
+        f"{stands}. The residual around that layer is {RESIDUAL_IS[cut.residual]}."
     )
