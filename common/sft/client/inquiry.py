@@ -12,7 +12,8 @@ from typing import NamedTuple, Optional, cast
 import grpc
 
 from sft.client.credentials import PLAINTEXT, Credentials
-from sft.errors import AccessError, LinkError, ProtocolError, ServerFullError, ServerUnavailableError
+from sft.client.refusal import not_ours, refusal
+from sft.errors import LinkError, ProtocolError, ServerUnavailableError
 from sft.printable import finite, printable, tidied
 from sft.v1 import split_training_pb2 as pb
 from sft.v1.split_training_pb2_grpc import SplitTrainingStub
@@ -96,16 +97,12 @@ class Inquiry:
 
     def _error(self, error: grpc.RpcError) -> LinkError:
         code, details = error.code(), printable(error.details() or "")
-        if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
-            return AccessError(f"{self._address} refuses: {details}")
-        if code is grpc.StatusCode.UNIMPLEMENTED:
-            return ProtocolError(
-                f"{self._address} answers, but it is not an sft-cloud server, or one of an old release"
-            )
+        if code is grpc.StatusCode.UNIMPLEMENTED:  # the methods asked here came later than others
+            return ProtocolError(f"{not_ours(self._address)}, or one of an old release")
         if code is grpc.StatusCode.UNAVAILABLE:
             return ServerUnavailableError(f"nobody answers at {self._address} ({details})")
         if code is grpc.StatusCode.DEADLINE_EXCEEDED:
             return ServerUnavailableError(f"{self._address} did not answer within {self._timeout_seconds:g} s")
-        if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
-            return ServerFullError(f"{self._address} has no room: {details}")
-        return LinkError(f"{self._address} did not answer ({code.name}: {details})")
+        return refusal(code, details, self._address, self._credentials) or LinkError(
+            f"{self._address} did not answer ({code.name}: {details})"
+        )

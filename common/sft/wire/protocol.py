@@ -30,14 +30,17 @@ MAX_WAITING = 64
 """Micro-batches of a step that may wait for a Weight or a Backward: each takes memory on the cloud, with labels as much
 as net_2's gradients."""
 
+KEEPALIVE_SECONDS = 20
+"""Of silence, before the other side is asked for a sign of life, and for the sign, where nobody chose otherwise."""
+
 _LIMITS: List[Tuple[str, int]] = [
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
 ]
 
 CLIENT_OPTIONS: List[Tuple[str, int]] = _LIMITS + [
-    ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.keepalive_time_ms", 1000 * KEEPALIVE_SECONDS),
+    ("grpc.keepalive_timeout_ms", 1000 * KEEPALIVE_SECONDS),
     # An edge that computes for minutes has no message under way, yet the link must be known to live.
     ("grpc.http2.max_pings_without_data", 0),
     # Each run dials for itself: a subchannel shared with another run of the process would share its back-off too.
@@ -45,8 +48,8 @@ CLIENT_OPTIONS: List[Tuple[str, int]] = _LIMITS + [
 ]
 
 SERVER_OPTIONS: List[Tuple[str, int]] = _LIMITS + [
-    ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.keepalive_time_ms", 1000 * KEEPALIVE_SECONDS),
+    ("grpc.keepalive_timeout_ms", 1000 * KEEPALIVE_SECONDS),
     # Below the client's keepalive time, or the server would answer `too_many_pings` and hang up.
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
     # Two servers on one port would share its connections at random; the second must fail instead.

@@ -1,15 +1,8 @@
 """The transport over gRPC. Nothing of gRPC, its errors least of all, is seen outside this file.
 
-What a status becomes:
+What a status becomes, where `sft.client.refusal` does not say it for every call:
 
-    at any time
-      UNIMPLEMENTED                                    ProtocolError: not an sft-cloud server
-      FAILED_PRECONDITION, INVALID_ARGUMENT            ProtocolError, with the server's sentence
-      RESOURCE_EXHAUSTED                               ServerFullError, with the server's sentence
-      RESOURCE_EXHAUSTED, a message over gRPC's limit  ProtocolError
-      UNAUTHENTICATED, PERMISSION_DENIED               AccessError, with the server's sentence
-      NOT_FOUND                                        SessionLostError, with the server's sentence
-    else, while opening a session
+    while opening a session
       UNAVAILABLE, and nobody listens                  ServerUnavailableError
       UNAVAILABLE, as TLS could not be agreed on       AccessError
       UNAVAILABLE: the port takes TCP connections,
@@ -18,7 +11,7 @@ What a status becomes:
         busy; CANCELLED, ABORTED, UNKNOWN              StreamBrokenError
       DEADLINE_EXCEEDED                                ServerUnavailableError
       others                                           LinkError
-    else, during stream, upload and download
+    during stream, upload and download
       UNAVAILABLE, ABORTED, CANCELLED and others       StreamBrokenError
 """
 
@@ -34,24 +27,22 @@ import grpc
 
 from sft.client.address import split_address
 from sft.client.channel import open_channel
-from sft.client.credentials import PLAINTEXT, TOKEN_VARIABLE, Credentials
+from sft.client.credentials import PLAINTEXT, Credentials
 from sft.client.handshake import why_no_handshake
 from sft.client.inquiry import Inquiry
+from sft.client.refusal import not_ours, refusal
 from sft.errors import (
     AccessError,
     LinkError,
     NotOursError,
-    ProtocolError,
-    ServerFullError,
     ServerUnavailableError,
-    SessionLostError,
     SFTError,
     StreamBrokenError,
 )
 from sft.printable import printable
 from sft.v1 import split_training_pb2 as pb
 from sft.v1.split_training_pb2_grpc import SplitTrainingStub
-from sft.wire.protocol import CLIENT_OPTIONS, TRAIN
+from sft.wire.protocol import CLIENT_OPTIONS, KEEPALIVE_SECONDS, TRAIN
 from sft_edge.link.tracing import edge_tracer, traced
 from sft_edge.link.transport import Stream, Transport
 from sft_edge.options import LinkOptions
@@ -69,10 +60,10 @@ STALL_TIMEOUT_SECONDS = 120.0
 class Keepalive(NamedTuple):
     """How a link that has died without a word is found out: in at most the sum of both, in seconds."""
 
-    time_seconds: float = 20.0
+    time_seconds: float = KEEPALIVE_SECONDS
     """Of silence, before the other side is asked for a sign of life. Servers take less than ten for an attack."""
 
-    timeout_seconds: float = 20.0
+    timeout_seconds: float = KEEPALIVE_SECONDS
     """For the sign of life."""
 
 
@@ -202,7 +193,7 @@ class GrpcTransport(Transport):
             if why is not None:
                 return AccessError(f"{self._address} {why}")
             if "failed to connect" in details:  # gRPC's words when TCP or the handshake on top of it failed
-                return NotOursError(self._not_ours())
+                return NotOursError(not_ours(self._address))
         if code in (
             grpc.StatusCode.UNAVAILABLE,
             grpc.StatusCode.CANCELLED,
@@ -214,7 +205,7 @@ class GrpcTransport(Transport):
             return ServerUnavailableError(
                 f"{self._address} did not open a session within {self._open_timeout_seconds:g} s: see the server's log"
             )
-        return self._common_error(code, details) or LinkError(
+        return self._refusal(code, details) or LinkError(
             f"{self._address} could not open a session ({code.name}: {details}): see the server's log"
         )
 
@@ -224,36 +215,12 @@ class GrpcTransport(Transport):
             return StreamBrokenError(
                 f"nothing moved between here and {self._address} for {self._stall_timeout_seconds:g} s"
             )
-        return self._common_error(code, details) or StreamBrokenError(
+        return self._refusal(code, details) or StreamBrokenError(
             f"the link to {self._address} broke ({code.name}: {details})"
         )
 
-    def _common_error(self, code: grpc.StatusCode, details: str) -> Optional[LinkError]:
-        if code == grpc.StatusCode.UNAUTHENTICATED:
-            advice = f"; no token was shown: give {self._credentials.option('token_file')} or set {TOKEN_VARIABLE}"
-            if self._credentials.has_token:
-                advice = ""
-            return AccessError(f"{self._address} does not let us in: {details}{advice}")
-        if code == grpc.StatusCode.PERMISSION_DENIED:
-            return AccessError(f"{self._address} refuses: {details}")
-        if code == grpc.StatusCode.UNIMPLEMENTED:
-            return ProtocolError(self._not_ours())
-        if code == grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" not in details:
-            return ServerFullError(f"{self._address} has no room: {details}")
-        if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
-            return AccessError(f"{self._address} does not let us in: {details}")
-        if code == grpc.StatusCode.NOT_FOUND:
-            return SessionLostError(f"{self._address}: {details}")
-        if code in (
-            grpc.StatusCode.RESOURCE_EXHAUSTED,
-            grpc.StatusCode.FAILED_PRECONDITION,
-            grpc.StatusCode.INVALID_ARGUMENT,
-        ):
-            return ProtocolError(f"{self._address} refuses: {details}")
-        return None
-
-    def _not_ours(self) -> str:
-        return f"{self._address} answers, but it is not an sft-cloud server"
+    def _refusal(self, code: grpc.StatusCode, details: str) -> Optional[LinkError]:
+        return refusal(code, details, self._address, self._credentials)
 
     def _why_not_reachable(self) -> Optional[str]:
         """Why no TCP connection can be made, in the operating system's words; None when one can."""

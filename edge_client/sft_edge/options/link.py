@@ -9,6 +9,7 @@ from sft.cli.durations import Duration
 from sft.cli.options import above_zero
 from sft.client.credentials import ClientOptions, Credentials, read_credentials
 from sft.errors import UsageError
+from sft.wire.protocol import KEEPALIVE_SECONDS
 
 
 @dataclass
@@ -37,10 +38,10 @@ class LinkOptions(ClientOptions):
     reconnect_backoff_max: Duration = Duration("30s")
     """longest time to wait between two tries"""
 
-    keepalive_time: Duration = Duration("20s")
+    keepalive_time: Duration = Duration(f"{KEEPALIVE_SECONDS}s")
     """after how much silence the server is asked for a sign of life; from 10s on"""
 
-    keepalive_timeout: Duration = Duration("20s")
+    keepalive_timeout: Duration = Duration(f"{KEEPALIVE_SECONDS}s")
     """how long it may take to give one before the link counts as broken"""
 
     def __post_init__(self) -> None:
