@@ -42,13 +42,10 @@ from sft.errors import (
 from sft.printable import printable
 from sft.v1 import split_training_pb2 as pb
 from sft.v1.split_training_pb2_grpc import SplitTrainingStub
-from sft.wire.protocol import CLIENT_OPTIONS, KEEPALIVE_SECONDS, TRAIN
+from sft.wire.protocol import CLIENT_OPTIONS, TRAIN
 from sft_edge.link.tracing import edge_tracer, traced
 from sft_edge.link.transport import Stream, Transport
 from sft_edge.options import LinkOptions
-
-CONNECT_TIMEOUT_SECONDS = 10.0
-"""From the first packet to the end of gRPC's handshake."""
 
 OPEN_TIMEOUT_SECONDS = 600.0
 """For OpenSession: the cloud may have to fetch a model from the hub first."""
@@ -60,10 +57,10 @@ STALL_TIMEOUT_SECONDS = 120.0
 class Keepalive(NamedTuple):
     """How a link that has died without a word is found out: in at most the sum of both, in seconds."""
 
-    time_seconds: float = KEEPALIVE_SECONDS
+    time_seconds: float = LinkOptions.keepalive_time
     """Of silence, before the other side is asked for a sign of life. Servers take less than ten for an attack."""
 
-    timeout_seconds: float = KEEPALIVE_SECONDS
+    timeout_seconds: float = LinkOptions.keepalive_timeout
     """For the sign of life."""
 
 
@@ -76,12 +73,13 @@ class GrpcTransport(Transport):
     def __init__(
         self,
         address: str,
-        connect_timeout_seconds: float = CONNECT_TIMEOUT_SECONDS,
+        connect_timeout_seconds: float = LinkOptions.connect_timeout,
         open_timeout_seconds: float = OPEN_TIMEOUT_SECONDS,
         stall_timeout_seconds: float = STALL_TIMEOUT_SECONDS,
         keepalive: Keepalive = Keepalive(),  # noqa: B008  # a tuple
         credentials: Credentials = PLAINTEXT,
     ) -> None:
+        """`connect_timeout_seconds` is from the first packet to the end of gRPC's handshake."""
         self._address = address
         self._credentials = credentials
         self._host_and_port = split_address(address, "server")

@@ -26,19 +26,19 @@ def _wait(wake: Wake[None], seconds: float) -> bool:
 class RetryPolicy(NamedTuple):
     """Times are in seconds."""
 
-    reply_timeout_seconds: float = 600.0
+    reply_timeout_seconds: float = LinkOptions.reply_timeout
     """How long an answer may take before the stream counts as broken."""
 
-    attach_timeout_seconds: float = 20.0
+    attach_timeout_seconds: float = LinkOptions.connect_timeout
     """How long a server that took a connection may take to say something."""
 
-    reconnect_timeout_seconds: float = 1800.0
+    reconnect_timeout_seconds: float = LinkOptions.reconnect_timeout
     """How long to try for since the link broke; 0 gives up at once."""
 
-    backoff_seconds: float = 0.5
+    backoff_seconds: float = LinkOptions.reconnect_backoff
     """About how long to wait before the first try; each further one waits twice as long."""
 
-    backoff_max_seconds: float = 30.0
+    backoff_max_seconds: float = LinkOptions.reconnect_backoff_max
     """At most so long."""
 
     clock: Callable[[], float] = time.monotonic

@@ -49,7 +49,7 @@ def open_system(
 
     `calibration`: what a low-rank residual is fitted to; `on_status` is told what a broken link is waiting for;
     `run_id`: whose checkpoints are saved, if any are; `resume_from`: those of which it may go on, see
-    `open_split_system`; `checkpoint_store`: where a cloud that is started for it keeps its halves.
+    `halve`; `checkpoint_store`: where a cloud that is started for it keeps its halves.
 
     Raises what building, connecting and opening a session raise: CutError, CheckpointError, UsageError, LinkError.
     """
