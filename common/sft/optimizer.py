@@ -192,34 +192,14 @@ class SFTOptimizer(torch.optim.Optimizer):
         Raises UsageError (CutError among them) when arguments, model and optimizer do not fit together,
         UnsupportedModelError, and LinkError when the cloud cannot be had; model and optimizer are then as they were.
         """
+        given = dict(locals())  # by name: those of SplitOptions, and a test keeps it so
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise UsageError(f"optimizer must be a torch.optim.Optimizer, not {type(optimizer).__name__}")
         if isinstance(optimizer, SFTOptimizer):
             raise UsageError("this optimizer is an SFTOptimizer already; wrap a model and its optimizer once")
         if not isinstance(model, nn.Module):
             raise UsageError(f"model must be a torch.nn.Module, not {type(model).__name__}")
-        options = SplitOptions(
-            server=server,
-            split_layer=split_layer,
-            split_rank=split_rank,
-            split_at=split_at,
-            residual=residual,
-            calibration=calibration,
-            wire_dtype=wire_dtype,
-            connect_timeout_seconds=connect_timeout_seconds,
-            reply_timeout_seconds=reply_timeout_seconds,
-            reconnect_timeout_seconds=reconnect_timeout_seconds,
-            seed=seed,
-            tls=tls,
-            tls_ca=tls_ca,
-            tls_cert=tls_cert,
-            tls_key=tls_key,
-            tls_client_ca=tls_client_ca,
-            token_file=token_file,
-            tokens=tokens,
-            insecure=insecure,
-            transport=transport,
-        )
+        options = SplitOptions(**{field.name: given[field.name] for field in fields(SplitOptions)})
         self._role: Role = _find_role(role)(optimizer, model, options)
         # Not Optimizer.__init__, which would make groups and state of its own. What its methods need besides:
         self._optimizer_step_pre_hooks = OrderedDict()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import sys
 from pathlib import Path
-from typing import List
+from typing import Any, Dict, List
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from torch import nn
 from sft import SFTOptimizer, optimizer
 from sft.client.credentials import ClientOptions
 from sft.errors import UsageError
+from sft.optimizer import SplitOptions
 
 
 class EntryPoint:
@@ -41,6 +44,21 @@ def test_a_script_s_options_are_a_client_s() -> None:
     assert options.as_options(ClientOptions) == ClientOptions(
         "host:1", tls_ca=Path("ca.pem"), token_file=Path("token"), insecure=True
     )
+
+
+def test_arguments_and_options_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is said twice, for who reads the call and for who reads the options; and each is handed on."""
+    parameters = inspect.signature(SFTOptimizer).parameters
+    options = {field.name: field for field in dataclasses.fields(SplitOptions)}
+    assert list(parameters) == ["optimizer", "role", "model", *options]
+    for name, field in options.items():
+        assert (parameters[name].default, parameters[name].annotation) == (field.default, field.type), name
+    told: List[SplitOptions] = []
+    monkeypatch.setattr(optimizer, "_find_role", lambda name: lambda optimizer, model, options: told.append(options))
+    model = nn.Linear(2, 2)
+    values: Dict[str, Any] = {name: object() for name in options}
+    SFTOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), role="edge", model=model, **values)
+    assert told == [SplitOptions(**values)]
 
 
 ADVICE = ": pip install 'split-fine-tuning[cloud]' (Python 3.10 or newer)"

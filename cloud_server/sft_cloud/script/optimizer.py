@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sft.errors import UsageError
+from sft.optim.script import check_fresh, names_in
 from sft_cloud.script.hosted_model import HostedModel
 
 Names = list[list[str]]
@@ -20,20 +21,12 @@ def names_of(optimizer: torch.optim.Optimizer, model: nn.Module) -> Names:
 
     Raises UsageError when the optimizer is not fresh, or holds parameters of something else.
     """
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    foreign = sum(id(parameter) not in names for parameter in held)
-    if foreign:
-        raise UsageError(
-            f"{foreign} of the optimizer's {len(held)} parameters are not the model's; make the optimizer from "
-            "model.parameters()"
-        )
+    names = [[of_parameter[0] for of_parameter in group] for group in names_in(optimizer, model)]
     for group in optimizer.param_groups:
         if "lr" not in group:
             raise UsageError(f"{type(optimizer).__name__} has no learning rate, 'lr', that the edge could set")
-    if any(_has_stepped(state) for state in optimizer.state.values()):
-        raise UsageError("the optimizer has taken steps already; wrap a fresh one")
-    return [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
+    check_fresh(optimizer)
+    return names
 
 
 def swap(optimizer: torch.optim.Optimizer, names: Names, hosted: HostedModel) -> Names:
@@ -55,11 +48,6 @@ def swap(optimizer: torch.optim.Optimizer, names: Names, hosted: HostedModel) ->
         group["params"] = list(new.values())
         trained.append([name for name, parameter in new.items() if parameter.requires_grad])
     return trained
-
-
-def _has_stepped(state: Mapping[str, Any]) -> bool:
-    # Adagrad and others begin with a state, at step 0.
-    return float(state["step"]) > 0 if "step" in state else any(value is not None for value in state.values())
 
 
 def _old_parameters(optimizer: torch.optim.Optimizer, names: Names) -> list[tuple[str, nn.Parameter]]:

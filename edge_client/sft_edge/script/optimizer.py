@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sft.errors import UsageError
+from sft.optim.script import check_fresh, names_in
 from sft.optim.spec import GroupSpec, OptimizerSpec, make_optimizer
 from sft_edge.script.cut_model import CutModel
 
@@ -22,7 +23,7 @@ class ScriptGroups:
         """Raises UsageError when it is not one of torch.optim's, not fresh, or holds parameters of something else."""
         _check(optimizer)
         self._optimizer = optimizer
-        self._names = _names(optimizer, model)
+        self._names = [[name for names in group for name in names] for group in names_in(optimizer, model)]
         named = model.named_parameters(remove_duplicate=False)
         self._frozen = [name for name, parameter in named if not parameter.requires_grad]
 
@@ -81,23 +82,6 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _names(optimizer: torch.optim.Optimizer, model: nn.Module) -> List[List[str]]:
-    """The names of each group's parameters; one that is tied has several."""
-    names_of: Dict[int, List[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names_of.setdefault(id(parameter), []).append(name)
-    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    foreign = sum(id(parameter) not in names_of for parameter in held)
-    if foreign:
-        raise UsageError(
-            f"{foreign} of the optimizer's {len(held)} parameters are not the model's; make the optimizer from "
-            "model.parameters()"
-        )
-    return [
-        [name for parameter in group["params"] for name in names_of[id(parameter)]] for group in optimizer.param_groups
-    ]
-
-
 def _with_factors(names: Iterable[str], factor_names: Mapping[str, Sequence[str]]) -> List[str]:
     replaced: List[str] = []
     seen: Set[str] = set()
@@ -113,11 +97,4 @@ def _check(optimizer: torch.optim.Optimizer) -> None:
     kind = type(optimizer)
     if getattr(torch.optim, kind.__name__, None) is not kind:
         raise UsageError(f"the cloud makes an optimizer of the same class, which has to be torch.optim's: not {kind}")
-    if any(has_stepped(state) for state in optimizer.state.values()):
-        raise UsageError("the optimizer has taken steps already; wrap a fresh one, and load a state_dict afterwards")
-
-
-def has_stepped(state: Mapping[str, Any]) -> bool:
-    """Whether an optimizer's state of one parameter is from after a step."""
-    # Adagrad and others begin with a state, at step 0.
-    return float(state["step"]) > 0 if "step" in state else any(value is not None for value in state.values())
+    check_fresh(optimizer, ", and load a state_dict afterwards")

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from sft.client.credentials import ClientOptions, read_credentials
 from sft.errors import LinkError, UsageError
+from sft.optim.script import has_stepped
 from sft.optim.spec import GroupSpec, OptimizerSpec, spec_to_proto
 from sft.optimizer import Role, SplitOptions
 from sft.v1 import split_training_pb2 as pb
@@ -24,7 +25,7 @@ from sft_edge.script.adapters import without_peft
 from sft_edge.script.crossing import LinkCross
 from sft_edge.script.cut_model import CutModel
 from sft_edge.script.gradients import PARAMETER_NAME
-from sft_edge.script.optimizer import ScriptGroups, arguments_of, has_stepped
+from sft_edge.script.optimizer import ScriptGroups, arguments_of
 from sft_edge.script.state import CloudState, check_state
 from sft_edge.script.transformers_model import TransformersModel
 
