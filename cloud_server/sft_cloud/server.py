@@ -27,11 +27,11 @@ from sft.cli.devices import find_device
 from sft.errors import SFTError, UsageError
 from sft.v1 import split_training_pb2_grpc as pb_grpc
 from sft.wire.protocol import SERVER_OPTIONS, SERVICE
-from sft_cloud.access import Access, make_access
+from sft_cloud.access import Access
 from sft_cloud.admission import AdmissionInterceptor, Deadlines, Quotas
 from sft_cloud.engine import Checkpoints, InProcessEngine, Opener, TransformersOpener, WeightsFinder
 from sft_cloud.observability import NOBODY, AuditLog, Observer, observing, open_observer
-from sft_cloud.options import LimitOptions, MetricsOptions, ServerAccess
+from sft_cloud.options import LimitOptions, MetricsOptions
 from sft_cloud.rpc import CallInterceptor
 from sft_cloud.service import SERVICE_NAME as HEALTH
 from sft_cloud.service import SESSION_TIMEOUT_SECONDS, Entry, Health, Registry, SplitTrainingService, log_closed
@@ -221,7 +221,8 @@ def serve(
     threads: int | None,
     exit_with_stdin: bool,
     session_timeout_seconds: float,
-    access_options: ServerAccess,
+    access: Access,
+    audit: AuditLog,
     limits: LimitOptions,
     metrics_options: MetricsOptions,
     checkpoint_store: str | None,
@@ -247,12 +248,6 @@ def serve(
         signal.signal(number, on_signal)
     if exit_with_stdin:
         threading.Thread(target=_wait_for_end_of_stdin, args=(stop, hurry), daemon=True).start()
-    audit = AuditLog(limits.audit_log)
-    access = make_access(
-        access_options,
-        host,
-        on_refused=lambda peer, reason: audit.write("refused", "-", peer, code="UNAUTHENTICATED", reason=reason),
-    )
     found = find_device(device)
     observed = ExitStack()
     observer, metrics_url = observed.enter_context(open_observer(metrics_options, found))

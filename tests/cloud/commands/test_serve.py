@@ -168,6 +168,14 @@ def test_a_port_in_use_is_one_line():
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.fixture
+def without_torch(tmp_path):
+    """For `PYTHONPATH`: importing torch, which takes seconds, is an error."""
+    (tmp_path / "hides").mkdir()
+    (tmp_path / "hides" / "torch.py").write_text("raise ImportError('torch was imported')")
+    return os.pathsep.join([str(tmp_path / "hides"), *sys.path])
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
@@ -188,8 +196,8 @@ def test_a_port_in_use_is_one_line():
     ],
     ids=str,
 )
-def test_bad_flags_are_one_line(flags, says, tmp_path):
-    done = sft_cloud("serve", "--state-dir", str(tmp_path), *flags)
+def test_bad_flags_are_one_line_and_at_once(flags, says, tmp_path, without_torch):
+    done = sft_cloud("serve", "--state-dir", str(tmp_path), *flags, PYTHONPATH=without_torch)
     assert done.returncode == 2
     assert says in done.stderr
     assert len(done.stderr.splitlines()) == 1
@@ -203,10 +211,8 @@ def test_a_state_directory_that_cannot_be_used(tmp_path):
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_help_and_version_do_without_torch(tmp_path):
-    (tmp_path / "torch.py").write_text("raise ImportError('torch was imported')")
-    path = os.pathsep.join([str(tmp_path), *sys.path])
-    done = sft_cloud("serve", "--help", PYTHONPATH=path)
+def test_help_and_version_do_without_torch(without_torch):
+    done = sft_cloud("serve", "--help", PYTHONPATH=without_torch)
     assert done.returncode == 0
     for flag in (
         "--host",
@@ -219,7 +225,7 @@ def test_help_and_version_do_without_torch(tmp_path):
         "--tokens",
     ):
         assert flag in done.stdout
-    done = sft_cloud("--version", PYTHONPATH=path)
+    done = sft_cloud("--version", PYTHONPATH=without_torch)
     assert (done.returncode, done.stdout) == (0, f"sft-cloud {__version__}\n")
 
 
