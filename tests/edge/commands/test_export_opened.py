@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Callable, Iterator
 
 import pytest
 import torch
 import transformers
+from support.opened import code_copied_to
 
 from sft.models import Cut
 from sft_edge.commands.export.content import DENSE, FACTORED
@@ -17,14 +17,9 @@ CUT = Cut("sft", 2, 4)
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Exports can be opened in this process, and leave nothing in the user's cache."""
-    for module in (transformers.dynamic_module_utils, transformers.utils, transformers.utils.hub):
-        if hasattr(module, "HF_MODULES_CACHE"):
-            monkeypatch.setattr(module, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    path = list(sys.path)
-    yield
-    sys.path[:] = path
+def here(tmp_path: Path) -> Iterator[None]:
+    with code_copied_to(tmp_path / "modules"):
+        yield
 
 
 @pytest.mark.usefixtures("here")
