@@ -1,1 +1,1 @@
-"""How any client reaches a server, shows who it is, and asks it something that changes nothing."""
+"""How any client reaches a server, shows who it is, asks what changes nothing, and understands a refusal."""

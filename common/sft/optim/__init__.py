@@ -1,1 +1,1 @@
-"""One optimizer over both halves: as it crosses the wire, its sums over gradients, its state."""
+"""One optimizer over both halves: as it crosses the wire, its sums over gradients, its state, a script's own."""
