@@ -52,7 +52,7 @@ def test_ctrl_c_between_steps(
 
 @pytest.mark.parametrize(
     ("module", "place"),
-    [(split_system, "scale_gradients"), (split_system, "encode_activation"), (crossing, "decode_tensor")],
+    [(split_system, "scale_gradients"), (crossing, "encode_activation"), (crossing, "decode_tensor")],
 )
 def test_ctrl_c_anywhere_in_a_step(
     failing: Callable[..., tuple[int, str]],

@@ -18,13 +18,12 @@ from torch.autograd.function import once_differentiable
 from sft.errors import CloudMemoryError, NonFiniteLossError, SessionLostError, UsageError
 from sft.v1 import split_training_pb2 as pb
 from sft.wire.codec.elements import decode_tensor, encode_tensor
-from sft.wire.codec.messages import encode_activation
 from sft.wire.protocol import MAX_WAITING
 from sft_edge.link import Link, PendingReply
 from sft_edge.script.autocast import autocast_type
 from sft_edge.script.cut_model import Cross, Crossed
 from sft_edge.script.gradients import CloudGradients
-from sft_edge.systems import Crossing
+from sft_edge.systems import Activation, Crossing
 
 _Turn = Tuple[int, int]  # step, and how often a step had been undone
 
@@ -63,12 +62,12 @@ class LinkCross(Cross):
         want_outputs: bool = True,
     ) -> Crossed:
         """See Cross."""
-        message = encode_activation(activation, self._data_type, lengths, padded_length)
+        packed = Activation(activation, lengths, padded_length)
         if not torch.is_grad_enabled() and not training:
-            return Crossed(self._evaluate(message, activation.device), None)
+            return Crossed(self._evaluate(packed), None)
 
         def ask() -> _Question:
-            return self._ask(activation, message, labels, training, want_outputs)
+            return self._ask(packed, labels, training, want_outputs)
 
         loss, outputs = _ThroughCloud.apply(  # type: ignore[no-untyped-call]
             activation, self.gradients.parameter, ask
@@ -142,16 +141,16 @@ class LinkCross(Cross):
             raise SessionLostError("the session is over: close() was called, or the `with` block has ended")
         self.link.check()
 
-    def _evaluate(self, message: pb.Activation, device: torch.device) -> Tensor:
+    def _evaluate(self, activation: Activation) -> Tensor:
         self.catch_up()
         self._evaluations += 1
+        message, device = activation.encoded(self._data_type), activation.packed.device
         reply = self.link.evaluate(self.step, self._evaluations, message, autocast_type(device)).result()
         return decode_tensor(reply.message.evaluation.logits, device)
 
     def _ask(
         self,
-        activation: Tensor,
-        message: pb.Activation,
+        activation: Activation,
         labels: Optional[pb.Labels],
         training: bool,
         want_outputs: bool,
@@ -168,19 +167,19 @@ class LinkCross(Cross):
             self.step,
             micro_batch,
             activation,
-            message,
+            self._data_type,
             labels,
             loss_scale=0.0,
             wait=self._wait,
             eval_mode=not training,
             want_logits=labels is not None and want_outputs,
-            autocast=autocast_type(activation.device),
+            autocast=autocast_type(activation.packed.device),
         )
         self.forwards += 1
         self._waiting.add(micro_batch)
         try:
             crossing.wait()
-            question = _Question(self, crossing, turn, generation, activation)
+            question = _Question(self, crossing, turn, generation, activation.packed)
             question.answered = weakref.finalize(question, self._dropped.append, (turn, micro_batch))
             question.answered.atexit = False
         except BaseException:  # Ctrl-C: the cloud answers all the same

@@ -1,13 +1,14 @@
 """The paper's three systems behind one interface: where Algorithm 1 is on the edge."""
 
 from sft_edge.systems.cloud_process import CloudProcess
-from sft_edge.systems.crossing import Crossing
+from sft_edge.systems.crossing import Activation, Crossing
 from sft_edge.systems.halves import Halves, halve, optimizer_spec, whole_tensors
 from sft_edge.systems.open import cut_of, open_system
 from sft_edge.systems.split import open_split_system
 from sft_edge.systems.system import System
 
 __all__ = [
+    "Activation",
     "CloudProcess",
     "Crossing",
     "Halves",

@@ -11,14 +11,29 @@ than in backward(): it sends them with `loss_scale` 0, has the cloud keep the gr
 
 from __future__ import annotations
 
-from typing import Callable, Optional
+from typing import Callable, NamedTuple, Optional, Sequence
 
 from torch import Tensor
 
 from sft.errors import ProtocolError
 from sft.v1 import split_training_pb2 as pb
 from sft.wire.codec.elements import decode_tensor
+from sft.wire.codec.messages import encode_activation
 from sft_edge.link import Link, PendingReply
+
+
+class Activation(NamedTuple):
+    """Net_1's output as it is to cross."""
+
+    packed: Tensor
+    """(T, R), padding left out, with the `lengths` of the sequences; any (..., R) without lengths."""
+
+    lengths: Sequence[int] = ()
+    padded_length: int = 0
+
+    def encoded(self, data_type: pb.DataType) -> pb.Activation:
+        """For the wire."""
+        return encode_activation(self.packed, data_type, self.lengths, self.padded_length)
 
 
 class Crossing:
@@ -33,8 +48,8 @@ class Crossing:
         link: Link,
         step: int,
         micro_batch: int,
-        activation: Tensor,
-        message: pb.Activation,
+        activation: Activation,
+        data_type: pb.DataType,
         labels: Optional[pb.Labels],
         loss_scale: float,
         wait: Callable[[PendingReply], pb.CloudMessage],
@@ -43,21 +58,22 @@ class Crossing:
         want_logits: bool = False,
         autocast: pb.DataType = pb.DATA_TYPE_UNSPECIFIED,
     ) -> None:
-        """`activation`: net_1's output, padding left out, (T, R) or any (..., R); `message`: the same as it travels.
+        """`data_type`: on the wire. `labels` are None where they stay here.
 
-        `labels` are None where they stay here. `loss_scale`: what the loss is multiplied by before backward, 0 where
-        `weigh` says it later; of no account without labels. `wait` waits for an answer, and keeps account of it.
-        Where no gradient of `activation` is wanted none comes.
+        `loss_scale`: what the loss is multiplied by before backward, 0 where `weigh` says it later; of no account
+        without labels. `wait` waits for an answer, and keeps account of it. Where the activation needs no gradient none
+        comes.
         """
         self.micro_batch = micro_batch
         self.labels_travel = labels is not None
         self._link, self._step, self._wait = link, step, wait
-        self._shape, self._device, self._is_frozen = activation.shape, activation.device, not activation.requires_grad
+        packed = activation.packed
+        self._shape, self._device, self._is_frozen = packed.shape, packed.device, not packed.requires_grad
         self._answer = pb.CloudMessage()
         self._pending: Optional[PendingReply] = link.forward(
             step,
             micro_batch,
-            message,
+            activation.encoded(data_type),
             labels,
             loss_scale if self.labels_travel else 0.0,
             eval_mode=eval_mode,

@@ -17,11 +17,11 @@ from sft.models.seeding import seeded
 from sft.optim.gradients import scale_gradients, squared_gradient_norm
 from sft.tensors.stream import Shard, safetensors_chunks
 from sft.v1 import split_training_pb2 as pb
-from sft.wire.codec.messages import decode_logits, encode_activation, encode_labels, encode_logits, outputs_of
+from sft.wire.codec.messages import decode_logits, encode_labels, encode_logits, outputs_of
 from sft.wire.codec.packing import pack, unpack
 from sft.wire.ledger import Ledger, Traffic, plain_split_bytes
 from sft_edge.link import Link, PendingReply, RetryPolicy, Transport
-from sft_edge.systems.crossing import Crossing
+from sft_edge.systems.crossing import Activation, Crossing
 from sft_edge.systems.halves import Halves
 from sft_edge.systems.system import StepTimer, System
 
@@ -68,17 +68,22 @@ class SplitSystem(System):
     def forward_backward(self, batch: Batch, step: int, micro_batch: int, loss_scale: float) -> float:
         """Algorithm 1, lines 6 to 12."""
         self.net_1.train()
+        labels = None if self._labels_stay else encode_labels(batch.labels, batch.lengths)
         with self._step.phase("edge_forward"):
             with seeded(self.net_1.device, self._seed, "net_1", step, micro_batch), torch.set_grad_enabled(
                 not self._frozen
             ):
                 a_BSR = self.net_1(batch.inputs, batch.lengths)
-            a_TR = pack(a_BSR, batch.lengths)
-            activation = encode_activation(a_TR, self._data_type, batch.lengths, a_BSR.shape[1])
-        labels = None if self._labels_stay else encode_labels(batch.labels, batch.lengths)
-        crossing = Crossing(
-            self.link, step, micro_batch, a_TR, activation, labels, loss_scale=loss_scale, wait=self._answer
-        )
+            crossing = Crossing(
+                self.link,
+                step,
+                micro_batch,
+                _activation(a_BSR, batch),
+                self._data_type,
+                labels,
+                loss_scale=loss_scale,
+                wait=self._answer,
+            )
         if self._labels_stay:
             loss = self._loss_here(crossing, batch, a_BSR.shape[1], loss_scale)
         else:
@@ -150,7 +155,7 @@ class SplitSystem(System):
         for index, batch in enumerate(batches):
             with torch.no_grad():
                 a_BSR = self.net_1(batch.inputs, batch.lengths)
-            activation = encode_activation(pack(a_BSR, batch.lengths), self._data_type, batch.lengths, a_BSR.shape[1])
+            activation = _activation(a_BSR, batch).encoded(self._data_type)
             on_their_way.append((batch, a_BSR.shape[1], self.link.evaluate(step, index, activation)))
             if len(on_their_way) > _EVALUATIONS_AHEAD:
                 yield self._evaluated(*on_their_way.popleft())
@@ -188,6 +193,10 @@ class SplitSystem(System):
         reply = pending.result()
         self.ledger.add_evaluation(reply.traffic, len(batch.lengths))
         return self._decode_logits(reply.message.evaluation.logits, batch.lengths, padded_length, torch.device("cpu"))
+
+
+def _activation(a_BSR: Tensor, batch: Batch) -> Activation:
+    return Activation(pack(a_BSR, batch.lengths), batch.lengths, a_BSR.shape[1])
 
 
 def open_split_system(

@@ -12,10 +12,9 @@ from torch import Tensor
 from sft.errors import ProtocolError
 from sft.v1 import split_training_pb2 as pb
 from sft.wire.codec.elements import decode_tensor, encode_tensor
-from sft.wire.codec.messages import encode_activation
 from sft_edge.link.grpc_transport import GrpcTransport
 from sft_edge.link.link import Link, PendingReply
-from sft_edge.systems.crossing import Crossing
+from sft_edge.systems.crossing import Activation, Crossing
 
 LABELS = pb.Labels(classes=pb.Labels.Classes(ids=[0, 1]))
 CPU = torch.device("cpu")
@@ -31,8 +30,10 @@ class Rig:
 
     def begin(self, micro_batch: int, labels: Any = LABELS, trained: bool = True, scale: float = 0.5) -> Crossing:
         a_TR = torch.full(SHAPE, float(micro_batch)).requires_grad_(trained)
-        message = encode_activation(a_TR, pb.DATA_TYPE_FLOAT32, [1, 2], 2)
-        return Crossing(self.link, 7, micro_batch, a_TR, message, labels, scale, self._wait)
+        activation = Activation(a_TR, [1, 2], 2)
+        return Crossing(
+            self.link, 7, micro_batch, activation, pb.DATA_TYPE_FLOAT32, labels, loss_scale=scale, wait=self._wait
+        )
 
     def _wait(self, pending: PendingReply) -> pb.CloudMessage:
         message = pending.result().message
