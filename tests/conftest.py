@@ -13,9 +13,11 @@ import pytest
 # for ever.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Before the first import of transformers: no test may reach for the hub, nor fork behind a tokenizer's threads.
+# Before the first import of transformers and gRPC: no test may reach for the hub, nor fork behind the threads of a
+# tokenizer's, nor behind gRPC's (sft_edge sees to that, but is not always the first to import it here).
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
 
 
 def pytest_configure(config: pytest.Config) -> None:

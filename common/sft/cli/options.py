@@ -14,6 +14,7 @@ import inspect
 import json
 import math
 import textwrap
+from functools import lru_cache
 from pathlib import Path
 from typing import (
     Any,
@@ -140,7 +141,8 @@ def options_of(cls: type) -> List[Option]:
     return [Option(field, hints[field.name], docs.get(field.name, "")) for field in dataclasses.fields(cls)]
 
 
-def _field_docs(cls: type) -> Dict[str, str]:
+@lru_cache(maxsize=None)  # reading and parsing the source anew takes longer than all the rest of a command line
+def _field_docs(cls: type) -> Mapping[str, str]:
     """The docstrings under the fields; Python itself forgets them."""
     docs: Dict[str, str] = {}
     for base in reversed([base for base in cls.__mro__ if dataclasses.is_dataclass(base)]):

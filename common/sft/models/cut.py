@@ -21,6 +21,7 @@ from typing import Any, Dict, List, Optional, Tuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -251,6 +252,15 @@ class _NoBlocks(nn.Module):
         return BaseModelOutput(last_hidden_state=hidden_states, hidden_states=(hidden_states,))
 
 
+class _Undrawn(TorchFunctionMode):
+    """Leaves out what `torch.nn.init` would draw: there is no memory yet. For the thread that enters it."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
 def _build(config: PretrainedConfig, head: str, cuts: bool) -> Tuple[Any, Family, List[TiedHead]]:
     family = family_of(config)
     check_head(config, head)
@@ -261,7 +271,7 @@ def _build(config: PretrainedConfig, head: str, cuts: bool) -> Tuple[Any, Family
     tied = head == "causal-lm" and cuts and bool(config.tie_word_embeddings)
     if tied:
         config.tie_word_embeddings = False
-    with torch.device("meta"):
+    with torch.device("meta"), _Undrawn():
         model = AUTO_CLASSES[head].from_config(config)
     untied = []
     if tied:
