@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ import pytest
 import torch
 from support.hosting_script import ScriptCloud
 from support.jobs import STEADY, Job, same_bits, weights_of
+from support.one_process import run_each
 from support.tls import Certificates, make_certificates, make_token
 
 from sft import SFTOptimizer
@@ -193,14 +193,14 @@ def test_a_token_that_is_revoked_during_a_run_ends_it(
 def test_no_secret_reaches_a_log_or_a_result(
     certificates: Certificates, tokens: Path, alice: Path, job: Job, model: Path, tmp_path: Path
 ) -> None:
-    """The real commands as processes, the server at its loudest, good callers and bad ones."""
+    """The real commands in processes of their own, the server at its loudest, good callers and bad ones."""
     command = [sys.executable, "-m", "sft_cloud", "serve", "--port", "0", "--device", "cpu", "--threads", "1"]
     command += ["--state-dir", str(tmp_path / "state"), "--log-level", "debug", "--log-format", "json"]
     command += ["--tls-cert", str(certificates.server.cert), "--tls-key", str(certificates.server.key)]
     command += ["--tls-client-ca", str(certificates.ca), "--tokens", str(tokens), "--exit-with-stdin"]
     log = tmp_path / "server.log"
     bad = private_file(tmp_path / "bad", alice.read_text()[:-3] + "zzz")
-    told = []
+    commands = []
     with log.open("wb") as stderr, subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr
     ) as server:
@@ -213,29 +213,24 @@ def test_no_secret_reaches_a_log_or_a_result(
         ):
             flags = job.flags(model=model, server=address, max_steps=1, output_dir=tmp_path / "out" / name)
             flags += ["--tls-ca", str(certificates.ca), "--tls-cert", str(files.cert), "--tls-key", str(files.key)]
-            done = subprocess.run(
-                [sys.executable, "-m", "sft_edge", "train", *flags],
-                env={**os.environ, "SFT_TOKEN": token.read_text()},
-                capture_output=True,
-                timeout=SECONDS,
-                check=False,
-            )
-            told.append((done.returncode, done.stdout + done.stderr))
+            commands.append((["train", *flags], {"SFT_TOKEN": token.read_text()}))
+        told = run_each("sft_edge.cli", commands, tmp_path / "told", SECONDS)
         server.stdin.close()
         server.wait(SECONDS)
-    assert [code for code, _ in told] == [0, 5, 5, 5]
+    assert [each.code for each in told] == [0, 5, 5, 5]
     entries = [json.loads(line) for line in log.read_text().splitlines()]  # every line is the log's own
     refused = [entry["reason"] for entry in entries if entry["event"] == "caller refused"]
     assert refused == ["a token that is none of those here", "a token of alice with the certificate of bob"]
-    for _, text in told[1:]:
-        opening, error = text.decode().splitlines()
+    for each in told[1:]:
+        opening, error = (each.stdout + each.stderr).splitlines()
         assert opening.startswith("opening a session at ")
         assert error.startswith(f"sft-edge train: error: {address} does not ")
     (token,) = TokenFile(tokens).read().values()
     secrets = [alice.read_text().split("_", 2)[2], bad.read_text().split("_", 2)[2], token.sha256, "PRIVATE KEY"]
     written = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert written
-    for where, content in {**written, log: log.read_bytes(), **dict(enumerate(text for _, text in told))}.items():
+    said = {index: (each.stdout + each.stderr).encode() for index, each in enumerate(told)}
+    for where, content in {**written, log: log.read_bytes(), **said}.items():
         assert [secret for secret in secrets if secret.encode() in content] == [], where
 
 

@@ -8,12 +8,15 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from support.jobs import STEADY, Job, read_json, same_bits
+
+from sft_cloud.server import CloudServer
 
 SECONDS = 60
 
@@ -43,6 +46,14 @@ def serve(
     return server, int(json.loads(server.stdout.readline())["address"].rpartition(":")[2])
 
 
+@contextmanager
+def stopped_at_the_end(server: CloudServer) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        server.stop(grace_seconds=0)
+
+
 def wait_for(process: subprocess.Popen[str], words: str) -> None:
     assert process.stderr is not None
     assert any(words in line for line in process.stderr), f"no line had {words!r} in it"
@@ -63,11 +74,13 @@ def test_a_server_and_then_an_edge(
     wait_for(edge, "step 5/")
     server.send_signal(signal.SIGTERM)
     assert server.wait(SECONDS) == 0
-    server, _ = serve(start, tmp_path / "cloud", port)
-    wait_for(edge, "going on from step")
-    wait_for(edge, "loss")
-    edge.send_signal(signal.SIGTERM)
-    told, _ = edge.communicate(timeout=SECONDS)
+    with stopped_at_the_end(
+        CloudServer("127.0.0.1", port, torch.device("cpu"), tmp_path / "cloud", None, 2, threads=1)
+    ):
+        wait_for(edge, "going on from step")
+        wait_for(edge, "loss")
+        edge.send_signal(signal.SIGTERM)
+        told, _ = edge.communicate(timeout=SECONDS)
     assert edge.returncode == 0
     checkpoint = max((tmp_path / "out").glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
     assert told == (
@@ -76,8 +89,6 @@ def test_a_server_and_then_an_edge(
     )
     counts = read_json(checkpoint / "state.json")["counts"]
     assert counts == {"recoveries": 1, "steps_recomputed": 0}
-    server.send_signal(signal.SIGTERM)
-    assert server.wait(SECONDS) == 0
     steps = read_json(checkpoint / "manifest.json")["step"]
     # Learning rates do not tell how long a run was to be.
     expected = first_steps(steps, job, model=model)

@@ -12,6 +12,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from support.calls import Stream
+from support.one_process import run_each
 from support.tiny_edge import attach
 
 from sft.v1 import split_training_pb2 as pb
@@ -113,8 +114,7 @@ def test_it_announces_itself_serves_and_ends_on_sigterm(start, channel, connect,
     assert session_id not in process.log.read_text()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_it_ends_though_an_edge_is_idle(start, connect, edge, number):
+def test_it_ends_on_ctrl_c_though_an_edge_is_idle(start, connect, edge):
     process = start()
     stub = connect(process.address)
     for sha256, content in edge.blobs().items():
@@ -127,7 +127,7 @@ def test_it_ends_though_an_edge_is_idle(start, connect, edge, number):
 
     call = stub.Train(messages())
     assert next(call).HasField("attached")
-    process.child.send_signal(number)
+    process.child.send_signal(signal.SIGINT)
     assert process.ends_with() == 0
     with pytest.raises(grpc.RpcError) as caught:
         next(call)
@@ -142,30 +142,23 @@ def test_it_ends_with_its_standard_input(start):
     assert process.ends_with() == 0
 
 
-def test_it_ends_when_its_parent_is_killed(tmp_path):
-    """The parent holds the other end of the child's standard input, and nobody gets to clean up."""
-    program = """
-import subprocess, sys
-flags = ["--port", "0", "--device", "cpu", "--exit-with-stdin", "--state-dir", sys.argv[1]]
-child = subprocess.Popen([sys.executable, "-m", "sft_cloud", "serve", *flags], stdin=subprocess.PIPE)
-child.wait()
-"""
-    parent = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE)
-    with parent:
-        assert json.loads(parent.stdout.readline())["event"] == "serving"
-        parent.kill()
-        assert parent.stdout.read() == b""  # which ends when the child, who shares the pipe, does
-
-
-def test_a_port_in_use_is_one_line():
+def test_what_it_cannot_use_is_one_line(tmp_path):
+    """A port that is taken, and a state directory that is a file."""
+    (tmp_path / "file").write_text("")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        done = sft_cloud("serve", "--port", str(taken.getsockname()[1]), "--device", "cpu")
-    assert done.returncode == 1
-    assert done.stdout == ""
-    assert "Address already in use; choose another --port" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+        commands = [
+            ["serve", "--port", str(taken.getsockname()[1]), "--device", "cpu", "--state-dir", str(tmp_path / "state")],
+            ["serve", "--port", "0", "--device", "cpu", "--state-dir", str(tmp_path / "file")],
+        ]
+        told = run_each("sft_cloud.cli", [(command, {}) for command in commands], tmp_path / "told", SECONDS)
+    says = ["Address already in use; choose another --port", "choose another --state-dir"]
+    assert [each.code for each in told] == [1, 7]
+    assert [each.stdout for each in told] == ["", ""]
+    for each, words in zip(told, says, strict=True):
+        assert words in each.stderr
+        assert len(each.stderr.splitlines()) == 1
 
 
 @pytest.fixture
@@ -200,14 +193,6 @@ def test_bad_flags_are_one_line_and_at_once(flags, says, tmp_path, without_torch
     done = sft_cloud("serve", "--state-dir", str(tmp_path), *flags, PYTHONPATH=without_torch)
     assert done.returncode == 2
     assert says in done.stderr
-    assert len(done.stderr.splitlines()) == 1
-
-
-def test_a_state_directory_that_cannot_be_used(tmp_path):
-    (tmp_path / "file").write_text("")
-    done = sft_cloud("serve", "--port", "0", "--device", "cpu", "--state-dir", str(tmp_path / "file"))
-    assert done.returncode == 7
-    assert "choose another --state-dir" in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 
