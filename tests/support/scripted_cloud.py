@@ -9,10 +9,12 @@ from contextlib import contextmanager
 from typing import Callable, Dict, Iterator, List, Optional, Tuple
 
 import grpc
+from support.proxy import TcpProxy
 
 from sft.v1 import split_training_pb2 as pb
 from sft.v1.split_training_pb2_grpc import SplitTrainingServicer, add_SplitTrainingServicer_to_server
 from sft.wire.protocol import SERVER_OPTIONS
+from sft_edge.link.grpc_transport import GrpcTransport
 
 TIMEOUT_SECONDS = 20.0
 
@@ -146,3 +148,14 @@ def serving(cloud: SplitTrainingServicer) -> Iterator[str]:
             cloud.released.set()
         server.stop(grace=0).wait(TIMEOUT_SECONDS)
         pool.shutdown()
+
+
+@contextmanager
+def through_proxy(cloud: ScriptedCloud, **timeouts: float) -> Iterator[Tuple[TcpProxy, GrpcTransport]]:
+    with serving(cloud) as address, TcpProxy(address) as proxy:
+        yield proxy, GrpcTransport(proxy.address, **timeouts)
+
+
+def one_line(error: BaseException) -> str:
+    assert "\n" not in str(error)
+    return str(error)
