@@ -14,6 +14,9 @@ from sft.errors import UsageError
 
 _DEFAULT_STATE_DIR = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sft-cloud"
 
+SPARE_CALLS = 8
+"""Beside one for each session's stream: for unary calls, uploads, downloads, health checks and reflection."""
+
 
 @dataclass(frozen=True)
 class ServeOptions:
@@ -72,6 +75,11 @@ class ServeOptions:
         at_least(self, 0, "grace")
         if self.model_dir is not None and not self.model_dir.is_dir():
             raise UsageError(f"--model-dir {self.model_dir}: no such directory")
+
+    @property
+    def max_calls(self) -> int:
+        """That run at a time."""
+        return self.max_sessions + SPARE_CALLS
 
 
 _IDLE, _STALL = Duration("30m"), Duration("1m")

@@ -15,28 +15,23 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from pathlib import Path
 
 import grpc
-import torch
 from grpc_reflection.v1alpha import reflection
 from huggingface_hub.utils.tqdm import disable_progress_bars
 from transformers.utils import logging as transformers_logging
 
-from sft.cli.devices import find_device
 from sft.errors import SFTError, UsageError
 from sft.v1 import split_training_pb2_grpc as pb_grpc
 from sft.wire.protocol import SERVER_OPTIONS, SERVICE
 from sft_cloud.access import Access
 from sft_cloud.admission import AdmissionInterceptor, Deadlines, Quotas
-from sft_cloud.engine import Checkpoints, InProcessEngine, Opener, TransformersOpener, WeightsFinder
+from sft_cloud.engine import Opener, make_opener, start_engine, uploads
 from sft_cloud.observability import NOBODY, AuditLog, Observer, observing, open_observer
-from sft_cloud.options import LimitOptions, MetricsOptions
+from sft_cloud.options import LimitOptions, MetricsOptions, ServeOptions
 from sft_cloud.rpc import CallInterceptor
 from sft_cloud.service import SERVICE_NAME as HEALTH
-from sft_cloud.service import SESSION_TIMEOUT_SECONDS, Entry, Health, Registry, SplitTrainingService, log_closed
-from sft_cloud.session import MemoryBudget, default_budget
-from sft_cloud.storage import BlobStore, CheckpointStore
+from sft_cloud.service import Entry, Health, Registry, SplitTrainingService, log_closed
 
 GRACE_SECONDS = 3.0
 """How long calls may take to end once the server stops."""
@@ -54,10 +49,7 @@ IDENTITIES_SECONDS = 10.0
 """Between two looks at whose token or certificate is no longer good: how much longer than its identity a call may last
 in which nothing happens."""
 
-_SPARE_THREADS = 8
-"""Beside one for each session's stream: for unary calls, uploads, downloads, health checks and reflection."""
-
-_OPEN = Access()
+_OPEN, _NO_LIMITS = Access(), LimitOptions()
 
 _log = logging.getLogger(__name__)
 
@@ -67,43 +59,28 @@ class CloudServer:
 
     def __init__(
         self,
-        host: str,
-        port: int,
-        device: torch.device,
-        state_dir: Path,
-        model_dir: Path | None,
-        max_sessions: int,
-        threads: int | None = None,
-        make_opener: Callable[[BlobStore], Opener] | None = None,
-        on_close: Callable[[Entry, str], None] = lambda entry, reason: None,
-        has_flags: bool = True,
-        session_timeout_seconds: float = SESSION_TIMEOUT_SECONDS,
+        options: ServeOptions,
+        limits: LimitOptions = _NO_LIMITS,
         access: Access = _OPEN,
         observer: Observer = NOBODY,
-        checkpoint_store: str | Path | None = None,
-        limits: LimitOptions | None = None,
         audit: AuditLog | None = None,
+        opener: Opener | None = None,
+        on_close: Callable[[Entry, str], None] = lambda entry, reason: None,
+        dashes: str = "--",
     ) -> None:
-        """Binds and starts. `port` 0 takes a free one. `make_opener`: for other models than the library's; `on_close`
-        is told of every session that ends, and why; `has_flags`: whether host and port came from a command line, of
-        which errors then speak; `access`: TLS, and who is let in; `observer` is told what happens;
-        `checkpoint_store`: a directory or URL, by default below `state_dir`; `limits`: what each caller may take;
-        `audit`: where who did what is written down. Raises UsageError when it cannot bind,
-        StorageError.
+        """Binds and starts. `limits`: what each caller may take; `access`: TLS, and who is let in; `observer` is told
+        what happens; `audit`: where who did what is written down; `opener`: for other models than the library's;
+        `on_close` is told of every session that ends, and why; `dashes`: `--` where host and port are flags, of which
+        errors then speak. Raises UsageError when it cannot bind, StorageError.
         """
-        dashes = "--" if has_flags else ""
+        host, port = options.host, options.port
         _check_bindable(host, port, dashes)
-        limits = LimitOptions() if limits is None else limits
         audit = AuditLog(None) if audit is None else audit
-        calls = max_sessions + _SPARE_THREADS
-        store = BlobStore(state_dir / "blobs", limits.max_upload_bytes)
-        # Without a model directory, names are still not looked up as paths: they come from edges.
-        weights = WeightsFinder(state_dir / "models" if model_dir is None else model_dir, limits.download_models)
-        self.quotas = Quotas(max_sessions, limits.opens_per_minute)
+        self.quotas = Quotas(options.max_sessions, limits.opens_per_minute)
         self.deadlines = Deadlines(limits.stall_timeout, limits.idle_timeout)
         self.admission = AdmissionInterceptor(self.quotas, self.deadlines, audit)
         self.calls = CallInterceptor(access.identify)
-        self._executor = ThreadPoolExecutor(calls, thread_name_prefix="call")
+        self._executor = ThreadPoolExecutor(options.max_calls, thread_name_prefix="call")
         self._server = grpc.server(
             self._executor,
             interceptors=[
@@ -113,7 +90,7 @@ class CloudServer:
                 self.admission,
             ],
             options=SERVER_OPTIONS,
-            maximum_concurrent_rpcs=calls,
+            maximum_concurrent_rpcs=options.max_calls,
         )
         try:
             if access.credentials is None:
@@ -126,18 +103,7 @@ class CloudServer:
             ) from error
         self.address = _address(host, self.port)
         """`host:port`, with the port that was taken."""
-        self.device = device
-        self.memory = MemoryBudget(default_budget(device) if limits.memory_limit is None else limits.memory_limit)
-        checkpoints: Checkpoints | None = None  # of a script's model none are kept
-        if make_opener:
-            opener = make_opener(store)
-        else:
-            checkpoints = Checkpoints(
-                CheckpointStore(checkpoint_store or state_dir / "checkpoints"), limits.max_upload_bytes
-            )
-            opener = TransformersOpener(device, store, weights, checkpoints, self.memory)
-        # Each call waits for at most one piece of work, so the queue holds whatever is admitted.
-        self.engine = InProcessEngine(device, opener, checkpoints, calls, threads)
+        self.engine = start_engine(options, make_opener(options, limits) if opener is None else opener)
 
         def closed(entry: Entry, reason: str) -> None:
             self.engine.close(entry.session_id)
@@ -146,13 +112,14 @@ class CloudServer:
             observer.metrics.closed(entry.owner.name)
             on_close(entry, reason)
 
-        self.sessions = Registry(max_sessions, closed, session_timeout_seconds=session_timeout_seconds)
+        self.sessions = Registry(options.max_sessions, options.session_timeout, closed)
         observer.metrics.watch_sessions(
-            lambda: [(entry.owner.name, entry.stream is not None) for entry in self.sessions.entries()], max_sessions
+            lambda: [(entry.owner.name, entry.stream is not None) for entry in self.sessions.entries()],
+            options.max_sessions,
         )
         if access.credentials is not None:
             observer.metrics.watch_certificate(access.certificate_expires)
-        self.service = SplitTrainingService(self.engine, store, self.sessions, observer)
+        self.service = SplitTrainingService(self.engine, uploads(options, limits), self.sessions, observer)
         pb_grpc.add_SplitTrainingServicer_to_server(self.service, self._server)
         self._health = Health(("", SERVICE), self.deadlines)
         self._health.add_to(self._server)
@@ -212,25 +179,11 @@ def repeat(work: Callable[[], object], seconds: float, stop: threading.Event) ->
 
 
 def serve(
-    host: str,
-    port: int,
-    device: str,
-    state_dir: Path,
-    model_dir: Path | None,
-    max_sessions: int,
-    threads: int | None,
-    exit_with_stdin: bool,
-    session_timeout_seconds: float,
-    access: Access,
-    audit: AuditLog,
-    limits: LimitOptions,
-    metrics_options: MetricsOptions,
-    checkpoint_store: str | None,
-    grace_seconds: float,
+    options: ServeOptions, limits: LimitOptions, metrics_options: MetricsOptions, access: Access, audit: AuditLog
 ) -> None:
-    """Serves until SIGTERM or SIGINT, or the end of standard input if `exit_with_stdin`. Main thread only.
+    """Serves until SIGTERM or SIGINT, or the end of standard input if the options say so. Main thread only.
 
-    Edges then have `grace_seconds` to save their checkpoints, until a second signal, or the end of standard input.
+    Edges then have the options' `grace` to save their checkpoints, until a second signal, or the end of standard input.
 
     Prints one line of JSON on standard output when it is ready: `event`, `address`, `device`, and `metrics` where there
     are some.
@@ -246,37 +199,24 @@ def serve(
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
-    if exit_with_stdin:
+    if options.exit_with_stdin:
         threading.Thread(target=_wait_for_end_of_stdin, args=(stop, hurry), daemon=True).start()
-    found = find_device(device)
-    observed = ExitStack()
-    observer, metrics_url = observed.enter_context(open_observer(metrics_options, found))
-    server = CloudServer(
-        host,
-        port,
-        found,
-        state_dir,
-        model_dir,
-        max_sessions,
-        threads,
-        session_timeout_seconds=session_timeout_seconds,
-        access=access,
-        checkpoint_store=checkpoint_store,
-        observer=observer,
-        limits=limits,
-        audit=audit,
-    )
+    opener, observed = make_opener(options, limits), ExitStack()
+    observer, metrics_url = observed.enter_context(open_observer(metrics_options, opener.device))
+    server = CloudServer(options, limits, access, observer, audit, opener)
     try:
         protection = {"tls": access.credentials is not None, "everybody": access.interceptor is None}
-        _log.info("serving", extra={"fields": {"address": server.address, "device": str(server.device), **protection}})
-        ready = {"event": "serving", "address": server.address, "device": str(server.device)}
+        _log.info(
+            "serving", extra={"fields": {"address": server.address, "device": server.engine.device, **protection}}
+        )
+        ready = {"event": "serving", "address": server.address, "device": server.engine.device}
         if metrics_url:
             ready["metrics"] = metrics_url
         sys.stdout.write(json.dumps(ready) + "\n")
         sys.stdout.flush()
         stop.wait()
         _log.info("stopping")
-        server.wait_for_checkpoints(grace_seconds, hurry)
+        server.wait_for_checkpoints(options.grace, hurry)
     finally:
         server.stop()
         observed.close()

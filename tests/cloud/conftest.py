@@ -8,6 +8,7 @@ from pathlib import Path
 import grpc
 import pytest
 import torch
+from support.servers import start_server as start_server_in
 from support.tiny import make_tiny_model
 from support.tiny_edge import SEQUENCES, TinyEdge
 from support.tls import Certificates, make_certificates
@@ -64,10 +65,8 @@ def start_server(tmp_path: Path) -> Iterator[Callable[..., CloudServer]]:
     servers: list[CloudServer] = []
 
     def start(max_sessions: int = 4, model_dir: Path | None = None, **options: object) -> CloudServer:
-        state_dir = tmp_path / "state"
-        server = CloudServer("127.0.0.1", 0, CPU, state_dir, model_dir, max_sessions, threads=1, **options)
-        servers.append(server)
-        return server
+        servers.append(start_server_in(tmp_path / "state", max_sessions, model_dir=model_dir, **options))
+        return servers[-1]
 
     yield start
     for server in servers:

@@ -3,8 +3,8 @@
 import threading
 
 import pytest
-import torch
 from support.calls import SECONDS
+from support.servers import start_server
 
 from sft_cloud import server as serve
 from sft_cloud.admission.deadlines import Deadlines
@@ -48,7 +48,7 @@ def test_a_server_looks_on_after_an_error_and_until_it_stops(tmp_path, monkeypat
 
     monkeypatch.setattr(owner, name, look)
     monkeypatch.setattr(serve, seconds, 0.01)
-    server = serve.CloudServer("127.0.0.1", 0, torch.device("cpu"), tmp_path, None, 1, 1)
+    server = start_server(tmp_path, 1)
     try:
         assert again.wait(SECONDS)
     finally:

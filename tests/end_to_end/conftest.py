@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.jobs import STEADY, Job, error_line, read_json, sst2, weights_of
+from support.servers import start_server
 from support.tiny import make_tiny_model
 
 from sft_cloud.server import CloudServer
@@ -20,7 +21,7 @@ from sft_edge.systems.split import SplitSystem
 def cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Address of a server that all tests share."""
     state = tmp_path_factory.mktemp("cloud")
-    server = CloudServer("127.0.0.1", 0, torch.device("cpu"), state, None, max_sessions=8, threads=1)
+    server = start_server(state, 8)
     yield server.address
     server.stop(grace_seconds=0)
 
@@ -32,7 +33,7 @@ def start_cloud(tmp_path: Path) -> Iterator[Callable[..., CloudServer]]:
 
     def start(max_sessions: int = 2, model_dir: Path | None = None) -> CloudServer:
         state = tmp_path / f"cloud-{len(servers)}"
-        servers.append(CloudServer("127.0.0.1", 0, torch.device("cpu"), state, model_dir, max_sessions, threads=1))
+        servers.append(start_server(state, max_sessions, model_dir=model_dir))
         return servers[-1]
 
     yield start

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from support.jobs import Job
+from support.servers import start_server
 from support.tiny import make_tiny_model
 from support.tls import Certificates, make_certificates, make_token
 
@@ -87,11 +88,10 @@ def start_protected(tmp_path: Path) -> Any:
     servers: list[CloudServer] = []
 
     def start(**options: Path) -> CloudServer:
-        import torch
 
         access = make_access(ServerAccess(**options), "127.0.0.1")
         state = tmp_path / f"cloud-{len(servers)}"
-        servers.append(CloudServer("127.0.0.1", 0, torch.device("cpu"), state, None, 2, threads=1, access=access))
+        servers.append(start_server(state, 2, access=access))
         return servers[-1]
 
     yield start

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from support.jobs import STEADY, Job, error_line, same_bits, weights_of
+from support.servers import start_server
 
-from sft_cloud.server import CloudServer
 from sft_cloud.storage.checkpoints import CheckpointStore
 from sft_cloud.storage.files import LocalFiles
 from sft_edge.checkpoints.directory import check_hashes, checkpoints_in
@@ -127,9 +127,7 @@ def test_a_disk_that_is_full_when_a_checkpoint_is_saved(
         (small_disk / "out", tmp_path / "store") if side == "edge" else (tmp_path / "out", small_disk / "store")
     )
     monkeypatch.setattr(LocalFiles, "check_room", lambda self, total_bytes: None)  # it was there when it was asked
-    server = CloudServer(
-        "127.0.0.1", 0, torch.device("cpu"), tmp_path / "state", None, 2, threads=1, checkpoint_store=store
-    )
+    server = start_server(tmp_path / "state", 2, checkpoint_store=str(store))
     at_step(3, lambda: fill(small_disk, leave))
     at_step(5, lambda: (small_disk / "filler").unlink())
     options = {**STEADY, "model": model, "output_dir": out, "server": server.address, "save_steps": 2, "max_steps": 5}

@@ -13,6 +13,7 @@ import torch
 from support.hosting_script import ScriptCloud
 from support.jobs import STEADY, Job, same_bits, weights_of
 from support.one_process import run_each
+from support.servers import start_server
 from support.tls import Certificates, make_certificates, make_token
 
 from sft import SFTOptimizer
@@ -56,7 +57,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., str]]:
     def make(**options: object) -> str:
         access = make_access(ServerAccess(**options), "127.0.0.1")
         state = tmp_path / f"state-{len(servers)}"
-        servers.append(CloudServer("127.0.0.1", 0, torch.device("cpu"), state, None, 2, 1, access=access))
+        servers.append(start_server(state, 2, access=access))
         return servers[-1].address
 
     yield make

@@ -16,6 +16,7 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 from support.calls import Stream, chunks_of, open_session, refusal
 from support.jobs import STEADY, Job
+from support.servers import start_server
 from support.tiny_edge import TinyEdge, attach
 from support.tls import make_certificates, make_token
 from transformers import AutoConfig
@@ -46,9 +47,7 @@ def metrics() -> PrometheusMetrics:
 
 @pytest.fixture
 def server(metrics: PrometheusMetrics, tmp_path: Path) -> Iterator[CloudServer]:
-    made = CloudServer(
-        "127.0.0.1", 0, CPU, tmp_path / "cloud", None, max_sessions=1, threads=1, observer=Observer(metrics)
-    )
+    made = start_server(tmp_path / "cloud", 1, observer=Observer(metrics))
     yield made
     made.stop(grace_seconds=0)
 
@@ -127,7 +126,7 @@ def test_strangers_tenants_and_the_certificate(metrics: PrometheusMetrics, edge:
     files = certificates.server
     access = make_access(ServerAccess(tls_cert=files.cert, tls_key=files.key, tokens=tmp_path / "tokens"), "127.0.0.1")
     state, observer = tmp_path / "cloud", Observer(metrics)
-    server = CloudServer("127.0.0.1", 0, CPU, state, None, 1, threads=1, access=access, observer=observer)
+    server = start_server(state, 1, access=access, observer=observer)
     trusted = grpc.ssl_channel_credentials(certificates.ca.read_bytes())
     try:
         with grpc.secure_channel(server.address, trusted, options=CLIENT_OPTIONS) as channel:

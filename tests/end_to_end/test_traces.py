@@ -13,6 +13,7 @@ import pytest
 import torch
 from support.jobs import STEADY, Job, same_bits, weights_of
 from support.recorded_spans import RecordedSpans
+from support.servers import start_server
 
 from sft_cloud.observability.observer import Observer
 from sft_cloud.server import CloudServer
@@ -27,16 +28,7 @@ def recorded() -> RecordedSpans:
 
 @pytest.fixture
 def traced_cloud(recorded: RecordedSpans, tmp_path: Path) -> Iterator[CloudServer]:
-    made = CloudServer(
-        "127.0.0.1",
-        0,
-        CPU,
-        tmp_path / "traced",
-        None,
-        max_sessions=1,
-        threads=1,
-        observer=Observer(None, recorded.tracer),
-    )
+    made = start_server(tmp_path / "traced", 1, observer=Observer(None, recorded.tracer))
     yield made
     made.stop(grace_seconds=0)
 

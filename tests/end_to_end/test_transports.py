@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from support.faults import Fault, FaultyTransport
 from support.in_memory import InMemoryTransport
 from support.proxy import TcpProxy
+from support.servers import start_server
 from support.tiny import make_tiny_model
 from support.tiny_edge import TinyEdge
 from transformers import AutoConfig
@@ -33,7 +33,7 @@ def edge(tmp_path_factory: pytest.TempPathFactory) -> TinyEdge:
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[CloudServer]:
-    server = CloudServer("127.0.0.1", 0, torch.device("cpu"), tmp_path / "state", None, max_sessions=1, threads=1)
+    server = start_server(tmp_path / "state", 1)
     yield server
     server.stop(grace_seconds=0)
 

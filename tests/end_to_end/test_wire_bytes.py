@@ -6,14 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from support.proxy import TcpProxy
+from support.servers import start_server
 from support.tiny import make_tiny_model
 from support.tiny_edge import TinyEdge
 from transformers import AutoConfig
 
 from sft.models import Cut
-from sft_cloud.server import CloudServer
 from sft_edge.link.grpc_transport import GrpcTransport
 from sft_edge.link.link import Blob, Link
 
@@ -32,7 +31,7 @@ def edge(tmp_path: Path) -> TinyEdge:
 
 @pytest.fixture
 def proxy(tmp_path: Path) -> Iterator[TcpProxy]:
-    server = CloudServer("127.0.0.1", 0, torch.device("cpu"), tmp_path / "state", None, max_sessions=1, threads=1)
+    server = start_server(tmp_path / "state", 1)
     with TcpProxy(server.address) as proxy:
         yield proxy
     server.stop(grace_seconds=0)

@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from cryptography import x509
 from dockerfile_parse import DockerfileParser
+from support.servers import start_server
 
 from sft.cli.durations import Duration
 from sft.cli.options import parse
 from sft_cloud.access.protection import make_access
 from sft_cloud.options import ServeOptions, ServerAccess
-from sft_cloud.server import GRACE_SECONDS, CloudServer
+from sft_cloud.server import GRACE_SECONDS
 from sft_edge.options.link import LinkOptions
 from sft_edge.options.train import TRAIN_OPTIONS
 
@@ -225,7 +225,7 @@ def test_the_health_check_tells_a_server_that_serves(
     make_secrets()
     access = make_access(serving_access(tmp_path) if protected else ServerAccess(), "127.0.0.1")
     ca = [str(tmp_path / "secrets" / "ca.pem")] if protected else []
-    server = CloudServer("127.0.0.1", 0, torch.device("cpu"), tmp_path, None, max_sessions=1, threads=1, access=access)
+    server = start_server(tmp_path, 1, access=access)
     try:
         assert health_check(server.address, *ca).returncode == 0
     finally:

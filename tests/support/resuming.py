@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from support.jobs import STEADY, read_json, same_bits, weights_of
+from support.servers import start_server
 
 from sft_cloud.server import CloudServer
 
@@ -34,9 +35,7 @@ class Clouds:
 
     def _start(self, port: int) -> CloudServer:
         state = self._directory / f"state-{next(self._states)}"
-        return CloudServer(
-            "127.0.0.1", port, torch.device("cpu"), state, None, 2, threads=1, checkpoint_store=self.store
-        )
+        return start_server(state, 2, port=port, checkpoint_store=str(self.store))
 
     def replace(self) -> None:
         """Another host takes the place of this one, which had no chance to do anything."""

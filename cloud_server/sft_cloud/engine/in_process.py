@@ -6,7 +6,6 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from sft.errors import SessionLostError
@@ -14,7 +13,6 @@ from sft.tensors.stream import StoredTensor, safetensors_header, tensor_bytes
 from sft.v1 import split_training_pb2 as pb
 from sft_cloud.engine.engine import Contents, Handled
 from sft_cloud.engine.opener import Opener
-from sft_cloud.engine.saved_session import Checkpoints
 from sft_cloud.engine.worker import DeviceWorker
 from sft_cloud.errors import PreconditionError
 from sft_cloud.identity import Identity
@@ -35,21 +33,14 @@ class InProcessEngine:
     end.
     """
 
-    def __init__(
-        self,
-        device: torch.device,
-        opener: Opener,
-        checkpoints: Checkpoints | None = None,
-        capacity: int = 64,
-        threads: int | None = None,
-    ) -> None:
-        """Without `checkpoints` none are saved. `capacity`: how much work may wait for the device; `threads`: how many
-        torch computes with, None is its own choice.
+    def __init__(self, opener: Opener, capacity: int, threads: int | None = None) -> None:
+        """`capacity`: how much work may wait for the device; `threads`: how many torch computes with, None is its own
+        choice.
         """
-        self.device = str(device)
+        self.device = str(opener.device)
         self._opener = opener
-        self._checkpoints = checkpoints
-        self._worker = DeviceWorker(device, capacity, threads)
+        self._checkpoints = opener.checkpoints
+        self._worker = DeviceWorker(opener.device, capacity, threads)
         self._sessions: dict[str, _Live] = {}
 
     def open(self, session_id: str, request: pb.OpenSessionRequest, owner: Identity) -> pb.OpenSessionResponse:

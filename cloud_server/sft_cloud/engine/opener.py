@@ -22,6 +22,14 @@ from sft_cloud.storage import BlobStore
 class Opener(Protocol):
     """Makes sessions; called in any thread."""
 
+    @property
+    def device(self) -> torch.device:
+        """On which they compute."""
+
+    @property
+    def checkpoints(self) -> Checkpoints | None:
+        """Where they are saved; None where they are not."""
+
     def open(self, request: pb.OpenSessionRequest, owner: Identity, run: Run) -> Session | list[str]:
         """A session as the request of `owner` wants it, or the hashes of the blobs of `owner` that are missing;
         always these, be they none, for a request that only checks. The device is touched in `run`.
@@ -42,34 +50,34 @@ class TransformersOpener:
         budget: MemoryBudget | None = None,
     ) -> None:
         """Without `checkpoints` no run goes on; all sessions together take at most the `budget`."""
-        self._device = device
+        self.device = device
         self._store = store
         self._weights = weights
-        self._checkpoints = checkpoints
-        self._budget = budget
+        self.checkpoints = checkpoints
+        self.budget = budget
 
     def open(self, request: pb.OpenSessionRequest, owner: Identity, run: Run) -> Session | list[str]:
         """See Opener."""
         spec, store = check_request(request), self._store.of(owner)
-        net_2 = run(lambda: build(spec, self._device))
+        net_2 = run(lambda: build(spec, self.device))
         owner.limits.check_rank(net_2.width)
         if request.resume_from:
             return self._resume(request, owner, spec, net_2, run)
         tensors, missing = self._weights.find(spec, net_2, store)
         if missing or request.only_check:
             return missing
-        return run(lambda: make_session(spec, net_2, tensors, self._device, store.find, self._budget))
+        return run(lambda: make_session(spec, net_2, tensors, self.device, store.find, self.budget))
 
     def _resume(
         self, request: pb.OpenSessionRequest, owner: Identity, spec: SessionSpec, net_2: Net2, run: Run
     ) -> Session:
-        if self._checkpoints is None:
+        if self.checkpoints is None:
             raise PreconditionError("this server keeps no checkpoints")
-        with self._checkpoints.find(request, owner) as files:
+        with self.checkpoints.find(request, owner) as files:
 
             def work() -> Session:
                 # Filled from the seed: whatever that gives is replaced, to the last parameter.
-                session = make_session(spec, net_2, [], self._device, self._store.of(owner).find, self._budget)
+                session = make_session(spec, net_2, [], self.device, self._store.of(owner).find, self.budget)
                 restore(session, files)
                 return session
 

@@ -33,6 +33,8 @@ class ScriptOpener:
         """`groups`: names of the parameters that each group of `optimizer` trains; `is_over`: whether an edge has been
         here and gone.
         """
+        self.device = hosted.device
+        self.checkpoints = None  # see `open`
         self._hosted = hosted
         self._optimizer = optimizer
         self._groups = groups

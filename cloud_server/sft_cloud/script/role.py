@@ -18,7 +18,8 @@ from sft.client.address import split_address
 from sft.errors import LinkError, SessionLostError, UsageError
 from sft.optimizer import Role, SplitOptions
 from sft_cloud.access import make_access
-from sft_cloud.options import ServerAccess
+from sft_cloud.engine import uploads
+from sft_cloud.options import LimitOptions, ServeOptions, ServerAccess
 from sft_cloud.script.graph_host import GraphHost
 from sft_cloud.script.hosted_model import HostedModel
 from sft_cloud.script.opener import ScriptOpener
@@ -69,18 +70,10 @@ class CloudRole(Role):
                 done.set()
 
         with tempfile.TemporaryDirectory(prefix="sft-cloud-") as state_dir, _terminable():
-            server = CloudServer(
-                host,
-                port,
-                self._hosted.device,
-                Path(state_dir),
-                model_dir=None,
-                max_sessions=1,
-                make_opener=lambda store: ScriptOpener(self._hosted, self.optimizer, self._groups, store, done.is_set),
-                on_close=on_close,
-                has_flags=False,
-                access=access,
-            )
+            options, limits = ServeOptions(host, port, state_dir=Path(state_dir), max_sessions=1), LimitOptions()
+            store = uploads(options, limits)
+            opener = ScriptOpener(self._hosted, self.optimizer, self._groups, store, done.is_set)
+            server = CloudServer(options, limits, access, opener=opener, on_close=on_close, dashes="")
             try:
                 if on_ready is not None:
                     on_ready(server.address)

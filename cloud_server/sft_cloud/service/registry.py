@@ -14,9 +14,6 @@ from sft_cloud.errors import QuotaError
 from sft_cloud.identity import Identity
 from sft_cloud.service.exactly_once import ExactlyOnce
 
-SESSION_TIMEOUT_SECONDS = 600.0
-"""How long a session outlives a stream that broke, as a default."""
-
 SPARED_SECONDS = 60.0
 """How long a session may be without a stream before its place goes to another, where there is no other place."""
 
@@ -70,11 +67,13 @@ class Registry:
     def __init__(
         self,
         max_sessions: int,
+        session_timeout_seconds: float,
         on_close: Callable[[Entry, str], None] = lambda entry, reason: None,
         clock: Callable[[], float] = time.monotonic,
-        session_timeout_seconds: float = SESSION_TIMEOUT_SECONDS,
     ) -> None:
-        """`on_close` is told of every session that ends, and why."""
+        """`session_timeout_seconds`: how long a session outlives a stream that broke; `on_close` is told of every
+        session that ends, and why.
+        """
         self.max_sessions = max_sessions
         self.session_timeout_seconds = session_timeout_seconds
         self._on_close = on_close

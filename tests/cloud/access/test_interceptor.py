@@ -8,10 +8,10 @@ from types import SimpleNamespace
 
 import grpc
 import pytest
-import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from support.calls import SECONDS, Stream, open_session, refusal
+from support.servers import start_server
 from support.tiny_edge import attach
 from support.tls import make_token
 
@@ -24,11 +24,10 @@ from sft_cloud.access.interceptor import REFUSALS_PER_SECOND, AuthenticationInte
 from sft_cloud.access.protection import make_access
 from sft_cloud.access.tokens import LiveTokens, TokenFile
 from sft_cloud.errors import UnauthenticatedError
-from sft_cloud.options import ServerAccess
-from sft_cloud.server import _SPARE_THREADS, CloudServer
+from sft_cloud.options import SPARE_CALLS, ServerAccess
 
 Code = grpc.StatusCode
-CALLS_AT_A_TIME = 4 + _SPARE_THREADS
+CALLS_AT_A_TIME = 4 + SPARE_CALLS
 STRANGER = (Code.UNAUTHENTICATED, "this server does not know the caller: it asks for a valid token")
 
 
@@ -82,7 +81,7 @@ def server(tmp_path, tokens, alice, refused):
         "127.0.0.1",
         on_refused=lambda peer, reason: refused.append((peer.partition(":")[0], reason)),
     )
-    server = CloudServer("127.0.0.1", 0, torch.device("cpu"), tmp_path, None, 4, 1, access=access)
+    server = start_server(tmp_path, access=access)
     server.access = access
     yield server
     server.stop(grace_seconds=0)
@@ -345,7 +344,7 @@ def test_the_server_looks_for_such_calls_by_itself(alice, tokens, tmp_path, monk
         ended.set()
 
     monkeypatch.setattr(access.interceptor, "end_stale_calls", look)
-    server = CloudServer("127.0.0.1", 0, torch.device("cpu"), tmp_path / "other", None, 1, 1, access=access)
+    server = start_server(tmp_path / "other", 1, access=access)
     try:
         assert ended.wait(SECONDS)
     finally:

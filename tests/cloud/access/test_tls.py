@@ -9,8 +9,8 @@ import tempfile
 
 import grpc
 import pytest
-import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from support.servers import start_server
 
 from sft.client.credentials import ClientOptions, read_credentials
 from sft.client.handshake import look_at_tls, why_no_handshake
@@ -19,7 +19,6 @@ from sft_cloud.access import tls
 from sft_cloud.access.protection import is_here_alone, make_access
 from sft_cloud.access.tls import ServerTls
 from sft_cloud.options import ServerAccess
-from sft_cloud.server import CloudServer
 
 SECONDS = 30
 
@@ -39,7 +38,7 @@ def start(tmp_path):
 
     def make(*options):
         access = make_access(ServerAccess(*options), "127.0.0.1")
-        servers.append(CloudServer("127.0.0.1", 0, torch.device("cpu"), tmp_path / "state", None, 1, 1, access=access))
+        servers.append(start_server(tmp_path / "state", 1, access=access))
         return servers[-1]
 
     yield make

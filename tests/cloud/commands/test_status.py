@@ -39,7 +39,7 @@ def clock():
 
 @pytest.fixture
 def sessions(clock):
-    return Registry(8, clock=clock, session_timeout_seconds=600.0)
+    return Registry(8, 600.0, clock=clock)
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import grpc
 import pytest
-import torch
 from support.calls import SECONDS, Stream, download, open_session, refusal
+from support.servers import start_server as start_server_in
 from support.tiny import DECODERS, make_tiny_model
 from support.tiny_edge import SEQUENCES, TOKENS, TinyEdge, attach
 from transformers import AutoConfig
@@ -69,17 +69,7 @@ def other_host(tmp_path: Path, start_server, connect) -> Callable[[], object]:
     """A server that has nothing but the store."""
 
     def start(**options: object):
-        host = CloudServer(
-            "127.0.0.1",
-            0,
-            torch.device("cpu"),
-            tmp_path / "other",
-            None,
-            4,
-            threads=1,
-            checkpoint_store=tmp_path / "state" / "checkpoints",
-            **options,
-        )
+        host = start_server_in(tmp_path / "other", checkpoint_store=str(tmp_path / "state" / "checkpoints"), **options)
         servers.append(host)
         return connect(host.address)
 

@@ -41,7 +41,7 @@ def clock():
 
 @pytest.fixture
 def registry(clock, closed):
-    return Registry(2, lambda entry, reason: closed.append((entry.session_id, reason)), clock, 600.0)
+    return Registry(2, 600.0, lambda entry, reason: closed.append((entry.session_id, reason)), clock)
 
 
 def request(**fields):

@@ -73,14 +73,16 @@ def test_another_opener_serves_what_it_likes(edge, connect, open_session, tmp_pa
     """The service knows no models: a script's host gives it an opener of its own."""
 
     class Opener:
+        device, checkpoints = torch.device("cpu"), None
+
         def open(self, request, owner, run):
             if request.cut.layer_name != "blocks.5.mlp.fc2":
                 return ["f" * 64]
             return open_session(edge)
 
-    engine, executor = InProcessEngine(torch.device("cpu"), Opener(), threads=1), ThreadPoolExecutor(4)
+    engine, executor = InProcessEngine(Opener(), capacity=4, threads=1), ThreadPoolExecutor(4)
     server = grpc.server(executor, interceptors=[CallInterceptor(lambda context: ANONYMOUS)])
-    service = SplitTrainingService(engine, BlobStore(tmp_path), Registry(1))
+    service = SplitTrainingService(engine, BlobStore(tmp_path), Registry(1, 600.0))
     pb_grpc.add_SplitTrainingServicer_to_server(service, server)
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()

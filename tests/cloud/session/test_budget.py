@@ -125,12 +125,13 @@ def test_a_server_has_so_much_for_all_sessions(start_server, connect, edge):
     server = start_server(limits=LimitOptions(memory_limit=1 << 20))
     stub = connect(server.address)
     open_over_the_wire(stub, edge)
-    taken = server.memory.held_bytes
-    server.memory.total_bytes = int(1.5 * taken)
+    memory = server.engine._opener.budget
+    taken = memory.held_bytes
+    memory.total_bytes = int(1.5 * taken)
     code, details = refusal(lambda: stub.OpenSession(edge.request()))
     assert code.name == "RESOURCE_EXHAUSTED"
     assert "try again when another session has ended" in details
     server.sessions.close(server.sessions.entries()[0].session_id, "done")
     gc.collect()
-    assert server.memory.held_bytes == 0
+    assert memory.held_bytes == 0
     assert stub.OpenSession(edge.request()).session_id
