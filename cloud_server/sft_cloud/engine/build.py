@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,7 +30,17 @@ from sft_cloud.session import (
 )
 
 
-def build(spec: SessionSpec, device: torch.device) -> Net2:
+class Built(NamedTuple):
+    """A net_2 without weights."""
+
+    net_2: Net2
+    """On the meta device."""
+
+    needed_bytes: int
+    """What its session takes before its first batch."""
+
+
+def build(spec: SessionSpec, device: torch.device) -> Built:
     """The net_2 that a request asks for, on the meta device. To be run by the worker, as is `make_session`.
 
     Raises CutError, UnsupportedModelError, ProtocolError, and ServerFullError when `device` could never hold it.
@@ -39,11 +50,10 @@ def build(spec: SessionSpec, device: torch.device) -> Net2:
     needed, memory = _needed_bytes(spec, net_2), memory_bytes(device)
     if needed > memory:
         raise ServerFullError(f"training net_2 takes at least {needed} bytes, but {device} has {memory} in all")
-    return net_2
+    return Built(net_2, needed)
 
 
 def _needed_bytes(spec: SessionSpec, net_2: Net2) -> int:
-    """What the session takes before its first batch."""
     own = net_2.whole_parameters()
     names = {name for group in spec.optimizer.groups for name in group.parameter_names}
     trained = sum(parameter.numel() for name, parameter in own.items() if name in names)
@@ -58,20 +68,20 @@ def _needed_bytes(spec: SessionSpec, net_2: Net2) -> int:
 
 def make_session(
     spec: SessionSpec,
-    net_2: Net2,
+    built: Built,
     tensors: Sequence[StoredTensor],
     device: torch.device,
     find_blob: Callable[[str], Path | None] = lambda sha256: None,
     budget: MemoryBudget | None = None,
 ) -> Session:
-    """Fills net_2 with `tensors` and the seed's draws, and makes its optimizer.
+    """Fills what `build` gave for the spec with `tensors` and the seed's draws, and makes its optimizer.
 
     Adapters that are among `tensors` are the edge's own: downloads then hold them as they are, and merge nothing.
     Raises ProtocolError and UsageError, and ServerFullError where it does not fit into the `budget` beside the others.
     """
-    share = MemoryShare() if budget is None else budget.open(_needed_bytes(spec, net_2))
+    share = MemoryShare() if budget is None else budget.open(built.needed_bytes)
     try:
-        session = _make_session(spec, net_2, tensors, device, find_blob, share)
+        session = _make_session(spec, built.net_2, tensors, device, find_blob, share)
     except BaseException:
         share.release()
         raise

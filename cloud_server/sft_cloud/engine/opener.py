@@ -6,9 +6,8 @@ from typing import Protocol
 
 import torch
 
-from sft.models import Net2
 from sft.v1 import split_training_pb2 as pb
-from sft_cloud.engine.build import build, make_session
+from sft_cloud.engine.build import Built, build, make_session
 from sft_cloud.engine.request import SessionSpec, check_request
 from sft_cloud.engine.saved_session import Checkpoints, restore
 from sft_cloud.engine.weights import WeightsFinder
@@ -59,17 +58,17 @@ class TransformersOpener:
     def open(self, request: pb.OpenSessionRequest, owner: Identity, run: Run) -> Session | list[str]:
         """See Opener."""
         spec, store = check_request(request), self._store.of(owner)
-        net_2 = run(lambda: build(spec, self.device))
-        owner.limits.check_rank(net_2.width)
+        built = run(lambda: build(spec, self.device))
+        owner.limits.check_rank(built.net_2.width)
         if request.resume_from:
-            return self._resume(request, owner, spec, net_2, run)
-        tensors, missing = self._weights.find(spec, net_2, store)
+            return self._resume(request, owner, spec, built, run)
+        tensors, missing = self._weights.find(spec, built.net_2, store)
         if missing or request.only_check:
             return missing
-        return run(lambda: make_session(spec, net_2, tensors, self.device, store.find, self.budget))
+        return run(lambda: make_session(spec, built, tensors, self.device, store.find, self.budget))
 
     def _resume(
-        self, request: pb.OpenSessionRequest, owner: Identity, spec: SessionSpec, net_2: Net2, run: Run
+        self, request: pb.OpenSessionRequest, owner: Identity, spec: SessionSpec, built: Built, run: Run
     ) -> Session:
         if self.checkpoints is None:
             raise PreconditionError("this server keeps no checkpoints")
@@ -77,7 +76,7 @@ class TransformersOpener:
 
             def work() -> Session:
                 # Filled from the seed: whatever that gives is replaced, to the last parameter.
-                session = make_session(spec, net_2, [], self.device, self._store.of(owner).find, self.budget)
+                session = make_session(spec, built, [], self.device, self._store.of(owner).find, self.budget)
                 restore(session, files)
                 return session
 

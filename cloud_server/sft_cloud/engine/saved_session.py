@@ -12,37 +12,22 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from google.protobuf.message import DecodeError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from sft.errors import CheckpointError, ProtocolError, StorageError
-from sft.models.configuration import settings_of
 from sft.models.weights import load_parameters
 from sft.optim.state import checked_state, copied_state, group_settings, set_group_settings, stored_state
 from sft.tensors.stream import StoredTensor, copied, in_memory, safetensors_chunks, safetensors_size
 from sft.v1 import split_training_pb2 as pb
+from sft_cloud.engine.same_run import SESSION, check_same_run
 from sft_cloud.engine.worker import Run, at_once
 from sft_cloud.errors import PreconditionError
 from sft_cloud.identity import Identity
 from sft_cloud.session import Session
 from sft_cloud.storage import CheckpointStore, Part, check_sha256
 
-NET_2, OPTIMIZER, SETTINGS, SESSION = "net_2.safetensors", "optimizer.safetensors", "settings.json", "session.pb"
-
-_NOT_COMPARED = (
-    # Of the attempt, not of the run:
-    "request_id",
-    "resume_from",
-    "run_id",
-    "only_check",
-    # What a checkpoint takes the place of. Two machines do not decompose alike, and need not:
-    "weights_sha256",
-    "factors_sha256",
-    "model_name",
-    "package_version",
-)
-
+NET_2, OPTIMIZER, SETTINGS = "net_2.safetensors", "optimizer.safetensors", "settings.json"
 
 _MAX_OFFERED = 1000
 
@@ -121,28 +106,6 @@ def parts_of(session: Session, request: pb.OpenSessionRequest, run: Run = at_onc
         SETTINGS: Part(len(settings), lambda: [settings]),
         SESSION: Part(request.ByteSize(), lambda: [request.SerializeToString(deterministic=True)]),
     }
-
-
-def check_same_run(files: Mapping[str, Path], request: pb.OpenSessionRequest) -> None:
-    """Raises PreconditionError where a request asks for another session than the one that was saved."""
-    try:
-        saved = pb.OpenSessionRequest.FromString(files[SESSION].read_bytes())
-    except (KeyError, DecodeError) as error:
-        raise CheckpointError("the cloud's half of the checkpoint does not say how its session was opened") from error
-    for field in request.DESCRIPTOR.fields:
-        if field.name in _NOT_COMPARED:
-            continue
-        if field.name == "config_json":
-            theirs, ours = (settings_of(json.loads(each.config_json)) for each in (saved, request))
-            differing = [key for key in sorted(theirs.keys() | ours.keys()) if theirs.get(key) != ours.get(key)]
-            what = f"config_json (its '{differing[0][:80]}')" if differing else ""
-        else:
-            what = field.name if getattr(saved, field.name) != getattr(request, field.name) else ""
-        if what:
-            raise PreconditionError(
-                f"the run whose checkpoint is to be resumed was opened with another {what}; the two halves do not "
-                "belong together"
-            )
 
 
 def restore(session: Session, files: Mapping[str, Path]) -> None:

@@ -21,7 +21,7 @@ from sft_edge.checkpoints.directory import (
     remove_others,
     write_checkpoint,
 )
-from sft_edge.checkpoints.same_run import check_likeness
+from sft_edge.checkpoints.same_run import check_same_run
 from sft_edge.link import TRANSIENT
 from sft_edge.options import NEWEST, TrainingOptions
 from sft_edge.systems import System
@@ -98,7 +98,7 @@ class Checkpointing:
                 if checkpoint is found[-1]:
                     raise
                 continue
-            check_likeness(self._likeness, read_state(checkpoint)["likeness"], checkpoint.directory)
+            check_same_run(self._likeness, read_state(checkpoint)["likeness"], checkpoint.directory)
             return found[index:]
         return []
 

@@ -51,7 +51,7 @@ def likeness(options: RunOptions, config: PretrainedConfig, features: Sequence[F
     return found
 
 
-def check_likeness(now: Mapping[str, str], then: Mapping[str, str], directory: Path) -> None:
+def check_same_run(now: Mapping[str, str], then: Mapping[str, str], directory: Path) -> None:
     """Raises UsageError, which names the first option that is another than it was."""
     for name in (*now, *sorted(then.keys() - now.keys())):
         theirs, ours = then.get(name), now.get(name)

@@ -25,7 +25,7 @@ def store(tmp_path):
 
 def find(finder, store, edge, **overrides):
     spec = check_request(edge.request(**overrides))
-    return finder.find(spec, build(spec, CPU), store)
+    return finder.find(spec, build(spec, CPU).net_2, store)
 
 
 def upload(store, edge):

@@ -79,7 +79,7 @@ def test_a_step_answers_loss_and_gradient_and_changes_the_weights(make_edge, ope
 def test_training_is_that_of_an_ordinary_loop(edge, open_session):
     session = open_session(edge)
     spec = check_request(edge.request())
-    net_2 = build(spec, CPU)
+    net_2 = build(spec, CPU).net_2
     fill(net_2, [*edge.weights, *edge.factors], edge.seed)
     optimizer = make_optimizer(spec.optimizer, net_2.whole_parameters())
     net_2.train()

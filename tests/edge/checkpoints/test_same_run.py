@@ -12,7 +12,7 @@ from support.tiny import tiny_config, tiny_tokenizer
 
 from sft.cli.options import options_of
 from sft.errors import UsageError
-from sft_edge.checkpoints.same_run import check_likeness, likeness
+from sft_edge.checkpoints.same_run import check_same_run, likeness
 from sft_edge.options.link import LinkOptions
 from sft_edge.options.lora import LoraOptions
 from sft_edge.options.optimizer import OptimizerOptions
@@ -95,7 +95,7 @@ def test_every_option_is_one_or_the_other() -> None:
 @pytest.mark.parametrize("name", FREE)
 def test_what_may_differ(data_dir: Path, name: str) -> None:
     beside = {"eval_steps": {"eval_strategy": "steps"}, "resume_from_checkpoint": {"output_dir": Path("other")}}
-    check_likeness(of(data_dir, **{name: FREE[name], **beside.get(name, {})}), of(data_dir), Path("out"))
+    check_same_run(of(data_dir, **{name: FREE[name], **beside.get(name, {})}), of(data_dir), Path("out"))
 
 
 @pytest.mark.parametrize("name", MATTERS)
@@ -105,21 +105,21 @@ def test_what_may_not(data_dir: Path, name: str) -> None:
     then, now = of(data_dir, **beside), of(data_dir, **{**beside, name: MATTERS[name]})
     flag = "--" + name.replace("_", "-")
     with pytest.raises(UsageError, match=rf"^out/checkpoint-3 was trained with {flag} .*, now it is .*: give the same"):
-        check_likeness(now, then, Path("out/checkpoint-3"))
+        check_same_run(now, then, Path("out/checkpoint-3"))
 
 
 def test_other_rows_and_another_model(data_dir: Path) -> None:
     then = of(data_dir)
     with pytest.raises(UsageError, match="the training rows, or their tokens are others"):
-        check_likeness(of(data_dir, rows=5), then, Path("out"))
+        check_same_run(of(data_dir, rows=5), then, Path("out"))
     with pytest.raises(UsageError, match="--model has another configuration"):
-        check_likeness(of(data_dir, model=tiny_config(hidden_dropout_prob=0.5)), then, Path("out"))
-    check_likeness(of(data_dir, model=tiny_config(_name_or_path="elsewhere")), then, Path("out"))
+        check_same_run(of(data_dir, model=tiny_config(hidden_dropout_prob=0.5)), then, Path("out"))
+    check_same_run(of(data_dir, model=tiny_config(_name_or_path="elsewhere")), then, Path("out"))
 
 
 def test_an_option_of_another_release(data_dir: Path) -> None:
     now = of(data_dir)
     with pytest.raises(UsageError, match=re.escape("out was trained with --colour red, now it is None")):
-        check_likeness(now, {**now, "--colour": "red"}, Path("out"))
+        check_same_run(now, {**now, "--colour": "red"}, Path("out"))
     with pytest.raises(UsageError, match=re.escape("out was trained with --seed None, now it is 42")):
-        check_likeness(now, {name: value for name, value in now.items() if name != "--seed"}, Path("out"))
+        check_same_run(now, {name: value for name, value in now.items() if name != "--seed"}, Path("out"))
