@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 from support.jobs import flags, read_json, weights_of
 from support.opened import code_copied_to
+from support.servers import start_server
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from sft_cloud.server import CloudServer
 from sft_edge.cli import main
 from sft_edge.commands.export.content import DENSE, FACTORED, Export
 from sft_edge.model_files.saved import load_model
@@ -42,9 +42,7 @@ def test_a_run_goes_on_from_both_halves_of_its_checkpoint(tmp_path: Path, capsys
     out, store = tmp_path / "run", tmp_path / "store"
     shutil.copytree(WRITTEN / "run" / "checkpoint-2", out / "checkpoint-2")
     shutil.copytree(WRITTEN / "store", store)
-    server = CloudServer(
-        "127.0.0.1", 0, torch.device("cpu"), tmp_path / "state", None, 1, threads=1, checkpoint_store=store
-    )
+    server = start_server(tmp_path / "state", 1, checkpoint_store=str(store))
     try:
         going_on = {"server": server.address, "save_steps": 2, "output_dir": out, "resume_from_checkpoint": True}
         assert main(["train", *flags(**OPTIONS, **going_on)]) == 0
