@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.jobs import STEADY, Job, read_json, same_bits
+from support.servers import start_server
 
 from sft_cloud.server import CloudServer
 
@@ -74,9 +75,7 @@ def test_a_server_and_then_an_edge(
     wait_for(edge, "step 5/")
     server.send_signal(signal.SIGTERM)
     assert server.wait(SECONDS) == 0
-    with stopped_at_the_end(
-        CloudServer("127.0.0.1", port, torch.device("cpu"), tmp_path / "cloud", None, 2, threads=1)
-    ):
+    with stopped_at_the_end(start_server(tmp_path / "cloud", 2, port=port)):
         wait_for(edge, "going on from step")
         wait_for(edge, "loss")
         edge.send_signal(signal.SIGTERM)
