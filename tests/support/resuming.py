@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import signal
+import socket
 from pathlib import Path
 
 import torch
@@ -30,7 +31,11 @@ class Clouds:
         self.store = directory / "store"
         self._directory = directory
         self._states = itertools.count()
-        self.server = self._start(0)
+        # Bound, and never listening: nobody else gets the port between two servers.
+        self._held = socket.socket()
+        self._held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._held.bind(("127.0.0.1", 0))
+        self.server = self._start(self._held.getsockname()[1])
         self.address = self.server.address
 
     def _start(self, port: int) -> CloudServer:
@@ -41,6 +46,10 @@ class Clouds:
         """Another host takes the place of this one, which had no chance to do anything."""
         self.server.stop(grace_seconds=0)
         self.server = self._start(self.server.port)
+
+    def close(self) -> None:
+        self.server.stop(grace_seconds=0)
+        self._held.close()
 
 
 class Outcome:

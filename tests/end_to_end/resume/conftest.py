@@ -20,7 +20,7 @@ from sft_edge.systems.split import SplitSystem
 def clouds(tmp_path: Path) -> Iterator[Clouds]:
     made = Clouds(tmp_path / "clouds")
     yield made
-    made.server.stop(grace_seconds=0)
+    made.close()
 
 
 @pytest.fixture
