@@ -32,7 +32,7 @@ class UnauthenticatedError(AccessError):
     The message is for the caller and does not tell which part was wrong; `reason`, for the log, does.
     """
 
-    def __init__(self, message: str, reason: str) -> None:
+    def __init__(self, message: str, reason: str = "") -> None:
         super().__init__(message)
         self.reason = reason
 

@@ -30,8 +30,7 @@ from sft_cloud.engine import Opener, make_opener, start_engine, uploads
 from sft_cloud.observability import NOBODY, AuditLog, Observer, observing, open_observer
 from sft_cloud.options import LimitOptions, MetricsOptions, ServeOptions
 from sft_cloud.rpc import CallInterceptor
-from sft_cloud.service import SERVICE_NAME as HEALTH
-from sft_cloud.service import Entry, Health, Registry, SplitTrainingService, log_closed
+from sft_cloud.service import HEALTH_SERVICE, Entry, Health, Registry, SplitTrainingService, log_closed
 
 GRACE_SECONDS = 3.0
 """How long calls may take to end once the server stops."""
@@ -106,11 +105,13 @@ class CloudServer:
         self.engine = start_engine(options, make_opener(options, limits) if opener is None else opener)
 
         def closed(entry: Entry, reason: str) -> None:
-            self.engine.close(entry.session_id)
-            log_closed(entry, reason, self.sessions.age(entry))
-            audit.write("closed", entry.owner.name, "-", session=entry.label, reason=reason)
-            observer.metrics.closed(entry.owner.name)
-            on_close(entry, reason)
+            try:
+                self.engine.close(entry.session_id)
+            finally:
+                log_closed(entry, reason, self.sessions.age(entry))
+                audit.write("closed", entry.owner.name, "-", session=entry.label, reason=reason)
+                observer.metrics.closed(entry.owner.name)
+                on_close(entry, reason)
 
         self.sessions = Registry(options.max_sessions, options.session_timeout, closed)
         observer.metrics.watch_sessions(
@@ -123,7 +124,7 @@ class CloudServer:
         pb_grpc.add_SplitTrainingServicer_to_server(self.service, self._server)
         self._health = Health(("", SERVICE), self.deadlines)
         self._health.add_to(self._server)
-        names = (SERVICE, HEALTH, reflection.SERVICE_NAME)
+        names = (SERVICE, HEALTH_SERVICE, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
         self._server.start()
         self._stopping = threading.Event()

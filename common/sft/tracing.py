@@ -72,8 +72,8 @@ class Tracer:
         """As `span`, for work that the other side asked for; without a well-formed `parent` nobody will see it."""
         return NO_SPAN
 
-    def past_span(self, name: str, parent: str, began_ns: int, ended_ns: int) -> None:
-        """As `span`, for work that is over: Unix time in nanoseconds."""
+    def past_span(self, name: str, parent: str, began_ns: int, ended_ns: int, error: str = "") -> None:
+        """As `span`, for work that is over: Unix time in nanoseconds; `error` as `Span.end` has it."""
 
     def close(self) -> None:
         """Sends what has not been sent."""
@@ -121,13 +121,13 @@ class _OtelSpan(Span):
     def set(self, name: str, value: Value) -> None:
         self._span.set_attribute(name, value)
 
-    def end(self, error: str = "") -> None:
+    def end(self, error: str = "", at_ns: Optional[int] = None) -> None:
         if error:
             from opentelemetry.trace import Status, StatusCode
 
             self._span.set_status(Status(StatusCode.ERROR, error))
         if self._span.is_recording():
-            self._span.end()
+            self._span.end(at_ns)
 
 
 class OtelTracer(Tracer):
@@ -158,8 +158,8 @@ class OtelTracer(Tracer):
         kind = SpanKind.SERVER
         return _OtelSpan(self._tracer.start_span(name, context, kind=kind, attributes=dict(attributes or {})))
 
-    def past_span(self, name: str, parent: str, began_ns: int, ended_ns: int) -> None:
-        self._tracer.start_span(name, _context(parent), start_time=began_ns).end(ended_ns)
+    def past_span(self, name: str, parent: str, began_ns: int, ended_ns: int, error: str = "") -> None:
+        _OtelSpan(self._tracer.start_span(name, _context(parent), start_time=began_ns)).end(error, ended_ns)
 
     def close(self) -> None:
         if self._owned:

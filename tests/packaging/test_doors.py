@@ -32,10 +32,14 @@ def past_a_door(side: Path, file: Path) -> Iterator[str]:
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         imported = [(node.module or "", alias.name) for alias in node.names] if isinstance(node, ast.ImportFrom) else []
         imported += [(alias.name, "") for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and node.level:
+            yield f"{file.name}:{node.lineno}: {node.module or ''} by a relative way"
         for module, name in imported:
             package, _, rest = module.partition(".")
             room, _, behind = rest.partition(".")
             listed = face(side / room) if package == side.name and room else None
+            if module == side.name and face(side / name) is not None:
+                yield f"{file.name}:{node.lineno}: {name}, the room itself"
             if listed is None:
                 continue
             if room == own and not behind and not (side / room / f"{name}.py").is_file():
@@ -68,12 +72,14 @@ def test_who_reaches_past_a_door_is_found(tmp_path: Path) -> None:
     other = tmp_path / "side" / "other.py"
     other.write_text(
         "from side.room import listed\nfrom side.room import hidden\nfrom side.room.inner import listed\n"
-        "import side.room.inner\n"
+        "import side.room.inner\nfrom side import room\nfrom .room.inner import listed\n"
     )
     side = tmp_path / "side"
     assert list(past_a_door(side, other)) == [
         "other.py:2: side.room.hidden",
         "other.py:3: side.room.inner.listed",
         "other.py:4: side.room.inner.",
+        "other.py:5: room, the room itself",
+        "other.py:6: room.inner by a relative way",
     ]
     assert list(past_a_door(side, room / "inner.py")) == ["inner.py:1: listed through the door of its own room"]

@@ -42,13 +42,13 @@ class AdmissionInterceptor(grpc.ServerInterceptor):
     def __init__(
         self,
         quotas: Quotas,
-        watch: Deadlines,
+        deadlines: Deadlines,
         audit: AuditLog,
         wait: Callable[[threading.Event, float], object] = threading.Event.wait,
     ) -> None:
         """`wait`: for an event, at most so many seconds."""
         self._quotas = quotas
-        self._watch = watch
+        self._deadlines = deadlines
         self._audit = audit
         self._wait = wait
 
@@ -79,29 +79,29 @@ class _Admitted:
         self._descriptor: Descriptor | None = ours.input_type if ours is not None else None
         self._max_bytes = _MAX_BYTES.get(name, _MAX_OTHER_BYTES) if ours is not None else _MAX_OTHER_BYTES
 
-    def one_answer(self, raw: Iterator[bytes], context: Call) -> bytes:
+    def one_answer(self, received: Iterator[bytes], context: Call) -> bytes:
         with self._call(context) as call:
-            response = self._behaviour(self._argument(raw, context, call), context)
+            response = self._behaviour(self._argument(received, context, call), context)
             call.record.answered(response)
             data = self._serialized(response)
             call.count(len(data))
             call.record.finished()
             # gRPC sends it when this thread has gone, and the call is over when it has been read.
-            call.ends_with(self._admission._watch.stalling("answers are not read", context.cancel, len(data)))
+            call.ends_with(self._admission._deadlines.stalling("answers are not read", context.cancel, len(data)))
             return data
 
-    def many_answers(self, raw: Iterator[bytes], context: Call) -> Iterator[bytes]:
-        watch = self._admission._watch
+    def many_answers(self, received: Iterator[bytes], context: Call) -> Iterator[bytes]:
+        deadlines = self._admission._deadlines
         # Who watches the server's health sends nothing more, so all of it counts as idle.
-        lasting = watch.idles("idle stream", context.cancel) if self._method == HEALTH_WATCH else nullcontext()
+        lasting = deadlines.idles("idle stream", context.cancel) if self._method == HEALTH_WATCH else nullcontext()
         with self._call(context) as call, lasting:
-            for response in self._behaviour(self._argument(raw, context, call), context):
+            for response in self._behaviour(self._argument(received, context, call), context):
                 call.record.answered(response)
                 data = self._serialized(response)
                 del response
                 # An answer that is computed is sent: the next message is refused instead.
                 call.count(len(data), refuses=self._method != TRAIN)
-                with watch.stalls("answers are not read", context.cancel, len(data)):
+                with deadlines.stalls("answers are not read", context.cancel, len(data)):
                     yield data
                 del data
             call.record.finished()
@@ -124,8 +124,8 @@ class _Admitted:
             record.refused(*outcome(context, error))
             raise
 
-    def _argument(self, raw: Iterator[bytes], context: Call, call: _Call) -> Any:
-        messages = self._messages(raw, context, call)
+    def _argument(self, received: Iterator[bytes], context: Call, call: _Call) -> Any:
+        messages = self._messages(received, context, call)
         if self._handler.request_streaming:
             return messages
         first = next(messages, None)
@@ -133,13 +133,13 @@ class _Admitted:
             raise ProtocolError("the call ended before its request had come")
         return first
 
-    def _messages(self, raw: Iterator[bytes], context: Call, call: _Call) -> Iterator[Any]:
-        watch, reason = self._admission._watch, "no first message"
+    def _messages(self, received: Iterator[bytes], context: Call, call: _Call) -> Iterator[Any]:
+        deadlines, reason = self._admission._deadlines, "no first message"
         while True:
             may_idle = self._method == TRAIN and reason != "no first message"
-            waits = watch.idles if may_idle else watch.stalls
+            waits = deadlines.idles if may_idle else deadlines.stalls
             with waits(reason, context.cancel):
-                data = next(raw, None)
+                data = next(received, None)
             if data is None:
                 return
             call.count(len(data))

@@ -17,7 +17,7 @@ from sft.models.seeding import seeded
 from sft.models.weights import fill
 from sft.optim.spec import make_optimizer
 from sft.tensors.stream import StoredTensor
-from sft_cloud.engine.request import SessionSpec, _blames_config
+from sft_cloud.engine.request import SessionSpec, blames_config
 from sft_cloud.session import (
     BatchMemory,
     MemoryBudget,
@@ -45,7 +45,7 @@ def build(spec: SessionSpec, device: torch.device) -> Built:
 
     Raises CutError, UnsupportedModelError, ProtocolError, and ServerFullError when `device` could never hold it.
     """
-    with _blames_config():
+    with blames_config():
         net_2 = build_net_2(spec.config, spec.head, spec.cut)
     needed, memory = _needed_bytes(spec, net_2), memory_bytes(device)
     if needed > memory:
@@ -97,7 +97,7 @@ def _make_session(
     find_blob: Callable[[str], Path | None],
     share: MemoryShare,
 ) -> Session:
-    with _blames_config():
+    with blames_config():
         fill(net_2, tensors, spec.seed, device)
         if spec.lora is not None:
             add_lora(net_2, spec.lora, spec.seed, values=tensors)
@@ -121,5 +121,5 @@ def _batch_memory(spec: SessionSpec, net_2: Net2) -> BatchMemory:
         return logits
 
     net_2.train()
-    with _blames_config(), seeded(net_2.device, spec.seed, "batch memory"):
+    with blames_config(), seeded(net_2.device, spec.seed, "batch memory"):
         return measure(run, list(net_2.parameters()), max_positions(spec.config))

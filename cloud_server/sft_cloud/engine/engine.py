@@ -48,7 +48,10 @@ class Engine(Protocol):
     sessions; for one session, what changes it is called one after the other.
 
     Whatever names a session raises SessionLostError where it has ended, or never began, and what needs the device
-    raises ServerFullError where too much waits for it, ServerUnavailableError after `shutdown`.
+    raises ServerFullError where too much waits for it, ServerUnavailableError after `shutdown`. An error that is a bug
+    is logged where it happened: its traceback does not cross.
+
+    Uploads do not cross either: the service and the engine look into one store of blobs, which both can reach.
     """
 
     @property
@@ -73,7 +76,8 @@ class Engine(Protocol):
         """What a download of net_2, or of its optimizer's state, would read now."""
 
     def read(self, session_id: str, optimizer_state: bool, index: int, version: int) -> bytes:
-        """One part of such a file. Raises PreconditionError where the session is not of that version any more."""
+        """One part of such a file. Raises PreconditionError where the session is not of that version any more, and
+        SessionLostError where it has ended since: a download does not keep it."""
 
     def save(self, session_id: str) -> pb.CheckpointSaved:
         """Writes a checkpoint of a session that is between two steps and stays there meanwhile.
@@ -86,7 +90,8 @@ class Engine(Protocol):
         """Deletes the checkpoints of the other steps of a session's run. Raises StorageError."""
 
     def close(self, session_id: str) -> None:
-        """Ends a session and frees what it holds; of one that is worked on, when that is done. Twice does nothing."""
+        """Ends a session and frees what it holds; of one that is worked on, when that is done. Twice does nothing, nor
+        does an id of no session. Raises nothing where the engine can be reached."""
 
     def shutdown(self) -> None:
         """Lets running work finish, fails what waits with ServerUnavailableError, and returns."""

@@ -24,13 +24,16 @@ class _Live(NamedTuple):
     request: pb.OpenSessionRequest
     """As it was opened with."""
     owner: Identity
+    listed: dict[bool, list[StoredTensor]]
+    """What a download reads, of the weights and of the optimizer's state, until the session is told something else: to
+    list them anew for each part would take longer than to read them."""
 
 
 class InProcessEngine:
     """See `sft_cloud.engine.engine.Engine`.
 
-    A session is looked up on the worker's thread: whoever held on to one while waiting would keep its memory after its
-    end.
+    What waits for the device looks its session up there: whoever held on to one while waiting would keep its memory
+    after its end.
     """
 
     def __init__(self, opener: Opener, capacity: int, threads: int | None = None) -> None:
@@ -48,7 +51,7 @@ class InProcessEngine:
         opened = self._opener.open(request, owner, self._worker.run)
         if request.only_check or not isinstance(opened, Session):
             return pb.OpenSessionResponse(missing_blobs=[] if isinstance(opened, Session) else opened)
-        self._sessions[session_id] = _Live(opened, request, owner)
+        self._sessions[session_id] = _Live(opened, request, owner, {})
         return pb.OpenSessionResponse(session_id=session_id, next_step=opened.next_step)
 
     def handle(self, session_id: str, message: pb.EdgeMessage, remembered_bytes: int) -> Handled:
@@ -56,7 +59,9 @@ class InProcessEngine:
         asked = time.perf_counter()
 
         def work() -> Handled:
-            session, began = self._find(session_id).session, time.perf_counter()
+            live, began = self._find(session_id), time.perf_counter()
+            live.listed.clear()
+            session = live.session
             # Neither the error nor what holds it may be a variable here: its traceback would hold them in a circle.
             try:
                 answer = session.handle(message, remembered_bytes)
@@ -71,9 +76,11 @@ class InProcessEngine:
         """See Engine."""
 
         def work() -> Contents:
-            session = self._find(session_id).session
-            stored = _stored(session, optimizer_state)
-            return Contents(session.version, [len(safetensors_header(stored)), *(tensor.size() for tensor in stored)])
+            live = self._find(session_id)
+            stored = _listed(live, optimizer_state)
+            return Contents(
+                live.session.version, [len(safetensors_header(stored)), *(tensor.size() for tensor in stored)]
+            )
 
         return self._worker.run(work)
 
@@ -81,12 +88,12 @@ class InProcessEngine:
         """See Engine. The worker is held while one tensor is copied."""
 
         def work() -> bytes | Tensor:
-            session = self._find(session_id).session
-            if session.version != version:
+            live = self._find(session_id)
+            if live.session.version != version:
                 raise PreconditionError(
                     "the session trained on while its weights were read; download them between two steps"
                 )
-            stored = _stored(session, optimizer_state)
+            stored = _listed(live, optimizer_state)
             return stored[index - 1].read() if index else safetensors_header(stored)
 
         part = self._worker.run(work)
@@ -120,5 +127,11 @@ class InProcessEngine:
         return live
 
 
-def _stored(session: Session, optimizer_state: bool) -> Sequence[StoredTensor]:
-    return session.stored_optimizer_state() if optimizer_state else session.stored_parameters()
+def _listed(live: _Live, optimizer_state: bool) -> list[StoredTensor]:
+    """On the worker's thread."""
+    if optimizer_state not in live.listed:
+        session = live.session
+        live.listed[optimizer_state] = (
+            session.stored_optimizer_state() if optimizer_state else session.stored_parameters()
+        )
+    return live.listed[optimizer_state]

@@ -69,10 +69,12 @@ class TransformersOpener:
 
     def _resume(
         self, request: pb.OpenSessionRequest, owner: Identity, spec: SessionSpec, built: Built, run: Run
-    ) -> Session:
+    ) -> Session | list[str]:
         if self.checkpoints is None:
             raise PreconditionError("this server keeps no checkpoints")
         with self.checkpoints.find(request, owner) as files:
+            if request.only_check:
+                return []
 
             def work() -> Session:
                 # Filled from the seed: whatever that gives is replaced, to the last parameter.

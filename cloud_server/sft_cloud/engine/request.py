@@ -123,7 +123,7 @@ def check_request(request: pb.OpenSessionRequest) -> SessionSpec:
 def _parse_config(text: str, head: str) -> PretrainedConfig:
     if len(text) > _MAX_CONFIG_BYTES:
         raise ProtocolError(f"config_json has {len(text)} characters; at most {_MAX_CONFIG_BYTES} are accepted")
-    with _blames_config():
+    with blames_config():
         values: dict[str, Any] = dict(json.loads(text))
         model_type = str(values.get("model_type"))
         if model_type not in CONFIG_MAPPING:
@@ -154,7 +154,7 @@ def _check_limit(name: str, value: int, limit: int) -> None:
 
 
 @contextmanager
-def _blames_config() -> Iterator[None]:
+def blames_config() -> Iterator[None]:
     """What the library raises in the block, which can be almost anything, is the fault of the configuration."""
     try:
         yield

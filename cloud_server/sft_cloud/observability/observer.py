@@ -50,15 +50,16 @@ class Watch:
             attributes["sft.micro_batch"] = message.micro_batch
             self._span = self._tracer.server_span(_name_of(message), message.trace_parent, attributes)
 
-    def worked(self, waited_seconds: float, worked_seconds: float) -> None:
-        """The engine has done what the message asks, just now."""
+    def worked(self, waited_seconds: float, worked_seconds: float, error: Exception | None) -> None:
+        """The engine has done what the message asks, just now, or it ended with an error."""
         self._metrics.worked(self._tenant, waited_seconds, worked_seconds)
         if self._span.parent:
             over = time.time_ns()
             began = over - int(1e9 * worked_seconds)
             asked = began - int(1e9 * waited_seconds)
             self._tracer.past_span("wait for the device", self._span.parent, asked, began)
-            self._tracer.past_span("work on the device", self._span.parent, began, over)
+            what = "" if error is None else type(error).__name__
+            self._tracer.past_span("work on the device", self._span.parent, began, over, what)
 
     def answered(self, answer: pb.CloudMessage, sizes: tuple[int, int], steps: int, repeated: bool) -> None:
         """See Metrics."""

@@ -14,7 +14,7 @@ from grpc_health.v1 import health_pb2 as pb
 
 from sft_cloud.admission import Deadlines
 
-SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Health"].full_name
+HEALTH_SERVICE = pb.DESCRIPTOR.services_by_name["Health"].full_name
 
 
 class Health:
@@ -41,7 +41,7 @@ class Health:
                 response_serializer=pb.HealthCheckResponse.SerializeToString,
             ),
         }
-        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE_NAME, handlers),))
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(HEALTH_SERVICE, handlers),))
 
     def stop_serving(self) -> None:
         """Tells so whoever asks from now on, and who watches; their calls end."""

@@ -74,11 +74,16 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
         if entry is None:
             started = time.monotonic()
             with self.sessions.place(request, caller) as put:
-                opened = self._engine.open(secrets.token_urlsafe(24), request, caller)
-                if not opened.session_id:
-                    response.missing_blobs.extend(opened.missing_blobs)
-                    return response
-                entry = put(opened.session_id, opened.next_step)
+                session_id = secrets.token_urlsafe(24)
+                try:
+                    opened = self._engine.open(session_id, request, caller)
+                    if not opened.session_id:
+                        response.missing_blobs.extend(opened.missing_blobs)
+                        return response
+                    entry = put(session_id, opened.next_step)
+                except BaseException:
+                    self._engine.close(session_id)  # which may have made it, and nobody would ever ask for it
+                    raise
             self._log_opened(entry, time.monotonic() - started)
             self._observer.metrics.opened(caller.name, resumed=bool(request.resume_from))
         response.session_id = entry.session_id
@@ -209,7 +214,7 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
     def _handle(self, entry: Entry, message: pb.EdgeMessage, watch: Watch) -> pb.CloudMessage:
         handled = self._engine.handle(entry.session_id, message, entry.messages.held_bytes)
         try:
-            watch.worked(handled.waited_seconds, handled.worked_seconds)
+            watch.worked(handled.waited_seconds, handled.worked_seconds, handled.error)
             entry.next_step = handled.next_step
             if handled.error is not None:
                 raise handled.error

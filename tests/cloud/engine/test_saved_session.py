@@ -314,3 +314,17 @@ def test_a_server_waits_until_the_edge_has_its_half_too(stub, server: CloudServe
 
     server.wait_for_checkpoints(SECONDS, Hurry())
     assert next(Hurry.acts, None) is None, "each was waited for"
+
+
+def test_a_request_that_only_checks_makes_no_session_of_a_checkpoint(server, stub, edge, monkeypatch) -> None:
+    run = Run(stub, edge)
+    run.train(1)
+    saved = run.save()
+    run.stream.end()
+    made: list[object] = []
+    monkeypatch.setattr("sft_cloud.engine.opener.make_session", lambda *arguments: made.append(arguments))
+    request = edge.request(run_id=RUN, resume_from=[saved.id], weights_sha256="", factors_sha256="", only_check=True)
+    response = stub.OpenSession(request, timeout=SECONDS)
+    assert (response.session_id, list(response.missing_blobs), made) == ("", [], [])
+    request.resume_from[0].step += 1
+    assert refusal(lambda: stub.OpenSession(request))[0] is grpc.StatusCode.FAILED_PRECONDITION

@@ -10,12 +10,13 @@ from support.calls import SECONDS, Stream, download, open_session, refusal
 from support.engine_elsewhere import EngineElsewhere, crossed
 from support.tiny_edge import attach
 
-from sft.errors import ServerUnavailableError, SessionLostError
+from sft.errors import ServerUnavailableError, SessionLostError, SFTError
 from sft.v1 import split_training_pb2 as pb
-from sft_cloud.errors import PreconditionError
+from sft_cloud.errors import PreconditionError, UnauthenticatedError
 from sft_cloud.identity import ANONYMOUS, Identity, Limits
 from sft_cloud.observability.metrics import Metrics
 from sft_cloud.observability.observer import Observer
+from sft_cloud.session.session import Session
 
 RUN = "0123456789abcdef" * 2
 
@@ -100,6 +101,22 @@ def test_what_cannot_cross_is_found_out(value):
         crossed(value)
 
 
+def every_error(kind=SFTError):
+    yield kind
+    for below in kind.__subclasses__():
+        yield from every_error(below)
+
+
+@pytest.mark.parametrize("kind", sorted(set(every_error()), key=str))
+def test_every_error_of_ours_crosses(kind):
+    arrived = crossed(kind("what was wrong"))
+    assert (type(arrived), str(arrived)) == (kind, "what was wrong")
+
+
+def test_so_does_what_is_not_for_the_caller():
+    assert crossed(UnauthenticatedError("who are you?", "expired")).reason == "expired"
+
+
 def test_who_calls_crosses():
     owner = Identity("ann", Limits(max_sessions=2, models=("bert-*",)), sees_all=True)
     assert crossed(owner) == owner
@@ -147,6 +164,37 @@ def test_a_request_that_only_checks_makes_no_session(server, stub, edge):
     response = server.engine.open("new", edge.request(only_check=True), ANONYMOUS)
     assert (response.session_id, list(response.missing_blobs)) == ("", [])
     assert server.engine._sessions == before
+
+
+@pytest.mark.parametrize("optimizer_state", [False, True])
+def test_a_download_lists_its_tensors_once(server, stub, edge, monkeypatch, optimizer_state):
+    session_id = open_session(stub, edge)
+    stream = Stream(stub, attach(session_id))
+    next(stream.call)
+    train(stream, edge, 0)
+    listed = []
+    name = "stored_optimizer_state" if optimizer_state else "stored_parameters"
+    original = getattr(Session, name)
+    monkeypatch.setattr(Session, name, lambda session: listed.append(session.version) or original(session))
+    first = download(stub, session_id, optimizer_state)
+    assert download(stub, session_id, optimizer_state) == first
+    assert listed == [1]
+    train(stream, edge, 1)
+    assert download(stub, session_id, optimizer_state) != first
+    assert listed == [1, 2]
+
+
+def test_a_session_that_nobody_will_ask_for_is_closed(server, stub, edge, monkeypatch):
+    """One that was made for a caller for whom no entry could be."""
+
+    def no_entry(*_, **__):
+        raise KeyError("a bug")
+
+    monkeypatch.setattr("sft_cloud.service.registry.Entry", no_entry)
+    weights, factors = edge.request().weights_sha256, edge.request().factors_sha256
+    assert {weights, factors} != {""}
+    assert refusal(lambda: open_session(stub, edge))[0] is grpc.StatusCode.INTERNAL
+    assert server.engine._sessions == {}
 
 
 def test_an_engine_that_was_shut_down(server, stub, edge):

@@ -176,7 +176,7 @@ def test_work_on_a_message_is_timed_and_traced(told):
     with spans.tracer.span("forward", asks=True) as asked:
         message = pb.EdgeMessage(step=3, micro_batch=1, forward=pb.Forward(), trace_parent=asked.parent)
         with observer.message("anna", "Xy12", message) as watch:
-            watch.worked(0.25, 0.5)
+            watch.worked(0.25, 0.5, None)
             watch.answered(pb.CloudMessage(), (1, 1), steps=1, repeated=False)
     assert told.work == [("anna", 0.25, 0.5)]
     assert told.answers == [("anna", 1, False)]
@@ -187,6 +187,19 @@ def test_work_on_a_message_is_timed_and_traced(told):
     ]
     server = next(span for span in spans.named("forward") if span.kind.name == "SERVER")
     assert server.attributes == {"sft.tenant": "anna", "sft.session": "Xy12", "sft.step": 3, "sft.micro_batch": 1}
+
+
+def test_work_that_failed_is_a_span_that_failed():
+    spans = RecordedSpans()
+    with spans.tracer.span("forward", asks=True) as asked:
+        message = pb.EdgeMessage(forward=pb.Forward(), trace_parent=asked.parent)
+        with Observer(None, spans.tracer).message("anna", "Xy12", message) as watch:
+            watch.worked(0.25, 0.5, AccessError("not for you"))
+    (work,) = spans.named("work on the device")
+    assert work.status.description == "AccessError"
+    assert work.end_time - work.start_time == 500_000_000
+    (waiting,) = spans.named("wait for the device")
+    assert waiting.status.is_unset
 
 
 def test_without_a_tracer_a_message_makes_no_span():
