@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from datetime import date
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,18 +28,41 @@ def problems(changelog: str, version_file: str, citation: str, tag: str | None =
         wrong.append("CHANGELOG.md has no version")
     elif released[0][0] != version:
         wrong.append(f"CHANGELOG.md has {released[0][0]} as its newest version, common/sft/version.py has {version}")
+    wrong += _problems_of_order([heading[0] for heading in released])
     cited = re.search(r'^version: "?([^"\n]*)', citation, flags=re.MULTILINE)
     if cited is None or cited[1] != version:
         wrong.append(f"CITATION.cff has version {cited[1] if cited else 'none'}, common/sft/version.py has {version}")
     if tag is not None:
         if tag != f"v{version}":
             wrong.append(f"the tag is {tag}, and should be v{version}")
-        if released and not re.fullmatch(r" - \d{4}-\d{2}-\d{2}", released[0][1]):
-            wrong.append(f"CHANGELOG.md: [{released[0][0]}] has no date: ` - YYYY-MM-DD`")
+        if released:
+            wrong += _problems_of_date(*released[0], citation)
+            if not re.search(rf"^## \[{re.escape(released[0][0])}\].*\n(?:\s*\n)*(?!## )\S", changelog, re.MULTILINE):
+                wrong.append(f"CHANGELOG.md: [{released[0][0]}] says nothing")
         waiting = re.search(r"^## \[Unreleased\]\n(.*?)(?=^## |\Z)", changelog, flags=re.MULTILINE | re.DOTALL)
         if waiting is not None and waiting[1].strip():
             wrong.append("CHANGELOG.md: what is under [Unreleased] belongs to the version that is tagged")
     return wrong
+
+
+def _problems_of_date(version: str, heading: str, citation: str) -> list[str]:
+    cited = re.search(r'^date-released: "?([^"\n]*)', citation, flags=re.MULTILINE)
+    try:
+        day = str(date.fromisoformat(heading[3:] if heading.startswith(" - ") else ""))
+    except ValueError:
+        return [f"CHANGELOG.md: [{version}] has no date: ` - YYYY-MM-DD`"]
+    if cited is None or cited[1] != day:
+        return [f"CITATION.cff was released {cited[1] if cited else 'on no date'}, CHANGELOG.md says {day}"]
+    return []
+
+
+def _problems_of_order(released: list[str]) -> list[str]:
+    numbers = [tuple(map(int, version.split("."))) for version in released if re.fullmatch(r"\d+\.\d+\.\d+", version)]
+    return [
+        f"CHANGELOG.md: {'.'.join(map(str, older))} stands below {'.'.join(map(str, newer))}"
+        for newer, older in pairwise(numbers)
+        if older >= newer
+    ]
 
 
 def main() -> int:
@@ -45,8 +70,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tag", help="the tag of the release; without it, or empty, there is none yet")
     tag = parser.parse_args().tag or None
-    texts = [(ROOT / name).read_text(encoding="utf-8") for name in FILES]
-    wrong = problems(*texts, tag)
+    try:
+        wrong = problems(*((ROOT / name).read_text(encoding="utf-8") for name in FILES), tag)
+    except OSError as error:
+        wrong = [f"{error.filename}: {error.strerror}"]
     for line in wrong:
         sys.stderr.write(f"{line}\n")
     if not wrong:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Optional
 
 import pytest
 from support.jobs import error_line
@@ -78,3 +79,14 @@ def test_help_does_without_torch(tmp_path: Path) -> None:
         )
         assert (done.returncode, done.stderr) == (0, "")
         assert done.stdout.startswith("usage: ")
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, "0"), ("1", "1")])
+def test_grpc_prepares_for_no_fork_unless_it_was_told_to(before: Optional[str], after: str) -> None:
+    name = "GRPC_ENABLE_FORK_SUPPORT"
+    environment = {**os.environ, **({name: before} if before else {})}
+    if before is None:
+        environment.pop(name, None)
+    code = f"import os, sft_edge; print(os.environ[{name!r}])"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    assert done.stdout.strip() == after

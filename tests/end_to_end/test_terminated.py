@@ -75,6 +75,7 @@ def test_a_server_and_then_an_edge(
     wait_for(edge, "step 5/")
     server.send_signal(signal.SIGTERM)
     assert server.wait(SECONDS) == 0
+    # The one in its place is no process: how such a one ends was seen just now.
     with stopped_at_the_end(start_server(tmp_path / "cloud", 2, port=port)):
         wait_for(edge, "going on from step")
         wait_for(edge, "loss")

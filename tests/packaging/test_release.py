@@ -22,7 +22,7 @@ _SPEC.loader.exec_module(check_release)
 
 CHANGELOG = "# Changelog\n\n## [Unreleased]\n\n## [1.2.0] - 2026-02-03\n\n- New.\n\n## [1.1.0]\n\n- Old.\n"
 VERSION = '"""The version."""\n\n__version__ = "1.2.0"\n'
-CITATION = "cff-version: 1.2.0\nversion: 1.2.0\n"
+CITATION = "cff-version: 1.2.0\nversion: 1.2.0\ndate-released: 2026-02-03\n"
 GOOD = {"changelog": CHANGELOG, "version_file": VERSION, "citation": CITATION, "tag": None}
 
 
@@ -52,6 +52,24 @@ WAITING = CHANGELOG.replace("## [Unreleased]\n", "## [Unreleased]\n\n- Waits.\n"
         ({"citation": "cff-version: 1.2.0\n"}, "CITATION.cff has version none, common/sft/version.py has 1.2.0"),
         ({"citation": "version: 1.1.0\n"}, "CITATION.cff has version 1.1.0, common/sft/version.py has 1.2.0"),
         ({"tag": "v1.1.0"}, "the tag is v1.1.0, and should be v1.2.0"),
+        (
+            {"changelog": CHANGELOG.replace("1.1.0", "1.3.0")},
+            "CHANGELOG.md: 1.3.0 stands below 1.2.0",
+        ),
+        ({"changelog": CHANGELOG.replace("1.1.0", "1.2.0")}, "CHANGELOG.md: 1.2.0 stands below 1.2.0"),
+        (
+            {"tag": "v1.2.0", "changelog": CHANGELOG.replace("02-03", "99-99")},
+            "CHANGELOG.md: [1.2.0] has no date: ` - YYYY-MM-DD`",
+        ),
+        (
+            {"tag": "v1.2.0", "changelog": CHANGELOG.replace("02-03", "02-04")},
+            "CITATION.cff was released 2026-02-03, CHANGELOG.md says 2026-02-04",
+        ),
+        (
+            {"tag": "v1.2.0", "citation": "version: 1.2.0\n"},
+            "CITATION.cff was released on no date, CHANGELOG.md says 2026-02-03",
+        ),
+        ({"tag": "v1.2.0", "changelog": CHANGELOG.replace("- New.\n\n", "")}, "CHANGELOG.md: [1.2.0] says nothing"),
         ({"tag": "1.2.0"}, "the tag is 1.2.0, and should be v1.2.0"),
         (
             {"tag": "v1.2.0", "changelog": CHANGELOG.replace(" - 2026-02-03", "")},

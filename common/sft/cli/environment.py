@@ -1,6 +1,6 @@
 """What a bug report needs to know of a machine, and nothing that says whose it is.
 
-Paths into home directories lose them. Of environment variables those whose values are numbers and words are shown; of
+Of a path only its end is told. Of environment variables those whose values are numbers and words are shown; of
 others that matter, tokens among them, only that they are set.
 """
 
@@ -15,7 +15,7 @@ import warnings
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Union
 
 from sft.printable import format_bytes, printable
 from sft.version import __version__
@@ -64,6 +64,9 @@ _NAMED = (
 _HARMLESS = re.compile(r"[A-Za-z0-9_.,:=-]{0,80}")
 """A number, a word, a list of them; no path and no URL."""
 
+_DIRECTORIES = re.compile(r"(?:\b[A-Za-z]:)?[/\\](?:[^/\\:'\"\n]+[/\\])+")
+"""Of a path, all but its end. Names may have spaces in them, so that what stands between two paths goes, too."""
+
 _RELEASES = (Path("/etc/os-release"), Path("/etc/nv_tegra_release"), Path("/proc/device-tree/model"))
 """The distribution; on a Jetson its JetPack and its board."""
 
@@ -71,6 +74,12 @@ _RELEASES = (Path("/etc/os-release"), Path("/etc/nv_tegra_release"), Path("/proc
 def environment() -> Dict[str, Any]:
     """What there is, as JSON has it. What is missing or broken is said in its place; nothing is raised."""
     libraries = {name: _library(name, module) for name, module in _LIBRARIES.items()}
+    torch = None
+    if not libraries["torch"]["error"]:
+        try:
+            torch = _torch()
+        except Exception as error:  # it can be imported, and is not whole, or another module of that name
+            libraries["torch"]["error"] = f"does not work: {_anonymous(error)}"
     return {
         "package": __version__,
         "python": f"{platform.python_version()} {platform.python_implementation()}",
@@ -79,7 +88,7 @@ def environment() -> Dict[str, Any]:
         "system": _system(),
         "cpus": {"present": os.cpu_count(), "usable": _usable_cpus()},
         "memory_bytes": _memory_bytes(),
-        "torch": None if libraries["torch"]["error"] else _torch(),
+        "torch": torch,
         "variables": {name: _value(os.environ[name]) for name in _SHOWN if name in os.environ},
         "variables_set": [name for name in _NAMED if os.environ.get(name)],
     }
@@ -118,10 +127,10 @@ def _library(name: str, module: str) -> Dict[str, Optional[str]]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             imported = importlib.import_module(module)
-    except Exception as error:  # whatever a broken installation raises
+    except (Exception, SystemExit) as error:  # whatever a broken installation raises
         if isinstance(error, ModuleNotFoundError) and version is None and module.startswith(error.name or "?"):
             return {"version": None, "error": "not installed"}
-        return {"version": version, "error": f"cannot be imported: {_anonymous(f'{type(error).__name__}: {error}')}"}
+        return {"version": version, "error": f"cannot be imported: {_anonymous(error)}"}
     return {"version": version or str(getattr(imported, "__version__", "of an unknown version")), "error": None}
 
 
@@ -176,9 +185,9 @@ def _torch() -> Dict[str, Any]:
                         }
                     )
         except Exception as error:  # a driver and a torch that do not go together raise many things
-            cuda = f"{torch.version.cuda}, but {_anonymous(f'{type(error).__name__}: {error}')}"
+            cuda = f"{torch.version.cuda}, but {_anonymous(error)}"
     if warned:
-        cuda += f": {_anonymous(str(warned[0].message))}"
+        cuda += f": {_anonymous(warned[0].message)}"
     return {
         "threads": {"within": torch.get_num_threads(), "between": torch.get_num_interop_threads()},
         "cuda": cuda,
@@ -190,7 +199,7 @@ def _value(text: str) -> Optional[str]:
     return text if _HARMLESS.fullmatch(text) else None
 
 
-def _anonymous(text: str) -> str:
-    """One line of at most 300 characters, in which `~` stands for every home directory."""
-    text = text.replace(os.path.expanduser("~"), "~") if os.path.expanduser("~") != "/" else text
-    return printable(re.sub(r"/(?:home|Users)/[^/\s:'\"]+", "~", text))[:300]
+def _anonymous(error: Union[BaseException, str]) -> str:
+    """One line of at most 300 characters, in which of every path its end alone is left: the rest may name somebody."""
+    text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
+    return printable(_DIRECTORIES.sub("…/", text))[:300]

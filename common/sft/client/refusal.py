@@ -5,7 +5,6 @@ UNIMPLEMENTED                                    ProtocolError: not an sft-cloud
 RESOURCE_EXHAUSTED                               ServerFullError, with the server's sentence
 RESOURCE_EXHAUSTED, a message over gRPC's limit  ProtocolError
 FAILED_PRECONDITION, INVALID_ARGUMENT            ProtocolError, with the server's sentence
-NOT_FOUND                                        SessionLostError, with the server's sentence
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import Optional
 import grpc
 
 from sft.client.credentials import TOKEN_VARIABLE, Credentials
-from sft.errors import AccessError, LinkError, ProtocolError, ServerFullError, SessionLostError
+from sft.errors import AccessError, LinkError, ProtocolError, ServerFullError
 
 
 def refusal(code: grpc.StatusCode, details: str, address: str, credentials: Credentials) -> Optional[LinkError]:
@@ -29,8 +28,6 @@ def refusal(code: grpc.StatusCode, details: str, address: str, credentials: Cred
         return ProtocolError(not_ours(address))
     if code == grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" not in details:
         return ServerFullError(f"{address} has no room: {details}")
-    if code == grpc.StatusCode.NOT_FOUND:
-        return SessionLostError(f"{address}: {details}")
     if code in (
         grpc.StatusCode.RESOURCE_EXHAUSTED,
         grpc.StatusCode.FAILED_PRECONDITION,

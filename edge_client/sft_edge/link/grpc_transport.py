@@ -36,6 +36,7 @@ from sft.errors import (
     LinkError,
     NotOursError,
     ServerUnavailableError,
+    SessionLostError,
     SFTError,
     StreamBrokenError,
 )
@@ -218,6 +219,8 @@ class GrpcTransport(Transport):
         )
 
     def _refusal(self, code: grpc.StatusCode, details: str) -> Optional[LinkError]:
+        if code == grpc.StatusCode.NOT_FOUND:
+            return SessionLostError(f"{self._address}: {details}")
         return refusal(code, details, self._address, self._credentials)
 
     def _why_not_reachable(self) -> Optional[str]:

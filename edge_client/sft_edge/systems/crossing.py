@@ -96,7 +96,12 @@ class Crossing:
         """Net_2's, as they are on the wire, where labels stay; where they travel, the logits if they were wanted."""
         answer = self.wait()
         if self.labels_travel:
-            return answer.result.logits if answer.result.HasField("logits") else None
+            if not answer.result.HasField("logits"):
+                return None
+            logits = pb.Tensor()
+            logits.CopyFrom(answer.result.logits)
+            answer.result.ClearField("logits")  # likewise
+            return logits
         self._answer = pb.CloudMessage()  # they may be large, and it may be long until the answer to `go_back`
         return answer.outputs.logits
 

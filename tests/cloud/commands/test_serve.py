@@ -114,7 +114,8 @@ def test_it_announces_itself_serves_and_ends_on_sigterm(start, channel, connect,
     assert session_id not in process.log.read_text()
 
 
-def test_it_ends_on_ctrl_c_though_an_edge_is_idle(start, connect, edge):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_it_ends_though_an_edge_is_idle(start, connect, edge, number):
     process = start()
     stub = connect(process.address)
     for sha256, content in edge.blobs().items():
@@ -127,7 +128,7 @@ def test_it_ends_on_ctrl_c_though_an_edge_is_idle(start, connect, edge):
 
     call = stub.Train(messages())
     assert next(call).HasField("attached")
-    process.child.send_signal(signal.SIGINT)
+    process.child.send_signal(number)
     assert process.ends_with() == 0
     with pytest.raises(grpc.RpcError) as caught:
         next(call)

@@ -9,7 +9,7 @@ import pytest
 
 from sft.client.credentials import Credentials
 from sft.client.refusal import refusal
-from sft.errors import AccessError, LinkError, ProtocolError, ServerFullError, SessionLostError
+from sft.errors import AccessError, LinkError, ProtocolError, ServerFullError
 
 WITH_TOKEN = Credentials(read_token=lambda: "secret")
 
@@ -24,7 +24,6 @@ WITH_TOKEN = Credentials(read_token=lambda: "secret")
         ("RESOURCE_EXHAUSTED", "Sent message larger than max", ProtocolError, "refuses: Sent message larger"),
         ("FAILED_PRECONDITION", "version 2", ProtocolError, "there:1 refuses: version 2"),
         ("INVALID_ARGUMENT", "shape", ProtocolError, "there:1 refuses: shape"),
-        ("NOT_FOUND", "no session", SessionLostError, "there:1: no session"),
     ],
 )
 def test_what_a_server_says_no_with(code: str, details: str, kind: Type[LinkError], message: str) -> None:

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import pytest
 import torch
@@ -84,18 +84,57 @@ def test_what_is_broken_is_told_in_its_line(tmp_path: Path) -> None:
     """And says neither whose directory it is in, nor keeps the rest from being told."""
     home = tmp_path / "alice"
     (tmp_path / "torch.py").write_text(f"raise OSError('{home}/lib/libtorch.so: cannot open shared object\\nfile')")
-    (tmp_path / "transformers.py").write_text("raise RuntimeError('see /home/bob/notes and /Users/carol/notes')")
+    (tmp_path / "transformers.py").write_text(
+        "raise RuntimeError('see /home/bob/notes.txt: or /Users/Carol Smith/notes.txt')"
+    )
     (tmp_path / "peft.py").write_text("import a_module_that_nobody_has")
     out, errors = run_with(tmp_path, home)
     assert errors == ""
     rows = rows_of(out)
-    lost = "cannot be imported: OSError: ~/lib/libtorch.so: cannot open shared object file"
+    lost = "cannot be imported: OSError: …/libtorch.so: cannot open shared object file"
     assert rows["torch"].partition(", but ")[2] == lost
-    assert rows["transformers"].endswith("but cannot be imported: RuntimeError: see ~/notes and ~/notes")
+    assert rows["transformers"].endswith("but cannot be imported: RuntimeError: see …/notes.txt: or …/notes.txt")
     assert "but cannot be imported: ModuleNotFoundError: No module named 'a_module_that_nobody_has'" in rows["peft"]
     assert rows["numpy"][0].isdigit()
     assert "threads" not in rows
     assert "cuda" not in rows
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "does not work: AttributeError: module 'torch' has no attribute 'backends'"),
+        ("raise SystemExit('no /srv/alice/gpu')", "cannot be imported: SystemExit: no …/gpu"),
+    ],
+    ids=["half there", "ends the process"],
+)
+def test_a_torch_that_is_none(tmp_path: Path, content: Optional[str], said: str) -> None:
+    """As an interrupted `pip uninstall` leaves it, and worse."""
+    stub = tmp_path / ("torch.py" if content else "torch/__init__.py")
+    stub.parent.mkdir(exist_ok=True)
+    stub.write_text(content or "")
+    out, errors = run_with(tmp_path, tmp_path)
+    assert errors == ""
+    rows = rows_of(out)
+    assert rows["torch"].endswith(said)
+    assert rows["numpy"][0].isdigit()
+    assert "threads" not in rows
+
+
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        ("/scratch/alice/env/lib/x.so", "…/x.so"),
+        ("/Users/Carol Smith/x.so", "…/x.so"),
+        ("C:\\Users\\dave\\x.dll", "…/x.dll"),
+        ("/home/alice/", "…/"),
+        ("in '/home/alice/a' and \"/mnt/d/bob/b\"", "in '…/a' and \"…/b\""),
+        ("and/or", "and/or"),
+        ("CUDA 11.4/8600", "CUDA 11.4/8600"),
+    ],
+)
+def test_of_a_path_its_end_is_told(path: str, told: str) -> None:
+    assert environment._anonymous(path) == told
 
 
 def test_what_is_not_installed_is_told(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,7 +166,7 @@ def test_a_gpu_and_a_driver_that_complains(capsys: pytest.CaptureFixture[str], m
     monkeypatch.setattr(torch.cuda, "get_device_properties", fails)
     assert main(["env"]) == 0
     rows = rows_of(capsys.readouterr().out)
-    assert rows["cuda"] == "11.4, but RuntimeError: CUDA driver error of ~/x"
+    assert rows["cuda"] == "11.4, but RuntimeError: CUDA driver error of …/x"
     assert "cuda:0" not in rows
 
 

@@ -36,9 +36,11 @@ def test_every_kind_of_task(tmp_path: Path, model: Path, task: str, capsys: pyte
     assert results["wire_bytes_sent"] == results["wire_payload_bytes_received"] == 0
     assert results["wire_reduction"] is None
 
-    # In the batches of training: how far rows are padded shows in the last bits, and a correlation of predictions that
-    # are nearly alike shows them in the fifth digit.
-    data = {"data_dir": job.data_dir, "task": task, "per_device_eval_batch_size": 8}
+    data = {"data_dir": job.data_dir, "task": task}
+    if task == "stsb":
+        # In the batches of training: how far rows are padded shows in the last bits, and a correlation of predictions
+        # that are nearly alike shows them in the fifth digit.
+        data["per_device_eval_batch_size"] = 8
     assert main(["evaluate", *flags(model=output_dir, **data)]) == 0
     evaluated = json.loads(capsys.readouterr().out)
     for name in set(evaluated) - {"eval_runtime", "eval_samples_per_second"}:
