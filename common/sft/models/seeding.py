@@ -24,6 +24,12 @@ def derive_seed(seed: int, *parts: object) -> int:
 def seeded(device: torch.device, seed: int, *parts: object) -> Iterator[None]:
     """Seeds torch's generators of the CPU and of `device` for the block, and restores them after it."""
     devices = [device] if device.type == "cuda" else []
+    derived = derive_seed(seed, *parts)
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(derive_seed(seed, *parts))
+        # Not `torch.manual_seed`: that seeds every kind of device there could be, and for each that is not there it
+        # writes down the whole stack, which takes a millisecond, for every parameter that is drawn.
+        torch.default_generator.manual_seed(derived)
+        if devices:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(derived)
         yield
