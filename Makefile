@@ -12,8 +12,9 @@ PROTO_PYTHON ?= $(PYTHON)
 PROTO := proto/sft/v1/split_training.proto
 # Tests that take longer than about ten seconds run only with SLOW=1.
 SLOW ?= 0
-# A process for each core, which takes about a gigabyte; who has nothing left to do takes over from another.
-PYTEST = $(BIN)/pytest --numprocesses logical --maxprocesses 8 --dist worksteal
+# A process for each core, which takes about a gigabyte; who has nothing left to do takes over from another. Where no
+# bytecode may be written each of the hundred processes that the tests start would compile everything anew.
+PYTEST = env -u PYTHONDONTWRITEBYTECODE $(BIN)/pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 # Bandwidth of `make emulate`, in tc's units.
 RATE ?= 100mbit
 
