@@ -60,6 +60,7 @@ def wait_for(process: subprocess.Popen[str], words: str) -> None:
     assert any(words in line for line in process.stderr), f"no line had {words!r} in it"
 
 
+@pytest.mark.slow
 def test_a_server_and_then_an_edge(
     start: Callable[..., subprocess.Popen[str]],
     job: Job,
@@ -96,6 +97,7 @@ def test_a_server_and_then_an_edge(
     assert same_bits(saved, {name: expected[name] for name in saved})
 
 
+@pytest.mark.slow
 def test_a_server_with_an_edge_that_does_not_save(
     start: Callable[..., subprocess.Popen[str]], job: Job, model: Path, tmp_path: Path
 ) -> None:
