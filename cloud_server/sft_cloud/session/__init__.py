@@ -1,4 +1,4 @@
-"""Algorithm 1, lines 6 to 11 and 14, without a word about the network."""
+"""Algorithm 1, lines 8 to 11 and 14, without a word about the network."""
 
 from sft_cloud.session.memory import (
     BatchMemory,

@@ -1,4 +1,4 @@
-"""One edge's net_2 and its state: Algorithm 1, lines 6 to 11 and 14, without a word about the network.
+"""One edge's net_2 and its state: Algorithm 1, lines 8 to 11 and 14, without a word about the network.
 
     READY --forward--> ACCUMULATING --forward, backward--> ACCUMULATING
       ^                   |      |

@@ -131,7 +131,8 @@ def _library(name: str, module: str) -> Dict[str, Optional[str]]:
         if isinstance(error, ModuleNotFoundError) and version is None and module.startswith(error.name or "?"):
             return {"version": None, "error": "not installed"}
         return {"version": version, "error": f"cannot be imported: {_anonymous(error)}"}
-    return {"version": version or str(getattr(imported, "__version__", "of an unknown version")), "error": None}
+    own = getattr(imported, "__version__", None)  # of torch with its build, which a package's metadata may lack
+    return {"version": str(own or version or "of an unknown version"), "error": None}
 
 
 def _system() -> List[str]:

@@ -122,7 +122,7 @@ class Link:
         frozen_edge: bool = False,
         autocast: pb.DataType = pb.DATA_TYPE_UNSPECIFIED,
     ) -> PendingReply:
-        """Algorithm 1, lines 6 to 11, for one micro-batch; what is held rides along.
+        """Algorithm 1, lines 7 to 11, for one micro-batch; what is held rides along.
 
         With labels the reply holds a `Result`, see `pb.Forward` for what `loss_scale` 0 means. Without labels it holds
         `Outputs`, and the cloud waits for `backward`. Returns at once: several micro-batches may be on their way.
@@ -260,7 +260,7 @@ class Link:
         self._send("committed", message, payload_bytes=0).result()
 
     def save_checkpoint(self) -> pb.CheckpointSaved:
-        """First half of a checkpoint after every commit so far: the cloud's half is where it survives the process.
+        """First phase of a checkpoint after every commit so far: the cloud's half is where it survives the process.
 
         Raises StorageError when the cloud could not save it; the session goes on.
         """
@@ -273,7 +273,7 @@ class Link:
         return saved
 
     def keep_checkpoints(self, steps: Sequence[int]) -> None:
-        """Second half: these are the steps that are whole here; the cloud may delete the others of the run."""
+        """After its second phase: the steps that are whole here; the cloud may delete the others of the run."""
         message = self._beside()
         message.keep_checkpoints.steps.extend(steps)
         self._send("committed", message, payload_bytes=0).result()

@@ -1,4 +1,4 @@
-"""The split step, Algorithm 1, lines 6 to 11: an activation goes to the cloud's half, and its gradient comes back.
+"""The split step, Algorithm 1, lines 7 to 11: an activation goes to the cloud's half, and its gradient comes back.
 
     labels travel     Forward(labels)     -> Result
     labels stay       Forward             -> Outputs
