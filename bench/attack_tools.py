@@ -72,7 +72,7 @@ def serving(directory: Path, flags: list[str]) -> Iterator[Server]:
     command += [f"--state-dir={directory / 'state'}", f"--tokens={tokens}", "--stall-timeout=2s", "--idle-timeout=2s"]
     command += [
         "--opens-per-minute=200",
-        f"--memory-limit={64 << 20}",
+        f"--memory-limit={640 << 20}",
         f"--audit-log={directory / 'audit.jsonl'}",
         *flags,
     ]

@@ -40,13 +40,13 @@ from sft.wire.protocol import CLIENT_OPTIONS  # noqa: E402
 
 STEPS = 20
 THREADS = 3
-MEMORY_LIMIT = 256 << 20
-MARGIN = 256 << 20
-"""For messages on their way and what the allocators of Python and torch keep: not of sessions."""
+MEMORY_LIMIT = 640 << 20
+MARGIN = 64 << 20
+"""For what is too small to be charged, and what the allocators of Python and torch keep."""
 
 
 class Memory(threading.Thread):
-    """The resident memory of a process, looked at ten times a second."""
+    """What a process has in memory beside pages of files, looked at ten times a second."""
 
     def __init__(self, pid: int) -> None:
         super().__init__(daemon=True)
@@ -56,7 +56,7 @@ class Memory(threading.Thread):
 
     def now(self) -> int:
         """Bytes."""
-        (line,) = (line for line in self._status.read_text().splitlines() if line.startswith("VmRSS"))
+        (line,) = (line for line in self._status.read_text().splitlines() if line.startswith("RssAnon"))
         return int(line.split()[1]) << 10
 
     def run(self) -> None:
@@ -166,10 +166,10 @@ def report(server: subprocess.Popen[bytes], address: str, edge: TinyEdge, messag
     for other in {one for one in beside if one != alone}:
         print(f"  instead: {other}")
     before_, after_, peak, limit = (size >> 20 for size in (before, after, memory.peak, MEMORY_LIMIT))
-    print(f"resident memory: {before_} MiB before, {after_} after, {peak} at most; sessions may take {limit}")
+    print(f"memory: {before_} MiB before, {after_} after, {peak} at most; the limit is {limit}")
     for failure in failures[:10]:
         print("  " + failure)
-    within = memory.peak <= before + MEMORY_LIMIT + MARGIN
+    within = memory.peak <= MEMORY_LIMIT + MARGIN
     return (
         lives and not failures and not tracebacks and bool(beside) and same == len(beside) and again == alone and within
     )

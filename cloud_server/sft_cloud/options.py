@@ -152,7 +152,8 @@ class LimitOptions:
     the disk holds)"""
 
     memory_limit: int | None = None
-    """bytes that the sessions may take together (default: four fifths of the device's memory)"""
+    """bytes that the whole process may take, or its tensors on a GPU (default: four fifths of what there is, of the
+    container's)"""
 
     download_models: bool = False
     """fetch models from the hub when a caller names one that is not here; otherwise the caller uploads its weights"""

@@ -75,6 +75,9 @@ class CloudServer:
         host, port = options.host, options.port
         _check_bindable(host, port, dashes)
         audit = AuditLog(None) if audit is None else audit
+        opener = make_opener(options, limits) if opener is None else opener
+        self.memory = opener.budget
+        """What all that it holds for its callers has to fit into."""
         self.quotas = Quotas(options.max_sessions, limits.opens_per_minute)
         self.deadlines = Deadlines(limits.stall_timeout, limits.idle_timeout)
         self.admission = AdmissionInterceptor(self.quotas, self.deadlines, audit)
@@ -102,7 +105,7 @@ class CloudServer:
             ) from error
         self.address = _address(host, self.port)
         """`host:port`, with the port that was taken."""
-        self.engine = start_engine(options, make_opener(options, limits) if opener is None else opener)
+        self.engine = start_engine(options, opener)
 
         def closed(entry: Entry, reason: str) -> None:
             try:

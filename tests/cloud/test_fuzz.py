@@ -5,6 +5,7 @@ import pytest
 from support.fuzzing import Fuzzer, good_run
 
 from sft.wire.protocol import CLIENT_OPTIONS
+from sft_cloud.memory import process_bytes
 from sft_cloud.options import LimitOptions
 
 KINDS = ("OpenSessionRequest", "UploadBlobRequest", "EdgeMessage, first", "DownloadWeightsRequest", "ProbeRequest")
@@ -12,7 +13,9 @@ KINDS = ("OpenSessionRequest", "UploadBlobRequest", "EdgeMessage, first", "Downl
 
 @pytest.mark.parametrize("seed", range(3))
 def test_almost_sound_messages(start_server, connect, edge, seed):
-    server = start_server(max_sessions=16, limits=LimitOptions(opens_per_minute=10_000, memory_limit=64 << 20))
+    server = start_server(
+        max_sessions=16, limits=LimitOptions(opens_per_minute=10_000, memory_limit=process_bytes() + (64 << 20))
+    )
     stub = connect(server.address)
     alone = good_run(stub, edge, 3)
     with grpc.insecure_channel(server.address, options=CLIENT_OPTIONS) as channel:

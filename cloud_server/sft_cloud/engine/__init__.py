@@ -5,7 +5,7 @@ from sft_cloud.engine.in_process import InProcessEngine
 from sft_cloud.engine.opener import Opener, TransformersOpener
 from sft_cloud.engine.request import check_request, check_version
 from sft_cloud.engine.saved_session import Checkpoints
-from sft_cloud.engine.start import make_opener, start_engine, uploads
+from sft_cloud.engine.start import make_budget, make_opener, start_engine, uploads
 from sft_cloud.engine.weights import WeightsFinder
 from sft_cloud.engine.worker import Run
 
@@ -21,6 +21,7 @@ __all__ = [
     "WeightsFinder",
     "check_request",
     "check_version",
+    "make_budget",
     "make_opener",
     "start_engine",
     "uploads",

@@ -18,10 +18,9 @@ from sft.models.weights import fill
 from sft.optim.spec import make_optimizer
 from sft.tensors.stream import StoredTensor
 from sft_cloud.engine.request import SessionSpec, blames_config
+from sft_cloud.memory import MemoryBudget, MemoryShare
 from sft_cloud.session import (
     BatchMemory,
-    MemoryBudget,
-    MemoryShare,
     Session,
     TransformersUpperHalf,
     measure,
@@ -79,7 +78,7 @@ def make_session(
     Adapters that are among `tensors` are the edge's own: downloads then hold them as they are, and merge nothing.
     Raises ProtocolError and UsageError, and ServerFullError where it does not fit into the `budget` beside the others.
     """
-    share = MemoryShare() if budget is None else budget.open(built.needed_bytes)
+    share = MemoryShare(budget, built.needed_bytes)
     try:
         session = _make_session(spec, built.net_2, tensors, device, find_blob, share)
     except BaseException:

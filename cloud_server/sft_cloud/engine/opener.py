@@ -14,7 +14,8 @@ from sft_cloud.engine.weights import WeightsFinder
 from sft_cloud.engine.worker import Run
 from sft_cloud.errors import PreconditionError
 from sft_cloud.identity import Identity
-from sft_cloud.session import MemoryBudget, Session
+from sft_cloud.memory import MemoryBudget
+from sft_cloud.session import Session
 from sft_cloud.storage import BlobStore
 
 
@@ -24,6 +25,10 @@ class Opener(Protocol):
     @property
     def device(self) -> torch.device:
         """On which they compute."""
+
+    @property
+    def budget(self) -> MemoryBudget:
+        """What all that the server holds for its callers has to fit into."""
 
     @property
     def checkpoints(self) -> Checkpoints | None:
@@ -48,12 +53,12 @@ class TransformersOpener:
         checkpoints: Checkpoints | None = None,
         budget: MemoryBudget | None = None,
     ) -> None:
-        """Without `checkpoints` no run goes on; all sessions together take at most the `budget`."""
+        """Without `checkpoints` no run goes on; all of the server takes at most the `budget`."""
         self.device = device
         self._store = store
         self._weights = weights
         self.checkpoints = checkpoints
-        self.budget = budget
+        self.budget = MemoryBudget() if budget is None else budget
 
     def open(self, request: pb.OpenSessionRequest, owner: Identity, run: Run) -> Session | list[str]:
         """See Opener."""

@@ -14,6 +14,7 @@ from sft.wire.codec.elements import DATA_TYPES
 from sft_cloud.engine import Run, check_version
 from sft_cloud.errors import PreconditionError
 from sft_cloud.identity import Identity
+from sft_cloud.memory import MemoryBudget, MemoryShare
 from sft_cloud.script.hosted_model import ADVICE, HostedModel
 from sft_cloud.session import Session
 from sft_cloud.storage import BlobStore, check_sha256, read_blob
@@ -29,10 +30,12 @@ class ScriptOpener:
         groups: Sequence[Sequence[str]],
         store: BlobStore,
         is_over: Callable[[], bool] = lambda: False,
+        budget: MemoryBudget | None = None,
     ) -> None:
         """`groups`: names of the parameters that each group of `optimizer` trains; `is_over`: whether an edge has been
-        here and gone.
+        here and gone; `budget`: what all that the edge asks for has to fit into, beside the model.
         """
+        self.budget = MemoryBudget() if budget is None else budget
         self.device = hosted.device
         self.checkpoints = None  # see `open`
         self._hosted = hosted
@@ -67,7 +70,7 @@ class ScriptOpener:
         def begin() -> Session:
             self._check_free()  # once more: messages are handled on this thread, too, so none comes in between
             self._load(tensors)
-            self._session = Session(half, self._optimizer, request.seed, store.find)
+            self._session = Session(half, self._optimizer, request.seed, store.find, MemoryShare(self.budget))
             return self._session
 
         return run(begin)

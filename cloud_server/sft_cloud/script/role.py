@@ -18,7 +18,7 @@ from sft.client.address import split_address
 from sft.errors import LinkError, SessionLostError, UsageError
 from sft.optimizer import Role, SplitOptions
 from sft_cloud.access import make_access
-from sft_cloud.engine import uploads
+from sft_cloud.engine import make_budget, uploads
 from sft_cloud.options import LimitOptions, ServeOptions, ServerAccess
 from sft_cloud.script.graph_host import GraphHost
 from sft_cloud.script.hosted_model import HostedModel
@@ -72,7 +72,8 @@ class CloudRole(Role):
         with tempfile.TemporaryDirectory(prefix="sft-cloud-") as state_dir, _terminable():
             options, limits = ServeOptions(host, port, state_dir=Path(state_dir), max_sessions=1), LimitOptions()
             store = uploads(options, limits)
-            opener = ScriptOpener(self._hosted, self.optimizer, self._groups, store, done.is_set)
+            budget = make_budget(limits, self._hosted.device)
+            opener = ScriptOpener(self._hosted, self.optimizer, self._groups, store, done.is_set, budget)
             server = CloudServer(options, limits, access, opener=opener, on_close=on_close, dashes="")
             try:
                 if on_ready is not None:

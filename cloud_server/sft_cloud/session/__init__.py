@@ -1,9 +1,8 @@
 """Algorithm 1, lines 8 to 11 and 14, without a word about the network."""
 
+from sft_cloud.memory import MemoryBudget, MemoryShare
 from sft_cloud.session.memory import (
     BatchMemory,
-    MemoryBudget,
-    MemoryShare,
     default_budget,
     measure,
     memory_bytes,

@@ -1,22 +1,14 @@
-"""How much memory sessions may take together, and how much one batch would take, known before it is taken.
-
-On a CPU nothing fails when memory runs out: the kernel ends the process, and everybody's session with it.
-"""
+"""How much memory a session and a batch would take, known before it is taken; `sft_cloud.memory` has it then."""
 
 from __future__ import annotations
 
-import os
-import threading
-import weakref
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from sft.errors import ProtocolError, ServerFullError
-from sft.printable import format_bytes
+from sft_cloud.memory import machine_bytes
 
 _SHARE_OF_DEVICE = 0.8
 _BEYOND_GRAPH = 1.5
@@ -46,90 +38,6 @@ class BatchMemory(NamedTuple):
 UNKNOWN = BatchMemory()
 
 
-class MemoryBudget:
-    """What all sessions of a device may take. Safe to use from several threads."""
-
-    def __init__(self, total_bytes: int) -> None:
-        self.total_bytes = total_bytes
-        self._lock = threading.Lock()
-        self._held = 0
-
-    @property
-    def held_bytes(self) -> int:
-        """By the sessions that there are."""
-        return self._held
-
-    def open(self, fixed_bytes: int) -> MemoryShare:
-        """Room for a session that takes so much before its first batch. Raises ServerFullError."""
-        share = MemoryShare(self, fixed_bytes)
-        if fixed_bytes > self.total_bytes:
-            raise ServerFullError(
-                f"this session would take {format_bytes(fixed_bytes)}, but all sessions of this server together may "
-                f"take {format_bytes(self.total_bytes)}; choose a smaller model, a higher --split-layer, or LoRA"
-            )
-        if not self._add(fixed_bytes):
-            raise ServerFullError(
-                f"this session would take {format_bytes(fixed_bytes)}, but "
-                f"{format_bytes(self.total_bytes - self._held)} of the server's memory are left; try again "
-                "when another session has ended"
-            )
-        return share
-
-    def _add(self, size: int, forced: bool = False) -> bool:
-        with self._lock:
-            if size > 0 and not forced and self._held + size > self.total_bytes:
-                return False
-            self._held += size
-            return True
-
-
-class MemoryShare:
-    """One session's part of a budget. Not for several threads at once, but for its release."""
-
-    def __init__(self, budget: MemoryBudget | None = None, fixed_bytes: int = 0) -> None:
-        """Without a budget, everything fits."""
-        self._budget = budget
-        self._fixed = fixed_bytes
-        self._held = [fixed_bytes]  # shared with `_give_back`, which must not hold on to the share
-
-    def release(self) -> None:
-        """Gives everything back."""
-        if self._budget is not None:
-            _give_back(self._budget, self._held)
-
-    def release_with(self, owner: object) -> None:
-        """Gives everything back when `owner` is no more."""
-        if self._budget is not None:
-            weakref.finalize(owner, _give_back, self._budget, self._held)
-
-    def check(self, size: int) -> None:
-        """Raises ProtocolError when so much could never fit, however few others there are."""
-        if self._budget is not None and self._fixed + size > self._budget.total_bytes:
-            raise ProtocolError(
-                f"this batch, with what waits for a backward(), would take about {format_bytes(size)} on the cloud, "
-                f"whose sessions may take {format_bytes(self._budget.total_bytes)} together: send smaller batches"
-            )
-
-    def hold(self, size: int) -> None:
-        """From now on the session takes so much beside what it began with. Raises MemoryError if that is not there."""
-        if self._budget is not None:
-            if not self._budget._add(self._fixed + size - self._held[0]):
-                held = format_bytes(self._budget.held_bytes)
-                raise MemoryError(f"{format_bytes(size)} are wanted beside the {held} that are taken")
-            self._held[0] = self._fixed + size
-
-    def settle(self, size: int) -> None:
-        """As `hold`, for what is taken already."""
-        if self._budget is not None:
-            self._budget._add(self._fixed + size - self._held[0], forced=True)
-            self._held[0] = self._fixed + size
-
-
-def _give_back(budget: MemoryBudget, held: list[int]) -> None:
-    budget._add(-held[0])
-    held[0] = 0
-
-
 def default_budget(device: torch.device) -> int:
     """Bytes: a part of the device's memory, or of what this process may have of the machine's."""
     return int(_SHARE_OF_DEVICE * memory_bytes(device))
@@ -139,13 +47,7 @@ def memory_bytes(device: torch.device) -> int:
     """All that there is for this process."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):  # a container's
-        try:
-            return min(machine, int(Path(name).read_text()))
-        except (OSError, ValueError):
-            continue
-    return machine
+    return machine_bytes()
 
 
 def session_bytes(weights: int, trained: int, optimizer: str) -> int:

@@ -32,9 +32,10 @@ from sft.optim.state import stored_state
 from sft.tensors.stream import StoredTensor, copied
 from sft.v1 import split_training_pb2 as pb
 from sft_cloud.errors import PreconditionError, is_out_of_memory
+from sft_cloud.memory import MemoryShare
 from sft_cloud.session.commit import apply_group_arguments, check_commit, take_step
 from sft_cloud.session.load_state import StateLoader
-from sft_cloud.session.memory import MemoryShare, check_room_for_step
+from sft_cloud.session.memory import check_room_for_step
 from sft_cloud.session.micro_batches import MicroBatches
 from sft_cloud.session.upper_half import UpperHalf
 

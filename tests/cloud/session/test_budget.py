@@ -12,8 +12,8 @@ from sft.errors import ProtocolError, ServerFullError
 from sft.v1 import split_training_pb2 as pb
 from sft_cloud.engine.build import build, make_session
 from sft_cloud.engine.request import check_request
+from sft_cloud.memory import MemoryBudget, MemoryShare, process_bytes
 from sft_cloud.options import LimitOptions
-from sft_cloud.session.memory import MemoryBudget
 
 CPU = torch.device("cpu")
 
@@ -32,6 +32,12 @@ def session(edge, budget):
 def leave(budget, size):
     """From now on so much is left."""
     budget.total_bytes = budget.held_bytes + size
+
+
+def others_hold(budget, size):
+    share = MemoryShare(budget)
+    share.settle(size)
+    return share
 
 
 def test_a_session_gives_back_what_it_took(edge, budget):
@@ -73,7 +79,7 @@ def test_a_few_bytes_cannot_ask_for_much(session, edge, budget):
 def test_a_step_for_which_others_leave_no_memory_is_skipped(session, edge, budget):
     session.handle(edge.forward(0, 0))
     size = session._half.training_bytes(edge.activation(0, 1))
-    other = budget.open(budget.total_bytes - budget.held_bytes - size // 2)
+    other = others_hold(budget, budget.total_bytes - budget.held_bytes - size // 2)
     assert "out of memory" in session.handle(edge.forward(0, 1)).step_skipped.reason
     assert gradients_of(session) == {}
     other.release()
@@ -82,7 +88,7 @@ def test_a_step_for_which_others_leave_no_memory_is_skipped(session, edge, budge
 
 def test_an_evaluation_for_which_there_is_no_memory_now_leaves_the_session_as_it_was(session, edge, budget):
     session.handle(edge.forward(0, 0))
-    other = budget.open(budget.total_bytes - budget.held_bytes)
+    other = others_hold(budget, budget.total_bytes - budget.held_bytes)
     with pytest.raises(ServerFullError, match="no memory for this batch now"):
         session.handle(edge.evaluate())
     other.release()
@@ -122,10 +128,10 @@ def test_answers_that_are_remembered_count(session, edge, budget):
 
 
 def test_a_server_has_so_much_for_all_sessions(start_server, connect, edge):
-    server = start_server(limits=LimitOptions(memory_limit=1 << 20))
+    server = start_server(limits=LimitOptions(memory_limit=process_bytes() + (1 << 20)))
     stub = connect(server.address)
     open_over_the_wire(stub, edge)
-    memory = server.engine._opener.budget
+    memory = server.memory
     taken = memory.held_bytes
     memory.total_bytes = int(1.5 * taken)
     code, details = refusal(lambda: stub.OpenSession(edge.request()))

@@ -1,0 +1,211 @@
+"""The one place that all memory goes through which the server takes for others.
+
+    with budget.charge(Kind.DOWNLOADS, size):                   # a block: refused before anything is allocated
+        ...
+    charge = budget.charge(Kind.MESSAGES, 1 << 20)              # what comes in parts, and ends elsewhere
+    charge.resize(2 << 20)                                      # before the next part is taken
+    charge.release()                                            # by whoever is first to know that it is over
+
+`charge` and `resize` raise ServerFullError, with the line that the caller is to read. Sessions, which live long and
+change with every batch, have a MemoryShare.
+
+On a CPU nothing fails when memory runs out: the kernel ends the process, and everybody's session with it.
+"""
+
+from __future__ import annotations
+
+import enum
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from types import TracebackType
+
+from sft.errors import ServerFullError
+from sft.printable import format_bytes
+from sft_cloud.memory.process import give_back
+
+
+class Kind(str, enum.Enum):
+    """What memory is held for; its value is what metrics call it."""
+
+    SESSIONS = "sessions"
+    """Weights, gradients, optimizers' states, and graphs, with what computing takes."""
+    ANSWERS = "answers"
+    """That are made, or remembered until the edge has them."""
+    MESSAGES = "messages"
+    """On their way here, and until they are done."""
+    DOWNLOADS = "downloads"
+    BUILDS = "builds"
+    """Models while they are built, and states while they are loaded."""
+
+
+_WHAT = {
+    Kind.SESSIONS: "this session",
+    Kind.ANSWERS: "the answer",
+    Kind.MESSAGES: "this message",
+    Kind.DOWNLOADS: "this download",
+    Kind.BUILDS: "building this model",
+}
+
+_ON_HOST = frozenset({Kind.ANSWERS, Kind.MESSAGES, Kind.DOWNLOADS, Kind.BUILDS})
+"""What lies in the machine's memory where the device has its own."""
+
+SMALL_BYTES = 1 << 20
+_KEPT_FOR_SMALL = 8
+"""One part in so many is for what takes at most SMALL_BYTES: large holdings cannot keep small messages out."""
+
+_LOOKED_AT_BYTES = 1 << 20
+"""Charges from this size on look at what the process really takes."""
+
+_TRIM_SECONDS = 1.0
+"""At least between two attempts at having the allocator give back what it keeps."""
+
+
+class MemoryBudget:
+    """What a server may take for its callers, of one memory. Safe to use from several threads."""
+
+    def __init__(
+        self,
+        total_bytes: int = sys.maxsize,
+        process_bytes: int = 0,
+        measure: Callable[[], int] = lambda: 0,
+        host: MemoryBudget | None = None,
+    ) -> None:
+        """`total_bytes` for callers, beside the `process_bytes` that the process took before the first of them.
+
+        `measure`: what the process takes now, with those; 0 if unknown. `host`: the budget of the machine's memory,
+        where this is one of a device with its own.
+        """
+        self.total_bytes = total_bytes
+        self.process_bytes = process_bytes
+        self.host = host
+        self._measure = measure
+        self._lock = threading.Lock()
+        self._held = dict.fromkeys(Kind, 0)
+        self._refused = dict.fromkeys(Kind, 0)
+        self._trimmed_at = -_TRIM_SECONDS
+
+    @property
+    def held_bytes(self) -> int:
+        """For callers, of all kinds."""
+        return sum(self._held.values())
+
+    @property
+    def largest_bytes(self) -> int:
+        """That one holding could ever have, were there no others."""
+        return self.total_bytes - self._reserve(self.total_bytes)
+
+    def held(self) -> dict[Kind, int]:
+        """Bytes by kind, those of the host included."""
+        return {kind: self._of(kind)._held[kind] for kind in Kind}
+
+    def refused(self) -> dict[Kind, int]:
+        """How often something was refused because there was no memory for it, by kind."""
+        return {kind: self._of(kind)._refused[kind] for kind in Kind}
+
+    def charge(self, kind: Kind, size: int, what: str = "") -> Charge:
+        """Holds `size` bytes until the charge is released. Call it before allocating. Raises ServerFullError.
+
+        `what`: what is too large, for the sentence of the error; each kind has its own.
+        """
+        charge = Charge(self._of(kind), kind, what or _WHAT[kind])
+        charge.resize(size)
+        return charge
+
+    def left_bytes(self, size: int = 0) -> int:
+        """What is left for a holding of `size` in all."""
+        return max(0, self.total_bytes - self._reserve(size) - self.held_bytes)
+
+    def add(self, kind: Kind, size: int, whole: int, forced: bool = False) -> bool:
+        """Takes `size` bytes more, or fewer, for a holding that then has `whole`; whether they were there, which they
+        are if it is `forced`. For charges and shares."""
+        if not forced and size >= _LOOKED_AT_BYTES and not self._process_has(size):
+            with self._lock:
+                self._refused[kind] += 1
+            return False
+        with self._lock:
+            if not forced and size > 0 and self.held_bytes + size > self.total_bytes - self._reserve(whole):
+                self._refused[kind] += 1
+                return False
+            self._held[kind] += size
+        return True
+
+    def _of(self, kind: Kind) -> MemoryBudget:
+        return self.host if self.host is not None and kind in _ON_HOST else self
+
+    def _reserve(self, size: int) -> int:
+        return self.total_bytes // _KEPT_FOR_SMALL if size > SMALL_BYTES else 0
+
+    def _process_has(self, size: int) -> bool:
+        """Whether so much fits beside what the process really takes, be it in the books or not."""
+        limit = self.process_bytes + self.total_bytes
+        if self._measure() + size <= limit:
+            return True
+        with self._lock:
+            now = time.monotonic()
+            due = now - self._trimmed_at >= _TRIM_SECONDS
+            if due:
+                self._trimmed_at = now
+        if due:
+            give_back()
+        return self._measure() + size <= limit
+
+
+class Charge:
+    """One holding; a context manager. Safe to use from several threads."""
+
+    def __init__(self, budget: MemoryBudget, kind: Kind, what: str) -> None:
+        """Of nothing yet."""
+        self._budget = budget
+        self._kind = kind
+        self._what = what
+        self._lock = threading.Lock()
+        self._size = 0
+        self._is_over = False
+
+    @property
+    def size(self) -> int:
+        """Bytes that are held."""
+        return self._size
+
+    def resize(self, size: int) -> None:
+        """Holds so much from now on; nothing once it was released. Raises ServerFullError; it is then as it was."""
+        with self._lock:
+            if self._is_over:
+                return
+            if not self._budget.add(self._kind, size - self._size, size):
+                raise ServerFullError(self._refusal(size))
+            self._size = size
+
+    def release(self) -> None:
+        """Gives everything back; a second time does nothing."""
+        with self._lock:
+            self._is_over = True
+            size, self._size = self._size, 0
+        self._budget.add(self._kind, -size, 0)
+
+    def release_with(self, owner: object) -> None:
+        """Gives everything back when `owner` is no more, if nobody has until then."""
+        weakref.finalize(owner, self.release)
+
+    def __enter__(self) -> Charge:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.release()
+
+    def _refusal(self, size: int) -> str:
+        budget = self._budget
+        if size > budget.largest_bytes:
+            return (
+                f"{self._what} would take {format_bytes(size)} of the server's memory, of which one may take "
+                f"{format_bytes(budget.largest_bytes)}: make it smaller"
+            )
+        return (
+            f"{self._what} would take {format_bytes(size)}, but {format_bytes(budget.left_bytes(size))} of the "
+            "server's memory are left; try again later"
+        )

@@ -1,0 +1,69 @@
+"""One session's part of a budget: what it begins with, and what changes with its batches."""
+
+from __future__ import annotations
+
+import weakref
+
+from sft.errors import ProtocolError, ServerFullError
+from sft.printable import format_bytes
+from sft_cloud.memory.budget import Kind, MemoryBudget
+
+
+class MemoryShare:
+    """Not for several threads at once, but for its release."""
+
+    def __init__(self, budget: MemoryBudget | None = None, fixed_bytes: int = 0) -> None:
+        """Takes what the session holds before its first batch. Raises ServerFullError. Without a budget, all fits."""
+        self._budget = MemoryBudget() if budget is None else budget
+        self._fixed = fixed_bytes
+        self._held = [0]  # shared with `_give_back`, which must not hold on to the share
+        if fixed_bytes > self._budget.largest_bytes:
+            raise ServerFullError(
+                f"this session would take {format_bytes(fixed_bytes)}, but all sessions of this server together may "
+                f"take {format_bytes(self._budget.largest_bytes)}; choose a smaller model, a higher --split-layer, or "
+                "LoRA"
+            )
+        if not self._resize(fixed_bytes):
+            raise ServerFullError(
+                f"this session would take {format_bytes(fixed_bytes)}, but "
+                f"{format_bytes(self._budget.left_bytes(fixed_bytes))} of the server's memory are left; try again "
+                "when another session has ended"
+            )
+
+    def release(self) -> None:
+        """Gives everything back."""
+        _give_back(self._budget, self._held)
+
+    def release_with(self, owner: object) -> None:
+        """Gives everything back when `owner` is no more."""
+        weakref.finalize(owner, _give_back, self._budget, self._held)
+
+    def check(self, size: int) -> None:
+        """Raises ProtocolError when so much could never fit, however few others there are."""
+        largest = self._budget.largest_bytes
+        if self._fixed + size > largest:
+            raise ProtocolError(
+                f"this batch, with what waits for a backward(), would take about {format_bytes(size)} on the cloud, "
+                f"whose sessions may take {format_bytes(largest)} together: send smaller batches"
+            )
+
+    def hold(self, size: int) -> None:
+        """From now on the session takes so much beside what it began with. Raises MemoryError if that is not there."""
+        if not self._resize(self._fixed + size):
+            held = format_bytes(self._budget.held_bytes)
+            raise MemoryError(f"{format_bytes(size)} are wanted beside the {held} that are taken")
+
+    def settle(self, size: int) -> None:
+        """As `hold`, for what is taken already."""
+        self._resize(self._fixed + size, forced=True)
+
+    def _resize(self, size: int, forced: bool = False) -> bool:
+        fits = self._budget.add(Kind.SESSIONS, size - self._held[0], size, forced)
+        if fits:
+            self._held[0] = size
+        return fits
+
+
+def _give_back(budget: MemoryBudget, held: list[int]) -> None:
+    budget.add(Kind.SESSIONS, -held[0], 0)
+    held[0] = 0

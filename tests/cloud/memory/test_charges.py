@@ -1,0 +1,100 @@
+"""The one place that memory goes through: what fits, what is refused, what comes back."""
+
+import gc
+
+import pytest
+from support.servers import start_server
+
+from sft.errors import ServerFullError, UsageError
+from sft_cloud.memory import Kind, MemoryBudget, MemoryShare, process_bytes
+from sft_cloud.options import LimitOptions
+
+MiB = 1 << 20
+
+
+def test_a_block_holds_what_it_charges():
+    budget = MemoryBudget(1000)
+    with budget.charge(Kind.MESSAGES, 600) as charge:
+        assert budget.held()[Kind.MESSAGES] == charge.size == 600
+        with pytest.raises(ServerFullError, match=r"this message would take 401 B, but 400 B of the server's memory"):
+            budget.charge(Kind.MESSAGES, 401)
+        budget.charge(Kind.ANSWERS, 400).release()
+    assert budget.held_bytes == 0
+    assert budget.refused() == {**dict.fromkeys(Kind, 0), Kind.MESSAGES: 1}
+
+
+def test_what_comes_in_parts_is_charged_in_parts_and_given_back_once():
+    budget = MemoryBudget(1000)
+    charge = budget.charge(Kind.MESSAGES, 100)
+    charge.resize(900)
+    with pytest.raises(ServerFullError):
+        charge.resize(1001)
+    assert budget.held_bytes == 900
+    charge.resize(50)
+    charge.release()
+    charge.release()
+    charge.resize(500)  # by a thread that has not heard that it is over
+    assert budget.held_bytes == 0
+
+
+def test_what_could_never_fit_is_told_so():
+    with pytest.raises(ServerFullError, match=r"the logits would take 1 kB .* make it smaller"):
+        MemoryBudget(1000).charge(Kind.ANSWERS, 1001, "the logits")
+
+
+def test_a_charge_ends_with_its_owner():
+    class Owner:
+        pass
+
+    budget, owner = MemoryBudget(1000), Owner()
+    budget.charge(Kind.ANSWERS, 700).release_with(owner)
+    gc.collect()
+    assert budget.held_bytes == 700
+    del owner
+    gc.collect()
+    assert budget.held_bytes == 0
+
+
+def test_large_holdings_leave_room_for_small_ones():
+    budget = MemoryBudget(80 * MiB)
+    with pytest.raises(ServerFullError):
+        budget.charge(Kind.DOWNLOADS, 71 * MiB)
+    budget.charge(Kind.DOWNLOADS, 35 * MiB)
+    MemoryShare(budget, 35 * MiB)
+    with pytest.raises(ServerFullError):
+        budget.charge(Kind.MESSAGES, 2 * MiB)
+    for _ in range(10):
+        budget.charge(Kind.MESSAGES, MiB)
+    with pytest.raises(ServerFullError):
+        budget.charge(Kind.MESSAGES, MiB)
+
+
+def test_what_is_in_no_book_counts_too():
+    taken = [0]
+    budget = MemoryBudget(80 * MiB, 100 * MiB, measure=lambda: taken[0])
+    taken[0] = 150 * MiB
+    with pytest.raises(ServerFullError):
+        budget.charge(Kind.MESSAGES, 31 * MiB)
+    budget.charge(Kind.MESSAGES, 30 * MiB).release()
+
+
+def test_a_device_of_its_own_leaves_messages_to_the_machine():
+    budget = MemoryBudget(1000, host=MemoryBudget(100))
+    with pytest.raises(ServerFullError):
+        budget.charge(Kind.MESSAGES, 101)
+    budget.charge(Kind.MESSAGES, 100)
+    MemoryShare(budget, 1000)
+    assert budget.held() == {**dict.fromkeys(Kind, 0), Kind.MESSAGES: 100, Kind.SESSIONS: 1000}
+    assert budget.refused()[Kind.MESSAGES] == 1
+
+
+def test_a_limit_that_the_process_takes_by_itself_is_no_limit(tmp_path):
+    with pytest.raises(UsageError, match=r"--memory-limit is of the whole process, which takes .* give it at least"):
+        start_server(tmp_path, limits=LimitOptions(memory_limit=64 * MiB))
+
+
+def test_what_the_process_takes_is_told():
+    before = process_bytes()
+    held = bytearray(64 * MiB)
+    assert process_bytes() - before > 60 * MiB
+    del held

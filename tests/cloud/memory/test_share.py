@@ -1,0 +1,65 @@
+"""What a session may take beside others."""
+
+import gc
+
+import pytest
+
+from sft.errors import ProtocolError, ServerFullError
+from sft_cloud.memory import MemoryBudget, MemoryShare
+
+
+class Owner:
+    pass
+
+
+def test_sessions_share_what_there_is():
+    budget = MemoryBudget(1000)
+    first = MemoryShare(budget, 400)
+    MemoryShare(budget, 500)
+    with pytest.raises(ServerFullError, match="try again when another session has ended"):
+        MemoryShare(budget, 200)
+    first.hold(100)
+    with pytest.raises(MemoryError):
+        first.hold(101)
+    first.hold(50)
+    assert budget.held_bytes == 950
+    MemoryShare(budget, 50)
+
+
+def test_a_session_that_could_never_fit_is_told_so():
+    with pytest.raises(ServerFullError, match="smaller model"):
+        MemoryShare(MemoryBudget(1000), 1001)
+
+
+def test_a_batch_that_could_never_fit_is_told_so():
+    share = MemoryShare(MemoryBudget(1000), 400)
+    share.check(600)
+    with pytest.raises(ProtocolError, match="send smaller batches"):
+        share.check(601)
+
+
+def test_everything_comes_back_with_its_owner():
+    budget, owner = MemoryBudget(1000), Owner()
+    share = MemoryShare(budget, 400)
+    share.release_with(owner)
+    share.hold(300)
+    assert budget.held_bytes == 700
+    del owner, share
+    gc.collect()
+    assert budget.held_bytes == 0
+
+
+def test_what_shrinks_fits_even_where_too_much_is_held():
+    budget = MemoryBudget(1000)
+    share = MemoryShare(budget, 500)
+    share.hold(500)
+    budget.total_bytes = 800
+    share.hold(400)
+    assert budget.held_bytes == 900
+
+
+def test_without_a_budget_everything_fits():
+    share = MemoryShare()
+    share.check(1 << 60)
+    share.hold(1 << 60)
+    share.release_with(Owner())
