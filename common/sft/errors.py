@@ -11,6 +11,7 @@ SFTError                        1
 │   │   └── NotOursError        5   somebody does, who is no sft-cloud server, or none yet
 │   ├── ServerFullError         5   no room for another session
 │   ├── AccessError             5   the other side does not know us, or we not it: token, certificate, limits of a token
+│   │   └── StaleAccessError    5   it does not know us by what the files said: what they say now may be good
 │   ├── ProtocolError           5   not ours, another version, or a message that breaks the rules
 │   ├── StreamBrokenError       5   the stream ended; the session may be there still
 │   └── SessionLostError        5   the session ended before the run did
@@ -77,6 +78,10 @@ class ServerFullError(LinkError):
 
 class AccessError(LinkError):
     """One side does not accept who the other says it is, or what it asks for is not for it."""
+
+
+class StaleAccessError(AccessError):
+    """The other side does not let us in with what was read from files, which may say something else by now."""
 
 
 class ProtocolError(LinkError):

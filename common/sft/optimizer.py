@@ -71,6 +71,9 @@ class SplitOptions:
     reconnect_timeout_seconds: float = 1800.0
     """How long to try to mend a link that broke; 0 gives up at once."""
 
+    wait_seconds: float = 0.0
+    """How long to wait, at the start, for a server that is absent or full; 0 raises at once."""
+
     seed: Optional[int] = None
     """Of the cloud's dropout; None is `torch.initial_seed()`."""
 
@@ -173,6 +176,7 @@ class SFTOptimizer(torch.optim.Optimizer):
         connect_timeout_seconds: float = 20.0,
         reply_timeout_seconds: float = 600.0,
         reconnect_timeout_seconds: float = 1800.0,
+        wait_seconds: float = 0.0,
         seed: Optional[int] = None,
         tls: Optional[bool] = None,
         tls_ca: Optional[str] = None,

@@ -10,9 +10,9 @@ import logging
 import os
 import re
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Callable, Mapping, Optional, Tuple
+from typing import Callable, Mapping, NamedTuple, Optional, Tuple
 
 from sft.cli.options import spelled
 from sft.client.address import split_address
@@ -23,6 +23,9 @@ TOKEN_VARIABLE = "SFT_TOKEN"  # nosec B105 # the name of a secret, not one
 
 ROOTS_VARIABLE = "SSL_CERT_FILE"
 """Environment variable with the name of a file of CAs, which counts in the place of the system's."""
+
+RENEWAL_SECONDS = 60.0
+"""How long to try for with files of token and certificate that the server does not take: they may be being renewed."""
 
 _SYSTEM_ROOTS = (
     "/etc/ssl/certs/ca-certificates.crt",  # Debian, Ubuntu, Alpine
@@ -61,6 +64,17 @@ class ClientOptions:
     """send the token although calls are not encrypted"""
 
 
+class _Files(NamedTuple):
+    """PEM, of whichever there is."""
+
+    roots: Optional[bytes] = None
+    chain: Optional[bytes] = None
+    key: Optional[bytes] = None
+
+
+_NO_FILES = _Files()
+
+
 @dataclass(frozen=True)
 class Credentials:
     """What a channel needs; made by `read_credentials`."""
@@ -81,6 +95,20 @@ class Credentials:
 
     dashes: str = "--"
     """As options are spelled where these came from, for errors."""
+
+    read_files: Callable[[], _Files] = lambda: _NO_FILES
+    """What the files of certificates say now. Raises UsageError."""
+
+    can_change: bool = False
+    """Whether token or certificate come from files, which somebody may renew while a run is on."""
+
+    def renewed(self) -> Credentials:
+        """With certificates as the files have them now; as before where they cannot be read, as while being written."""
+        try:
+            files = self.read_files()
+        except UsageError:
+            return self
+        return replace(self, root_certificates=files.roots, certificate_chain=files.chain, private_key=files.key)
 
     def metadata(self) -> Tuple[Tuple[str, str], ...]:
         """For every call."""
@@ -137,15 +165,19 @@ def read_credentials(
             f"add {name('insecure')} where nobody else is on that network"
         )
     if not encrypted:
-        return Credentials(read_token=read_token, dashes=dashes)
-    files = (options.tls_cert, options.tls_key) if options.tls_cert and options.tls_key else None
-    chain = _read_pem(options.tls_cert, name("tls_cert"), "CERTIFICATE")
-    key = _read_pem(options.tls_key, name("tls_key"), "PRIVATE KEY")
+        return Credentials(read_token=read_token, dashes=dashes, can_change=options.token_file is not None)
+    names = (options.tls_cert, options.tls_key) if options.tls_cert and options.tls_key else None
     if options.tls_key is not None:
         _warn_of_readers(options.tls_key)
-    roots = _system_roots(environment) if options.tls_ca is None else None
-    ca = _read_pem(options.tls_ca, name("tls_ca"), "CERTIFICATE")
-    return Credentials(True, ca or roots, chain, key, files, read_token, dashes)
+
+    def read_files() -> _Files:
+        chain = _read_pem(options.tls_cert, name("tls_cert"), "CERTIFICATE")
+        key = _read_pem(options.tls_key, name("tls_key"), "PRIVATE KEY")
+        roots = _system_roots(environment) if options.tls_ca is None else None
+        return _Files(_read_pem(options.tls_ca, name("tls_ca"), "CERTIFICATE") or roots, chain, key)
+
+    can_change = options.token_file is not None or names is not None
+    return Credentials(True, *read_files(), names, read_token, dashes, read_files, can_change)
 
 
 def is_loopback(host: str) -> bool:

@@ -1,6 +1,8 @@
 """What the status with which a server answered means to a client: the part that holds for every call.
 
-UNAUTHENTICATED, PERMISSION_DENIED               AccessError, with the server's sentence
+UNAUTHENTICATED                                  AccessError, with the server's sentence; StaleAccessError where token
+                                                 or certificate come from files, which can be renewed
+PERMISSION_DENIED                                AccessError, with the server's sentence
 UNIMPLEMENTED                                    ProtocolError: not an sft-cloud server
 RESOURCE_EXHAUSTED                               ServerFullError, with the server's sentence
 RESOURCE_EXHAUSTED, a message over gRPC's limit  ProtocolError
@@ -14,14 +16,15 @@ from typing import Optional
 import grpc
 
 from sft.client.credentials import TOKEN_VARIABLE, Credentials
-from sft.errors import AccessError, LinkError, ProtocolError, ServerFullError
+from sft.errors import AccessError, LinkError, ProtocolError, ServerFullError, StaleAccessError
 
 
 def refusal(code: grpc.StatusCode, details: str, address: str, credentials: Credentials) -> Optional[LinkError]:
     """None for a status that means something else from call to call."""
     if code == grpc.StatusCode.UNAUTHENTICATED:
         advice = f"; no token was shown: give {credentials.option('token_file')} or set {TOKEN_VARIABLE}"
-        return AccessError(f"{address} does not let us in: {details}{'' if credentials.has_token else advice}")
+        kind = StaleAccessError if credentials.can_change else AccessError
+        return kind(f"{address} does not let us in: {details}{'' if credentials.has_token else advice}")
     if code == grpc.StatusCode.PERMISSION_DENIED:
         return AccessError(f"{address} refuses: {details}")
     if code == grpc.StatusCode.UNIMPLEMENTED:

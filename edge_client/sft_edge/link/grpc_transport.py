@@ -172,6 +172,7 @@ class GrpcTransport(Transport):
         """See Transport."""
         before = self._channel
         if not self._is_closed:
+            self._credentials = self._credentials.renewed()
             self._channel = self._dial()  # first: another thread may be about to make a call
         before.close()
 

@@ -6,7 +6,7 @@ import secrets
 from types import TracebackType
 from typing import Callable, Iterator, Mapping, Optional, Sequence, Type
 
-from sft.errors import ProtocolError, ServerFullError, ServerUnavailableError, StorageError, StreamBrokenError
+from sft.errors import ProtocolError, ServerFullError, ServerUnavailableError, StaleAccessError, StorageError
 from sft.printable import printable
 from sft.v1 import split_training_pb2 as pb
 from sft.wire.ledger import Traffic
@@ -70,23 +70,31 @@ class Link:
         """Whether the server has said that it stops soon: a checkpoint that is saved now loses nothing."""
         return self._stream.stopping
 
-    def open(self, patient: bool = False) -> pb.OpenSessionResponse:
+    def open(self) -> pb.OpenSessionResponse:
         """Opens the session and uploads what the cloud lacks.
 
-        A call that breaks is tried again; with `patient` also one that finds nobody, or no room: the server may be
-        about to come back. Raises what Transport.open_session and upload raise; the link is closed then.
+        A call that breaks is tried again; one that finds nobody, or no room, for the policy's `wait_seconds`; one that
+        is not let in only if one before it was. Raises what Transport.open_session and upload raise; the link is closed
+        then.
         """
-        tries = Retries(self._policy, self._stream.wake, self._on_status)
+        broken = Retries(self._policy, self._stream.wake, self._on_status)
+        absent = Retries(self._policy, self._stream.wake, self._on_status, self._policy.wait_seconds)
+        self._let_in = False
         try:
             while True:
                 try:
                     response = self._open()
                     break
                 except TRANSIENT as error:
-                    if not patient and isinstance(error, (ServerUnavailableError, ServerFullError)):
+                    is_absent = isinstance(error, (ServerUnavailableError, ServerFullError))
+                    if is_absent and not self._policy.wait_seconds:
                         raise
-                    tries.after(error)
+                    if isinstance(error, StaleAccessError) and not self._let_in:
+                        raise
+                    (absent if is_absent else broken).after(error)
                     self._transport.renew()
+            absent.reset()
+            broken.reset()
         except BaseException:  # Ctrl-C during an upload too
             self.close()
             raise
@@ -98,6 +106,7 @@ class Link:
 
     def _open(self) -> pb.OpenSessionResponse:
         response = self._transport.open_session(self._request)
+        self._let_in = True
         if response.missing_blobs:
             for sha256 in response.missing_blobs:
                 if sha256 not in self._blobs:
@@ -252,7 +261,7 @@ class Link:
             try:
                 self._transport.upload(sha256, blob.total_bytes, blob.chunks())
                 break
-            except StreamBrokenError as error:
+            except TRANSIENT as error:
                 tries.after(error)
         message = self._beside()
         message.load_state.sha256 = sha256

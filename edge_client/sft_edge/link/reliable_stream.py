@@ -23,6 +23,7 @@ from sft.errors import (
     ServerFullError,
     ServerUnavailableError,
     SessionLostError,
+    StaleAccessError,
     StreamBrokenError,
 )
 from sft.tracing import NO_SPAN, Span
@@ -41,7 +42,7 @@ BREAK_TIMEOUT_SECONDS = 1.0
 
 _JOIN_SECONDS = 0.1
 
-TRANSIENT = (StreamBrokenError, ServerUnavailableError, ServerFullError)
+TRANSIENT = (StreamBrokenError, ServerUnavailableError, ServerFullError, StaleAccessError)
 """After these another stream may go on."""
 
 _CLOSE = pb.EdgeMessage(close=pb.Close()).SerializeToString()

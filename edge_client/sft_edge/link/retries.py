@@ -5,10 +5,11 @@ from __future__ import annotations
 import queue
 import random
 import time
-from typing import Callable, Iterator, NamedTuple
+from typing import Callable, Dict, Iterator, NamedTuple, Optional, Type
 
 from sft.cli.durations import Duration
-from sft.errors import LinkError, SessionLostError
+from sft.client.credentials import RENEWAL_SECONDS
+from sft.errors import AccessError, LinkError, SessionLostError, StaleAccessError
 from sft_edge.options import LinkOptions
 
 Wake = queue.SimpleQueue
@@ -34,6 +35,9 @@ class RetryPolicy(NamedTuple):
 
     reconnect_timeout_seconds: float = LinkOptions.reconnect_timeout
     """How long to try for since the link broke; 0 gives up at once."""
+
+    wait_seconds: float = LinkOptions.wait
+    """How long to wait, before there is a session, for a server that is absent or full."""
 
     backoff_seconds: float = LinkOptions.reconnect_backoff
     """About how long to wait before the first try; each further one waits twice as long."""
@@ -65,12 +69,22 @@ class RetryPolicy(NamedTuple):
 class Retries:
     """The tries since something last went well."""
 
-    def __init__(self, policy: RetryPolicy, wake: Wake[None], on_status: Callable[[str], None]) -> None:
-        """`on_status` is told what is waited for, in words for a person; an empty text when that is over."""
+    def __init__(
+        self,
+        policy: RetryPolicy,
+        wake: Wake[None],
+        on_status: Callable[[str], None],
+        wait_seconds: Optional[float] = None,
+    ) -> None:
+        """`on_status` is told what is waited for, in words for a person; an empty text when that is over.
+
+        `wait_seconds`: for who has no session yet. It is how long to try for; what is waited for is said once.
+        """
         self._policy = policy
         self._wake = wake
         self._on_status = on_status
-        self.timeout_seconds = policy.reconnect_timeout_seconds
+        self._is_waiting = wait_seconds is not None
+        self.timeout_seconds = policy.reconnect_timeout_seconds if wait_seconds is None else wait_seconds
         self._tries = 0
         self.reset()
 
@@ -79,23 +93,31 @@ class Retries:
         if self._tries:
             self._on_status("")
         self._delays = self._policy.delays()
-        self._since = -1.0
+        self._since: Dict[bool, float] = {}  # files that may be renewed have a time of their own
         self._tries = 0
 
     def after(self, error: LinkError) -> None:
-        """Waits until it is time to try again. Raises SessionLostError when it is not worth it, or was woken."""
-        policy, now = self._policy, self._policy.clock()
-        if not self.timeout_seconds:
-            raise SessionLostError(str(error)) from error
-        if self._tries == 0:
-            self._since = now
-        left = self._since + self.timeout_seconds - now
+        """Waits until it is time to try again.
+
+        Raises SessionLostError when it is not worth it, or was woken; AccessError where the files that let us in were
+        not renewed in time; who only waits for a session gets the class of `error`.
+        """
+        policy, now, timeout = self._policy, self._policy.clock(), self.timeout_seconds
+        given_up: Type[LinkError] = type(error) if self._is_waiting else SessionLostError
+        is_stale = isinstance(error, StaleAccessError)
+        if is_stale:
+            timeout, given_up = min(timeout, RENEWAL_SECONDS), AccessError
+        if not timeout:
+            raise given_up(str(error)) from error
+        left = self._since.setdefault(is_stale, now) + timeout - now
         if left <= 0:
-            spent = Duration(self.timeout_seconds)
-            raise SessionLostError(f"{error}; {self._tries} tries in {spent} did not help") from error
+            raise given_up(f"{error}; {self._tries} tries in {Duration(timeout)} did not help") from error
         self._tries += 1
         delay = min(next(self._delays), left)
-        self._on_status(f"{error}; try {self._tries} in {Duration(round(delay, 1))}")
+        if not self._is_waiting:
+            self._on_status(f"{error}; try {self._tries} in {Duration(round(delay, 1))}")
+        elif self._tries == 1:
+            self._on_status(f"{error}; waiting for it for up to {Duration(timeout)}")
         if policy.wait(self._wake, delay):
             raise SessionLostError("the link is closed") from error
 
@@ -106,6 +128,7 @@ def retry_policy_of(link: LinkOptions) -> RetryPolicy:
         reply_timeout_seconds=link.reply_timeout,
         attach_timeout_seconds=link.connect_timeout,
         reconnect_timeout_seconds=link.reconnect_timeout if link.server is not None else 0.0,
+        wait_seconds=link.wait if link.server is not None else 0.0,
         backoff_seconds=link.reconnect_backoff,
         backoff_max_seconds=link.reconnect_backoff_max,
     )

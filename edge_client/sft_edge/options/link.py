@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, Optional
 
 from sft.cli.durations import Duration
-from sft.cli.options import above_zero
+from sft.cli.options import above_zero, at_least
 from sft.client.credentials import ClientOptions, Credentials, read_credentials
 from sft.errors import UsageError
 from sft.wire.protocol import KEEPALIVE_SECONDS
@@ -22,6 +22,9 @@ class LinkOptions(ClientOptions):
     labels: Literal["cloud", "local"] = "cloud"
     """where the loss is computed: on the cloud, with the labels of training rows beside the activation, or here, so
     that no label leaves the edge, at the price of a second round trip"""
+
+    wait: Duration = Duration("0s")
+    """how long to wait, at the start, for a server that is absent or full; 0s ends at once"""
 
     connect_timeout: Duration = Duration("20s")
     """how long to wait for a server that takes a connection and then says nothing"""
@@ -47,6 +50,9 @@ class LinkOptions(ClientOptions):
     def __post_init__(self) -> None:
         above_zero(self, "connect_timeout", "reply_timeout", "reconnect_backoff", "reconnect_backoff_max")
         above_zero(self, "keepalive_timeout")
+        at_least(self, 0, "wait", "reconnect_timeout")
+        if self.wait and self.server is None:
+            raise UsageError("--wait needs --server: a cloud that is started here comes by itself")
         if self.keepalive_time < 10:
             raise UsageError(
                 f"--keepalive-time must be 10s or more, not {self.keepalive_time}: servers hang up on less"
@@ -55,5 +61,5 @@ class LinkOptions(ClientOptions):
 
     @property
     def credentials(self) -> Credentials:
-        """How to call the server; as files were when the options were read, but for the token."""
-        return self._credentials
+        """How to call the server, as files are now."""
+        return self._credentials.renewed()

@@ -58,7 +58,10 @@ class EdgeRole(Role):
             credentials=read_credentials(options.as_options(ClientOptions), dashes=""),
         )
         policy = RetryPolicy(
-            options.reply_timeout_seconds, options.connect_timeout_seconds, options.reconnect_timeout_seconds
+            options.reply_timeout_seconds,
+            options.connect_timeout_seconds,
+            options.reconnect_timeout_seconds,
+            options.wait_seconds,
         )
         link = Link(transport, request, blobs, policy, _tell)
         link.open()  # from here on nothing is left that could be wrong
@@ -189,8 +192,9 @@ def _check(options: SplitOptions) -> None:
     for name in ("connect_timeout_seconds", "reply_timeout_seconds"):
         if not getattr(options, name) > 0:
             raise UsageError(f"{name} must be above 0, not {getattr(options, name)}")
-    if not options.reconnect_timeout_seconds >= 0:
-        raise UsageError(f"reconnect_timeout_seconds must be 0 or more, not {options.reconnect_timeout_seconds}")
+    for name in ("reconnect_timeout_seconds", "wait_seconds"):
+        if not getattr(options, name) >= 0:
+            raise UsageError(f"{name} must be 0 or more, not {getattr(options, name)}")
     if options.calibration is not None and options.residual != "low-rank":
         raise UsageError("calibration is for residual='low-rank'; leave it out")
 

@@ -14,7 +14,7 @@ from sft.models.lora import add_lora
 from sft.models.weights import fill
 from sft.optim.spec import make_optimizer
 from sft.v1 import split_training_pb2 as pb
-from sft_edge.link import retry_policy_of, transport_of
+from sft_edge.link import Link, retry_policy_of, transport_of
 from sft_edge.model_files import Source
 from sft_edge.options import CutOptions, LinkOptions, RunOptions
 from sft_edge.systems.cloud_process import CloudProcess
@@ -44,12 +44,14 @@ def open_system(
     run_id: str = "",
     resume_from: Sequence[pb.CheckpointId] = (),
     checkpoint_store: Optional[Path] = None,
+    on_link: Callable[[Link], None] = lambda link: None,
 ) -> Iterator[System]:
     """The system for the block; the session, and a cloud that was started for it, end with the block.
 
     `calibration`: what a low-rank residual is fitted to; `on_status` is told what a broken link is waiting for;
     `run_id`: whose checkpoints are saved, if any are; `resume_from`: those of which it may go on, see
-    `halve`; `checkpoint_store`: where a cloud that is started for it keeps its halves.
+    `halve`; `checkpoint_store`: where a cloud that is started for it keeps its halves; `on_link`
+    as `open_split_system` has it.
 
     Raises what building, connecting and opening a session raise: CutError, CheckpointError, UsageError, LinkError.
     """
@@ -84,7 +86,7 @@ def open_system(
             resume_from=resume_from,
         )
         transport, policy = transport_of(address, options.link), retry_policy_of(options.link)
-        system = open_split_system(start, device, transport, policy, on_status, options.link.labels)
+        system = open_split_system(start, device, transport, policy, on_status, options.link.labels, on_link)
         del start  # what the blobs read from may be half a model
         with system.link:
             yield system

@@ -173,9 +173,6 @@ class SplitSystem(System):
     def stopping(self) -> bool:
         return self.link.stopping
 
-    def give_up_waiting(self) -> None:
-        self.link.give_up_waiting()
-
     def save_other_half(self) -> Optional[str]:
         return self.link.save_checkpoint().id.sha256
 
@@ -206,14 +203,17 @@ def open_split_system(
     policy: RetryPolicy = RetryPolicy(),  # noqa: B008  # a tuple
     on_status: Callable[[str], None] = lambda text: None,
     labels: str = "cloud",
+    on_link: Callable[[Link], None] = lambda link: None,
 ) -> SplitSystem:
     """Fills net_1 on `device`, and opens a session in which the cloud fills net_2. `start` is used up.
 
     The edge never holds net_2: what the cloud lacks of it is copied from the checkpoint one tensor at a time. `labels`
-    as SplitSystem has it. Raises UsageError, and what opening a link raises.
+    as SplitSystem has it; `on_link` gets the link before it is opened, which may take a while. Raises UsageError, and
+    what opening a link raises.
     """
     optimizer = start.start_edge(device)
     link = Link(transport, start.request, start.blobs, policy, on_status)
+    on_link(link)
     next_step = link.open().next_step
     return SplitSystem(
         start.net_1,

@@ -64,10 +64,6 @@ class System(ABC):
         """Whether the other side is about to end, and waits for a checkpoint."""
         return False
 
-    def give_up_waiting(self) -> None:
-        """The run is to stop: where the other side cannot be reached, it is not waited for. For signal handlers."""
-        return
-
     def save_other_half(self) -> Optional[str]:
         """Has the cloud save its half; gives the hash of its manifest, None in one process. Raises StorageError."""
         return None

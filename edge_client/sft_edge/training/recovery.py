@@ -6,7 +6,15 @@ import threading
 import time
 from typing import Callable, Iterator, Optional
 
-from sft.errors import LinkError, ServerFullError, ServerUnavailableError, SessionLostError, StreamBrokenError
+from sft.client.credentials import RENEWAL_SECONDS
+from sft.errors import (
+    LinkError,
+    ServerFullError,
+    ServerUnavailableError,
+    SessionLostError,
+    StaleAccessError,
+    StreamBrokenError,
+)
 
 _MAX_LOSSES = 5
 """Of sessions, without the run getting further than it had been: some step may be what kills the server."""
@@ -48,10 +56,13 @@ class Recovery:
             self._delays, self._lost_at = self._new_delays(), self._clock()
             self._losses += 1
         elif self._delays is None or not isinstance(
-            error, (ServerUnavailableError, ServerFullError, SessionLostError, StreamBrokenError)
+            error, (ServerUnavailableError, ServerFullError, SessionLostError, StreamBrokenError, StaleAccessError)
         ):
             return False  # also the first attempt of all: a wrong address should not be tried for long
-        return self._losses <= _MAX_LOSSES and self._clock() < self._lost_at + self._timeout_seconds
+        timeout = self._timeout_seconds
+        if isinstance(error, StaleAccessError):
+            timeout = min(timeout, RENEWAL_SECONDS)
+        return self._losses <= _MAX_LOSSES and self._clock() < self._lost_at + timeout
 
     def wait(self) -> None:
         """Until the next try is due, or the run is to stop."""

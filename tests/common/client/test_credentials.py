@@ -166,3 +166,15 @@ def test_a_secret_that_others_can_read_is_told(
 def test_what_is_printed_of_credentials_has_no_secret(files: Dict[str, Path]) -> None:
     assert repr(read(THERE, **files)) == "Credentials(encrypted=True, certificate=True)"
     assert "PRIVATE" not in repr(read(THERE, **files))
+
+
+def test_certificates_are_read_again(files: Dict[str, Path]) -> None:
+    before = read(THERE, **files)
+    assert before.can_change
+    files["tls_ca"].write_bytes(CERTIFICATE * 2)
+    files["tls_key"].write_bytes(KEY * 2)
+    after = before.renewed()
+    assert (after.root_certificates, after.private_key) == (CERTIFICATE * 2, KEY * 2)
+    files["tls_cert"].write_bytes(b"half of")
+    assert after.renewed() is after, "what is being written leaves what was there before"
+    assert not read(THERE, {"SFT_TOKEN": TOKEN}).can_change

@@ -6,40 +6,19 @@ import hashlib
 import socket
 import threading
 from contextlib import ExitStack, contextmanager
-from typing import Any, Callable, Iterator, List, Optional, Tuple
+from typing import Any, Iterator, List, Optional, Tuple
 
 import grpc
 import pytest
 from support.proxy import TcpProxy
 from support.scripted_cloud import TIMEOUT_SECONDS, WEIGHTS, ScriptedCloud, serving
+from support.waits import ACTIVATION, LABELS, Waits, losses
 
-from sft.errors import AccessError, LinkError, ServerUnavailableError, SessionLostError, StreamBrokenError
+from sft.errors import AccessError, ServerUnavailableError, SessionLostError, StreamBrokenError
 from sft.v1 import split_training_pb2 as pb
 from sft_edge.link.grpc_transport import GrpcTransport
 from sft_edge.link.link import Blob, Link
 from sft_edge.link.retries import RetryPolicy
-
-ACTIVATION = pb.Activation(packed=pb.Tensor(data_type=pb.DATA_TYPE_FLOAT32, shape=[2, 1], data=bytes(8)))
-LABELS = pb.Labels(classes=pb.Labels.Classes(ids=[0, 1]))
-
-
-class Waits:
-    """In the place of time: notes what is waited for, and lets something happen meanwhile."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-        self.delays: List[float] = []
-        self.said: List[str] = []
-        self.meanwhile: Callable[[], object] = lambda: None
-
-    def wait(self, wake: Any, seconds: float) -> bool:
-        self.delays.append(seconds)
-        self.now += seconds
-        self.meanwhile()
-        return not wake.empty()
-
-    def policy(self, **values: Any) -> RetryPolicy:
-        return RetryPolicy(**{"clock": lambda: self.now, "wait": self.wait, "uniform": lambda a, b: b, **values})
 
 
 @pytest.fixture
@@ -59,16 +38,6 @@ def through_proxy(cloud: ScriptedCloud, waits: Waits, **values: Any) -> Iterator
         with Link(transport, pb.OpenSessionRequest(), {}, waits.policy(**values), waits.said.append) as link:
             link.open()
             yield proxy, link
-
-
-def losses(link: Link, steps: range) -> List[float]:
-    """Of so many steps, two messages at once."""
-    found = []
-    for step in steps:
-        pending = [link.forward(step, index, ACTIVATION, LABELS, 1) for index in range(2)]
-        found += [each.result().message.result.loss for each in pending]
-        link.commit(step, [0.1], 1)
-    return found
 
 
 def numbers(cloud: ScriptedCloud) -> List[int]:
@@ -252,11 +221,22 @@ def test_who_is_patient_waits_for_a_server_to_come(cloud: ScriptedCloud, waits: 
         address = f"127.0.0.1:{bound.getsockname()[1]}"
         with pytest.raises(ServerUnavailableError), Link(GrpcTransport(address), pb.OpenSessionRequest(), {}) as link:
             link.open()
-        policy = waits.policy(reconnect_timeout_seconds=10.0)
-        link = Link(GrpcTransport(address), pb.OpenSessionRequest(), {}, policy)
-        with pytest.raises(LinkError, match="5 tries in 10s did not help"), link:
-            link.open(patient=True)
+        policy = waits.policy(wait_seconds=10.0)
+        link = Link(GrpcTransport(address), pb.OpenSessionRequest(), {}, policy, waits.said.append)
+        with pytest.raises(ServerUnavailableError, match="5 tries in 10s did not help"), link:
+            link.open()
     assert waits.delays == [0.5, 1, 2, 4, 2.5]
+    (said,) = waits.said
+    assert said.endswith("; waiting for it for up to 10s")
+
+
+def test_who_waits_gets_the_place_that_becomes_free(cloud: ScriptedCloud, waits: Waits) -> None:
+    cloud.open_error = (grpc.StatusCode.RESOURCE_EXHAUSTED, "all in use")
+    waits.meanwhile = lambda: len(waits.delays) == 3 and setattr(cloud, "open_error", None)
+    with through_proxy(cloud, waits, wait_seconds=60.0) as (_, link):
+        assert losses(link, range(1)) == [0, 0]
+    assert waits.delays == [0.5, 1, 2]
+    assert [bool(text) for text in waits.said] == [True, False], "once what is waited for, and that it is over"
 
 
 def test_an_idle_link_may_break_again_and_again(cloud: ScriptedCloud, waits: Waits) -> None:

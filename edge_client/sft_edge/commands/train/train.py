@@ -16,7 +16,7 @@ from sft.v1 import split_training_pb2 as pb
 from sft_edge.checkpoints import Checkpointing, Stopped, likeness
 from sft_edge.commands.train.attempt import Attempt, Job
 from sft_edge.files import check_room
-from sft_edge.link import retry_policy_of
+from sft_edge.link import Link, retry_policy_of
 from sft_edge.model_files import Source, open_source
 from sft_edge.options import RunOptions
 from sft_edge.signals import Termination, terminations_noted
@@ -128,6 +128,10 @@ class TrainingRun:
         options = self.options
         offered = checkpointing.offers()
         progress.status(self._opening())
+
+        def stops_waiting(link: Link) -> None:
+            terminated.then = link.give_up_waiting
+
         system = stack.enter_context(
             open_system(
                 job.source,
@@ -138,9 +142,9 @@ class TrainingRun:
                 run_id=checkpointing.run_id,
                 resume_from=[pb.CheckpointId(step=c.step, sha256=c.manifest.other_half or "") for c in offered],
                 checkpoint_store=self.output_dir / CLOUD_STORE,
+                on_link=stops_waiting,
             )
         )
-        terminated.then = system.give_up_waiting
         chosen = checkpointing.choose(system, offered)
         report = None
         if options.logging.report_to == "tensorboard":
