@@ -38,6 +38,8 @@ _IGNORED_SETTINGS = (
     "output_attentions",
     "output_hidden_states",
     "torchscript",
+    # A table of positions, which net_2 does not have: older releases would compute it number by number.
+    "sinusoidal_pos_embds",
 )
 
 _MAX_CONFIG_BYTES = 1 << 20
@@ -129,9 +131,12 @@ def _parse_config(text: str, head: str) -> PretrainedConfig:
         if model_type not in CONFIG_MAPPING:
             raise UnsupportedModelError(f"models of type '{model_type[:80]}' cannot be cut")
         values = {name: value for name, value in values.items() if not _is_ignored(name)}
-        # Before the library makes names for so many labels.
+        kind = CONFIG_MAPPING[model_type]
+        # Before the library makes a list of so many names or blocks.
         _check_limit("num_labels", int(values.get("num_labels", 1)), _MAX_LABELS)
-        config: PretrainedConfig = CONFIG_MAPPING[model_type].from_dict(values)
+        for name in ("num_hidden_layers", kind.attribute_map.get("num_hidden_layers", "")):
+            _check_limit("num_hidden_layers", int(values.get(name, 1)), _MAX_BLOCKS)
+        config: PretrainedConfig = kind.from_dict(values)
         family_of(config)
         _check_limit("num_hidden_layers", int(config.num_hidden_layers), _MAX_BLOCKS)
         _check_limit("max_position_embeddings", max_positions(config), _MAX_POSITIONS)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
+
+from google.protobuf.message import Message
 
 from sft.errors import ProtocolError
 from sft.v1 import split_training_pb2 as pb
@@ -14,8 +17,12 @@ MAX_BYTES = 4 * MAX_MESSAGE_BYTES
 """Of all answers that one session has remembered."""
 
 
+_OF_THE_SENDING = ("number", "answered", "trace_parent")
+"""What may differ where a message comes again."""
+
+
 class _Remembered(NamedTuple):
-    identity: tuple[int, int, str]
+    checksum: int
     answer: pb.CloudMessage
     size: int
 
@@ -60,9 +67,10 @@ class ExactlyOnce:
                 f"{len(self._answers)} answers, of {self._bytes} bytes, are not known to have arrived; at most "
                 f"{MAX_UNANSWERED} and {MAX_BYTES} are remembered"
             )
+        checksum = _checksum(message)
         answer = work()
         answer.number = message.number
-        remembered = _Remembered(_identity(message), answer, answer.ByteSize())
+        remembered = _Remembered(checksum, answer, answer.ByteSize())
         self._answers[message.number] = remembered
         self._bytes += remembered.size
         self.last_number = message.number
@@ -81,10 +89,17 @@ class ExactlyOnce:
         remembered = self._answers.get(message.number)
         if remembered is None:
             raise PreconditionError(f"message {message.number} was answered, and the edge has said so")
-        if remembered.identity != _identity(message):
+        if remembered.checksum != _checksum(message):
             raise ProtocolError(f"message {message.number} was another one when it first came")
         return remembered.answer
 
 
-def _identity(message: pb.EdgeMessage) -> tuple[int, int, str]:
-    return message.step, message.micro_batch, message.WhichOneof("body") or ""
+def _checksum(message: pb.EdgeMessage) -> int:
+    """Of all that a message asks for. Who forges one fools nobody but its own session, so a quick one is enough."""
+    checksum = 0
+    for field, value in message.ListFields():
+        if field.name not in _OF_THE_SENDING:
+            for part in value if isinstance(value, Sequence) else [value]:
+                data = part.SerializeToString() if isinstance(part, Message) else repr(part).encode()
+                checksum = zlib.crc32(data, zlib.crc32(b"%d %d " % (field.number, len(data)), checksum))
+    return checksum

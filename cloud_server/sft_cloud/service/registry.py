@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from sft.errors import ServerFullError, ServerUnavailableError, SessionLostError
 from sft.v1 import split_training_pb2 as pb
-from sft_cloud.errors import QuotaError
+from sft_cloud.errors import PreconditionError, QuotaError
 from sft_cloud.identity import Identity
 from sft_cloud.service.exactly_once import ExactlyOnce
 
@@ -95,7 +95,7 @@ class Registry:
     def opened(self, request: pb.OpenSessionRequest, owner: Identity) -> Entry | None:
         """The session that this very request has opened already, when its answer was lost.
 
-        Raises ServerUnavailableError while it is being opened.
+        Raises ServerUnavailableError while it is being opened, PreconditionError where its id stands for another one.
         """
         if not request.request_id:
             return None
@@ -104,40 +104,37 @@ class Registry:
                 raise ServerUnavailableError(_IS_BEING_OPENED)
             for entry in self._entries.values():
                 if entry.owner.name == owner.name and entry.request.request_id == request.request_id:
+                    if not _is_same(entry.request, request):
+                        raise PreconditionError("the request_id is that of another request, which opened a session")
                     return entry
         return None
+
+    def ends_others(self, request: pb.OpenSessionRequest, owner: Identity) -> bool:
+        """Whether `place` would end other sessions for this request, which has to be sound then. Raises as it does."""
+        self.reap()
+        with self._lock:
+            return bool(self._to_end(request, owner))
 
     @contextmanager
     def place(self, request: pb.OpenSessionRequest, owner: Identity) -> Iterator[Callable[[str, int], Entry]]:
         """Holds a place while a session is made, and gives the function that puts it there: its id and next step.
 
-        An older session of the same run makes room first, as its edge begins anew; then those that have been without a
-        stream for a while. Raises ServerFullError when there is no room, QuotaError when the owner has used up its own.
+        An older session of the same run makes room, as its edge begins anew; where that is not enough, as many as have
+        to of those that have been without a stream for a while: the owner's before others', the longest idle first.
+        Raises ServerFullError when there is no room, QuotaError when the owner has used up its own; all stay then.
         """
-        if request.run_id:
-            self._close_where("its run goes on in another session", lambda entry: _is_run(entry, request, owner))
         self.reap()
-        if self._is_full():
-            self._close_where(
-                "it had no stream, and its place was needed",
-                lambda entry: entry.stream is None and self.idle(entry) > SPARED_SECONDS,
-            )
-        allowed = owner.limits.sessions_of(self.max_sessions)
-        if self._in_use_by(owner) >= allowed:
-            self._close_where(
-                "it had no stream, and its place was needed",
-                lambda e: e.owner.name == owner.name and e.stream is None and self.idle(e) > SPARED_SECONDS,
-            )
         mark = (owner.name, request.request_id)
         with self._lock:
             if request.request_id and mark in self._opening:
                 raise ServerUnavailableError(_IS_BEING_OPENED)
-            if self._in_use_by(owner) >= allowed < self.max_sessions:
-                raise QuotaError(f"all of your {allowed} sessions are in use; end one")
-            if self._in_use() >= self.max_sessions:
-                raise ServerFullError(f"the server has no room: all of its {self.max_sessions} sessions are in use")
+            ended = self._to_end(request, owner)
+            for entry, _ in ended:
+                del self._entries[entry.session_id]
             self._opening.append(mark)
         try:
+            for entry, reason in ended:
+                self._closed(entry, reason)
             yield lambda session_id, next_step: self._add(session_id, request, owner, next_step)
         finally:
             with self._lock:
@@ -169,9 +166,7 @@ class Registry:
         with self._lock:
             entry = self._entries.pop(session_id, None)
         if entry is not None:
-            self._on_close(entry, reason)
-            if entry.stream is not None:
-                entry.stream.cancel()
+            self._closed(entry, reason)
 
     def touch(self, entry: Entry) -> None:
         """A message came."""
@@ -197,16 +192,34 @@ class Registry:
             if is_meant(entry):
                 self.close(entry.session_id, reason)
 
-    def _in_use_by(self, owner: Identity) -> int:
-        open_ones = sum(entry.owner.name == owner.name for entry in list(self._entries.values()))
-        return open_ones + sum(name == owner.name for name, _ in self._opening)
+    def _to_end(self, request: pb.OpenSessionRequest, owner: Identity) -> list[tuple[Entry, str]]:
+        """What has to end, and why, before there is a place; with the lock."""
+        entries = list(self._entries.values())
+        again = [entry for entry in entries if request.run_id and _is_run(entry, request, owner)]
+        stay = [entry for entry in entries if entry not in again]
+        idle = sorted(
+            (entry for entry in stay if entry.stream is None and self.idle(entry) > SPARED_SECONDS),
+            key=lambda entry: (entry.owner.name != owner.name, entry.used_at),
+        )
+        own = [entry for entry in idle if entry.owner.name == owner.name]
+        allowed = owner.limits.sessions_of(self.max_sessions)
+        in_use_by_owner = sum(entry.owner.name == owner.name for entry in stay)
+        in_use_by_owner += sum(name == owner.name for name, _ in self._opening)
+        too_many_own = max(0, in_use_by_owner + 1 - allowed)
+        too_many = max(too_many_own, len(stay) + len(self._opening) + 1 - self.max_sessions)
+        if too_many_own > len(own) and allowed < self.max_sessions:
+            raise QuotaError(f"all of your {allowed} sessions are in use; end one")
+        if too_many > len(idle):
+            raise ServerFullError(f"the server has no room: all of its {self.max_sessions} sessions are in use")
+        reason = "it had no stream, and its place was needed"
+        return [(entry, "its run goes on in another session") for entry in again] + [
+            (entry, reason) for entry in idle[:too_many]
+        ]
 
-    def _is_full(self) -> bool:
-        with self._lock:
-            return self._in_use() >= self.max_sessions
-
-    def _in_use(self) -> int:
-        return len(self._entries) + len(self._opening)
+    def _closed(self, entry: Entry, reason: str) -> None:
+        self._on_close(entry, reason)
+        if entry.stream is not None:
+            entry.stream.cancel()
 
     def _add(self, session_id: str, request: pb.OpenSessionRequest, owner: Identity, next_step: int) -> Entry:
         now = self._clock()
@@ -221,6 +234,11 @@ class Registry:
         if entry is None or entry.owner.name != owner.name:
             raise SessionLostError("there is no such session on this server; it has ended, or was never opened")
         return entry
+
+
+def _is_same(one: pb.OpenSessionRequest, other: pb.OpenSessionRequest) -> bool:
+    # As bytes: a number that is none is not equal to itself.
+    return one.SerializeToString(deterministic=True) == other.SerializeToString(deterministic=True)
 
 
 def _is_run(entry: Entry, request: pb.OpenSessionRequest, owner: Identity) -> bool:

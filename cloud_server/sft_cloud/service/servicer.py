@@ -7,7 +7,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
 from sft.errors import ProtocolError, ServerUnavailableError, SessionLostError, SFTError, StorageError
@@ -66,13 +66,18 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
         caller = context.caller
         self._check_draining()
         if request.only_check:
-            response.missing_blobs.extend(self._engine.open("", request, caller).missing_blobs)
+            response.missing_blobs.extend(self._missing_blobs(request, caller))
             return response
         if self.stopping.is_set():
             raise ServerUnavailableError("the server is about to stop")
         entry = self.sessions.opened(request, caller)
         if entry is None:
             started = time.monotonic()
+            # Nobody loses a session to a request that then turns out to be none.
+            if self.sessions.ends_others(request, caller):
+                response.missing_blobs.extend(self._missing_blobs(request, caller))
+                if response.missing_blobs:
+                    return response
             with self.sessions.place(request, caller) as put:
                 session_id = secrets.token_urlsafe(24)
                 try:
@@ -159,6 +164,13 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
     def Probe(self, request: pb.ProbeRequest, context: Call) -> pb.ProbeResponse:
         """See the .proto."""
         return self._status.probe(request)
+
+    def _missing_blobs(self, request: pb.OpenSessionRequest, caller: Identity) -> Sequence[str]:
+        """Checks a request as far as it can be without a session."""
+        checked = pb.OpenSessionRequest()
+        checked.CopyFrom(request)
+        checked.only_check = True
+        return self._engine.open("", checked, caller).missing_blobs
 
     def _wait_for_message(self, request_iterator: Iterator[pb.EdgeMessage], context: Call) -> pb.EdgeMessage | None:
         self._idle.add(context)

@@ -134,6 +134,8 @@ class BlobStore:
         if total_bytes > MAX_BLOB_BYTES:
             raise ProtocolError(f"a blob of {total_bytes} bytes is too large; at most {MAX_BLOB_BYTES} are accepted")
         if path.is_file():
+            if path.stat().st_size != total_bytes:
+                raise ProtocolError(f"the blob of this SHA-256 has {path.stat().st_size} bytes, not {total_bytes}")
             return
         try:
             check_disk(self._directory, total_bytes, "upload")

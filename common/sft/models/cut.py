@@ -252,7 +252,7 @@ class _NoBlocks(nn.Module):
         return BaseModelOutput(last_hidden_state=hidden_states, hidden_states=(hidden_states,))
 
 
-class _Undrawn(TorchFunctionMode):
+class Undrawn(TorchFunctionMode):
     """Leaves out what `torch.nn.init` would draw: there is no memory yet. For the thread that enters it."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -271,7 +271,7 @@ def _build(config: PretrainedConfig, head: str, cuts: bool) -> Tuple[Any, Family
     tied = head == "causal-lm" and cuts and bool(config.tie_word_embeddings)
     if tied:
         config.tie_word_embeddings = False
-    with torch.device("meta"), _Undrawn():
+    with torch.device("meta"), Undrawn():
         model = AUTO_CLASSES[head].from_config(config)
     untied = []
     if tied:

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 from sft.batch import Batch
 from sft.errors import CheckpointError, UsageError
 from sft.models.calibration import Moments, output_moments
-from sft.models.cut import Cut, build_net_1, build_whole, ffn_out_name, matrix_of
+from sft.models.cut import Cut, Undrawn, build_net_1, build_whole, ffn_out_name, matrix_of
 from sft.models.decompose import decompose, decompose_with_residual
 from sft.models.families.catalogue import family_of
 from sft.models.in_place import check_live, layer_to_cut, live_parameters
@@ -220,17 +220,23 @@ def _copy_embedding(library_model: Any, head: nn.Module, tied: TiedHead, seed: i
     head.weight = nn.Parameter(value.to(device))
 
 
+class _WithoutParameters(Undrawn):
+    """Has the library build a model whose buffers alone take memory: parameters begin as `torch.empty`."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.empty:
+            kwargs = {**(kwargs or {}), "device": "meta"}
+        return super().__torch_function__(function, types, args, kwargs)
+
+
 def _fill_buffers(net: Net) -> None:
     """Buffers are in no checkpoint: the library computes them when it builds a module for real."""
     base = net.model.base_model
     missing = [name for name, buffer in base.named_buffers() if buffer.is_meta]
     if missing:
-        # No buffer depends on what is made small here, which is most of a model; every block has the same ones.
         config = copy.deepcopy(net.model.config)
-        config.num_hidden_layers = 1
-        config.vocab_size = (config.pad_token_id or 0) + 1
-        setattr(config, net.family.ffn_width, 1)
-        with torch.random.fork_rng(devices=[]):
+        config.num_hidden_layers = 1  # every block has the same ones
+        with torch.random.fork_rng(devices=[]), _WithoutParameters():
             twin = dict(type(base)(config).named_buffers())
         for name in missing:
             of_twin = re.sub(rf"^({re.escape(net.family.blocks)})\.\d+\.", r"\1.0.", name)

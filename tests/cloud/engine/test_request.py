@@ -1,6 +1,7 @@
 """Requests to open a session: every field may be wrong."""
 
 import json
+import tracemalloc
 
 import pytest
 import torch
@@ -110,6 +111,17 @@ def test_configurations_that_give_no_model(edge, changes):
     with pytest.raises((ProtocolError, CutError)) as caught:
         try_to_open(edge, config_json=config(edge, **changes))
     assert len(str(caught.value)) < 500
+
+
+def test_the_library_makes_no_list_of_blocks_that_are_too_many(edge):
+    values = {"model_type": "qwen2", "num_hidden_layers": 10**6}
+    tracemalloc.start()
+    try:
+        with pytest.raises(ProtocolError, match="num_hidden_layers"):
+            check_request(edge.request(config_json=json.dumps(values)))
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_question_answering_has_two_outputs(make_edge):

@@ -82,10 +82,16 @@ def test_a_gap_changes_nothing(cloud, edge):
     assert cloud.numbered.last_number == 2
 
 
-@pytest.mark.parametrize("other", ["step", "micro-batch", "kind"])
+@pytest.mark.parametrize("other", ["step", "micro-batch", "kind", "content", "what rides along"])
 def test_a_number_stands_for_one_message(cloud, edge, other):
     cloud.take(edge.forward(0, 0), 1)
-    message = {"step": edge.forward(1, 0), "micro-batch": edge.forward(0, 1), "kind": edge.commit(0)}[other]
+    message = {
+        "step": edge.forward(1, 0),
+        "micro-batch": edge.forward(0, 1),
+        "kind": edge.commit(0),
+        "content": edge.forward(0, 0, loss_scale=0.25),
+        "what rides along": edge.forward(0, 0, commit=edge.commit_part(0)),
+    }[other]
     with pytest.raises(ProtocolError, match="message 1 was another one"):
         cloud.take(message, 1)
     assert cloud.handled == 1

@@ -6,11 +6,11 @@ import pytest
 
 from sft.errors import ServerFullError, ServerUnavailableError, SessionLostError
 from sft.v1 import split_training_pb2 as pb
-from sft_cloud.errors import QuotaError
+from sft_cloud.errors import PreconditionError, QuotaError
 from sft_cloud.identity import Identity, Limits
 from sft_cloud.service.registry import SPARED_SECONDS, Registry, StreamHandle
 
-ANN, BOB = Identity("ann"), Identity("bob")
+ANN, BOB, CAT = Identity("ann"), Identity("bob"), Identity("cat")
 
 
 class Clock:
@@ -186,6 +186,41 @@ def test_a_request_that_comes_again_too_soon_is_told_so(registry):
         pass
     with registry.place(request(), ANN), registry.place(request(), ANN):
         pass
+
+
+def test_a_request_s_id_stands_for_one_request(registry):
+    add(registry, request_id="r", model_name="one")
+    assert registry.opened(request(request_id="r", model_name="one"), ANN) is not None
+    with pytest.raises(PreconditionError, match="that of another request"):
+        registry.opened(request(request_id="r", model_name="other"), ANN)
+    assert registry.opened(request(request_id="r", model_name="other"), BOB) is None
+
+
+def test_no_more_sessions_end_than_have_to(registry, clock, closed):
+    first = add(registry, ANN)
+    clock.now = 1.0
+    second = add(registry, BOB)
+    clock.now = SPARED_SECONDS + 2
+    assert registry.ends_others(request(), CAT)
+    assert not closed
+    add(registry, CAT)
+    assert [session_id for session_id, _ in closed] == [first.session_id]
+    add(registry, BOB)  # its own goes, and not that of another
+    assert [session_id for session_id, _ in closed] == [first.session_id, second.session_id]
+
+
+def test_who_has_used_up_its_own_ends_nobody_s(registry, clock, closed):
+    few = Identity("few", Limits(max_sessions=1))
+    entry = add(registry, few)
+    registry.attach(entry.session_id, few, Stream())
+    add(registry, ANN)
+    clock.now = SPARED_SECONDS + 1
+    with pytest.raises(QuotaError):
+        registry.ends_others(request(), few)
+    with pytest.raises(QuotaError):
+        add(registry, few)
+    assert not closed
+    assert len(registry) == 2
 
 
 def test_a_run_that_begins_anew_ends_its_older_session(registry, closed):

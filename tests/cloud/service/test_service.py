@@ -144,6 +144,10 @@ def test_a_session_without_a_stream_makes_room(start_server, connect, edge):
     stub = connect(server.address)
     first = open_session(stub, edge)
     server.sessions._clock = lambda: time.monotonic() + SPARED_SECONDS + 1
+    garbage = edge.request(config_json="{}")
+    assert refusal(lambda: stub.OpenSession(garbage))[0] is grpc.StatusCode.INVALID_ARGUMENT
+    assert stub.OpenSession(edge.request(weights_sha256="0" * 64)).missing_blobs == ["0" * 64]
+    assert [entry.session_id for entry in server.sessions.entries()] == [first]  # to whom it was worth nothing
     open_session(stub, edge)
     assert refusal(lambda: list(stub.Train(iter([attach(first)]))))[0] is grpc.StatusCode.NOT_FOUND
 

@@ -63,6 +63,9 @@ def test_a_request_that_comes_again_opens_no_second_session(stub, edge, server):
     open_session(stub, edge)
     request = edge.request(request_id="as the edge has drawn it")
     assert stub.OpenSession(request) == stub.OpenSession(request)
+    for other in ({"config_json": "{}"}, {"seed": 99}):
+        changed = edge.request(request_id=request.request_id, **other)
+        assert refusal(lambda changed=changed: stub.OpenSession(changed))[0] is grpc.StatusCode.FAILED_PRECONDITION
     assert len(server.sessions) == 2
 
 

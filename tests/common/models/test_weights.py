@@ -1,6 +1,7 @@
 import pytest
 import torch
 from support.tiny import ARCHITECTURES, make_tiny_model, tiny_config
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from sft.batch import Batch
@@ -117,6 +118,32 @@ def test_drawn_weights_are_numbers(name):
             assert torch.equal(parameter, library.get_parameter(one)), one
     for one, buffer in net.model.named_buffers():
         assert torch.equal(buffer, library.get_buffer(one)), one
+
+
+class _Largest(TorchDispatchMode):
+    """Of all tensors that come to be on the CPU."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and made.device == CPU:
+            self.bytes = max(self.bytes, made.untyped_storage().nbytes())
+        return made
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma"])
+@pytest.mark.parametrize("pad_token_id", [None, -1, 0, 99_999])
+def test_buffers_are_filled_without_the_rest_of_a_model(name, pad_token_id):
+    config = tiny_config(name, layers=2)
+    config.vocab_size, config.pad_token_id = 100_000, pad_token_id
+    net = build_net_2(config, HEAD, Cut("sl", 1))
+    with _Largest() as largest:
+        fill(net, [], seed=0)
+    assert largest.bytes <= max(4 * parameter.numel() for parameter in net.parameters())
+    config.vocab_size, config.pad_token_id = 100, None
+    expected = AutoModelForSequenceClassification.from_config(config)
+    assert torch.equal(net.model.get_buffer("model.rotary_emb.inv_freq"), expected.model.rotary_emb.inv_freq)
 
 
 def test_seed_decides_the_head(tmp_path):
