@@ -19,7 +19,8 @@ SFTError                        1
 │   ├── NonFiniteLossError      6   NaN or infinity
 │   └── CloudMemoryError        6   the cloud's device had no memory for a step, which neither side took
 ├── StorageError                7   a full or read-only disk
-└── VerificationError           8   `sft-edge verify` or `export` found a difference
+├── VerificationError           8   `sft-edge verify` or `export` found a difference
+└── UnexpectedError             1   what none of these is for: a mistake of ours, or of a library
 """
 
 from __future__ import annotations
@@ -120,3 +121,7 @@ class VerificationError(SFTError):
     """Split and one-process training, or a model and its export, differ by more than the tolerance."""
 
     exit_code = 8
+
+
+class UnexpectedError(SFTError):
+    """An error that nobody foresaw: a mistake of this program, or of a library that it runs on."""

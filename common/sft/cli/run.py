@@ -5,9 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import traceback
 from typing import Callable, List, Mapping, Optional, Sequence
 
-from sft.errors import SFTError, StorageError, UsageError
+from sft.errors import SFTError, StorageError, UnexpectedError, UsageError
 from sft.printable import printable
 from sft.version import __version__
 
@@ -23,10 +24,13 @@ _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 def run(prog: str, commands: Mapping[str, Command], argv: Optional[Sequence[str]] = None) -> int:
     """Runs the command that the first argument names and returns the exit code of the process.
 
-    An SFTError, wherever it comes from, becomes one line on stderr and the exit code of its class.
+    An error, wherever it comes from, becomes one line on stderr and the exit code of its class; one that nobody foresaw
+    has its traceback above that line.
     """
     # Or gRPC's own notes, of each handshake that fails, would stand between our lines.
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    if getattr(sys.stdout, "errors", None) == "strict":  # as stderr does: a name that cannot be shown is no error
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         (sys.stdout if arguments else sys.stderr).write(_overview(prog, commands) + "\n")
@@ -44,20 +48,35 @@ def run(prog: str, commands: Mapping[str, Command], argv: Optional[Sequence[str]
         # A reader that has gone, as in `sft-edge predict ... | head`, must show here and not at interpreter exit.
         sys.stdout.flush()
         return code
-    except SFTError as error:
-        return _fail(full_name, error)
     except KeyboardInterrupt:
         sys.stderr.write(f"{full_name}: interrupted\n")
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         _settle_stdout()
         return EXIT_BROKEN_PIPE
-    except OSError as error:
-        _settle_stdout()
-        where = error.filename or "the output"
+    except Exception as error:
+        if isinstance(error, OSError):
+            _settle_stdout()
+        told = explained(error)
+        if isinstance(told, UnexpectedError):
+            traceback.print_exc()
+        return _fail(full_name, told)
+
+
+def explained(error: Exception) -> SFTError:
+    """What a user is told of an error: itself, if it is one of ours."""
+    if isinstance(error, SFTError):
+        return error
+    says = " ".join(str(error).split())
+    if isinstance(error, OSError):
+        where, reason = error.filename or "the output", error.strerror or error
         if error.errno not in _DISK_ERRORS:
-            return _fail(full_name, SFTError(f"{where}: {error.strerror or error}"))
-        return _fail(full_name, StorageError(f"cannot write {where}: {error.strerror}; free some space and run again"))
+            return SFTError(f"{where}: {reason}")
+        return StorageError(f"cannot write {where}: {reason}; free some space and run again")
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's: it is not imported here
+        return SFTError(f"out of memory ({says[:200]}); smaller batches and shorter sequences take less")
+    kind = type(error).__name__
+    return UnexpectedError(f"{kind}: {says[:300]}; this is a bug: please report it, with the traceback above this line")
 
 
 def _overview(prog: str, commands: Mapping[str, Command]) -> str:

@@ -24,9 +24,13 @@ def predict(options: PredictOptions) -> None:
     for row, prediction in zip(rows, task.predictions(logits, features, rows)):
         if options.json_lines:
             texts = dict(zip(task.text_fields, row.texts))
-            sys.stdout.write(json.dumps({**texts, **prediction}, ensure_ascii=False) + "\n")
+            sys.stdout.write(json.dumps({**texts, **prediction}, ensure_ascii=not _shows_all()) + "\n")
         else:
             sys.stdout.write(_line(prediction) + "\n")
+
+
+def _shows_all() -> bool:
+    return (sys.stdout.encoding or "utf-8").lower().startswith("utf")
 
 
 def _line(prediction: Dict[str, object]) -> str:

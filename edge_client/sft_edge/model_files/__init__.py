@@ -1,7 +1,15 @@
 """A model on disk: what a run starts from, and what it leaves."""
 
 from sft_edge.model_files.card import PIPELINES, RESIDUAL_IS, model_card
-from sft_edge.model_files.saved import Description, SavedModel, load_model, read_description, save_model, task_of
+from sft_edge.model_files.saved import (
+    Description,
+    SavedModel,
+    load_model,
+    read_description,
+    save_model,
+    task_of,
+    try_saving,
+)
 from sft_edge.model_files.source import Source, first_line, open_model, open_source, public_name
 
 __all__ = [
@@ -19,4 +27,5 @@ __all__ = [
     "read_description",
     "save_model",
     "task_of",
+    "try_saving",
 ]

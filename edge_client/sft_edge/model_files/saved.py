@@ -99,6 +99,22 @@ def save_model(
                 os.replace(str(path), str(directory / path.name))
 
 
+def try_saving(directory: Path, config: PretrainedConfig, tokenizer: Any, description: Description) -> None:
+    """Writes what `save_model` would, but the weights, and deletes it. Raises StorageError."""
+    with storage_errors(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        aside = tempfile.TemporaryDirectory(prefix=".", dir=str(directory))
+    with aside:
+        try:
+            _write_beside(Path(aside.name), copy.deepcopy(config), tokenizer, description)
+        except StorageError as error:
+            raise StorageError(str(error).replace(aside.name, str(directory))) from error
+        except Exception as error:  # of many kinds: what is saved is the library's, and what travels with a model
+            raise StorageError(
+                f"the model could not be saved in {directory}: {type(error).__name__}: {first_line(error)}"
+            ) from error
+
+
 def _remove_model(directory: Path) -> None:
     """Deletes what makes a directory a model: old weights beside new ones could be taken for them."""
     for stem in ("model", "decomposed"):
@@ -121,6 +137,11 @@ def _write_model(
     config = copy.deepcopy(config)
     if any("lm_head.weight" in shard.names for shard in shards):
         config.tie_word_embeddings = False  # the cut untied it
+    _write_beside(directory, config, tokenizer, description)
+
+
+def _write_beside(directory: Path, config: PretrainedConfig, tokenizer: Any, description: Description) -> None:
+    """What a model's directory holds but the weights."""
     config.architectures = [type(build_whole(config, description.head).model).__name__]
     with storage_errors(directory.parent):
         config.save_pretrained(str(directory))

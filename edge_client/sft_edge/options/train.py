@@ -7,6 +7,7 @@ Options that transformers' `TrainingArguments` has are spelled as there. This mo
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple, Optional, get_type_hints
@@ -240,6 +241,7 @@ def check_together(cut: CutOptions, link: LinkOptions) -> None:
 
 def check_output_dir(output_dir: Path, overwrite: bool) -> None:
     """Raises UsageError where a run, hours later, could not write its results or would mix them with others."""
+    check_name("--output-dir", output_dir)
     if output_dir.is_dir() and any(output_dir.iterdir()) and not overwrite:
         raise UsageError(
             f"--output-dir {output_dir} is not empty; name another, or add --overwrite-output-dir, or "
@@ -250,3 +252,15 @@ def check_output_dir(output_dir: Path, overwrite: bool) -> None:
         raise UsageError(f"--output-dir {output_dir}: {existing} is not a directory")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UsageError(f"--output-dir {output_dir}: no permission to write in {existing}")
+
+
+def check_name(option: str, path: Path) -> None:
+    """Raises UsageError for a name that the tokenizers package, which knows UTF-8 alone, could not write to."""
+    try:
+        if os.fsencode(path) == str(path).encode("utf-8"):
+            return
+    except UnicodeEncodeError:
+        pass
+    encoding = sys.getfilesystemencoding()
+    how = "choose another" if encoding == "utf-8" else f"choose another, or a UTF-8 locale; this one has {encoding}"
+    raise UsageError(f"{option} {str(path)!a}: its name is not UTF-8, which the tokenizer's files need; {how}")

@@ -155,7 +155,8 @@ def test_no_room_for_the_last_one(
     at_step(3, full)
     assert run() == 7
     assert error_line(capsys.readouterr().err) == (
-        f"no checkpoint of step 3 could be saved (the disk is full); the newest is {out / 'checkpoint-2'}"
+        f"no checkpoint of step 3 could be saved (the disk is full); the newest is {out / 'checkpoint-2'}; "
+        f"the model as of step 3 is in {out}"
     )
     assert steps_in(out) == [2]
 

@@ -8,20 +8,21 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple
+from typing import Any, Dict, Optional
 
 import torch
 
 from sft.cli.devices import find_device
-from sft.errors import LinkError, StorageError, TrainingError
-from sft_edge.checkpoints import Checkpointing
+from sft.cli.run import explained
+from sft.errors import LinkError, SessionLostError, SFTError, StorageError
+from sft_edge.checkpoints import Checkpointing, Stopped
+from sft_edge.commands.train.job import Job, description_of
 from sft_edge.files import write_file, write_json
-from sft_edge.model_files import Description, Source, model_card, save_model
+from sft_edge.link import TRANSIENT
+from sft_edge.model_files import model_card, save_model
 from sft_edge.options import RunOptions
 from sft_edge.systems import System, cut_of
-from sft_edge.tasks import Feature, Task
 from sft_edge.training import (
-    EvaluationSet,
     Progress,
     TrainingLoop,
     all_results,
@@ -29,15 +30,6 @@ from sft_edge.training import (
     peak_memory_bytes,
     print_report,
 )
-
-
-class Job(NamedTuple):
-    """What is trained on what."""
-
-    task: Task
-    source: Source
-    features: List[Feature]
-    validation: EvaluationSet
 
 
 @dataclass(frozen=True)
@@ -58,29 +50,55 @@ class Attempt:
         return self.loop.state.global_step
 
     def run(self) -> Dict[str, Any]:
-        """Trains, evaluates, saves and reports; returns the content of `all_results.json`. Raises any SFTError."""
+        """Trains, evaluates, saves and reports; returns the content of `all_results.json`.
+
+        Whatever goes wrong, the model as of the last whole step is saved, and the error says where; but not where the
+        session is lost, which holds half of it. Raises any SFTError.
+        """
         try:
-            self.loop.run()
-            evaluation = self.loop.evaluate()
-            results = {**self._results(evaluation), **self.checkpointing.counts}
+            evaluation = self._train()
             self.progress.status("saving")
-            self._save(results)
-        except (KeyboardInterrupt, TrainingError, OSError, RuntimeError) as error:
-            # The last two: a terminal that has gone, a data-loading worker that died, a device without memory.
-            with contextlib.suppress(OSError):  # nobody may be there to read it
-                self.progress.status(f"stopping: saving the model as of step {self.steps}")
-            directory = self._save(self._results({}))
-            if isinstance(error, TrainingError):
-                raise type(error)(f"{error}; the model as of step {self.steps} is in {directory}") from error
-            raise
+            results = self._save(evaluation)
         except LinkError:
             if self.steps:
-                write_json(self.output_dir / "trainer_state.json", self.loop.state)
+                with contextlib.suppress(StorageError):
+                    write_json(self.output_dir / "trainer_state.json", self.loop.state)
             raise
         self.progress.stop()
         print_report(self.system.ledger, results)
         sys.stdout.write(f"saved in {self.output_dir}\n")
         return results
+
+    def _train(self) -> Dict[str, float]:
+        """Gives the last evaluation."""
+        try:
+            self.loop.run()
+            return self.loop.evaluate()
+        except (Stopped, SessionLostError, *TRANSIENT):
+            raise
+        except (KeyboardInterrupt, Exception) as error:
+            told = self._rescue(error)
+            if told is None:
+                raise
+            raise told from error
+
+    def _rescue(self, error: BaseException) -> Optional[SFTError]:
+        """Saves the model; gives the error that says so, or None where the one at hand is for whoever called."""
+        with contextlib.suppress(OSError):  # nobody may be there to read it
+            self.progress.status(f"stopping: saving the model as of step {self.steps}")
+        for_caller = not isinstance(error, Exception) or isinstance(error, BrokenPipeError)
+        try:
+            self._save({})
+            where = f"the model as of step {self.steps} is in {self.output_dir}"
+        except SFTError as failure:
+            if for_caller:  # in a session that is lost now, nobody is to go on
+                return LinkError(str(failure)) if isinstance(failure, LinkError) else failure
+            where = str(failure)
+        if for_caller:
+            return None
+        assert isinstance(error, Exception)
+        told = explained(error)
+        return type(told)(f"{told}; {where}")
 
     def _results(self, evaluation: Dict[str, float]) -> Dict[str, Any]:
         cut = cut_of(self.options.cut)
@@ -99,44 +117,52 @@ class Attempt:
         device = find_device(self.options.training.device)
         return peak_memory_bytes(torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0)
 
-    def _save(self, results: Dict[str, Any]) -> Path:
-        """Saves the run, and says where: in a temporary directory when the output directory does not take it."""
-        try:
-            self._save_to(self.output_dir, results)
-        except StorageError as error:
-            try:
-                rescue = Path(tempfile.mkdtemp(prefix="sft-edge-"))
-            except OSError:  # the same disk, as a rule
-                raise error from None
-            try:
-                self._save_to(rescue, results)
-            except StorageError:
-                shutil.rmtree(str(rescue))
-                raise error from None
-            raise StorageError(f"{error}; the model was saved in {rescue} instead") from error
-        return self.output_dir
+    def _save(self, evaluation: Dict[str, float]) -> Dict[str, Any]:
+        """Saves the model, and what there is to tell of the run, which it gives.
 
-    def _save_to(self, directory: Path, results: Dict[str, Any]) -> None:
-        source, description = self.job.source, self._description()
-        save_model(directory, self.system.shards(), source.config, source.tokenizer, description)
-        results["edge_peak_memory_bytes"] = self._peak_memory()  # saving counts too
-        write_file(directory / "README.md", [model_card(description, results).encode()])
+        Whatever the output directory does not take goes to a temporary one; the error says so.
+        """
+        is_saved = False
+        try:
+            self._save_model(self.output_dir)
+            is_saved = True
+            return self._save_results(self.output_dir, evaluation)
+        except LinkError:
+            raise
+        except Exception as error:
+            told, where = explained(error), f"the model is in {self.output_dir}"
+            if isinstance(told, StorageError) or not is_saved:
+                elsewhere = self._save_elsewhere(evaluation)
+                if elsewhere is None:
+                    raise told from error
+                where = f"the model was saved in {elsewhere} instead"
+            raise type(told)(f"{told}; {where}") from error
+
+    def _save_elsewhere(self, evaluation: Dict[str, float]) -> Optional[Path]:
+        """In a temporary directory; None where that, on the same disk as a rule, does not take the model either."""
+        try:
+            directory = Path(tempfile.mkdtemp(prefix="sft-edge-"))
+        except OSError:
+            return None
+        try:
+            self._save_model(directory)
+        except Exception:  # of any kind: what went wrong first is told
+            shutil.rmtree(str(directory))
+            return None
+        with contextlib.suppress(Exception):
+            self._save_results(directory, evaluation)
+        return directory
+
+    def _save_model(self, directory: Path) -> None:
+        source = self.job.source
+        save_model(
+            directory, self.system.shards(), source.config, source.tokenizer, description_of(self.options, self.job)
+        )
+
+    def _save_results(self, directory: Path, evaluation: Dict[str, float]) -> Dict[str, Any]:
+        results = {**self._results(evaluation), **self.checkpointing.counts}
+        write_file(directory / "README.md", [model_card(description_of(self.options, self.job), results).encode()])
         write_file(directory / "ledger.csv", ledger_lines(self.system.ledger))
         write_json(directory / "all_results.json", results)
         write_json(directory / "trainer_state.json", self.loop.state)
-
-    def _description(self) -> Description:
-        task, source, cut = self.job.task, self.job.source, cut_of(self.options.cut)
-        return Description(
-            task=task.name,
-            text_fields=list(task.text_fields),
-            head=task.head,
-            problem_type=task.problem_type,
-            label_names=task.label_names,
-            max_seq_length=self.options.model.max_seq_length,
-            base_model=source.name or ("" if source.checkpoint is None else "a model of the device"),
-            mode=self.options.cut.mode,
-            split_layer=cut.split_layer if cut else None,
-            split_rank=cut.split_rank or None if cut else None,
-            residual=self.options.cut.residual,
-        )
+        return results

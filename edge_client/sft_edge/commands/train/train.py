@@ -14,7 +14,8 @@ from sft.errors import LinkError
 from sft.models import build_whole
 from sft.v1 import split_training_pb2 as pb
 from sft_edge.checkpoints import Checkpointing, Stopped, likeness
-from sft_edge.commands.train.attempt import Attempt, Job
+from sft_edge.commands.train.attempt import Attempt
+from sft_edge.commands.train.job import Job, try_end
 from sft_edge.files import check_room
 from sft_edge.link import Link, retry_policy_of
 from sft_edge.model_files import Source, open_source
@@ -53,6 +54,7 @@ class TrainingRun:
             same = likeness(options, job.source.config, job.features)
             checkpointing = Checkpointing(self.output_dir, options.training, same, progress, terminated)
             stack.enter_context(checkpointing)
+            try_end(job, options, self.output_dir)
             try:
                 return self._with_recovery(job, progress, checkpointing, terminated)
             except Stopped as stopped:
