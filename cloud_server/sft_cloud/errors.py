@@ -18,6 +18,14 @@ class QuotaError(ServerFullError):
     """The caller has used up what is for it, for now."""
 
 
+class NoSuchServiceError(SFTError):
+    """Somebody asks for the health of a service that is not here."""
+
+
+class NoMemoryError(ServerFullError):
+    """The memory for sessions is taken, or too little for this one."""
+
+
 class StreamTakenError(SFTError):
     """Another stream has the session now."""
 

@@ -121,6 +121,7 @@ class CloudServer:
             lambda: [(entry.owner.name, entry.stream is not None) for entry in self.sessions.entries()],
             options.max_sessions,
         )
+        observer.metrics.watch_tenants(access.names)
         if access.credentials is not None:
             observer.metrics.watch_certificate(access.certificate_expires)
         self.service = SplitTrainingService(self.engine, uploads(options, limits), self.sessions, observer)
@@ -169,6 +170,7 @@ class CloudServer:
         self._health.stop_serving()
         self.service.drain()
         self._server.stop(grace_seconds).wait()
+        self._health.shutdown()
         self.engine.shutdown()
         self._executor.shutdown()
 

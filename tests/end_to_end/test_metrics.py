@@ -25,8 +25,9 @@ from sft.v1 import split_training_pb2 as pb
 from sft.v1.split_training_pb2_grpc import SplitTrainingStub
 from sft.wire.protocol import CLIENT_OPTIONS
 from sft_cloud.access.protection import make_access
+from sft_cloud.observability.metrics_port import MetricsPort
 from sft_cloud.observability.observer import Observer
-from sft_cloud.observability.prometheus import MetricsPort, PrometheusMetrics
+from sft_cloud.observability.prometheus import PrometheusMetrics
 from sft_cloud.options import ServerAccess
 from sft_cloud.server import CloudServer
 
@@ -76,12 +77,13 @@ def test_a_run(
     value = scraped(metrics)
     anonymous = {"tenant": "anonymous"}
     assert value("sessions_opened_total", **anonymous) == value("sessions_closed_total", **anonymous) == 1
-    assert value("sessions") is None
+    assert value("sessions") == value("streams") == 0
+    assert value("messages_total", kind="commit", **anonymous) > 0
     assert value("sessions_limit") == 1
     assert value("steps_total", **anonymous) == 3
     assert value("messages_total", kind="forward", **anonymous) == 3
     assert value("messages_total", kind="evaluate", **anonymous) > 0
-    assert value("repeated_messages_total", **anonymous) is None
+    assert value("repeated_messages_total", **anonymous) == 0
     assert value("uploads_total", **anonymous) == 2
     assert value("upload_bytes_total", **anonymous) == sum(
         path.stat().st_size for path in (tmp_path / "cloud").rglob("*.safetensors")
@@ -92,7 +94,7 @@ def test_a_run(
     messages = value("messages_total", **anonymous)
     assert value("queue_wait_seconds_count", **anonymous) == value("work_seconds_count", **anonymous) == messages
     assert value("work_seconds_sum", **anonymous) > 0
-    assert value("rejects_total") is None
+    assert value("rejects_total") == value("sessions_refused_total") == 0
 
 
 def test_a_refusal_and_a_repeated_message(server: CloudServer, metrics: PrometheusMetrics, edge: TinyEdge) -> None:
@@ -114,6 +116,7 @@ def test_a_refusal_and_a_repeated_message(server: CloudServer, metrics: Promethe
         assert value("sessions", tenant="anonymous") == value("streams", tenant="anonymous") == 1
         second.end()
     assert value("rejects_total", method="OpenSession", code="RESOURCE_EXHAUSTED", reason="ServerFullError") == 1
+    assert value("sessions_refused_total", reason="places") == value("sessions_refused_total") == 1
     assert value("reconnects_total", tenant="anonymous") == 1
     assert value("repeated_messages_total", tenant="anonymous") == 1
     assert value("messages_total", kind="forward", tenant="anonymous") == 2
@@ -143,7 +146,7 @@ def test_strangers_tenants_and_the_certificate(metrics: PrometheusMetrics, edge:
     value = scraped(metrics)
     refused = {"code": "UNAUTHENTICATED", "tenant": "unknown"}
     assert value("rejects_total", method="Status", **refused) == 1
-    assert value("rejects_total", method="unknown", **refused) == 1
+    assert value("rejects_total", method="none such", **refused) == 1
     assert value("rejects_total", method="OpenSession", tenant="anna", reason="PreconditionError") == 1
     assert value("uploads_total", tenant="anna") == len(missing) > 0
     assert value("certificate_expires_unix_seconds") > time.time()

@@ -38,6 +38,7 @@ def labels():
     metrics.uploaded("anna", 1)
     metrics.downloaded("anna", 1)
     metrics.refused("anna", "Train", "ABORTED", "GapError")
+    metrics.refused("anna", "OpenSession", "RESOURCE_EXHAUSTED", "ServerFullError")
     skipped, saved = pb.CloudMessage(step_skipped=pb.StepSkipped()), pb.CloudMessage()
     saved.checkpoint_saved.total_bytes = 1
     failed = pb.CloudMessage(checkpoint_saved=pb.CheckpointSaved(error="no space left"))
@@ -93,12 +94,36 @@ def test_panels_do_not_overlap():
     assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])
 
 
-def test_prometheus_takes_the_rules():
-    promtool = shutil.which("promtool")
-    if promtool is None:
+def promtool(*arguments):
+    found = shutil.which("promtool")
+    if found is None:
         pytest.skip("promtool, which comes with Prometheus, is not on PATH")
-    done = subprocess.run(
-        [promtool, "check", "rules", DOCS / "grafana" / "alerts.yml"], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert f"{len(RULES)} rules found" in done.stdout
+    done = subprocess.run([found, *arguments], cwd=DOCS / "grafana", capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_prometheus_takes_the_rules():
+    assert f"{len(RULES)} rules found" in promtool("check", "rules", "alerts.yml")
+
+
+def test_alerts_see_the_first_event():
+    promtool("test", "rules", "alerts_test.yml")
+
+
+def test_what_alerts_count_is_there_before_the_first_event():
+    metrics = PrometheusMetrics(torch.device("cpu"))
+    metrics.watch_sessions(list, 1)
+    metrics.watch_certificate(lambda: 1.0)
+    metrics.watch_tenants(lambda: ["anna"])
+    there_are = {(sample.name, sample.value) for family in metrics.registry.collect() for sample in family.samples}
+    for rule in RULES:
+        for name in series_of(rule["expr"]):
+            if name.startswith("sft_cloud_") and not name.endswith(("_bucket", "_limit", "_seconds")):
+                assert (name, 0) in there_are, f"{rule['alert']} would not see the first"
+
+
+def test_alerts_that_look_for_a_single_event_see_it_in_a_new_series():
+    for rule in RULES:
+        for counted in re.findall(r"increase\((\w+\S*)\[\d+m\]\)\) > 0", rule["expr"]):
+            assert f"{counted} unless {counted} offset" in rule["expr"], rule["alert"]

@@ -18,7 +18,8 @@ from sft_cloud.observability import LogLimit
 from sft_cloud.rpc import Call, Handler, behaviour_of, remade
 
 OPEN_METHODS = (HEALTH_CHECK,)
-"""What load balancers and containers ask; it says no more than whether the server serves, and reads no request."""
+"""What load balancers and containers ask; it says no more than whether the server serves, and sees to it itself that
+strangers' requests hold nothing."""
 
 REFUSALS_PER_SECOND = 10
 """Lines of the log about strangers; more are counted, and how many is said in the next one."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import grpc
@@ -30,6 +30,9 @@ class Access:
 
     identify: Identify = lambda context: ANONYMOUS
     """Finds out who calls, once a call."""
+
+    names: Callable[[], Iterable[str]] = lambda: (ANONYMOUS.name,)
+    """Who may call, as far as that is known: holders of certificates are not before they do."""
 
     certificate_expires: Callable[[], float | None] = lambda: None
     """When the certificate in use expires, in Unix seconds; None without TLS."""
@@ -62,7 +65,8 @@ def make_access(
     tokens = None if options.tokens is None else LiveTokens(options.tokens)
     authentication = Authentication(tokens, needs_certificate=options.tls_client_ca is not None)
     interceptor = AuthenticationInterceptor(authentication, on_refused)
-    return Access(credentials, interceptor, authentication.identify, certificate_expires)
+    names: Callable[[], Iterable[str]] = tuple if tokens is None else tokens.names
+    return Access(credentials, interceptor, authentication.identify, names, certificate_expires)
 
 
 def is_here_alone(host: str, dashes: str = "") -> bool:

@@ -185,11 +185,18 @@ class LiveTokens:
 
     def get(self, identifier: str) -> Token | None:
         """The token with this id."""
+        return self._tokens().get(identifier)
+
+    def names(self) -> set[str]:
+        """Of everybody who has a token that is not revoked."""
+        return {token.name for token in self._tokens().values() if token.revoked is None}
+
+    def _tokens(self) -> dict[str, Token]:
         with self._lock:
             if self._file.changed():
                 fields = {**_about(self._path)["fields"], "tokens": len(self._file.value)}
                 _log.info("tokens read again", extra={"fields": fields})
-            return self._file.value.get(identifier)
+            return self._file.value
 
 
 def _about(path: Path) -> dict[str, Any]:

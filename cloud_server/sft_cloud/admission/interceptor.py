@@ -60,7 +60,7 @@ class AdmissionInterceptor(grpc.ServerInterceptor):
         """See grpc.ServerInterceptor."""
         handler = continuation(handler_call_details)
         method = str(handler_call_details.method)
-        if handler is None or method in OPEN_METHODS:  # whose handlers read nothing that a stranger sends
+        if handler is None or method in OPEN_METHODS:  # whose handlers see to strangers themselves
             return handler
         admitted = _Admitted(self, method, handler)
         return raw(handler, admitted.one_answer, admitted.many_answers)

@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sft.errors import ServerFullError
 from sft.models import Net2, build_net_2, max_positions
 from sft.models.lora import adapter_shapes, add_lora, is_adapter
 from sft.models.seeding import seeded
@@ -18,6 +17,7 @@ from sft.models.weights import fill
 from sft.optim.spec import make_optimizer
 from sft.tensors.stream import StoredTensor
 from sft_cloud.engine.request import SessionSpec, blames_config
+from sft_cloud.errors import NoMemoryError
 from sft_cloud.memory import MemoryBudget, MemoryShare
 from sft_cloud.session import (
     BatchMemory,
@@ -42,13 +42,13 @@ class Built(NamedTuple):
 def build(spec: SessionSpec, device: torch.device) -> Built:
     """The net_2 that a request asks for, on the meta device. To be run by the worker, as is `make_session`.
 
-    Raises CutError, UnsupportedModelError, ProtocolError, and ServerFullError when `device` could never hold it.
+    Raises CutError, UnsupportedModelError, ProtocolError, and NoMemoryError when `device` could never hold it.
     """
     with blames_config():
         net_2 = build_net_2(spec.config, spec.head, spec.cut)
     needed, memory = _needed_bytes(spec, net_2), memory_bytes(device)
     if needed > memory:
-        raise ServerFullError(f"training net_2 takes at least {needed} bytes, but {device} has {memory} in all")
+        raise NoMemoryError(f"training net_2 takes at least {needed} bytes, but {device} has {memory} in all")
     return Built(net_2, needed)
 
 
@@ -76,7 +76,7 @@ def make_session(
     """Fills what `build` gave for the spec with `tensors` and the seed's draws, and makes its optimizer.
 
     Adapters that are among `tensors` are the edge's own: downloads then hold them as they are, and merge nothing.
-    Raises ProtocolError and UsageError, and ServerFullError where it does not fit into the `budget` beside the others.
+    Raises ProtocolError and UsageError, and NoMemoryError where it does not fit into the `budget` beside the others.
     """
     share = MemoryShare(budget, built.needed_bytes)
     try:

@@ -6,7 +6,7 @@
     charge.resize(2 << 20)                                      # before the next part is taken
     charge.release()                                            # by whoever is first to know that it is over
 
-`charge` and `resize` raise ServerFullError, with the line that the caller is to read. Sessions, which live long and
+`charge` and `resize` raise NoMemoryError, with the line that the caller is to read. Sessions, which live long and
 change with every batch, have a MemoryShare.
 
 On a CPU nothing fails when memory runs out: the kernel ends the process, and everybody's session with it.
@@ -22,8 +22,8 @@ import weakref
 from collections.abc import Callable
 from types import TracebackType
 
-from sft.errors import ServerFullError
 from sft.printable import format_bytes
+from sft_cloud.errors import NoMemoryError
 from sft_cloud.memory.process import give_back
 
 
@@ -106,7 +106,7 @@ class MemoryBudget:
         return {kind: self._of(kind)._refused[kind] for kind in Kind}
 
     def charge(self, kind: Kind, size: int, what: str = "") -> Charge:
-        """Holds `size` bytes until the charge is released. Call it before allocating. Raises ServerFullError.
+        """Holds `size` bytes until the charge is released. Call it before allocating. Raises NoMemoryError.
 
         `what`: what is too large, for the sentence of the error; each kind has its own.
         """
@@ -171,12 +171,12 @@ class Charge:
         return self._size
 
     def resize(self, size: int) -> None:
-        """Holds so much from now on; nothing once it was released. Raises ServerFullError; it is then as it was."""
+        """Holds so much from now on; nothing once it was released. Raises NoMemoryError; it is then as it was."""
         with self._lock:
             if self._is_over:
                 return
             if not self._budget.add(self._kind, size - self._size, size):
-                raise ServerFullError(self._refusal(size))
+                raise NoMemoryError(self._refusal(size))
             self._size = size
 
     def release(self) -> None:

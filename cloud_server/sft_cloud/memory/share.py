@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import weakref
 
-from sft.errors import ProtocolError, ServerFullError
+from sft.errors import ProtocolError
 from sft.printable import format_bytes
+from sft_cloud.errors import NoMemoryError
 from sft_cloud.memory.budget import Kind, MemoryBudget
 
 
@@ -13,18 +14,18 @@ class MemoryShare:
     """Not for several threads at once, but for its release."""
 
     def __init__(self, budget: MemoryBudget | None = None, fixed_bytes: int = 0) -> None:
-        """Takes what the session holds before its first batch. Raises ServerFullError. Without a budget, all fits."""
+        """Takes what the session holds before its first batch. Raises NoMemoryError. Without a budget, all fits."""
         self._budget = MemoryBudget() if budget is None else budget
         self._fixed = fixed_bytes
         self._held = [0]  # shared with `_give_back`, which must not hold on to the share
         if fixed_bytes > self._budget.largest_bytes:
-            raise ServerFullError(
+            raise NoMemoryError(
                 f"this session would take {format_bytes(fixed_bytes)}, but all sessions of this server together may "
                 f"take {format_bytes(self._budget.largest_bytes)}; choose a smaller model, a higher --split-layer, or "
                 "LoRA"
             )
         if not self._resize(fixed_bytes):
-            raise ServerFullError(
+            raise NoMemoryError(
                 f"this session would take {format_bytes(fixed_bytes)}, but "
                 f"{format_bytes(self._budget.left_bytes(fixed_bytes))} of the server's memory are left; try again "
                 "when another session has ended"

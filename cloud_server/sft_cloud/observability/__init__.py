@@ -5,6 +5,7 @@ from sft_cloud.observability.call_record import CallRecord
 from sft_cloud.observability.interceptor import observing
 from sft_cloud.observability.log_limit import LogLimit
 from sft_cloud.observability.logs import set_up_logging
+from sft_cloud.observability.model_name import model_name
 from sft_cloud.observability.observer import NOBODY, Observer, Watch, open_observer
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "LogLimit",
     "Observer",
     "Watch",
+    "model_name",
     "observing",
     "open_observer",
     "set_up_logging",

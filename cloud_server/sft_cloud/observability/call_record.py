@@ -7,6 +7,7 @@ from google.protobuf.message import Message
 
 from sft.v1 import split_training_pb2 as pb
 from sft_cloud.observability.audit import AuditLog
+from sft_cloud.observability.model_name import model_name
 
 
 class CallRecord:
@@ -19,11 +20,13 @@ class CallRecord:
         self._method = method
         self._peer = peer
         self._fields: dict[str, object] = {}
+        self._opens: pb.OpenSessionRequest | None = None
 
     def requested(self, message: Message) -> None:
         """A message that came in."""
         if isinstance(message, pb.OpenSessionRequest):
-            self._fields = {"model": message.model_name, "split_rank": message.cut.split_rank}
+            self._opens = message
+            self._fields = {"model": message.model_name or message.cut.layer_name, "split_rank": message.cut.split_rank}
         elif isinstance(message, pb.UploadBlobRequest):
             if message.sha256:
                 self._fields = {"sha256": message.sha256, "bytes": message.total_bytes}
@@ -37,6 +40,8 @@ class CallRecord:
         if isinstance(message, pb.OpenSessionResponse):
             if message.session_id:
                 what, step = ("resumed", {"step": message.next_step}) if message.next_step else ("opened", {})
+                if self._opens is not None:
+                    self._fields["model"] = model_name(self._opens)
                 self._write(what, session=_label(message.session_id), **step)
         elif isinstance(message, pb.UploadBlobResponse):
             self._write("uploaded")

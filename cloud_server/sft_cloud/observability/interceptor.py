@@ -9,18 +9,10 @@ import grpc
 
 from sft.errors import SFTError
 from sft.tracing import METADATA_KEY, NO_SPAN, Tracer
-from sft.v1 import split_training_pb2 as pb
 from sft.wire.protocol import TRAIN
-from sft_cloud.observability.metrics import UNKNOWN, Metrics
+from sft_cloud.observability.metrics import METHODS, NO_SUCH_METHOD, UNKNOWN, Metrics
 from sft_cloud.observability.observer import Observer
 from sft_cloud.rpc import Call, Handler, around, outcome
-
-_METHODS = {method.name for method in pb.DESCRIPTOR.services_by_name["SplitTraining"].methods} | {
-    "Check",
-    "Watch",
-    "ServerReflectionInfo",
-}
-"""What becomes a label: not what callers make up."""
 
 
 class CallObserver(grpc.ServerInterceptor):
@@ -39,9 +31,8 @@ class CallObserver(grpc.ServerInterceptor):
         handler = continuation(handler_call_details)
         if handler is None:
             return None
-        method = handler_call_details.method.rpartition("/")[2]
-        if method not in _METHODS:
-            method = UNKNOWN  # whoever stands before this refuses methods that there are not, too
+        # Whoever stands behind this refuses methods that there are not, too.
+        method = METHODS.get(handler_call_details.method, NO_SUCH_METHOD)
         parent = ""
         # A call as long as a run is no piece of work; its messages are.
         if self._tracer.active and handler_call_details.method != TRAIN:
@@ -52,7 +43,9 @@ class CallObserver(grpc.ServerInterceptor):
     @contextmanager
     def _watched(self, method: str, parent: str, call: Call) -> Iterator[Call]:
         # None for strangers, whom nobody behind this lets in: they could make as many as they like.
-        span = self._tracer.server_span(method, parent) if parent and _tenant(call) != UNKNOWN else NO_SPAN
+        tenant = _tenant(call)
+        span = self._tracer.server_span(method, parent) if parent and tenant != UNKNOWN else NO_SPAN
+        self._metrics.known(tenant)
         try:
             with span:
                 yield call
@@ -61,7 +54,7 @@ class CallObserver(grpc.ServerInterceptor):
         except Exception as error:
             code, _ = outcome(call, error)
             reason = type(error).__name__ if isinstance(error, SFTError) else code.name
-            self._metrics.refused(_tenant(call), method, code.name, reason)
+            self._metrics.refused(tenant, method, code.name, reason)
             raise
 
 

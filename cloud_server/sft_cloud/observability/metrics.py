@@ -5,9 +5,50 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from sft.v1 import split_training_pb2 as pb
+from sft.wire.protocol import HEALTH_CHECK, HEALTH_WATCH, SERVICE
 
 UNKNOWN = "unknown"
 """The tenant of calls of which nobody knows who made them."""
+
+METHODS = {
+    **{f"/{SERVICE}/{method.name}": method.name for method in pb.DESCRIPTOR.services_by_name["SplitTraining"].methods},
+    HEALTH_CHECK: "Check",
+    HEALTH_WATCH: "Watch",
+    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": "ServerReflectionInfo",
+}
+"""What becomes a label, by the path of the call: not what callers make up."""
+
+NO_SUCH_METHOD = "none such"
+"""The label of all other paths, which strangers try."""
+
+_BODIES = [field.name for field in pb.EdgeMessage.DESCRIPTOR.oneofs_by_name["body"].fields]
+KINDS = (*(name for name in _BODIES if name not in ("attach", "close")), "commit", "weights")
+"""What messages that are answered can ask for."""
+
+_REFUSALS = {
+    "NoMemoryError": "memory",
+    "RESOURCE_EXHAUSTED": "memory",  # of a device that found none
+    "ServerFullError": "places",
+    "QuotaError": "limits",
+    "AccessError": "limits",
+    "UnauthenticatedError": "stranger",
+    "StorageError": "storage",
+    "ServerUnavailableError": "stopping",
+    "INTERNAL": "internal",
+}
+_BAD_REQUEST = "request"
+REFUSALS = (*dict.fromkeys(_REFUSALS.values()), _BAD_REQUEST)
+"""Why sessions are refused."""
+
+
+def kind_of(message: pb.EdgeMessage) -> str:
+    """What a message asks for: its body, or what rides on one without."""
+    return message.WhichOneof("body") or ("commit" if message.HasField("commit") else "weights")
+
+
+def refusal_of(reason: str) -> str:
+    """Why a session was refused, by the name of the error's class, or gRPC's code where it was none of ours."""
+    return _REFUSALS.get(reason, _BAD_REQUEST)
 
 
 Sessions = Callable[[], Iterable[tuple[str, bool]]]
@@ -16,6 +57,12 @@ Sessions = Callable[[], Iterable[tuple[str, bool]]]
 
 class Metrics:
     """Is told what happens, from any thread; does nothing with it. `tenant` is the name of an identity."""
+
+    def watch_tenants(self, names: Callable[[], Iterable[str]]) -> None:
+        """`names`: of everybody who may call, as far as that is known; it may be asked at any time."""
+
+    def known(self, tenant: str) -> None:
+        """It has called; nothing has come of it yet."""
 
     def watch_sessions(self, sessions: Sessions, limit: int) -> None:
         """`sessions` may be asked at any time; `limit`: how many there may be."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from sft.tracing import NO_SPAN, NO_TRACER, Tracer, Value, open_tracer
 from sft.v1 import split_training_pb2 as pb
-from sft_cloud.observability.metrics import Metrics
+from sft_cloud.observability.metrics import Metrics, kind_of
 from sft_cloud.options import MetricsOptions
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Watch:
         if self._tracer.active and message.trace_parent:
             attributes: dict[str, Value] = {"sft.tenant": tenant, "sft.session": label, "sft.step": message.step}
             attributes["sft.micro_batch"] = message.micro_batch
-            self._span = self._tracer.server_span(_name_of(message), message.trace_parent, attributes)
+            self._span = self._tracer.server_span(kind_of(message), message.trace_parent, attributes)
 
     def worked(self, waited_seconds: float, worked_seconds: float, error: Exception | None) -> None:
         """The engine has done what the message asks, just now, or it ended with an error."""
@@ -76,10 +76,6 @@ class Watch:
         self._span.end("" if error is None else type(error).__name__)
 
 
-def _name_of(message: pb.EdgeMessage) -> str:
-    return message.WhichOneof("body") or ("commit" if message.HasField("commit") else "no body")
-
-
 @contextmanager
 def open_observer(options: MetricsOptions, device: torch.device) -> Iterator[tuple[Observer, str]]:
     """An observer for a server, and the address of its figures; an empty one where nobody reads them.
@@ -92,10 +88,8 @@ def open_observer(options: MetricsOptions, device: torch.device) -> Iterator[tup
         if options.metrics_port is None:
             yield Observer(None, tracer), ""
             return
-        from sft_cloud.observability.prometheus import (  # only here: a server without does not need it
-            MetricsPort,
-            PrometheusMetrics,
-        )
+        from sft_cloud.observability.metrics_port import MetricsPort  # only here: a server without does not need them
+        from sft_cloud.observability.prometheus import PrometheusMetrics
 
         metrics = PrometheusMetrics(device)
         port = MetricsPort(options.metrics_host, options.metrics_port, metrics.registry)

@@ -1,28 +1,34 @@
-"""Figures for Prometheus: what is counted, under which names, and the port where they are read.
+"""Figures for Prometheus: what is counted, and under which names.
 
 docs/observability.md lists them. What a tenant is called comes from the operator's token file and certificates, so the
-number of series is bounded by these; nothing that an edge makes up becomes a label.
+number of series is bounded by these; nothing that an edge makes up becomes a label. Every counter of a tenant is there,
+at 0, before the first thing that it counts: an increase from nothing to 1 is none for Prometheus.
 """
 
 from __future__ import annotations
 
-import socket
 import threading
 from collections import Counter as Tally
 from collections.abc import Callable, Iterable, Iterator
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 import torch
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, make_wsgi_app
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.core import GaugeMetricFamily, Metric
-from prometheus_client.exposition import ThreadingWSGIServer
 from prometheus_client.registry import Collector
 
-from sft.errors import UsageError
 from sft.v1 import split_training_pb2 as pb
 from sft.version import __version__
 from sft.wire.protocol import PROTOCOL_VERSION
-from sft_cloud.observability.metrics import Metrics, Sessions
+from sft_cloud.observability.metrics import (
+    KINDS,
+    METHODS,
+    NO_SUCH_METHOD,
+    REFUSALS,
+    Metrics,
+    Sessions,
+    kind_of,
+    refusal_of,
+)
 
 _PREFIX = "sft_cloud"
 
@@ -35,11 +41,17 @@ class PrometheusMetrics(Metrics):
 
     def __init__(self, device: torch.device) -> None:
         self.registry = CollectorRegistry()
+        self._lock = threading.Lock()
+        self._tenants: set[str] = set()
+        self._counters: list[Counter] = []
+        self._expected = _Expected(self)  # the first to be asked in a scrape, so that what it adds is in this one
+        self.registry.register(self._expected)
         ProcessCollector(registry=self.registry)
         self._sessions_opened = self._counter("sessions_opened", "Sessions that were opened.")
         self._sessions_resumed = self._counter("sessions_resumed", "Sessions that went on from a checkpoint.")
         self._sessions_closed = self._counter("sessions_closed", "Sessions that ended.")
         self._reconnects = self._counter("reconnects", "Streams that took the place of another one of their session.")
+        self._sessions_refused = self._counter("sessions_refused", "Sessions that were not opened.", "reason")
         self._messages = self._counter("messages", "Messages of streams that were answered.", "kind")
         self._repeated = self._counter("repeated_messages", "Messages that came again, and were answered from memory.")
         self._steps = self._counter("steps", "Steps that were taken.")
@@ -62,8 +74,32 @@ class PrometheusMetrics(Metrics):
             memory = Gauge(f"{_PREFIX}_device_memory_bytes", "Memory that tensors take.", registry=self.registry)
             memory.set_function(lambda: torch.cuda.memory_allocated(device))
 
+    def watch_tenants(self, names: Callable[[], Iterable[str]]) -> None:
+        self._expected.names = names
+        for name in names():
+            self.known(name)
+
+    def known(self, tenant: str) -> None:
+        with self._lock:
+            if tenant in self._tenants:
+                return
+            self._tenants.add(tenant)
+        for counter in self._counters:
+            counter.labels(tenant)
+        for kind in KINDS:
+            self._messages.labels(tenant, kind)
+        for reason in REFUSALS:
+            self._sessions_refused.labels(tenant, reason)
+        for method in (*METHODS.values(), NO_SUCH_METHOD):
+            self._rejects.labels(tenant, method, "INTERNAL", "INTERNAL")
+
+    def tenants(self) -> list[str]:
+        """Who has called, or may."""
+        with self._lock:
+            return sorted(self._tenants)
+
     def watch_sessions(self, sessions: Sessions, limit: int) -> None:
-        self.registry.register(_Sessions(sessions))
+        self.registry.register(_Sessions(sessions, self.tenants))
         Gauge(f"{_PREFIX}_sessions_limit", "Sessions that there may be.", registry=self.registry).set(limit)
 
     def watch_certificate(self, expires: Callable[[], float | None]) -> None:
@@ -95,7 +131,7 @@ class PrometheusMetrics(Metrics):
         steps: int = 0,
         repeated: bool = False,
     ) -> None:
-        self._messages.labels(tenant, message.WhichOneof("body") or "none").inc()
+        self._messages.labels(tenant, kind_of(message)).inc()
         self._received.labels(tenant).inc(sizes[0])
         self._sent.labels(tenant).inc(sizes[1])
         if repeated:
@@ -120,19 +156,41 @@ class PrometheusMetrics(Metrics):
 
     def refused(self, tenant: str, method: str, code: str, reason: str) -> None:
         self._rejects.labels(tenant, method, code, reason).inc()
+        if method == "OpenSession":
+            self._sessions_refused.labels(tenant, refusal_of(reason)).inc()
 
     def _counter(self, name: str, what: str, *labels: str) -> Counter:
-        return Counter(f"{_PREFIX}_{name}", what, ("tenant", *labels), registry=self.registry)
+        counter = Counter(f"{_PREFIX}_{name}", what, ("tenant", *labels), registry=self.registry)
+        if not labels:
+            self._counters.append(counter)
+        return counter
 
     def _histogram(self, name: str, what: str) -> Histogram:
         return Histogram(f"{_PREFIX}_{name}", what, ("tenant",), buckets=_SECONDS, registry=self.registry)
 
 
+class _Expected(Collector):
+    """Shows nothing itself: has the counters of everybody who may call be there."""
+
+    def __init__(self, metrics: PrometheusMetrics) -> None:
+        self._metrics = metrics
+        self.names: Callable[[], Iterable[str]] = tuple
+
+    def describe(self) -> Iterable[Metric]:
+        return ()
+
+    def collect(self) -> Iterable[Metric]:
+        for name in self.names():
+            self._metrics.known(name)
+        return ()
+
+
 class _Sessions(Collector):
     """Read from the sessions themselves: counted up and down, the figures would drift with the first mistake."""
 
-    def __init__(self, sessions: Sessions) -> None:
+    def __init__(self, sessions: Sessions, tenants: Callable[[], Iterable[str]]) -> None:
         self._sessions = sessions
+        self._tenants = tenants
 
     def describe(self) -> Iterable[Metric]:
         return self._families()
@@ -144,8 +202,9 @@ class _Sessions(Collector):
             (open_now, [tenant for tenant, _ in sessions]),
             (attached, [tenant for tenant, has_stream in sessions if has_stream]),
         ):
-            for tenant, count in sorted(Tally(tenants).items()):
-                family.add_metric([tenant], count)
+            counts = Tally(tenants)
+            for tenant in sorted({*self._tenants(), *counts}):
+                family.add_metric([tenant], counts[tenant])
             yield family
 
     @staticmethod
@@ -154,39 +213,3 @@ class _Sessions(Collector):
             GaugeMetricFamily(f"{_PREFIX}_sessions", "Sessions that are open.", labels=("tenant",)),
             GaugeMetricFamily(f"{_PREFIX}_streams", "Sessions that a stream has now.", labels=("tenant",)),
         )
-
-
-class MetricsPort:
-    """Serves a registry over HTTP, in threads of its own, from construction to `close`."""
-
-    def __init__(self, host: str, port: int, registry: CollectorRegistry) -> None:
-        """`port` 0 takes a free one. Raises UsageError when it cannot bind."""
-
-        class Server(ThreadingWSGIServer):
-            address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-
-        try:
-            self._server: WSGIServer = make_server(host, port, make_wsgi_app(registry), Server, _Quiet)
-        except OSError as error:
-            raise UsageError(
-                f"cannot serve metrics on {host} port {port}: {error.strerror}; choose another --metrics-port or "
-                "--metrics-host"
-            ) from error
-        shown = f"[{host}]" if ":" in host else host
-        self.url = f"http://{shown}:{self._server.server_port}/metrics"
-        self._thread = threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True)
-        self._thread.start()
-
-    def close(self) -> None:
-        """Returns when nobody listens any more."""
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
-
-
-class _Quiet(WSGIRequestHandler):
-    timeout = 10.0
-    """Seconds for which a client may be silent; its thread ends then."""
-
-    def log_message(self, format: str, *args: object) -> None:
-        """A scrape is no event for the log."""

@@ -7,7 +7,8 @@
       order
     GapError: a message before this one got lost; StreamTakenError:     ABORTED
       another stream has the session
-    SessionLostError: no such session, or it has ended                  NOT_FOUND
+    SessionLostError: no such session, or it has ended;                 NOT_FOUND
+      NoSuchServiceError: a health check of something else
     UnauthenticatedError: no identity, or it is no longer good          UNAUTHENTICATED
     AccessError: a known caller, but this is not for it                 PERMISSION_DENIED
     ServerFullError, QuotaError, StorageError, out of memory: no room   RESOURCE_EXHAUSTED
@@ -36,7 +37,14 @@ from sft.errors import (
     SFTError,
     StorageError,
 )
-from sft_cloud.errors import GapError, PreconditionError, StreamTakenError, UnauthenticatedError, is_out_of_memory
+from sft_cloud.errors import (
+    GapError,
+    NoSuchServiceError,
+    PreconditionError,
+    StreamTakenError,
+    UnauthenticatedError,
+    is_out_of_memory,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -48,6 +56,7 @@ _CODES: tuple[tuple[type[SFTError], grpc.StatusCode], ...] = (
     (GapError, grpc.StatusCode.ABORTED),
     (StreamTakenError, grpc.StatusCode.ABORTED),
     (SessionLostError, grpc.StatusCode.NOT_FOUND),
+    (NoSuchServiceError, grpc.StatusCode.NOT_FOUND),
     (UnauthenticatedError, grpc.StatusCode.UNAUTHENTICATED),
     (AccessError, grpc.StatusCode.PERMISSION_DENIED),
     (ServerFullError, grpc.StatusCode.RESOURCE_EXHAUSTED),

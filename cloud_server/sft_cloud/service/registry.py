@@ -7,11 +7,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from sft.errors import ServerFullError, ServerUnavailableError, SessionLostError
 from sft.v1 import split_training_pb2 as pb
 from sft_cloud.errors import PreconditionError, QuotaError
 from sft_cloud.identity import Identity
+from sft_cloud.observability import model_name
 from sft_cloud.service.exactly_once import ExactlyOnce
 
 SPARED_SECONDS = 60.0
@@ -54,6 +56,11 @@ class Entry:
     """Checkpoints that both sides have, of the step that was the last one then."""
     bytes_received: int = 0
     bytes_sent: int = 0
+
+    @cached_property
+    def model(self) -> str:
+        """What people read as the name of its model."""
+        return model_name(self.request)
 
     @property
     def label(self) -> str:

@@ -259,7 +259,7 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
             "session": entry.label,
             "owner": entry.owner.name,
             "edge": request.package_version[:20],
-            "model": request.model_name,
+            "model": entry.model,
             "mode": mode_name(request.cut.mode),
             "split_layer": request.cut.layer_name or request.cut.split_layer,
             "split_rank": request.cut.split_rank,

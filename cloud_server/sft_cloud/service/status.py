@@ -66,7 +66,7 @@ class Status:
         return pb.SessionStatus(
             label=entry.label,
             owner=entry.owner.name,
-            model_name=entry.request.model_name or entry.request.cut.layer_name,
+            model_name=entry.model,
             next_step=entry.next_step,
             age_seconds=self._sessions.age(entry),
             idle_seconds=self._sessions.idle(entry),

@@ -24,14 +24,14 @@ from pathlib import Path
 
 import torch
 
-from sft.errors import ProtocolError, ServerFullError
+from sft.errors import ProtocolError
 from sft.models.seeding import seeded
 from sft.optim.gradients import scale_gradients
 from sft.optim.spec import set_learning_rates
 from sft.optim.state import stored_state
 from sft.tensors.stream import StoredTensor, copied
 from sft.v1 import split_training_pb2 as pb
-from sft_cloud.errors import PreconditionError, is_out_of_memory
+from sft_cloud.errors import NoMemoryError, PreconditionError, is_out_of_memory
 from sft_cloud.memory import MemoryShare
 from sft_cloud.session.commit import apply_group_arguments, check_commit, take_step
 from sft_cloud.session.load_state import StateLoader
@@ -293,7 +293,7 @@ class Session:
         try:
             self._memory.hold(needed)
         except MemoryError as error:
-            raise ServerFullError(f"there is no memory for this batch now: {error}; try again") from error
+            raise NoMemoryError(f"there is no memory for this batch now: {error}; try again") from error
         given = self._half.decode(message.evaluate.activation)
         self._half.check_outputs(given)
 

@@ -125,7 +125,14 @@ def test_strangers_have_no_name_and_make_no_label_up(start, told):
     channel = start(ScriptedCloud(), identify=identify, gates=[Closed()])
     assert refusal(lambda: channel.unary_unary("/made.up/Method-4711")(b"", timeout=SECONDS))[1] == "who are you?"
     assert told.changed.wait(SECONDS)
-    assert told.refusals == [("unknown", "unknown", "UNAUTHENTICATED", "UNAUTHENTICATED")]
+    assert told.refusals == [("unknown", "none such", "UNAUTHENTICATED", "UNAUTHENTICATED")]
+
+
+def test_a_method_of_the_same_name_elsewhere_is_not_ours(start, told):
+    channel = start(ScriptedCloud(), gates=[Closed()])
+    refusal(lambda: channel.unary_unary("/made.up/OpenSession")(b"", timeout=SECONDS))
+    assert told.changed.wait(SECONDS)
+    assert told.refusals == [("anna", "none such", "UNAUTHENTICATED", "UNAUTHENTICATED")]
 
 
 def test_a_call_is_part_of_the_edge_s_trace(start):

@@ -1,18 +1,13 @@
 """What is counted, and what a scrape shows of it."""
 
-import socket
-import urllib.error
-import urllib.request
-
 import pytest
 import torch
-from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client import Counter, generate_latest
 
-from sft.errors import UsageError
+from sft.errors import ServerFullError
 from sft.v1 import split_training_pb2 as pb
-from sft.version import __version__
-from sft_cloud.observability.metrics import Metrics
-from sft_cloud.observability.prometheus import MetricsPort, PrometheusMetrics
+from sft_cloud.observability.metrics import REFUSALS, Metrics, refusal_of
+from sft_cloud.observability.prometheus import PrometheusMetrics
 
 CPU = torch.device("cpu")
 SIZES = 1000, 500
@@ -38,7 +33,7 @@ def test_answers_are_counted_for_each_tenant(metrics):
     metrics.answered("anna", pb.EdgeMessage(step=0, commit=pb.Commit()), pb.CloudMessage(), SIZES, steps=1)
     metrics.answered("ben", message, answer, SIZES)
     assert value(metrics, "messages_total", tenant="anna", kind="forward") == 1
-    assert value(metrics, "messages_total", tenant="anna", kind="none") == 1
+    assert value(metrics, "messages_total", tenant="anna", kind="commit") == 1
     assert value(metrics, "steps_total", tenant="anna") == 1
     assert value(metrics, "steps_total", tenant="ben") == 0
     assert value(metrics, "received_bytes_total", tenant="ben") == SIZES[0]
@@ -105,7 +100,60 @@ def test_sessions_are_read_when_somebody_looks(metrics):
     assert value(metrics, "streams", tenant="anna") == 1
     assert value(metrics, "sessions_limit") == 16
     sessions.clear()
-    assert value(metrics, "sessions", tenant="anna") is None
+    assert value(metrics, "sessions", tenant="anna") is None  # who is not known, and has none
+
+
+def test_sessions_of_who_has_none_are_0_not_absent(metrics):
+    sessions = [("ben", True)]
+    metrics.known("anna")
+    metrics.watch_sessions(lambda: sessions, 16)
+    assert value(metrics, "sessions", tenant="anna") == value(metrics, "streams", tenant="anna") == 0
+    assert value(metrics, "sessions", tenant="ben") == 1
+
+
+def test_a_scrape_shows_whoever_got_a_token_since(metrics):
+    names = ["anna"]
+    metrics.watch_tenants(lambda: names)
+    assert value(metrics, "checkpoint_failures_total", tenant="anna") == 0
+    names.append("ben")
+    text = generate_latest(metrics.registry).decode()
+    assert 'sft_cloud_steps_skipped_total{tenant="ben"} 0.0' in text
+
+
+def test_every_counter_of_a_tenant_is_there_before_it_counts(metrics):
+    metrics.known("anna")
+    before = {sample.name for family in metrics.registry.collect() for sample in family.samples}
+    counters = {name for name in before if name.endswith("_total") and name.startswith("sft_cloud_")}
+    assert len(counters) == sum(isinstance(value, Counter) for value in vars(metrics).values())
+    internal = {"method": "OpenSession", "code": "INTERNAL", "reason": "INTERNAL"}
+    assert value(metrics, "rejects_total", tenant="anna", **internal) == 0
+
+
+def test_why_sessions_are_refused(metrics):
+    for code, reason in (
+        ("RESOURCE_EXHAUSTED", "NoMemoryError"),
+        ("RESOURCE_EXHAUSTED", "RESOURCE_EXHAUSTED"),
+        ("RESOURCE_EXHAUSTED", "ServerFullError"),
+        ("PERMISSION_DENIED", "AccessError"),
+        ("INVALID_ARGUMENT", "CutError"),
+        ("INTERNAL", "INTERNAL"),
+    ):
+        metrics.refused("anna", "OpenSession", code, reason)
+    metrics.refused("anna", "Train", "RESOURCE_EXHAUSTED", "NoMemoryError")
+    refused = {reason: value(metrics, "sessions_refused_total", tenant="anna", reason=reason) for reason in REFUSALS}
+    assert {reason for reason, count in refused.items() if count} == {
+        "memory",
+        "places",
+        "limits",
+        "request",
+        "internal",
+    }
+    assert refused["memory"] == 2
+
+
+@pytest.mark.parametrize("error", ServerFullError.__subclasses__())
+def test_every_way_of_being_full_has_a_reason_of_its_own(error):
+    assert refusal_of(error.__name__) != "request"
 
 
 def test_servers_of_one_process_count_for_themselves(metrics):
@@ -119,29 +167,3 @@ def test_the_one_that_does_nothing_is_told_the_same():
     assert told
     for name in told:
         assert name in vars(PrometheusMetrics)
-
-
-def test_a_scrape(metrics):
-    metrics.uploaded('a "name"\nof two lines', 5)
-    port = MetricsPort("127.0.0.1", 0, metrics.registry)
-    try:
-        with urllib.request.urlopen(port.url, timeout=20) as response:
-            text = response.read().decode()
-    finally:
-        port.close()
-    families = {family.name: family for family in text_string_to_metric_families(text)}
-    (sample,) = [s for s in families["sft_cloud_uploads"].samples if s.name.endswith("_total")]
-    assert (sample.labels, sample.value) == ({"tenant": 'a "name"\nof two lines'}, 1)
-    (info,) = families["sft_cloud_info"].samples
-    assert info.labels["version"] == __version__
-    assert "process_resident_memory_bytes" in families
-    with pytest.raises(urllib.error.URLError):
-        urllib.request.urlopen(port.url, timeout=20)
-
-
-def test_a_port_in_use_is_one_line(metrics):
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        with pytest.raises(UsageError, match="choose another --metrics-port"):
-            MetricsPort("127.0.0.1", taken.getsockname()[1], metrics.registry)
