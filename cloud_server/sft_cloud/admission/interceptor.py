@@ -90,7 +90,7 @@ class _Admitted:
             call.ends_with(self._admission._deadlines.stalling("answers are not read", context.cancel, len(data)))
             return data
 
-    def many_answers(self, received: Iterator[bytes], context: Call) -> Iterator[bytes]:
+    def many_answers(self, received: Iterator[bytes], context: Call) -> Iterator[list[bytes]]:
         deadlines = self._admission._deadlines
         # Who watches the server's health sends nothing more, so all of it counts as idle.
         lasting = deadlines.idles("idle stream", context.cancel) if self._method == HEALTH_WATCH else nullcontext()
@@ -101,9 +101,10 @@ class _Admitted:
                 del response
                 # An answer that is computed is sent: the next message is refused instead.
                 call.count(len(data), refuses=self._method != TRAIN)
-                with deadlines.stalls("answers are not read", context.cancel, len(data)):
-                    yield data
+                size, sent = len(data), [data]
                 del data
+                with deadlines.stalls("answers are not read", context.cancel, size):
+                    yield sent
             call.record.finished()
 
     @contextmanager

@@ -92,10 +92,9 @@ class MemoryBudget:
         """For callers, of all kinds."""
         return sum(self._held.values())
 
-    @property
-    def largest_bytes(self) -> int:
-        """That one holding could ever have, were there no others."""
-        return self.total_bytes - self._reserve(self.total_bytes)
+    def most_bytes(self, size: int) -> int:
+        """That a holding of such a `size` could ever have, were there no others."""
+        return self.total_bytes - (self.total_bytes // _KEPT_FOR_SMALL if size > SMALL_BYTES else 0)
 
     def held(self) -> dict[Kind, int]:
         """Bytes by kind, those of the host included."""
@@ -116,7 +115,7 @@ class MemoryBudget:
 
     def left_bytes(self, size: int = 0) -> int:
         """What is left for a holding of `size` in all."""
-        return max(0, self.total_bytes - self._reserve(size) - self.held_bytes)
+        return max(0, self.most_bytes(size) - self.held_bytes)
 
     def add(self, kind: Kind, size: int, whole: int, forced: bool = False) -> bool:
         """Takes `size` bytes more, or fewer, for a holding that then has `whole`; whether they were there, which they
@@ -126,7 +125,7 @@ class MemoryBudget:
                 self._refused[kind] += 1
             return False
         with self._lock:
-            if not forced and size > 0 and self.held_bytes + size > self.total_bytes - self._reserve(whole):
+            if not forced and size > 0 and self.held_bytes + size > self.most_bytes(whole):
                 self._refused[kind] += 1
                 return False
             self._held[kind] += size
@@ -134,9 +133,6 @@ class MemoryBudget:
 
     def _of(self, kind: Kind) -> MemoryBudget:
         return self.host if self.host is not None and kind in _ON_HOST else self
-
-    def _reserve(self, size: int) -> int:
-        return self.total_bytes // _KEPT_FOR_SMALL if size > SMALL_BYTES else 0
 
     def _process_has(self, size: int) -> bool:
         """Whether so much fits beside what the process really takes, be it in the books or not."""
@@ -179,6 +175,13 @@ class Charge:
                 raise NoMemoryError(self._refusal(size))
             self._size = size
 
+    def settle(self, size: int) -> None:
+        """As `resize`, for what is taken already."""
+        with self._lock:
+            if not self._is_over:
+                self._budget.add(self._kind, size - self._size, size, forced=True)
+                self._size = size
+
     def release(self) -> None:
         """Gives everything back; a second time does nothing."""
         with self._lock:
@@ -200,10 +203,11 @@ class Charge:
 
     def _refusal(self, size: int) -> str:
         budget = self._budget
-        if size > budget.largest_bytes:
+        most = budget.most_bytes(size)
+        if size > most:
             return (
                 f"{self._what} would take {format_bytes(size)} of the server's memory, of which one may take "
-                f"{format_bytes(budget.largest_bytes)}: make it smaller"
+                f"{format_bytes(most)}: make it smaller"
             )
         return (
             f"{self._what} would take {format_bytes(size)}, but {format_bytes(budget.left_bytes(size))} of the "

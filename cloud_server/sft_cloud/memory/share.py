@@ -17,11 +17,13 @@ class MemoryShare:
         """Takes what the session holds before its first batch. Raises NoMemoryError. Without a budget, all fits."""
         self._budget = MemoryBudget() if budget is None else budget
         self._fixed = fixed_bytes
+        self._answers = self._budget.charge(Kind.ANSWERS, 0)
         self._held = [0]  # shared with `_give_back`, which must not hold on to the share
-        if fixed_bytes > self._budget.largest_bytes:
+        most = self._budget.most_bytes(fixed_bytes)
+        if fixed_bytes > most:
             raise NoMemoryError(
                 f"this session would take {format_bytes(fixed_bytes)}, but all sessions of this server together may "
-                f"take {format_bytes(self._budget.largest_bytes)}; choose a smaller model, a higher --split-layer, or "
+                f"take {format_bytes(most)}; choose a smaller model, a higher --split-layer, or "
                 "LoRA"
             )
         if not self._resize(fixed_bytes):
@@ -33,29 +35,39 @@ class MemoryShare:
 
     def release(self) -> None:
         """Gives everything back."""
+        self._answers.release()
         _give_back(self._budget, self._held)
 
     def release_with(self, owner: object) -> None:
         """Gives everything back when `owner` is no more."""
+        self._answers.release_with(owner)
         weakref.finalize(owner, _give_back, self._budget, self._held)
 
     def check(self, size: int) -> None:
         """Raises ProtocolError when so much could never fit, however few others there are."""
-        largest = self._budget.largest_bytes
-        if self._fixed + size > largest:
+        most = self._budget.most_bytes(self._fixed + size)
+        if self._fixed + size > most:
             raise ProtocolError(
                 f"this batch, with what waits for a backward(), would take about {format_bytes(size)} on the cloud, "
-                f"whose sessions may take {format_bytes(largest)} together: send smaller batches"
+                f"whose sessions may take {format_bytes(most)} together: send smaller batches"
             )
 
-    def hold(self, size: int) -> None:
-        """From now on the session takes so much beside what it began with. Raises MemoryError if that is not there."""
+    def hold(self, size: int, answers: int) -> None:
+        """From now on the session takes so much beside what it began with, and so much for answers.
+
+        Raises MemoryError if that is not there.
+        """
+        try:
+            self._answers.resize(answers)
+        except ServerFullError as error:
+            raise MemoryError(str(error)) from error
         if not self._resize(self._fixed + size):
             held = format_bytes(self._budget.held_bytes)
-            raise MemoryError(f"{format_bytes(size)} are wanted beside the {held} that are taken")
+            raise MemoryError(f"{format_bytes(size)} are wanted beside the {held} that are taken; try again later")
 
-    def settle(self, size: int) -> None:
+    def settle(self, size: int, answers: int) -> None:
         """As `hold`, for what is taken already."""
+        self._answers.settle(answers)
         self._resize(self._fixed + size, forced=True)
 
     def _resize(self, size: int, forced: bool = False) -> bool:

@@ -39,12 +39,17 @@ def remade(
 
 
 def raw(
-    handler: Handler, one_answer: Callable[[Any, Any], bytes], many_answers: Callable[[Any, Any], Iterator[bytes]]
+    handler: Handler, one_answer: Callable[[Any, Any], bytes], many_answers: Callable[[Any, Any], Iterator[list[bytes]]]
 ) -> Handler:
-    """A handler that takes a stream of bytes, whatever the other takes, and gives as many answers, of bytes."""
-    made: Handler = _KINDS[True, handler.response_streaming][1](
-        many_answers if handler.response_streaming else one_answer
-    )
+    """A handler that takes a stream of bytes, whatever the other takes, and gives as many answers, of bytes.
+
+    Each of several comes in a list, out of which it is taken when it is sent: gRPC keeps hold of what a stream has
+    given last until it gives the next, which may be never.
+    """
+    if handler.response_streaming:
+        made: Handler = _KINDS[True, True][1](many_answers, response_serializer=list.pop)
+    else:
+        made = _KINDS[True, False][1](one_answer)
     return made
 
 

@@ -85,6 +85,10 @@ class GraphHalf:
         """See UpperHalf: what the script's own module does with it is not known."""
         return 0
 
+    def logits_bytes(self, activation: pb.Activation) -> int:
+        """See UpperHalf: known once they are computed."""
+        return 0
+
     def decode(self, activation: pb.Activation) -> Given:
         """See UpperHalf."""
         shape, rank = list(activation.packed.shape[: MAX_DIMENSIONS + 1]), self._cut.split_rank
@@ -104,7 +108,7 @@ class GraphHalf:
             raise ProtocolError(f"the output of shape {list(y.shape)} is too large for a message; send smaller batches")
         return y
 
-    def check_outputs(self, given: Given) -> None:
+    def check_outputs(self, activation: pb.Activation) -> None:
         """See UpperHalf. How large they are is known once they are computed."""
 
     def encode_outputs(self, outputs: Tensor, given: Given) -> pb.Tensor:

@@ -99,6 +99,10 @@ class MicroBatches:
             raise PreconditionError(f"micro-batch {micro_batch} does not wait for a Backward")
         return self._half.decode_output_gradient(gradient, graph.outputs, graph.given)
 
+    def gradient_answer_bytes(self, micro_batch: int) -> int:
+        """At most, of the gradient that the answer to a Backward holds."""
+        return 4 * self._graphs[micro_batch].given.a.numel()
+
     def backward(self, micro_batch: int, gradient: Tensor, result: pb.Result) -> None:
         """From the outputs down; `result` is what the edge gets."""
         graph = self._graphs.pop(micro_batch)

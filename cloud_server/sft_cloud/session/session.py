@@ -47,6 +47,9 @@ _AUTOCAST = {pb.DATA_TYPE_BFLOAT16: torch.bfloat16, pb.DATA_TYPE_FLOAT16: torch.
 
 _NO_MEMORY = "the cloud's device is out of memory; try smaller batches or another cut"
 
+_COPIES_OF_ANSWER = 4
+"""Packed, as bytes, in the message, and on the way to the edge: until the next message says what is remembered."""
+
 _EVALUATION_TAKES = 4
 """Of the memory of training, at most this part: nothing is kept for a backward pass."""
 
@@ -123,7 +126,8 @@ class Session:
                 self._undo_step()
                 answer.step_skipped.reason = _NO_MEMORY
         finally:
-            self._memory.settle(self._micro_batches.waiting_bytes() + remembered_bytes)
+            answers = remembered_bytes + _COPIES_OF_ANSWER * answer.ByteSize()
+            self._memory.settle(self._micro_batches.waiting_bytes(), answers)
         self.state = State.ACCUMULATING if self._forwards else State.READY
         return answer
 
@@ -222,21 +226,22 @@ class Session:
             raise ProtocolError(f"loss_scale must be finite and not negative, not {forward.loss_scale}")
         _check_autocast(forward.autocast)
         has_labels = forward.HasField("labels")
-        waits = self._remembered_bytes + (0 if commits else self._micro_batches.waiting_bytes(message.weights))
+        waits = 0 if commits else self._micro_batches.waiting_bytes(message.weights)
         graph = self._half.training_bytes(forward.activation)
         needed = waits + graph
         if has_labels and not forward.loss_scale:
             needed += self._micro_batches.gradient_bytes()
         self._memory.check(needed)
+        answers = self._answer_bytes(forward.activation, not has_labels or forward.want_logits, has_labels)
         given = self._half.decode(forward.activation)
         labels = self._half.decode_labels(forward.labels, given) if has_labels else {}
         if not has_labels or forward.want_logits:
-            self._half.check_outputs(given)
+            self._half.check_outputs(forward.activation)
         if not commits and not (has_labels and forward.loss_scale):
             self._micro_batches.check_room(message.weights)
 
         def work(answer: pb.CloudMessage) -> None:
-            self._memory.hold(needed)
+            self._memory.hold(needed, answers)
             given.a.requires_grad_(not forward.frozen_edge)
             self._half.train(not forward.eval_mode)
             with (
@@ -266,8 +271,11 @@ class Session:
         if commits:
             raise PreconditionError("the commit on this message drops the micro-batch that its Backward is for")
         gradient = self._micro_batches.check_backward(message.micro_batch, message.weights, message.backward.gradient)
+        size = self._micro_batches.gradient_answer_bytes(message.micro_batch)
+        answers = self._remembered_bytes + _COPIES_OF_ANSWER * size
 
         def work(answer: pb.CloudMessage) -> None:
+            self._memory.hold(self._micro_batches.waiting_bytes(), answers)
             self._micro_batches.backward(message.micro_batch, gradient, answer.result)
             check_room_for_step(self._optimizer)
 
@@ -287,15 +295,15 @@ class Session:
 
     def _check_evaluate(self, message: pb.EdgeMessage) -> Work:
         _check_autocast(message.evaluate.autocast)
-        needed = self._remembered_bytes + self._micro_batches.waiting_bytes(message.weights)
+        needed = self._micro_batches.waiting_bytes(message.weights)
         needed += self._half.training_bytes(message.evaluate.activation) // _EVALUATION_TAKES
         self._memory.check(needed)
         try:
-            self._memory.hold(needed)
+            self._memory.hold(needed, self._answer_bytes(message.evaluate.activation, logits=True))
         except MemoryError as error:
-            raise NoMemoryError(f"there is no memory for this batch now: {error}; try again") from error
+            raise NoMemoryError(f"there is no memory for this batch now: {error}") from error
         given = self._half.decode(message.evaluate.activation)
-        self._half.check_outputs(given)
+        self._half.check_outputs(message.evaluate.activation)
 
         def work(answer: pb.CloudMessage) -> None:
             self._half.train(False)
@@ -316,6 +324,13 @@ class Session:
             self._answer_committed(answer)
 
         return work
+
+    def _answer_bytes(self, activation: pb.Activation, logits: bool, gradient: bool = False) -> int:
+        """What answers take with one of these to it, while it is made and sent."""
+        size = self._half.logits_bytes(activation) if logits else 0
+        if gradient:
+            size += 2 * len(activation.packed.data)  # it may have come in half precision
+        return self._remembered_bytes + _COPIES_OF_ANSWER * size
 
     def _answer_committed(self, answer: pb.CloudMessage) -> None:
         answer.committed.next_step = self.next_step

@@ -70,13 +70,16 @@ class UpperHalf(Protocol):
     def training_bytes(self, activation: pb.Activation) -> int:
         """About what a training micro-batch with it would take, seen before anything is made of it; 0 if unknown."""
 
+    def logits_bytes(self, activation: pb.Activation) -> int:
+        """Of the outputs for an activation as they travel, seen before anything is made of it; 0 if unknown."""
+
     def decode(self, activation: pb.Activation) -> Given:
         """Raises ProtocolError when the activation is none of this model's."""
 
     def outputs(self, given: Given) -> Tensor:
         """The forward pass."""
 
-    def check_outputs(self, given: Given) -> None:
+    def check_outputs(self, activation: pb.Activation) -> None:
         """Raises ProtocolError when the outputs would be too large for a message."""
 
     def encode_outputs(self, outputs: Tensor, given: Given) -> pb.Tensor:
@@ -150,6 +153,11 @@ class TransformersUpperHalf:
         """See UpperHalf."""
         return self._batch_memory.of(len(activation.lengths), activation.padded_length)
 
+    def logits_bytes(self, activation: pb.Activation) -> int:
+        """See UpperHalf."""
+        rows = sum(activation.lengths) if is_packed(self.net_2.head) else len(activation.lengths)
+        return 4 * rows * outputs_of(self._config, self.net_2.head)
+
     def decode(self, activation: pb.Activation) -> Given:
         """See UpperHalf."""
         padded_tokens = len(activation.lengths) * max(1, activation.padded_length)
@@ -161,10 +169,9 @@ class TransformersUpperHalf:
         """See UpperHalf: (B, C), or (B, S, C) where every token has a row."""
         return self.net_2(given.a, given.lengths, {}).logits  # type: ignore[no-any-return]
 
-    def check_outputs(self, given: Given) -> None:
+    def check_outputs(self, activation: pb.Activation) -> None:
         """See UpperHalf."""
-        rows = sum(given.lengths) if is_packed(self.net_2.head) else len(given.lengths)
-        size = 4 * rows * outputs_of(self._config, self.net_2.head)
+        size = self.logits_bytes(activation)
         if size > MAX_MESSAGE_BYTES:
             raise ProtocolError(
                 f"the logits of this batch take {size} bytes, a message at most {MAX_MESSAGE_BYTES}: send smaller "

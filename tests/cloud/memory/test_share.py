@@ -18,10 +18,10 @@ def test_sessions_share_what_there_is():
     MemoryShare(budget, 500)
     with pytest.raises(ServerFullError, match="try again when another session has ended"):
         MemoryShare(budget, 200)
-    first.hold(100)
+    first.hold(100, 0)
     with pytest.raises(MemoryError):
-        first.hold(101)
-    first.hold(50)
+        first.hold(101, 0)
+    first.hold(50, 0)
     assert budget.held_bytes == 950
     MemoryShare(budget, 50)
 
@@ -42,7 +42,7 @@ def test_everything_comes_back_with_its_owner():
     budget, owner = MemoryBudget(1000), Owner()
     share = MemoryShare(budget, 400)
     share.release_with(owner)
-    share.hold(300)
+    share.hold(300, 0)
     assert budget.held_bytes == 700
     del owner, share
     gc.collect()
@@ -52,14 +52,14 @@ def test_everything_comes_back_with_its_owner():
 def test_what_shrinks_fits_even_where_too_much_is_held():
     budget = MemoryBudget(1000)
     share = MemoryShare(budget, 500)
-    share.hold(500)
+    share.hold(500, 0)
     budget.total_bytes = 800
-    share.hold(400)
+    share.hold(400, 0)
     assert budget.held_bytes == 900
 
 
 def test_without_a_budget_everything_fits():
     share = MemoryShare()
     share.check(1 << 60)
-    share.hold(1 << 60)
+    share.hold(1 << 60, 0)
     share.release_with(Owner())

@@ -12,10 +12,11 @@ from sft.errors import ProtocolError, ServerFullError
 from sft.v1 import split_training_pb2 as pb
 from sft_cloud.engine.build import build, make_session
 from sft_cloud.engine.request import check_request
-from sft_cloud.memory import MemoryBudget, MemoryShare, process_bytes
+from sft_cloud.memory import Kind, MemoryBudget, MemoryShare, process_bytes
 from sft_cloud.options import LimitOptions
 
 CPU = torch.device("cpu")
+MiB = 1 << 20
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def leave(budget, size):
 
 def others_hold(budget, size):
     share = MemoryShare(budget)
-    share.settle(size)
+    share.settle(size, 0)
     return share
 
 
@@ -98,33 +99,50 @@ def test_an_evaluation_for_which_there_is_no_memory_now_leaves_the_session_as_it
 
 @pytest.mark.parametrize("way", ["graphs", "gradients kept aside"])
 def test_what_waits_counts_until_it_is_let_go(session, edge, budget, way):
-    begins_with = budget.held_bytes
+    begins_with = budget.held()[Kind.SESSIONS]
 
     def forward(micro_batch):
         return edge.unlabelled(0, micro_batch) if way == "graphs" else edge.forward(0, micro_batch, loss_scale=0.0)
 
     session.handle(forward(0))
-    one = budget.held_bytes - begins_with
+    one = budget.held()[Kind.SESSIONS] - begins_with
     assert one > 0
     session.handle(forward(1))
-    assert budget.held_bytes - begins_with == 2 * one
+    assert budget.held()[Kind.SESSIONS] - begins_with == 2 * one
     budget.total_bytes = begins_with + 2 * one + one // 2
     with pytest.raises(ProtocolError, match="with what waits for a backward"):
         session.handle(forward(2))
     session.handle(weigh(0, (0, DROPPED), (1, DROPPED)))
-    assert budget.held_bytes == begins_with
+    assert budget.held()[Kind.SESSIONS] == begins_with
 
 
-def test_answers_that_are_remembered_count(session, edge, budget):
-    begins_with = budget.held_bytes
-    session.handle(edge.forward(0, 0), remembered_bytes=5000)
-    assert budget.held_bytes == begins_with + 5000
-    leave(budget, 1000)
-    for message in (edge.forward(0, 1), edge.evaluate()):
-        with pytest.raises(ProtocolError, match="send smaller batches"):
-            session.handle(message, remembered_bytes=1 << 40)
-    session.handle(edge.commit(0), remembered_bytes=1 << 20)  # what is there is counted, be it too much
-    assert budget.held_bytes == begins_with + (1 << 20)
+def test_answers_that_are_remembered_count_and_the_newest_with_its_copies(session, edge, budget):
+    answer = session.handle(edge.forward(0, 0), remembered_bytes=5000)
+    assert budget.held()[Kind.ANSWERS] == 5000 + 4 * answer.ByteSize()
+    assert session.handle(edge.forward(0, 1), remembered_bytes=1 << 40).HasField("step_skipped")
+    with pytest.raises(ServerFullError, match="no memory for this batch now"):
+        session.handle(edge.evaluate(), remembered_bytes=1 << 40)
+    session.handle(edge.forward(0, 0))
+    answer = session.handle(edge.commit(0), remembered_bytes=1 << 31)  # what is there is counted, be it too much
+    assert budget.held()[Kind.ANSWERS] == (1 << 31) + 4 * answer.ByteSize()
+
+
+@pytest.mark.parametrize("kind", ["evaluate", "forward"])
+def test_an_answer_has_room_before_it_is_made(make_edge, kind):
+    edge, budget = make_edge(num_labels=15_000, lengths=(5,) * 6), MemoryBudget(1 << 30)
+    spec = check_request(edge.request())
+    session = make_session(spec, build(spec, CPU), [*edge.weights, *edge.factors], CPU, budget=budget)
+    message = edge.evaluate() if kind == "evaluate" else edge.unlabelled(0)
+    size = session.half.logits_bytes(edge.activation(0))
+    assert size == 4 * 6 * 15_000
+    others_hold(budget, budget.left_bytes(2 * MiB) - session.half.training_bytes(edge.activation(0)) - size)
+    session.half.outputs = None
+    if kind == "evaluate":
+        with pytest.raises(ServerFullError, match="the answer would take"):
+            session.handle(message)
+    else:
+        assert session.handle(message).HasField("step_skipped")
+    assert budget.refused()[Kind.ANSWERS] == 1
 
 
 def test_a_server_has_so_much_for_all_sessions(start_server, connect, edge):
