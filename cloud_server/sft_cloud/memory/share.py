@@ -59,7 +59,7 @@ class MemoryShare:
         """
         try:
             self._answers.resize(answers)
-        except ServerFullError as error:
+        except NoMemoryError as error:
             raise MemoryError(str(error)) from error
         if not self._resize(self._fixed + size):
             held = format_bytes(self._budget.held_bytes)

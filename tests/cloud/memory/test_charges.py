@@ -3,9 +3,10 @@
 import gc
 
 import pytest
-from support.servers import start_server
+import torch
 
 from sft.errors import ServerFullError, UsageError
+from sft_cloud.engine import make_budget
 from sft_cloud.memory import Kind, MemoryBudget, MemoryShare, process_bytes
 from sft_cloud.options import LimitOptions
 
@@ -88,9 +89,9 @@ def test_a_device_of_its_own_leaves_messages_to_the_machine():
     assert budget.refused()[Kind.MESSAGES] == 1
 
 
-def test_a_limit_that_the_process_takes_by_itself_is_no_limit(tmp_path):
+def test_a_limit_that_the_process_takes_by_itself_is_no_limit():
     with pytest.raises(UsageError, match=r"--memory-limit is of the whole process, which takes .* give it at least"):
-        start_server(tmp_path, limits=LimitOptions(memory_limit=64 * MiB))
+        make_budget(LimitOptions(memory_limit=64 * MiB), torch.device("cpu"))
 
 
 def test_what_the_process_takes_is_told():
