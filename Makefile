@@ -10,6 +10,8 @@ PROTO_BIN := .venv-proto/bin
 # The generator has wheels for Python 3.8 to 3.12.
 PROTO_PYTHON ?= $(PYTHON)
 PROTO := proto/sft/v1/split_training.proto
+# The wire as all who speak this version of the protocol know it; RELEASING.md says when it is written anew.
+RELEASED := proto/released/protocol-$(shell sed -n 's/^PROTOCOL_VERSION = //p' common/sft/wire/protocol.py).binpb
 # Tests that take longer than about ten seconds run only with SLOW=1.
 SLOW ?= 0
 # A process for each core, which takes about a gigabyte; who has nothing left to do takes over from another. Where no
@@ -19,7 +21,7 @@ PYTEST = env -u PYTHONDONTWRITEBYTECODE $(BIN)/pytest --numprocesses logical --m
 RATE ?= 100mbit
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check audit format proto docs release-check test-jetpack lock emulate clean
+.PHONY: help setup demo test check audit format proto released docs release-check test-jetpack lock emulate clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,13 +44,21 @@ else
 	$(PYTEST) -m "not slow"
 endif
 
-check: setup $(PROTO_BIN)/.installed  ## format, lint, types, import contracts, Python 3.8 in edge code, generated code up to date
+check: setup $(PROTO_BIN)/.installed  ## format, lint, types, import contracts, Python 3.8 in edge code, the wire, containers, alerts, generated code
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/vermin --quiet --no-tips --violations --target=3.8- common edge_client
 	$(BIN)/mypy
 	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive common edge_client cloud_server
 	$(BIN)/lint-imports --no-logo
+	$(BIN)/buf lint
+	$(BIN)/buf breaking --against $(RELEASED)
+	$(BIN)/hadolint cloud_server/Dockerfile edge_client/Dockerfile edge_client/Dockerfile.jetson
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.compose-spec docker-compose.yml
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	@if command -v promtool >/dev/null; then \
+		promtool check rules docs/grafana/alerts.yml && promtool test rules docs/grafana/alerts_test.yml; \
+	else echo "alerts are not tried: promtool (apt install prometheus) is not on PATH" >&2; fi
 	rm -rf build/proto && mkdir -p build/proto
 	$(call generate,build/proto)
 	diff -rq -x __init__.py -x __pycache__ build/proto/sft/v1 common/sft/v1 || { echo "common/sft/v1 is out of date: run make proto" >&2; exit 1; }
@@ -67,6 +77,9 @@ format: setup  ## format the code and mend what the linter can
 
 proto: $(PROTO_BIN)/.installed  ## generate common/sft/v1 from the .proto
 	$(call generate,common)
+
+released: setup  ## write down the wire as it is: what `make check` compares later ones with; at a release, or for a new PROTOCOL_VERSION
+	$(BIN)/buf build --exclude-source-info -o $(RELEASED)
 
 docs: setup  ## write what of docs/ is made from the code: api.md, commands.md, the rooms in architecture.md
 	$(BIN)/python docs/generate.py

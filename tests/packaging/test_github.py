@@ -59,7 +59,9 @@ def test_a_workflow_may_do_little_and_runs_what_was_looked_at(path: Path) -> Non
 def test_the_gate_and_the_old_stack_are_run_in_jobs_of_their_own() -> None:
     jobs = load(GITHUB / "workflows" / "ci.yml")["jobs"]
     runs = {name: [step["run"] for step in job["steps"] if "run" in step] for name, job in jobs.items()}
-    assert runs["gate"] == [".ci/run"]
+    *promtool, gate = runs["gate"]
+    assert gate == ".ci/run"
+    assert [re.findall(r"install .* (\S+)$", one) for one in promtool] == [["prometheus"]]
     assert runs["jetpack"] == ["make test-jetpack"]
     assert runs["release"] == ['python3 .ci/check_release.py --tag "$GITHUB_REF_NAME"']
     for command in [command for commands in runs.values() for command in commands]:
