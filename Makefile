@@ -11,7 +11,7 @@ PROTO_BIN := .venv-proto/bin
 PROTO_PYTHON ?= $(PYTHON)
 PROTO := proto/sft/v1/split_training.proto
 # The wire as all who speak this version of the protocol know it; RELEASING.md says when it is written anew.
-RELEASED := proto/released/protocol-$(shell sed -n 's/^PROTOCOL_VERSION = //p' common/sft/wire/protocol.py).binpb
+RELEASED := proto/released/$(shell sed -n 's/^PROTOCOL_VERSION = \(.*\)/protocol-\1.binpb/p' common/sft/wire/protocol.py)
 # Tests that take longer than about ten seconds run only with SLOW=1.
 SLOW ?= 0
 # A process for each core, which takes about a gigabyte; who has nothing left to do takes over from another. Where no
