@@ -38,6 +38,10 @@ _ABANDONED_SECONDS = 24 * 3600
 _IN_USE_SECONDS = 24 * 3600
 """A blob that was used so recently is not deleted to make room."""
 
+_BLOB = re.compile(r"[0-9a-f]{64}\.safetensors")
+_PART = re.compile(rf"\.{_BLOB.pattern}\.[0-9a-f]+\.part")
+"""What we write: nothing else is ours to count, or to delete."""
+
 _log = logging.getLogger(__name__)
 
 _DTYPES = (
@@ -90,7 +94,7 @@ class BlobStore:
         try:
             directory.mkdir(parents=True, exist_ok=True)
             for part in directory.glob("*.part"):  # of servers that were killed
-                if part.stat().st_mtime < time.time() - _ABANDONED_SECONDS:
+                if _PART.fullmatch(part.name) and part.lstat().st_mtime < time.time() - _ABANDONED_SECONDS:
                     part.unlink(missing_ok=True)
         except OSError as error:
             raise StorageError(f"cannot use {directory}: {error.strerror}; choose another --state-dir") from error
@@ -173,6 +177,8 @@ class BlobStore:
 
     def _blobs(self) -> Iterator[tuple[Path, os.stat_result]]:
         for path in self._directory.glob("*.safetensors"):
+            if not _BLOB.fullmatch(path.name):
+                continue
             with suppress(FileNotFoundError):  # another process was faster
                 yield path, path.stat()
 

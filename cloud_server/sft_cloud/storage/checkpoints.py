@@ -124,7 +124,7 @@ class RunCheckpoints:
         kept = set(steps)
         for name in self._files.children(self._directory):
             step = _step_of(name)
-            if step not in kept and step <= newest:
+            if step not in kept and 0 <= step <= newest:
                 self._remove(f"{self._directory}/{name}")
 
     def _write(self, name: str, chunks: Iterable[bytes]) -> FileEntry:

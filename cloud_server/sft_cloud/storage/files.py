@@ -35,7 +35,7 @@ class Files(Protocol):
         """A local file with the content: its own, or a copy made at `path`; None where there is none."""
 
     def remove(self, name: str) -> None:
-        """Deletes a directory, or a file, if it is there."""
+        """Deletes a directory, or a file, if it is there; but no link, nor what is behind one."""
 
     def check_room(self, total_bytes: int) -> None:
         """Raises StorageError where it is known that so many bytes do not fit."""
@@ -92,6 +92,8 @@ class LocalFiles:
         """See Files."""
         path = self._root / name
         with _storage_errors():
+            if path.is_symlink() or path.parent.is_symlink():  # an operator's
+                return
             if path.is_dir():
                 shutil.rmtree(path)
             else:

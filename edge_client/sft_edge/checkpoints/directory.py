@@ -20,9 +20,9 @@ import re
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple
 
-from sft.errors import CheckpointError, UsageError
+from sft.errors import CheckpointError, StorageError, UsageError
 from sft.files.whole import sync_directory
 from sft.tensors.manifest import MANIFEST_FILE, Manifest, Measured, is_whole, read_manifest
 from sft_edge.files import storage_errors, write_file
@@ -80,8 +80,10 @@ def check_hashes(checkpoint: EdgeCheckpoint) -> None:
 def write_checkpoint(
     output_dir: Path, run_id: str, step: int, other_half: Optional[str], files: Mapping[str, Iterable[bytes]]
 ) -> EdgeCheckpoint:
-    """Writes one, in the place of one of the same step. Raises StorageError; nothing is left behind then."""
+    """Writes one, in the place of one of ours of the same step. Raises StorageError; nothing is left behind then."""
     directory, partial = output_dir / f"{PREFIX}{step}", output_dir / f".{PREFIX}{step}.partial"
+    if os.path.lexists(str(directory)) and own_manifest(directory) is None:
+        raise StorageError(in_the_way(directory))
     replaced = output_dir / f".{PREFIX}{step}.replaced"
     with storage_errors(directory):
         for leftover in (partial, replaced):
@@ -111,27 +113,56 @@ def write_checkpoint(
     return EdgeCheckpoint(directory, manifest)
 
 
+def in_the_way(path: Path) -> str:
+    """What to say of something in the place of a checkpoint."""
+    return f"{path} is in the way: it is no checkpoint of a run of ours; move it, or name another --output-dir"
+
+
 def remove_all_but(kept: Sequence[Path], output_dir: Path) -> None:
-    """Deletes the other checkpoints, those of other runs, torn and unfinished ones included. Raises StorageError."""
-    for directory in output_dir.glob(f"{PREFIX}*"):
-        if directory not in kept and re.fullmatch(rf"{PREFIX}\d+", directory.name):
-            _remove(directory)
+    """Deletes our other checkpoints, those of other runs, torn and unfinished ones included. Raises StorageError."""
+    for directory in _numbered(output_dir):
+        manifest = own_manifest(directory)
+        if manifest is not None and directory not in kept:
+            _remove(directory, manifest)
     for leftover in output_dir.glob(f".{PREFIX}*"):
         if re.fullmatch(rf"\.{PREFIX}\d+\.(partial|replaced)", leftover.name):
             shutil.rmtree(str(leftover), ignore_errors=True)
 
 
 def remove_others(run_id: str, output_dir: Path) -> None:
-    """Deletes the checkpoints of other runs. Raises StorageError."""
-    for checkpoint in checkpoints_in(output_dir):
-        if checkpoint.manifest.run_id != run_id and re.fullmatch(rf"{PREFIX}\d+", checkpoint.directory.name):
-            _remove(checkpoint.directory)
+    """Deletes the checkpoints of other runs of ours. Raises StorageError."""
+    for directory in _numbered(output_dir):
+        manifest = own_manifest(directory)
+        if manifest is not None and manifest.run_id != run_id:
+            _remove(directory, manifest)
 
 
-def _remove(directory: Path) -> None:
+def foreign(output_dir: Path) -> Dict[int, Path]:
+    """By step: what is called as a checkpoint and is not ours. It is neither deleted nor written to."""
+    return {int(path.name[len(PREFIX) :]): path for path in _numbered(output_dir) if own_manifest(path) is None}
+
+
+def own_manifest(directory: Path) -> Optional[Manifest]:
+    """Of a checkpoint that we wrote, torn or whole; None for what another program did, and for a link to one."""
+    path = directory / MANIFEST_FILE
+    if directory.is_symlink() or path.is_symlink():
+        return None
+    try:
+        return read_manifest(path.read_bytes(), str(path))
+    except (OSError, CheckpointError):
+        return None
+
+
+def _numbered(output_dir: Path) -> List[Path]:
+    return [path for path in output_dir.glob(f"{PREFIX}*") if re.fullmatch(rf"{PREFIX}\d+", path.name)]
+
+
+def _remove(directory: Path, manifest: Manifest) -> None:
     with storage_errors(directory):
-        (directory / MANIFEST_FILE).unlink(missing_ok=True)  # first: half of one is none
-        shutil.rmtree(str(directory), ignore_errors=True)
+        for name in (*manifest.files, MANIFEST_FILE):  # it last: half of one is none, and is known for ours
+            (directory / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # somebody keeps something else in it
+        directory.rmdir()
 
 
 @contextmanager

@@ -9,12 +9,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import List, Mapping, Optional, Type
 
-from sft.errors import CheckpointError, LinkError, ProtocolError, SessionLostError, StorageError
+from sft.errors import CheckpointError, LinkError, ProtocolError, SessionLostError, StorageError, UsageError
 from sft_edge.checkpoints.content import parts_of, read_state, restore
 from sft_edge.checkpoints.directory import (
     EdgeCheckpoint,
     check_hashes,
     checkpoints_in,
+    foreign,
+    in_the_way,
     only_run_in,
     open_checkpoint,
     remove_all_but,
@@ -116,7 +118,11 @@ class Checkpointing:
         return chosen
 
     def begin(self, system: System, loop: TrainingLoop, chosen: Optional[EdgeCheckpoint]) -> None:
-        """Puts a new loop to where the chosen checkpoint is. Raises Stopped where the run was asked to stop already."""
+        """Puts a new loop to where the chosen checkpoint is.
+
+        Raises Stopped where the run was asked to stop already, UsageError where something is in the place of a
+        checkpoint that is to come.
+        """
         step = 0
         if chosen is not None:
             step = chosen.step
@@ -128,6 +134,8 @@ class Checkpointing:
         self._lost_at = 0
         # Had this run died before its first save, the next one would take them for its own.
         remove_others(self.run_id, self._output_dir)
+        for path in (path for at, path in foreign(self._output_dir).items() if self._is_due(at, step, loop)):
+            raise UsageError(in_the_way(path))
         self.check_stop(loop)
 
     def after_step(self, loop: TrainingLoop) -> None:
@@ -188,13 +196,18 @@ class Checkpointing:
             return self._named
         found = checkpoints_in(self._output_dir)
         if not found:
-            self._progress.status(f"no checkpoint in {self._output_dir} yet: beginning at step 0")
+            others = ", ".join(path.name for path in sorted(foreign(self._output_dir).values())[:3])
+            not_ours = f" ({others}: none of ours)" if others else ""
+            self._progress.status(f"no checkpoint in {self._output_dir} yet{not_ours}: beginning at step 0")
         return found[0] if found else None
 
     def _mine(self) -> List[EdgeCheckpoint]:
         """Of this run, in its directory, the newest first."""
         found = checkpoints_in(self._output_dir)
         return [c for c in found if c.manifest.run_id == self.run_id and c.step <= self._newest_step]
+
+    def _is_due(self, at: int, now: int, loop: TrainingLoop) -> bool:
+        return bool(self._every) and at % self._every == 0 and now < at <= loop.state.max_steps
 
     def _is_outside(self, checkpoint: EdgeCheckpoint) -> bool:
         return checkpoint.directory.resolve().parent != self._output_dir.resolve()
@@ -225,7 +238,10 @@ class Checkpointing:
 
     def _tidy(self, system: System, limit: Optional[int]) -> None:
         """Deletes what is not to be kept, the cloud's halves first: what is left here has its other half."""
-        kept = self._mine()[:limit]
+        mine = self._mine()
+        # One that is linked to is another run's, too: neither half of it is ours to delete.
+        kept = [c for c in mine if not c.directory.is_symlink()][:limit]
+        kept += [c for c in mine if c.directory.is_symlink()]
         steps = {checkpoint.step for checkpoint in kept}
         if self._named is not None and self._is_outside(self._named):
             steps.add(self._named.step)

@@ -189,7 +189,7 @@ class TrainingOptions:
         if resumes not in (None, NEWEST) and self.output_dir is None:
             self.output_dir = Path(str(resumes)).resolve().parent
         if self.output_dir is not None:
-            check_output_dir(self.output_dir, self.overwrite_output_dir or resumes is not None)
+            check_output_dir(self.output_dir, self.overwrite_output_dir, resumes is not None)
 
 
 @dataclass
@@ -239,14 +239,26 @@ def check_together(cut: CutOptions, link: LinkOptions) -> None:
         raise UsageError("--labels local needs --mode sft or sl: in one process labels are local as it is")
 
 
-def check_output_dir(output_dir: Path, overwrite: bool) -> None:
+_RESULTS = ("model.safetensors", "model.safetensors.index.json", "config.json", "tokenizer.json", "README.md")
+"""What a run writes at its end, in the place of what is there."""
+
+
+def check_output_dir(output_dir: Path, overwrite: bool, resumes: bool = False) -> None:
     """Raises UsageError where a run, hours later, could not write its results or would mix them with others."""
     check_name("--output-dir", output_dir)
     if output_dir.is_dir() and any(output_dir.iterdir()) and not overwrite:
-        raise UsageError(
-            f"--output-dir {output_dir} is not empty; name another, or add --overwrite-output-dir, or "
-            "--resume-from-checkpoint to go on where a run was broken off"
-        )
+        if not resumes:
+            raise UsageError(
+                f"--output-dir {output_dir} is not empty; name another, or add --overwrite-output-dir, or "
+                "--resume-from-checkpoint to go on where a run was broken off"
+            )
+        theirs = [name for name in _RESULTS if os.path.lexists(str(output_dir / name))]
+        ours = (output_dir / "sft.json").exists() or any(output_dir.glob("checkpoint-*/manifest.json"))
+        if theirs and not ours:
+            raise UsageError(
+                f"--output-dir {output_dir} holds {theirs[0]}, and neither a model nor a checkpoint of sft-edge; name "
+                "another, or add --overwrite-output-dir"
+            )
     existing = nearest_existing(output_dir)
     if not existing.is_dir():
         raise UsageError(f"--output-dir {output_dir}: {existing} is not a directory")

@@ -127,11 +127,22 @@ def test_a_directory_that_cannot_be_used(tmp_path):
 def test_parts_left_by_a_killed_server_are_removed_when_old(tmp_path):
     directory = tmp_path / "blobs"
     directory.mkdir()
-    for name in ("old.part", "new.part"):
+    old, new = (f".{SHA256}.safetensors.{nonce}.part" for nonce in ("0" * 8, "1" * 8))
+    for name in (old, new, "song.part"):
         (directory / name).write_bytes(b"x")
-    os.utime(directory / "old.part", (0, 0))
+        if name != new:
+            os.utime(directory / name, (0, 0))
     BlobStore(directory)
-    assert [path.name for path in directory.iterdir()] == ["new.part"]
+    assert {path.name for path in directory.iterdir()} == {new, "song.part"}
+
+
+def test_what_is_no_blob_makes_no_room(tmp_path):
+    """An operator's own file: it does not count, and it is not deleted."""
+    (tmp_path / "model.safetensors").write_bytes(bytes(100))
+    os.utime(tmp_path / "model.safetensors", (0, 0))
+    store = BlobStore(tmp_path, max_bytes=len(CONTENT))
+    store.add(SHA256, len(CONTENT), CHUNKS)
+    assert {path.name for path in tmp_path.iterdir()} == {f"{SHA256}.safetensors", "model.safetensors"}
 
 
 def put(store, content):

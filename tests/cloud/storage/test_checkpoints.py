@@ -173,6 +173,21 @@ def test_the_others_are_deleted(run: RunCheckpoints) -> None:
     run.keep([], 99)
 
 
+def test_what_is_not_ours_stays(tmp_path: Path) -> None:
+    """An operator's notes, and a link to a checkpoint of another run."""
+    store = CheckpointStore(tmp_path)
+    run, other = store.run("somebody", RUN), store.run("somebody", OTHER_RUN)
+    saved = other.save(10, parts(a=b"theirs"))
+    run.save(20, parts(a=b"mine"))
+    directory = tmp_path / run._directory
+    (name,) = names(other)
+    (directory / name).symlink_to(tmp_path / other._directory / name)
+    (directory / "notes").mkdir()
+    run.keep([], 99)
+    assert names(run) == [name, "notes"]
+    assert found(other, (10, saved.sha256)) == {"a.bin": b"theirs"}
+
+
 def test_nobody_finds_the_run_of_another(store: CheckpointStore, run: RunCheckpoints) -> None:
     saved = run.save(10, parts(a=b"mine"))
     for owner in ("somebody else", "Somebody", "", ".", "..", "../somebody", "x/../somebody", "s" * 300):

@@ -17,9 +17,11 @@ from sft_edge.checkpoints.directory import (
     EdgeCheckpoint,
     check_hashes,
     checkpoints_in,
+    foreign,
     only_run_in,
     open_checkpoint,
     remove_all_but,
+    remove_others,
     write_checkpoint,
 )
 
@@ -190,7 +192,8 @@ def test_it_dies_often_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_all_but_some_are_deleted(tmp_path: Path) -> None:
     kept = [write(tmp_path, step).directory for step in (10, 20, 30)][1:]
     write_checkpoint(tmp_path, "f" * 32, 40, None, {})
-    (tmp_path / "checkpoint-50").mkdir()  # torn
+    torn = write(tmp_path, 50)
+    (torn.directory / "a.bin").unlink()
     (tmp_path / "checkpoint-of-mine").mkdir()
     (tmp_path / "other").write_bytes(b"")
     remove_all_but(kept, tmp_path)
@@ -269,3 +272,45 @@ def test_what_breaks_off_between_the_two_names(
     assert renamed == ["checkpoint-10", ".checkpoint-10.partial", ".checkpoint-10.replaced"]
     assert content(open_checkpoint(tmp_path / "checkpoint-10")) == {"a.bin": b"first"}
     assert os.listdir(str(tmp_path)) == ["checkpoint-10"]
+
+
+# What is not ours.
+
+
+@pytest.fixture
+def theirs(tmp_path: Path) -> Path:
+    """A directory with what else may be called a checkpoint: another trainer's, a file, and links to one of ours."""
+    out = tmp_path / "out"
+    (out / "checkpoint-500").mkdir(parents=True)
+    (out / "checkpoint-500" / "trainer_state.json").write_text("{}")
+    (out / "checkpoint-600").write_text("a file")
+    elsewhere = write(tmp_path / "elsewhere", 1)
+    (out / "checkpoint-1").symlink_to(elsewhere.directory)
+    (out / "checkpoint-2").mkdir()
+    (out / "checkpoint-2" / MANIFEST_FILE).symlink_to(elsewhere.directory / MANIFEST_FILE)
+    return out
+
+
+def test_it_is_not_deleted(theirs: Path, tmp_path: Path) -> None:
+    before = sorted(theirs.rglob("*"))
+    write(theirs, 10)
+    remove_others("f" * 32, theirs)
+    remove_all_but([], theirs)
+    assert sorted(theirs.rglob("*")) == before
+    assert sorted(foreign(theirs)) == [1, 2, 500, 600]
+    assert content(open_checkpoint(tmp_path / "elsewhere" / "checkpoint-1")) == {"a.bin": b"one"}
+
+
+@pytest.mark.parametrize("step", [1, 2, 500, 600])
+def test_it_is_not_replaced(theirs: Path, tmp_path: Path, step: int) -> None:
+    before = sorted(theirs.rglob("*"))
+    with pytest.raises(StorageError, match=f"checkpoint-{step} is in the way: it is no checkpoint of a run of ours"):
+        write(theirs, step)
+    assert sorted(theirs.rglob("*")) == before
+    assert content(open_checkpoint(tmp_path / "elsewhere" / "checkpoint-1")) == {"a.bin": b"one"}
+
+
+def test_what_somebody_keeps_in_a_checkpoint_of_ours_stays(tmp_path: Path) -> None:
+    (write(tmp_path, 10).directory / "notes.txt").write_text("good one")
+    remove_all_but([], tmp_path)
+    assert os.listdir(str(tmp_path / "checkpoint-10")) == ["notes.txt"]

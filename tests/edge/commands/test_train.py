@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import List
 
 import pytest
-from support.jobs import JOBS, flags, read_json, same_bits, weights_of
+from support.jobs import JOBS, error_line, flags, read_json, same_bits, weights_of
 from support.tiny import FAMILIES, make_tiny_model
 from transformers import AutoModelForSequenceClassification
 
@@ -103,3 +103,22 @@ def test_the_loss_is_the_mean_over_the_steps(tmp_path: Path, model: Path) -> Non
     assert first["learning_rate"] == second["learning_rate"] == 1e-3
     train_loss = read_json(output_dir / "all_results.json")["train_loss"]
     assert train_loss == pytest.approx((2 * first["loss"] + second["loss"]) / 3)
+
+
+@pytest.mark.parametrize("step", [2, 500])
+def test_a_checkpoint_of_another_trainer_stays(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str], step: int
+) -> None:
+    """Whether this run would save such a step or not; that it would is told before the first one."""
+    job, theirs = JOBS["sst2"](tmp_path / "data"), tmp_path / "out" / f"checkpoint-{step}"
+    theirs.mkdir(parents=True)
+    (theirs / "trainer_state.json").write_text("{}")
+    options = {"mode": "local", "model": model, "split_layer": None, "output_dir": tmp_path / "out", "max_steps": 3}
+    saving = {"save_steps": 1, "save_total_limit": 1, "resume_from_checkpoint": True}
+    assert main(["train", *job.flags(**options, **saving)]) == (0 if step == 500 else 2)
+    told = capsys.readouterr().err
+    assert f"no checkpoint in {tmp_path / 'out'} yet (checkpoint-{step}: none of ours): beginning at step 0" in told
+    assert [path.name for path in theirs.iterdir()] == ["trainer_state.json"]
+    if step == 2:
+        assert error_line(told).startswith(f"{theirs} is in the way: it is no checkpoint of a run of ours")
+        assert "step 1/3" not in told

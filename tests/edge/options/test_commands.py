@@ -259,6 +259,16 @@ def test_a_run_that_goes_on_finds_a_filled_output_dir(tmp_path):
     assert options.resume_from_checkpoint is None
 
 
+def test_a_run_that_goes_on_takes_no_place_of_another_trainers_model(tmp_path):
+    (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "model.safetensors").write_text("another's")
+    with pytest.raises(UsageError, match=r"holds model\.safetensors, and neither a model nor a checkpoint of sft-edge"):
+        TrainingOptions(tmp_path, resume_from_checkpoint="newest")
+    assert TrainingOptions(tmp_path, overwrite_output_dir=True, resume_from_checkpoint="newest")
+    (tmp_path / "sft.json").write_text("{}")
+    assert TrainingOptions(tmp_path, resume_from_checkpoint="newest")
+
+
 @pytest.mark.parametrize("name", ["file", "file/out"])
 def test_an_output_dir_that_cannot_be_is_refused(tmp_path, name):
     (tmp_path / "file").write_text("")
