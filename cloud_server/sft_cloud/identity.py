@@ -41,6 +41,11 @@ class Limits:
         and everybody from having the server look for another model.
         """
         if self.models and not any(fnmatch.fnmatchcase(model_name, pattern) for pattern in self.models):
+            if not model_name:
+                raise AccessError(
+                    f"your token is for models named {', '.join(self.models)}, and yours was not named: say its name "
+                    "with --model-name, or model_name=..."
+                )
             raise AccessError(
                 f"model '{model_name[:80]}' is not among those that your token is for: {', '.join(self.models)}"
             )

@@ -77,6 +77,10 @@ class SplitOptions:
     seed: Optional[int] = None
     """Of the cloud's dropout; None is `torch.initial_seed()`."""
 
+    model_name: Optional[str] = None
+    """What the cloud is told a transformers model is called: a hub id, or a directory of its --model-dir. None tells it
+    the id of a model that is on the hub, and nothing of a directory."""
+
     tls: Optional[bool] = None
     """Role edge: whether calls are encrypted; None encrypts them except to this machine itself."""
 
@@ -178,6 +182,7 @@ class SFTOptimizer(torch.optim.Optimizer):
         reconnect_timeout_seconds: float = 1800.0,
         wait_seconds: float = 0.0,
         seed: Optional[int] = None,
+        model_name: Optional[str] = None,
         tls: Optional[bool] = None,
         tls_ca: Optional[str] = None,
         tls_cert: Optional[str] = None,

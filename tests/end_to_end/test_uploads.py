@@ -8,8 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from support.jobs import Job, same_bits, weights_of
+from support.script import wrap
 from support.tiny import make_tiny_model
+from transformers import AutoModelForSequenceClassification
 
 from sft_cloud.server import CloudServer
 from sft_edge.link.grpc_transport import GrpcTransport
@@ -94,11 +97,30 @@ def test_a_cloud_with_another_model_of_that_name_asks_for_the_edge_s(
 ) -> None:
     make_tiny_model(tmp_path / "models" / model.name, layers=3, seed=1)
     address = start_cloud(model_dir=tmp_path / "models").address
-    ours = train(job, model=model, mode="sl", max_steps=2, server=address)
+    ours = train(job, model=model, model_name=model.name, mode="sl", max_steps=2, server=address)
     assert len(uploads) == blobs(caplog) == 1
     assert "model differs from the edge's" in caplog.messages
     elsewhere = train(job, model=model, mode="sl", max_steps=2)
     assert same_bits(weights_of(ours), weights_of(elsewhere))
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_script_s_model_is_sent_no_more_of(
+    model: Path, start_cloud: Callable[..., CloudServer], uploads: list[int], tmp_path: Path, changed: bool
+) -> None:
+    """The head that the script has drawn, with the factors; all of net_2 where one number of it is another."""
+    shutil.copytree(model, tmp_path / "models" / "as-they-call-it-there")
+    theirs = AutoModelForSequenceClassification.from_pretrained(model)
+    head = theirs.classifier.weight.detach().clone()
+    if changed:
+        theirs.bert.encoder.layer[2].output.dense.bias.data[0] += 1
+    address = start_cloud(model_dir=tmp_path / "models").address
+    with wrap(theirs, torch.optim.SGD(theirs.parameters(), lr=0.1), server=address):
+        assert theirs.state_dict()["classifier.weight"].equal(head)
+    factors, drawn = 4 * 4 + 4 * 32 + 32, 2 * 32 + 2
+    assert len(uploads) == 1 + changed
+    if not changed:
+        assert uploads[0] // 4 == pytest.approx(factors + drawn, abs=200)  # and the header
 
 
 def test_a_model_drawn_from_the_seed_is_not_sent(

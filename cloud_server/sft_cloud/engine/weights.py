@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from sft.errors import CheckpointError, ProtocolError
@@ -18,6 +19,9 @@ from sft_cloud.storage import BlobStore, read_blob
 
 MAX_HASHES = 256
 """Of the cloud's own models, each for one cut; more would be of somebody who tries them all."""
+
+MAX_LOOKED_AT, MAX_LIKE_IT = 256, 4
+"""Of the directories in --model-dir, for an edge that does not name its model; and of those that fit its shapes."""
 
 _log = logging.getLogger(__name__)
 
@@ -39,25 +43,26 @@ class WeightsFinder:
         """Net_2's stored tensors, and the hashes of the blobs that are missing in `store`.
 
         A model of the cloud's own counts only if its tensors have the very hash that the request names: then it is the
-        edge's. Raises ProtocolError when a blob holds something else than tensors of this net_2.
+        edge's. Without a name it is looked for among those of its shapes: what an edge calls its directories is not
+        for others. Raises ProtocolError when a blob holds something else than tensors of this net_2.
         """
         wanted = shapes(net_2)
         factor_names = {name for name in wanted if ".ffn2." in name or ".ffn3." in name}
         adapters = adapter_shapes(net_2, spec.lora) if spec.lora is not None else {}
         tensors: list[StoredTensor] = []
+        factors: list[StoredTensor] = []
         missing: list[str] = []
         if spec.factors_sha256:
             path = store.find(spec.factors_sha256)
             if path is None:
                 missing.append(spec.factors_sha256)
             else:
-                factors = _read_blob(path, {**{name: wanted[name] for name in factor_names}, **adapters})
-                others = {tensor.name for tensor in factors} ^ factor_names
-                if others and others != adapters.keys():
+                factors = _read_blob(path, {**wanted, **adapters})  # a script's own head may be among them
+                held = {tensor.name for tensor in factors}
+                if not factor_names <= held or held & adapters.keys() not in (set(), adapters.keys()):
                     raise ProtocolError(
                         "the blob of factors_sha256 must hold all of FFN-2 and FFN-3, and all adapters or none"
                     )
-                tensors += factors
         if spec.weights_sha256:
             path = store.find(spec.weights_sha256)
             if path is not None:
@@ -68,9 +73,11 @@ class WeightsFinder:
                     missing.append(spec.weights_sha256)
                 else:
                     tensors += own
-        return tensors, missing
+        return tensors + factors, missing  # of two of one name the last counts
 
     def _own_model(self, spec: SessionSpec, net_2: Net2) -> list[StoredTensor] | None:
+        if not spec.model_name:
+            return self._like_it(spec, net_2)
         try:
             directory = find_model(spec.model_name, self._model_dir, self._download)
             tensors = pretrained_tensors(net_2, PretrainedWeights(directory))
@@ -82,6 +89,26 @@ class WeightsFinder:
             _log.info("model differs from the edge's", extra={"fields": {"model": spec.model_name}})
             return None
         return tensors
+
+    def _like_it(self, spec: SessionSpec, net_2: Net2) -> list[StoredTensor] | None:
+        """Of the models in --model-dir, each in a directory or in one for its author, the one with the hash."""
+        files = sorted((*self._model_dir.glob("*/config.json"), *self._model_dir.glob("*/*/config.json")))
+        directories = [file.parent for file in files[:MAX_LOOKED_AT]]
+        with suppress(CheckpointError):
+            directories.append(find_model("minilm"))
+        fitting = 0
+        for directory in directories:
+            try:
+                tensors = pretrained_tensors(net_2, PretrainedWeights(directory))
+                fitting += 1
+                if tensors and self._hash(directory, tensors) == spec.weights_sha256:
+                    return tensors
+            except (CheckpointError, OSError):
+                continue  # of another shape, as a rule
+            if fitting >= MAX_LIKE_IT:
+                break
+        _log.info("none of the models here is the edge's")
+        return None
 
     def _hash(self, directory: Path, tensors: Sequence[StoredTensor]) -> str:
         files = [(path.name, path.stat()) for path in sorted(directory.glob("*.safetensors*"))]

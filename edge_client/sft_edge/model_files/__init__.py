@@ -10,7 +10,7 @@ from sft_edge.model_files.saved import (
     task_of,
     try_saving,
 )
-from sft_edge.model_files.source import Source, first_line, open_model, open_source, public_name
+from sft_edge.model_files.source import Source, first_line, open_model, open_source, told_name
 
 __all__ = [
     "PIPELINES",
@@ -23,9 +23,9 @@ __all__ = [
     "model_card",
     "open_model",
     "open_source",
-    "public_name",
     "read_description",
     "save_model",
     "task_of",
+    "told_name",
     "try_saving",
 ]

@@ -21,12 +21,14 @@ class Source:
     """A model before it is cut."""
 
     name: str
-    """Hub id, or the directory's name: where the cloud looks for its half. Empty when weights come from the seed."""
+    """Hub id, or the directory's name, for people here. Empty when it is odd, or weights come from the seed."""
 
     config: PretrainedConfig
     checkpoint: Optional[PretrainedWeights]
     """None when weights are drawn from the seed."""
     tokenizer: Any = None
+    told_name: str = ""
+    """What the cloud is told to look for, see `told_name`."""
 
 
 def open_source(options: ModelOptions, config_overrides: Dict[str, Any]) -> Source:
@@ -35,7 +37,7 @@ def open_source(options: ModelOptions, config_overrides: Dict[str, Any]) -> Sour
     Raises CheckpointError, UnsupportedModelError for an architecture that cannot be cut, UsageError when sequences
     would be longer than the model takes.
     """
-    source = open_model(options.model, options.from_config, config_overrides)
+    source = open_model(options.model, options.from_config, config_overrides, options.model_name)
     if options.tokenizer_name or source.checkpoint is None:
         source.tokenizer = read_tokenizer(find_model(str(options.tokenizer_name)))
     else:
@@ -48,19 +50,36 @@ def open_source(options: ModelOptions, config_overrides: Dict[str, Any]) -> Sour
     return source
 
 
-def open_model(model: Optional[str], from_config: Optional[Path], config_overrides: Dict[str, Any]) -> Source:
+def open_model(
+    model: Optional[str],
+    from_config: Optional[Path],
+    config_overrides: Dict[str, Any],
+    model_name: Optional[str] = None,
+) -> Source:
     """As `open_source`, without a tokenizer: for who asks the model of no text."""
     if from_config is not None:
-        return Source("", read_config(from_config, config_overrides), None)
+        return Source("", read_config(from_config, config_overrides), None, told_name=told_name("", model_name))
     directory = find_model(str(model))
     config = read_config(directory / "config.json", config_overrides)
-    return Source(public_name(str(model)), config, PretrainedWeights(directory))
+    name = Path(str(model)).resolve().name if Path(str(model)).is_dir() else str(model)
+    told = told_name(str(model), model_name)
+    return Source(name if _is_name(name) else "", config, PretrainedWeights(directory), told_name=told)
 
 
-def public_name(model: str) -> str:
-    """What the cloud is told to look for: a hub id, or a directory's name without its place; nothing if it is odd."""
-    name = Path(model).resolve().name if Path(model).is_dir() else model
-    return name if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name, re.ASCII) and ".." not in name else ""
+def told_name(model: str, model_name: Optional[str] = None) -> str:
+    """What the cloud is told to look for: `model_name` where somebody chose it, else a hub id; nothing of a directory.
+
+    Raises UsageError for a choice that is none.
+    """
+    if model_name is not None and not _is_name(model_name):
+        raise UsageError(f"model_name {model_name[:80]!r} is neither a hub id nor the name of a directory")
+    if model_name is not None:
+        return model_name
+    return model if _is_name(model) and not Path(model).exists() else ""
+
+
+def _is_name(text: str) -> bool:
+    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text, re.ASCII) is not None and ".." not in text
 
 
 def read_config(path: Path, overrides: Dict[str, Any]) -> PretrainedConfig:

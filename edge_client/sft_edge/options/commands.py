@@ -144,6 +144,9 @@ class DoctorOptions:
     from_config: Optional[Path] = None
     """instead of --model: a config.json whose shape gets random weights"""
 
+    model_name: Optional[str] = None
+    """what the server is told the model is called, as with train"""
+
     mode: Literal["sft", "sl"] = "sft"
     """split fine-tuning or plain split learning"""
 

@@ -20,8 +20,8 @@ class LinkOptions(ClientOptions):
     """HOST:PORT of a running `sft-cloud serve`; without it a cloud is started here and ended with the run"""
 
     labels: Literal["cloud", "local"] = "cloud"
-    """where the loss is computed: on the cloud, with the labels of training rows beside the activation, or here, so
-    that no label leaves the edge, at the price of a second round trip"""
+    """where the loss is computed: on the cloud, with the labels of training rows beside the activation, or here, at the
+    price of a second round trip: no label is sent then, but the gradient that is sent tells it to who computes"""
 
     wait: Duration = Duration("0s")
     """how long to wait, at the start, for a server that is absent or full; 0s ends at once"""

@@ -34,6 +34,10 @@ class ModelOptions:
     from_config: Optional[Path] = None
     """instead of --model: a config.json whose shape gets random weights drawn from the seed"""
 
+    model_name: Optional[str] = None
+    """what a cloud is told the model is called: a hub id, or a directory of its --model-dir; by default --model where
+    that is on the hub, and nothing for a directory"""
+
     tokenizer_name: Optional[str] = None
     """tokenizer, where it is not the model's own; --from-config needs it"""
 

@@ -206,12 +206,19 @@ def _cut_model(model: nn.Module, options: SplitOptions) -> CutModel:
         if options.split_layer is None:
             raise UsageError("split_layer must be given: the block, counted from 1, in which the model is cut")
         return TransformersModel(
-            model, options.split_layer, options.split_rank, options.residual, options.calibration or ()
+            model,
+            options.split_layer,
+            options.split_rank,
+            options.residual,
+            options.calibration or (),
+            options.model_name,
         )
     from sft_edge.script.graph_model import GraphModel
 
     if options.split_layer is not None:
         raise UsageError(f"split_layer is for transformers models; cut a {type(model).__name__} with split_at='NAME'")
+    if options.model_name is not None:
+        raise UsageError("model_name is for transformers models; leave it out")
     if options.split_at is None:
         raise UsageError("split_at must be given: the name of the nn.Linear that is cut, such as 'blocks.5.mlp.fc2'")
     return GraphModel(model, options.split_at, options.split_rank, options.residual)

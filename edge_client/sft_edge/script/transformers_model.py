@@ -30,16 +30,17 @@ from sft.models import (
 )
 from sft.models.lora import LoraSpec, adapter_shapes, lora_to_json
 from sft.models.losses import head_loss
-from sft.models.weights import live_factors, live_tensors
+from sft.models.weights import live_factors
 from sft.tensors.stream import in_memory
 from sft.wire.codec.messages import encode_labels, is_packed, outputs_of
 from sft.wire.codec.packing import pack, unpack
 from sft_edge.link import model_fields
-from sft_edge.model_files import public_name
+from sft_edge.model_files import told_name
 from sft_edge.script.adapters import adapters_of, adapters_of_cloud, without_peft
 from sft_edge.script.arguments import count_learned, lengths_of, problem_type, read_call
 from sft_edge.script.cut_model import Cross, CutModel
 from sft_edge.script.forward import replace_forward
+from sft_edge.script.origin import by_origin
 from sft_edge.script.outputs import make_output, output_class
 
 
@@ -53,6 +54,7 @@ class TransformersModel(CutModel):
         split_rank: int,
         residual: str = "none",
         calibration: Iterable[Dict[str, Tensor]] = (),
+        model_name: Optional[str] = None,
     ) -> None:
         """`model` may be a PeftModel around the library's; `calibration`: batches as the model takes them.
 
@@ -77,7 +79,10 @@ class TransformersModel(CutModel):
             library, self._head, self._cut, [_calibration_batch(batch) for batch in calibration]
         )
         net_2 = build_net_2(self._config, self._head, self._cut)
-        self.cloud_tensors = live_tensors(library, net_2)
+        known_by, self.cloud_tensors, own = by_origin(library, net_2)
+        self._told_name = known_by if model_name is None else told_name("", model_name)
+        # Beside the factors, not with the other weights: those the cloud may have of another session, or of its own.
+        self.cloud_factors = sorted([*self.cloud_factors, *own], key=lambda tensor: tensor.name)
         self.frozen_names = [name for name, p in net_2.whole_parameters().items() if not p.requires_grad]
         self.cloud_names = sorted(set(net_2.whole_names.values()).difference(self.frozen_names))
         _, w = layer_to_cut(library, self._cut)
@@ -98,7 +103,6 @@ class TransformersModel(CutModel):
         if of_cloud is not None:
             self._lora_json = lora_to_json(of_cloud)
             names = adapter_shapes(net_2, of_cloud)
-            # Not with the other weights: those the cloud may have of another session, or of its own.
             self.cloud_factors = [*self.cloud_factors, *in_memory({name: live[name] for name in names})]
             self.cloud_factors.sort(key=lambda tensor: tensor.name)
             self.cloud_names = sorted([*self.cloud_names, *names])
@@ -113,8 +117,7 @@ class TransformersModel(CutModel):
 
     def request_fields(self) -> Dict[str, Any]:
         """See CutModel."""
-        name = public_name(str(self._config._name_or_path))
-        return model_fields(name, self._config, self._head, self._cut, self._lora_json)
+        return model_fields(self._told_name, self._config, self._head, self._cut, self._lora_json)
 
     def describe(self) -> str:
         """See CutModel."""

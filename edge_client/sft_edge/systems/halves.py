@@ -91,7 +91,7 @@ def halve(
     if lora.cloud is not None:
         add_lora(net_2, lora.cloud, seed)  # for the names of what is trained there
     request, blobs = session_request(
-        model_fields(source.name, config, head, cut, "" if lora.cloud is None else lora_to_json(lora.cloud)),
+        model_fields(source.told_name, config, head, cut, "" if lora.cloud is None else lora_to_json(lora.cloud)),
         optimizer.restricted_to(net_2.whole_names.values()),
         seed,
         wire_dtype,

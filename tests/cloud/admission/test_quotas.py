@@ -138,7 +138,9 @@ def test_models_are_named_by_patterns():
     limits = Limits(models=("bert-*", "meta/*"))
     for name in ("bert-base", "meta/llama"):
         limits.check_model_name(name)
-    for name in ("Bert-base", "gpt2", "", "a/bert-base"):
+    with pytest.raises(AccessError, match=r"models named bert-\*, meta/\*, and yours was not named: .* --model-name"):
+        limits.check_model_name("")
+    for name in ("Bert-base", "gpt2", "a/bert-base"):
         with pytest.raises(AccessError, match=r"not among those that your token is for: bert-\*, meta/\*"):
             limits.check_model_name(name)
     Limits().check_model_name("anything")

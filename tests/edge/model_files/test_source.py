@@ -11,7 +11,7 @@ from support.tiny import make_tiny_model, tiny_config, tiny_tokenizer
 
 from sft.errors import CheckpointError, UnsupportedModelError, UsageError
 from sft.tensors.pretrained import PretrainedWeights
-from sft_edge.model_files.source import open_source, public_name, read_config, read_tokenizer
+from sft_edge.model_files.source import open_source, read_config, read_tokenizer, told_name
 from sft_edge.options.train import ModelOptions
 
 
@@ -63,15 +63,21 @@ def test_the_longest_sequence(tmp_path: Path, family: str) -> None:
     ],
 )
 def test_what_the_cloud_is_told_to_look_for(model: str, name: str) -> None:
-    assert public_name(model) == name
+    assert told_name(model) == name
 
 
-def test_of_a_directory_the_cloud_hears_the_name_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, told in (("my-model", "my-model"), ("my model", ""), ("a..b", "")):
-        (tmp_path / name).mkdir()
-        assert public_name(str(tmp_path / name)) == told
-    monkeypatch.chdir(tmp_path / "my-model")
-    assert public_name(".") == "my-model"
+def test_of_a_directory_the_cloud_hears_nothing_but_what_somebody_chose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_tiny_model(tmp_path / "of-dr-x" / "my-model", layers=1)
+    monkeypatch.chdir(tmp_path)
+    for name in (str(model), "of-dr-x/my-model", ".", "of-dr-x"):
+        assert told_name(name) == ""
+    assert told_name("of-dr-x/my-model", "bert-base") == "bert-base"
+    source = open_source(ModelOptions(model=str(model), model_name="a/b"), {})
+    assert (source.name, source.told_name) == ("my-model", "a/b")
+    with pytest.raises(UsageError, match=r"model_name '\.\./x' is neither a hub id nor the name of a directory"):
+        told_name("minilm", "../x")
 
 
 def test_code_beside_a_model_is_never_run(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ FROZEN = """
 --config
 --model
 --from-config
+--model-name
 --tokenizer-name
 --max-seq-length 128
 --mode sft

@@ -88,4 +88,4 @@ def _source(options: DoctorOptions) -> Source:
     overrides = {"sequence-classification": {"num_labels": 2, "problem_type": "single_label_classification"}}
     overrides["question-answering"] = {"num_labels": 2}
     of_head = overrides.get(options.head, {})
-    return open_model(options.model, options.from_config, of_head)
+    return open_model(options.model, options.from_config, of_head, options.model_name)
