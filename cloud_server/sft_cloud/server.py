@@ -124,7 +124,7 @@ class CloudServer:
         observer.metrics.watch_tenants(access.names)
         if access.credentials is not None:
             observer.metrics.watch_certificate(access.certificate_expires)
-        self.service = SplitTrainingService(self.engine, uploads(options, limits), self.sessions, observer)
+        self.service = SplitTrainingService(self.engine, uploads(options, limits), self.sessions, observer, self.memory)
         pb_grpc.add_SplitTrainingServicer_to_server(self.service, self._server)
         self._health = Health(("", SERVICE), self.deadlines)
         self._health.add_to(self._server)

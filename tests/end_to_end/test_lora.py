@@ -142,7 +142,7 @@ def test_the_cloud_learns_with_adapters(edge: TinyEdge) -> None:
     add_lora(net_2, spec, edge.seed)
     edge.groups = decay_groups(net_2, {"lr": 1e-2, "weight_decay": 0.1})
     session = opened(edge, lora_to_json(spec))
-    before = {tensor.name: tensor.read() for tensor in session.stored_parameters()}
+    before = {tensor.name: tensor.read().clone() for tensor in session.stored_parameters()}
     assert before.keys() == set(build_net_2(edge.config, edge.head, edge.cut).whole_names.values())
     for step in range(2):  # B is 0 at first, and A's gradient with it
         session.handle(edge.forward(step))

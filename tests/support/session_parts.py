@@ -8,7 +8,7 @@ DROPPED = "dropped"
 
 
 def weights_of(session):
-    return {tensor.name: tensor.read() for tensor in session.stored_parameters()}
+    return {tensor.name: tensor.read().clone() for tensor in session.stored_parameters()}
 
 
 def gradients_of(session):

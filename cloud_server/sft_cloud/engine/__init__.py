@@ -1,6 +1,6 @@
 """Where a session comes to be and runs: from a checked request to net_2 on a device, and back from a checkpoint."""
 
-from sft_cloud.engine.engine import Contents, Engine, Handled
+from sft_cloud.engine.engine import PIECE_BYTES, Contents, Engine, Handled
 from sft_cloud.engine.in_process import InProcessEngine
 from sft_cloud.engine.opener import Opener, TransformersOpener
 from sft_cloud.engine.request import check_request, check_version
@@ -10,6 +10,7 @@ from sft_cloud.engine.weights import WeightsFinder
 from sft_cloud.engine.worker import Run
 
 __all__ = [
+    "PIECE_BYTES",
     "Checkpoints",
     "Contents",
     "Engine",

@@ -33,6 +33,10 @@ class Handled(NamedTuple):
     """On the device."""
 
 
+PIECE_BYTES = 4 << 20
+"""What a download is read in: the device is held for one at a time, and so much is copied."""
+
+
 class Contents(NamedTuple):
     """A file to be read from a session, part by part."""
 
@@ -75,9 +79,12 @@ class Engine(Protocol):
     def contents(self, session_id: str, optimizer_state: bool) -> Contents:
         """What a download of net_2, or of its optimizer's state, would read now."""
 
-    def read(self, session_id: str, optimizer_state: bool, index: int, version: int) -> bytes:
-        """One part of such a file. Raises PreconditionError where the session is not of that version any more, and
-        SessionLostError where it has ended since: a download does not keep it."""
+    def read(self, session_id: str, optimizer_state: bool, index: int, start: int, version: int) -> bytes:
+        """At most PIECE_BYTES of one part of such a file, from `start` on, which is a multiple of that.
+
+        Raises PreconditionError where the session is not of that version any more, and SessionLostError where it has
+        ended since: a download does not keep it.
+        """
 
     def save(self, session_id: str) -> pb.CheckpointSaved:
         """Writes a checkpoint of a session that is between two steps and stays there meanwhile.

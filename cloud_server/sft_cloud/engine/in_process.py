@@ -6,12 +6,10 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from torch import Tensor
-
 from sft.errors import SessionLostError
-from sft.tensors.stream import StoredTensor, safetensors_header, tensor_bytes
+from sft.tensors.stream import StoredTensor, safetensors_header, tensor_part
 from sft.v1 import split_training_pb2 as pb
-from sft_cloud.engine.engine import Contents, Handled
+from sft_cloud.engine.engine import PIECE_BYTES, Contents, Handled
 from sft_cloud.engine.opener import Opener
 from sft_cloud.engine.worker import DeviceWorker
 from sft_cloud.errors import PreconditionError
@@ -84,20 +82,21 @@ class InProcessEngine:
 
         return self._worker.run(work)
 
-    def read(self, session_id: str, optimizer_state: bool, index: int, version: int) -> bytes:
-        """See Engine. The worker is held while one tensor is copied."""
+    def read(self, session_id: str, optimizer_state: bool, index: int, start: int, version: int) -> bytes:
+        """See Engine."""
 
-        def work() -> bytes | Tensor:
+        def work() -> bytes:
             live = self._find(session_id)
             if live.session.version != version:
                 raise PreconditionError(
                     "the session trained on while its weights were read; download them between two steps"
                 )
             stored = _listed(live, optimizer_state)
-            return stored[index - 1].read() if index else safetensors_header(stored)
+            if not index:
+                return safetensors_header(stored)[start : start + PIECE_BYTES]
+            return tensor_part(stored[index - 1].read(), start, PIECE_BYTES)
 
-        part = self._worker.run(work)
-        return part if isinstance(part, bytes) else tensor_bytes(part)
+        return self._worker.run(work)
 
     def save(self, session_id: str) -> pb.CheckpointSaved:
         """See Engine. In the caller's thread: the disk keeps nobody else waiting."""

@@ -59,6 +59,9 @@ _KEPT_FOR_SMALL = 8
 _LOOKED_AT_BYTES = 1 << 20
 """Charges from this size on look at what the process really takes."""
 
+_WAIT_SECONDS = 1.0
+"""Between two looks at what the process really takes, of who waits."""
+
 _TRIM_SECONDS = 1.0
 """At least between two attempts at having the allocator give back what it keeps."""
 
@@ -83,6 +86,7 @@ class MemoryBudget:
         self.host = host
         self._measure = measure
         self._lock = threading.Lock()
+        self._given_back = threading.Condition(self._lock)
         self._held = dict.fromkeys(Kind, 0)
         self._refused = dict.fromkeys(Kind, 0)
         self._trimmed_at = -_TRIM_SECONDS
@@ -104,12 +108,18 @@ class MemoryBudget:
         """How often something was refused because there was no memory for it, by kind."""
         return {kind: self._of(kind)._refused[kind] for kind in Kind}
 
-    def charge(self, kind: Kind, size: int, what: str = "") -> Charge:
+    def charge(self, kind: Kind, size: int, what: str = "", wait_seconds: float = 0.0) -> Charge:
         """Holds `size` bytes until the charge is released. Call it before allocating. Raises NoMemoryError.
 
-        `what`: what is too large, for the sentence of the error; each kind has its own.
+        `what`: what is too large, for the sentence of the error; each kind has its own. `wait_seconds`: for how long
+        the calling thread may wait until others have given back enough.
         """
-        charge = Charge(self._of(kind), kind, what or _WHAT[kind])
+        budget = self._of(kind)
+        charge, deadline = Charge(budget, kind, what or _WHAT[kind]), time.monotonic() + wait_seconds
+        while time.monotonic() < deadline and size <= budget.most_bytes(size):
+            if charge.tries(size):
+                return charge
+            budget._wait(_WAIT_SECONDS)
         charge.resize(size)
         return charge
 
@@ -121,15 +131,24 @@ class MemoryBudget:
         """Takes `size` bytes more, or fewer, for a holding that then has `whole`; whether they were there, which they
         are if it is `forced`. For charges and shares."""
         if not forced and size >= _LOOKED_AT_BYTES and not self._process_has(size):
-            with self._lock:
-                self._refused[kind] += 1
             return False
         with self._lock:
             if not forced and size > 0 and self.held_bytes + size > self.most_bytes(whole):
-                self._refused[kind] += 1
                 return False
             self._held[kind] += size
+            if size < 0:
+                self._given_back.notify_all()
         return True
+
+    def count_refusal(self, kind: Kind) -> None:
+        """Somebody was told that there is no memory. For charges and shares."""
+        with self._lock:
+            self._refused[kind] += 1
+
+    def _wait(self, seconds: float) -> None:
+        """Until something is given back, at most so long."""
+        with self._given_back:
+            self._given_back.wait(seconds)
 
     def _of(self, kind: Kind) -> MemoryBudget:
         return self.host if self.host is not None and kind in _ON_HOST else self
@@ -168,12 +187,19 @@ class Charge:
 
     def resize(self, size: int) -> None:
         """Holds so much from now on; nothing once it was released. Raises NoMemoryError; it is then as it was."""
+        if not self.tries(size):
+            self._budget.count_refusal(self._kind)
+            raise NoMemoryError(self._refusal(size))
+
+    def tries(self, size: int) -> bool:
+        """As `resize`; False where that raises."""
         with self._lock:
             if self._is_over:
-                return
-            if not self._budget.add(self._kind, size - self._size, size):
-                raise NoMemoryError(self._refusal(size))
-            self._size = size
+                return True
+            fits = self._budget.add(self._kind, size - self._size, size)
+            if fits:
+                self._size = size
+            return fits
 
     def settle(self, size: int) -> None:
         """As `resize`, for what is taken already."""

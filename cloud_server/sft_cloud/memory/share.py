@@ -21,6 +21,7 @@ class MemoryShare:
         self._held = [0]  # shared with `_give_back`, which must not hold on to the share
         most = self._budget.most_bytes(fixed_bytes)
         if fixed_bytes > most:
+            self._budget.count_refusal(Kind.SESSIONS)
             raise NoMemoryError(
                 f"this session would take {format_bytes(fixed_bytes)}, but all sessions of this server together may "
                 f"take {format_bytes(most)}; choose a smaller model, a higher --split-layer, or "
@@ -74,6 +75,8 @@ class MemoryShare:
         fits = self._budget.add(Kind.SESSIONS, size - self._held[0], size, forced)
         if fits:
             self._held[0] = size
+        else:
+            self._budget.count_refusal(Kind.SESSIONS)
         return fits
 
 

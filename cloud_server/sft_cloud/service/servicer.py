@@ -16,14 +16,21 @@ from sft.v1 import split_training_pb2 as pb
 from sft.v1 import split_training_pb2_grpc as pb_grpc
 from sft.version import __version__
 from sft.wire.cut import mode_name
-from sft_cloud.engine import Engine
+from sft_cloud.engine import PIECE_BYTES, Engine
 from sft_cloud.errors import PreconditionError, StreamTakenError
 from sft_cloud.identity import Identity
+from sft_cloud.memory import Kind, MemoryBudget
 from sft_cloud.observability import NOBODY, Observer, Watch
 from sft_cloud.rpc import Call, ends_session
 from sft_cloud.service.registry import DONE, Entry, Registry, StreamHandle
 from sft_cloud.service.status import Status
 from sft_cloud.storage import BlobStore
+
+_DOWNLOAD_BYTES = PIECE_BYTES + 4 * CHUNK_BYTES
+"""What a download holds: a piece of it, and a chunk as a message, as bytes and on its way."""
+
+_ROOM_SECONDS = 30.0
+"""How long one waits for that: a trained model should not be lost because others read theirs slowly."""
 
 _log = logging.getLogger(__name__)
 
@@ -37,10 +44,12 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
         store: BlobStore,
         sessions: Registry,
         observer: Observer = NOBODY,
+        memory: MemoryBudget | None = None,
     ) -> None:
-        """`store` takes uploads; `observer` is told what happens. Whoever closes one of `sessions` closes it in the
-        `engine`, too.
+        """`store` takes uploads; `observer` is told what happens; `memory` is what downloads are charged to. Whoever
+        closes one of `sessions` closes it in the `engine`, too.
         """
+        self._memory = MemoryBudget() if memory is None else memory
         self._engine = engine
         self._store = store
         self._observer = observer
@@ -144,17 +153,19 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
     def DownloadWeights(
         self, request: pb.DownloadWeightsRequest, context: Call
     ) -> Iterator[pb.DownloadWeightsResponse]:
-        """See the .proto. Tensor by tensor, so the engine is never held for long, but all of one step."""
+        """See the .proto. Piece by piece, so the engine is never held for long, but all of one step."""
         caller = context.caller
         session_id = self.sessions.get(request.session_id, caller).session_id
-        version, sizes = self._engine.contents(session_id, request.optimizer_state)
-        skip = request.offset
-        for index, size in enumerate(sizes):
-            if skip < size:
-                data = self._engine.read(session_id, request.optimizer_state, index, version)
-                for start in range(skip, size, CHUNK_BYTES):
-                    yield pb.DownloadWeightsResponse(data=data[start : start + CHUNK_BYTES])
-            skip = max(skip - size, 0)
+        with self._memory.charge(Kind.DOWNLOADS, _DOWNLOAD_BYTES, wait_seconds=_ROOM_SECONDS):
+            version, sizes = self._engine.contents(session_id, request.optimizer_state)
+            skip = request.offset
+            for index, size in enumerate(sizes):
+                for piece in range(skip - skip % PIECE_BYTES, size, PIECE_BYTES):
+                    data = self._engine.read(session_id, request.optimizer_state, index, piece, version)
+                    for start in range(max(skip - piece, 0), len(data), CHUNK_BYTES):
+                        yield pb.DownloadWeightsResponse(data=data[start : start + CHUNK_BYTES])
+                    del data
+                skip = max(skip - size, 0)
         self._observer.metrics.downloaded(caller.name, max(0, sum(sizes) - request.offset))
 
     def Status(self, request: pb.StatusRequest, context: Call) -> pb.StatusResponse:

@@ -28,8 +28,8 @@ from sft.errors import ProtocolError
 from sft.models.seeding import seeded
 from sft.optim.gradients import scale_gradients
 from sft.optim.spec import set_learning_rates
-from sft.optim.state import stored_state
-from sft.tensors.stream import StoredTensor, copied
+from sft.optim.state import live_state
+from sft.tensors.stream import StoredTensor
 from sft.v1 import split_training_pb2 as pb
 from sft_cloud.errors import NoMemoryError, PreconditionError, is_out_of_memory
 from sft_cloud.memory import MemoryShare
@@ -132,12 +132,12 @@ class Session:
         return answer
 
     def stored_parameters(self) -> list[StoredTensor]:
-        """Net_2's parameters under whole-model names, sorted; reading one copies it to the CPU as it is then."""
-        return [copied(tensor) for tensor in self._half.stored_parameters()]
+        """Net_2's parameters under whole-model names, sorted; reading one gives it as it is, not a copy."""
+        return list(self._half.stored_parameters())
 
     def stored_optimizer_state(self) -> list[StoredTensor]:
-        """The state of net_2's optimizer, see `sft.optim.state`."""
-        return stored_state(self._optimizer, self._half.whole_parameters())
+        """The state of net_2's optimizer, in the same way; see `sft.optim.state`."""
+        return live_state(self._optimizer, self._half.whole_parameters())
 
     # What rides on a message.
 

@@ -23,7 +23,12 @@ MAX_SCALARS_BYTES = 16 << 20
 
 
 def stored_state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> List[StoredTensor]:
-    """What the optimizer knows of `parameters`, sorted; reading a tensor copies it to the CPU as it is then.
+    """As `live_state`, but reading a tensor copies it to the CPU as it is then."""
+    return [copied(tensor) for tensor in live_state(optimizer, parameters)]
+
+
+def live_state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> List[StoredTensor]:
+    """What the optimizer knows of `parameters`, sorted; reading a tensor gives the one that the next step changes.
 
     Raises UsageError when there is something that is neither a tensor nor a number.
     """
@@ -32,19 +37,19 @@ def stored_state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.P
     for name, parameter in sorted(parameters.items()):
         for key, value in sorted(optimizer.state.get(parameter, {}).items()):
             if isinstance(value, Tensor):
-                stored.append(stored_tensor(f"{name}/{key}", value))
+                stored.append(live_tensor(f"{name}/{key}", value))
             elif value is None or isinstance(value, (bool, int, float)):
                 scalars.setdefault(name, {})[key] = value
             else:
                 kind = type(optimizer).__name__
                 raise UsageError(f"the state of {kind} holds '{key}', a {type(value).__name__}, which cannot be sent")
     text = torch.tensor(list(json.dumps(scalars).encode()), dtype=torch.uint8)
-    return [*stored, stored_tensor(SCALARS, text)]
+    return [*stored, live_tensor(SCALARS, text)]
 
 
-def stored_tensor(name: str, tensor: Tensor) -> StoredTensor:
-    """A tensor that reading copies to the CPU, as it is then."""
-    return copied(StoredTensor(name, tensor.dtype, tuple(tensor.shape), lambda: tensor))
+def live_tensor(name: str, tensor: Tensor) -> StoredTensor:
+    """A tensor that reading gives as it is."""
+    return StoredTensor(name, tensor.dtype, tuple(tensor.shape), lambda: tensor)
 
 
 def checked_state(

@@ -74,6 +74,12 @@ def tensor_bytes(x: Tensor) -> bytes:
     return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
 
 
+def tensor_part(x: Tensor, start: int, size: int) -> bytes:
+    """At most `size` of these bytes from `start` on, without a copy of the others; both are multiples of 8."""
+    flat = x.detach().contiguous().reshape(-1)
+    return tensor_bytes(flat[start // flat.element_size() : (start + size) // flat.element_size()])
+
+
 def sha256_of(tensors: Sequence[StoredTensor]) -> str:
     """SHA-256, hexadecimal, of the bytes that `safetensors_chunks` yields."""
     digest = hashlib.sha256()

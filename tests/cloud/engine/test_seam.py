@@ -142,15 +142,15 @@ def test_a_session_that_has_ended_is_nobody_s(server, stub, edge):
     session_id = open_session(stub, edge)
     engine = server.engine
     version, sizes = engine.contents(session_id, False)
-    assert len(engine.read(session_id, False, 1, version)) == sizes[1]
+    assert len(engine.read(session_id, False, 1, 0, version)) == sizes[1]
     with pytest.raises(PreconditionError, match="trained on"):
-        engine.read(session_id, False, 1, version + 1)
+        engine.read(session_id, False, 1, 0, version + 1)
     engine.close(session_id)
     engine.close(session_id)
     for ask in (
         lambda: engine.handle(session_id, edge.forward(0), 0),
         lambda: engine.contents(session_id, True),
-        lambda: engine.read(session_id, False, 0, version),
+        lambda: engine.read(session_id, False, 0, 0, version),
         lambda: engine.save(session_id),
         lambda: engine.keep(session_id, [1]),
     ):

@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 
 def weights_of(session):
-    return {tensor.name: tensor.read() for tensor in session.stored_parameters()}
+    return {tensor.name: tensor.read().clone() for tensor in session.stored_parameters()}
 
 
 def same_bits(one, other):

@@ -56,10 +56,10 @@ class Rig:
             self.session.handle(self.edge.commit(step))
 
     def weights(self):
-        return {tensor.name: tensor.read() for tensor in self.session.stored_parameters()}
+        return {tensor.name: tensor.read().clone() for tensor in self.session.stored_parameters()}
 
     def state(self):
-        return {tensor.name: tensor.read() for tensor in self.session.stored_optimizer_state()}
+        return {tensor.name: tensor.read().clone() for tensor in self.session.stored_optimizer_state()}
 
 
 @pytest.fixture
