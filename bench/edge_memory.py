@@ -42,7 +42,7 @@ FLAGS = [
 
 def main(argv: Sequence[str] = ()) -> None:
     """Prints both peaks of a comparison, their difference, and its share of what cannot be needed any more."""
-    config = AutoConfig.from_pretrained(str(SHAPE), num_labels=2)
+    config = AutoConfig.from_pretrained(str(SHAPE), num_labels=2, trust_remote_code=False, local_files_only=True)
     if list(argv) == ["--lora"]:
         layer = f"--split-layer={LORA_CUT_AT.split_layer}"
         full, edge = peaks([layer], [layer, f"--lora-r={LORA.lora_r}", f"--lora-half={LORA.lora_half}"])

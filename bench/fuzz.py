@@ -109,7 +109,13 @@ def against_a_server(messages: int, seed: int, scratch: Path) -> bool:
 def tiny_edge(directory: Path) -> TinyEdge:
     """Knows a model that a server opens and trains in milliseconds."""
     make_tiny_model(directory, "bert", layers=2)
-    config = AutoConfig.from_pretrained(directory, num_labels=3, problem_type="single_label_classification")
+    config = AutoConfig.from_pretrained(
+        directory,
+        num_labels=3,
+        problem_type="single_label_classification",
+        trust_remote_code=False,
+        local_files_only=True,
+    )
     return TinyEdge(directory, config)
 
 

@@ -25,9 +25,10 @@ from sft.models import Cut, Whole, build_whole
 from sft.models.seeding import derive_seed
 from sft.models.weights import factor_tensors, fill, live_factors, live_tensors, pretrained_tensors
 from sft.optim.spec import OptimizerSpec, decay_groups, make_optimizer
-from sft.tensors.pretrained import find_model
+from sft.tensors.hub import find_model
 from sft.tensors.stream import StoredTensor, in_memory
-from sft_edge.model_files.source import open_source, read_tokenizer
+from sft_edge.model_files.source import open_source
+from sft_edge.model_files.tokenizer_file import read_tokenizer
 from sft_edge.options.train import ModelOptions
 from sft_edge.systems.local import LocalSystem
 from sft_edge.tasks import Feature, Task, make_task

@@ -40,8 +40,8 @@ def main() -> None:
         gradient_accumulation_steps=arguments.gradient_accumulation_steps, mixed_precision=arguments.mixed_precision
     )
     set_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    model = AutoModelForSequenceClassification.from_pretrained(arguments.model, num_labels=2)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model, trust_remote_code=False)
+    model = AutoModelForSequenceClassification.from_pretrained(arguments.model, num_labels=2, trust_remote_code=False)
     train = encode(read_rows(arguments.data_dir / "train.tsv", arguments.max_train_samples), tokenizer)
     dev = encode(read_rows(arguments.data_dir / "dev.tsv"), tokenizer)
     collate = DataCollatorWithPadding(tokenizer)

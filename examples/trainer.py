@@ -48,8 +48,10 @@ def main() -> None:
     """Trains, evaluates, prints."""
     arguments, training = HfArgumentParser((Arguments, TrainingArguments)).parse_args_into_dataclasses()
     set_seed(training.seed)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model_name_or_path)
-    model = AutoModelForSequenceClassification.from_pretrained(arguments.model_name_or_path, num_labels=2)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model_name_or_path, trust_remote_code=False)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        arguments.model_name_or_path, num_labels=2, trust_remote_code=False
+    )
     train = encode(read_rows(arguments.data_dir / "train.tsv", arguments.max_train_samples), tokenizer)
     dev = encode(read_rows(arguments.data_dir / "dev.tsv"), tokenizer)
 

@@ -17,6 +17,11 @@ def printable(text: str) -> str:
     return "".join(character if character.isprintable() else "?" for character in " ".join(text.split()))
 
 
+def told_by(error: BaseException, limit: int = 300) -> str:
+    """What a library's error says, in one line: its first line alone is often no more than a title."""
+    return printable(str(error))[:limit] or type(error).__name__
+
+
 def finite(number: float) -> float:
     """`number`, no further from 0 than MAX_SECONDS; 0 for what is none."""
     return 0.0 if math.isnan(number) else max(-MAX_SECONDS, min(number, MAX_SECONDS))

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import CONFIG_MAPPING, PretrainedConfig
+from transformers import PretrainedConfig
 
-from sft.errors import ProtocolError, UnsupportedModelError
-from sft.models import Cut, family_of, max_positions
+from sft.errors import ProtocolError
+from sft.models import Cut, max_positions
+from sft.models.checked_config import config_of
 from sft.models.lora import LoraSpec, lora_from_json
 from sft.optim.spec import OptimizerSpec, spec_from_proto
 from sft.tensors.manifest import is_run_id
@@ -26,21 +27,6 @@ from sft_cloud.errors import PreconditionError, is_out_of_memory
 from sft_cloud.storage import check_sha256
 
 _PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
-
-_IGNORED_SETTINGS = (
-    # Would have the library run code from the hub, as would those that `_is_ignored` finds by their names:
-    "auto_map",
-    "quantization_config",
-    # Parameters are float32 and outputs are named here, whatever the checkpoint says:
-    "dtype",
-    "torch_dtype",
-    "return_dict",
-    "output_attentions",
-    "output_hidden_states",
-    "torchscript",
-    # A table of positions, which net_2 does not have: older releases would compute it number by number.
-    "sinusoidal_pos_embds",
-)
 
 _MAX_CONFIG_BYTES = 1 << 20
 _MAX_BLOCKS, _MAX_LABELS, _MAX_POSITIONS = 256, 1 << 16, 1 << 17
@@ -127,17 +113,12 @@ def _parse_config(text: str, head: str) -> PretrainedConfig:
         raise ProtocolError(f"config_json has {len(text)} characters; at most {_MAX_CONFIG_BYTES} are accepted")
     with blames_config():
         values: dict[str, Any] = dict(json.loads(text))
-        model_type = str(values.get("model_type"))
-        if model_type not in CONFIG_MAPPING:
-            raise UnsupportedModelError(f"models of type '{model_type[:80]}' cannot be cut")
-        values = {name: value for name, value in values.items() if not _is_ignored(name)}
-        kind = CONFIG_MAPPING[model_type]
+        values.pop("sinusoidal_pos_embds", None)  # older releases compute that table, which net_2 has not, by number
         # Before the library makes a list of so many names or blocks.
         _check_limit("num_labels", int(values.get("num_labels", 1)), _MAX_LABELS)
-        for name in ("num_hidden_layers", kind.attribute_map.get("num_hidden_layers", "")):
+        for name in ("num_hidden_layers", "n_layer", "n_layers"):
             _check_limit("num_hidden_layers", int(values.get(name, 1)), _MAX_BLOCKS)
-        config: PretrainedConfig = kind.from_dict(values)
-        family_of(config)
+        config = config_of(values)
         _check_limit("num_hidden_layers", int(config.num_hidden_layers), _MAX_BLOCKS)
         _check_limit("max_position_embeddings", max_positions(config), _MAX_POSITIONS)
         _check_limit("num_labels", int(config.num_labels or 0), _MAX_LABELS)
@@ -146,11 +127,6 @@ def _parse_config(text: str, head: str) -> PretrainedConfig:
     if head == "sequence-classification" and config.problem_type not in _PROBLEM_TYPES:
         raise ProtocolError(f"problem_type must be one of {', '.join(_PROBLEM_TYPES)}, not {config.problem_type!r}")
     return config
-
-
-def _is_ignored(name: str) -> bool:
-    # The library's own notes in a configuration begin with an underscore, and some win over what they are notes of.
-    return name in _IGNORED_SETTINGS or name.startswith("_") or "implementation" in name or "kernel" in name
 
 
 def _check_limit(name: str, value: int, limit: int) -> None:

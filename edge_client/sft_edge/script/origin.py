@@ -7,7 +7,8 @@ from typing import Any, List, Tuple
 from sft.errors import CheckpointError
 from sft.models import Net2
 from sft.models.weights import live_tensors, pretrained_tensors
-from sft.tensors.pretrained import PretrainedWeights, find_model
+from sft.tensors.hub import find_model
+from sft.tensors.pretrained import PretrainedWeights
 from sft.tensors.stream import StoredTensor
 from sft_edge.model_files import told_name
 

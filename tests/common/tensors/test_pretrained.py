@@ -9,7 +9,8 @@ from transformers import AutoConfig
 from sft.errors import CheckpointError
 from sft.models import Cut, build_net_1, build_net_2
 from sft.models.weights import fill, pretrained_tensors, shapes
-from sft.tensors.pretrained import PretrainedWeights, find_model
+from sft.tensors.hub import find_model
+from sft.tensors.pretrained import PretrainedWeights
 
 CUT = Cut("sl", 2)
 
@@ -145,7 +146,7 @@ def test_directories_without_safetensors(tmp_path):
     with pytest.raises(CheckpointError, match=r"holds neither model.safetensors nor"):
         PretrainedWeights(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
-    with pytest.raises(CheckpointError, match="pickled checkpoints are not read"):
+    with pytest.raises(CheckpointError, match="pickled checkpoints, which can run code, are not read"):
         PretrainedWeights(tmp_path)
 
 

@@ -11,7 +11,9 @@ from support.tiny import make_tiny_model, tiny_config, tiny_tokenizer
 
 from sft.errors import CheckpointError, UnsupportedModelError, UsageError
 from sft.tensors.pretrained import PretrainedWeights
-from sft_edge.model_files.source import open_source, read_config, read_tokenizer, told_name
+from sft_edge.model_files.config_file import read_config
+from sft_edge.model_files.source import open_source, told_name
+from sft_edge.model_files.tokenizer_file import read_tokenizer
 from sft_edge.options.train import ModelOptions
 
 

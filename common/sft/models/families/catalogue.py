@@ -36,14 +36,20 @@ HEADS = tuple(AUTO_CLASSES)
 
 def family_of(config: PretrainedConfig) -> Family:
     """The family file for a configuration. Raises UnsupportedModelError."""
-    family = _FAMILIES.get(config.model_type)
-    if family is None:
-        known = ", ".join(sorted(_FAMILIES))
-        raise UnsupportedModelError(f"models of type '{config.model_type}' cannot be cut; supported types: {known}")
+    check_type(config.model_type)
+    family = _FAMILIES[config.model_type]
     reason = family.refuses(config)
     if reason:
         raise UnsupportedModelError(f"this model of type '{config.model_type}' cannot be cut: {reason}")
     return family
+
+
+def check_type(model_type: object) -> None:
+    """Raises UnsupportedModelError unless there is a family for it."""
+    if model_type not in _FAMILIES:
+        known = ", ".join(sorted(_FAMILIES))
+        shown = str(model_type)[:80]
+        raise UnsupportedModelError(f"models of type '{shown}' cannot be cut; supported types: {known}")
 
 
 def check_head(config: PretrainedConfig, head: str) -> None:
@@ -59,7 +65,8 @@ def check_head(config: PretrainedConfig, head: str) -> None:
 
 def max_positions(config: PretrainedConfig) -> int:
     """The longest sequence, in tokens, that a model takes."""
-    return int(config.max_position_embeddings) - family_of(config).reserved_positions
+    positions = int(config.max_position_embeddings)
+    return positions - int(config.pad_token_id) - 1 if family_of(config).positions_after_padding else positions
 
 
 def library_class(config: PretrainedConfig, head: str) -> Any:

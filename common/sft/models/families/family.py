@@ -61,8 +61,8 @@ class Family:
     ffn_width: str = "intermediate_size"
     """How the configuration calls F."""
 
-    reserved_positions: int = 0
-    """How many of `config.max_position_embeddings` no token can have."""
+    positions_after_padding: bool = False
+    """Whether positions are counted from the padding token's number on: those up to it no token can have."""
 
     decoder: bool = False
     """Whether tokens see only what precedes them: the last one then stands for the sequence."""

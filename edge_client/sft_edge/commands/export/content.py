@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from sft.errors import UsageError
 from sft.models import Cut, build_whole, ffn_out_name
 from sft.models.families.catalogue import AUTO_CLASSES
+from sft.printable import told_by
 from sft.tensors.stream import StoredTensor, in_memory, safetensors_chunks, safetensors_size
 from sft_edge.commands.export.code import CODE_FILE, base_name, config_name, model_type, modeling_code
 from sft_edge.files import storage_errors, write_file, write_json
-from sft_edge.model_files import SavedModel, first_line
+from sft_edge.model_files import SavedModel
 
 DENSE, FACTORED = "dense", "factored"
 
@@ -56,7 +57,7 @@ class Export:
             except Exception as error:
                 if type(error) is not Exception:
                     raise
-                raise OSError(0, first_line(error)) from error  # how the tokenizers package tells of a full disk
+                raise OSError(0, told_by(error)) from error  # how the tokenizers package tells of a full disk
         tokenizer_class = _class_for_all_releases(directory / "tokenizer_config.json")
         if self.has_code:
             write_file(directory / CODE_FILE, [modeling_code(self._net.model, self.auto_class).encode()])

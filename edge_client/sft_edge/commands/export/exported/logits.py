@@ -24,9 +24,9 @@ def main() -> None:
     from safetensors.torch import save_file
 
     for question in json.load(sys.stdin):
-        trust = {"trust_remote_code": question["trust_remote_code"]}
-        tokenizer = transformers.AutoTokenizer.from_pretrained(question["model"], **trust)  # nosec B615 # a directory
-        model = getattr(transformers, question["auto_class"]).from_pretrained(question["model"], **trust).eval()  # nosec B615
+        where = {"trust_remote_code": question["trust_remote_code"], "local_files_only": True}
+        tokenizer = transformers.AutoTokenizer.from_pretrained(question["model"], **where)  # nosec B615 # a directory
+        model = getattr(transformers, question["auto_class"]).from_pretrained(question["model"], **where).eval()  # nosec B615
         encoding = tokenizer(*question["texts"], truncation=True, padding=True, return_tensors="pt")
         with torch.no_grad():
             output = model(**encoding)
@@ -46,7 +46,7 @@ def _base_difference(model: Any, directory: str, encoding: Any) -> Any:
     import torch
     import transformers
 
-    base = transformers.AutoModel.from_pretrained(directory, trust_remote_code=True).eval()  # nosec B615 # a directory
+    base = transformers.AutoModel.from_pretrained(directory, trust_remote_code=True, local_files_only=True).eval()  # nosec B615 # a directory
     with torch.no_grad():
         inside, alone = (one(**encoding).last_hidden_state for one in (model.base_model, base))
     return (inside - alone)[encoding["attention_mask"].bool()].abs().max()
