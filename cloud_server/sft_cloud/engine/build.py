@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,12 +13,14 @@ from torch import Tensor
 from sft.models import Net2, build_net_2, max_positions
 from sft.models.lora import adapter_shapes, add_lora, is_adapter
 from sft.models.seeding import seeded
-from sft.models.weights import fill
+from sft.models.weights import fill_in_pieces
 from sft.optim.spec import make_optimizer
 from sft.tensors.stream import StoredTensor
 from sft_cloud.engine.request import SessionSpec, blames_config
+from sft_cloud.engine.turns import in_pieces
+from sft_cloud.engine.worker import at_once
 from sft_cloud.errors import NoMemoryError
-from sft_cloud.memory import MemoryBudget, MemoryShare
+from sft_cloud.memory import Kind, MemoryBudget, MemoryShare
 from sft_cloud.session import (
     BatchMemory,
     Session,
@@ -40,7 +42,7 @@ class Built(NamedTuple):
 
 
 def build(spec: SessionSpec, device: torch.device) -> Built:
-    """The net_2 that a request asks for, on the meta device. To be run by the worker, as is `make_session`.
+    """The net_2 that a request asks for, on the meta device: in any thread, but not while another model is made.
 
     Raises CutError, UnsupportedModelError, ProtocolError, and NoMemoryError when `device` could never hold it.
     """
@@ -62,7 +64,39 @@ def _needed_bytes(spec: SessionSpec, net_2: Net2) -> int:
         weights, trained = weights + adapters, trained + adapters
     # Buffers such as masks and tables of positions can be large where a configuration wants them to.
     buffers = sum(buffer.numel() * buffer.element_size() for buffer in net_2.buffers())
-    return session_bytes(weights, trained, spec.optimizer.name) + buffers
+    objects = _OBJECTS_OF_BLOCK * int(spec.config.num_hidden_layers)
+    return session_bytes(weights, trained, spec.optimizer.name) + buffers + objects
+
+
+_OBJECTS_OF_BLOCK = 32 << 10
+"""What Python's objects for a block take: some twenty modules, and as many parameters."""
+
+_PROBE_TOKENS = 16
+"""Of the longest sequence that is run to find out what a batch takes."""
+_PROBE_COPIES = 4
+"""Of what a layer gives for them."""
+
+
+def objects_bytes(spec: SessionSpec) -> int:
+    """What a model takes while it is built, and has no weights yet."""
+    return _OBJECTS_OF_BLOCK * (1 + int(spec.config.num_hidden_layers))
+
+
+def _passing_bytes(spec: SessionSpec, net_2: Net2) -> int:
+    """What making a session takes beside what it then keeps: a parameter that is drawn, buffers, and the probe."""
+    parameters = [parameter for parameter in net_2.parameters() if parameter.ndim > 1]
+    largest = max((4 * parameter.numel() for parameter in parameters), default=0)
+    buffers = sum(buffer.numel() * buffer.element_size() for buffer in net_2.buffers())
+    rows = sum(max(parameter.shape) for parameter in parameters)
+    # Every head of every block looks up each row of a table that all blocks read.
+    heads, blocks = int(getattr(spec.config, "num_attention_heads", 1)), int(spec.config.num_hidden_layers)
+    tables = [
+        parameter
+        for name, parameter in net_2.model.base_model.named_parameters()
+        if name.rpartition(".")[0] in net_2.family.for_every_block
+    ]
+    looked_up = sum(heads * blocks * int(max(table.shape)) for table in tables)
+    return largest + 3 * buffers + 4 * _PROBE_COPIES * _PROBE_TOKENS * (rows + looked_up)
 
 
 def make_session(
@@ -73,14 +107,29 @@ def make_session(
     find_blob: Callable[[str], Path | None] = lambda sha256: None,
     budget: MemoryBudget | None = None,
 ) -> Session:
+    """As `session_in_pieces`, in one piece."""
+    return in_pieces(at_once, session_in_pieces(spec, built, tensors, device, find_blob, budget))
+
+
+def session_in_pieces(
+    spec: SessionSpec,
+    built: Built,
+    tensors: Sequence[StoredTensor],
+    device: torch.device,
+    find_blob: Callable[[str], Path | None],
+    budget: MemoryBudget | None,
+) -> Generator[None, None, Session]:
     """Fills what `build` gave for the spec with `tensors` and the seed's draws, and makes its optimizer.
 
-    Adapters that are among `tensors` are the edge's own: downloads then hold them as they are, and merge nothing.
+    On the device's thread; where it yields others may compute. Adapters that are among `tensors` are the edge's own:
+    downloads then hold them as they are, and merge nothing.
     Raises ProtocolError and UsageError, and NoMemoryError where it does not fit into the `budget` beside the others.
     """
+    budget = MemoryBudget() if budget is None else budget
     share = MemoryShare(budget, built.needed_bytes)
     try:
-        session = _make_session(spec, built.net_2, tensors, device, find_blob, share)
+        with budget.charge(Kind.BUILDS, _passing_bytes(spec, built.net_2)):
+            session = yield from _make_session(spec, built.net_2, tensors, device, find_blob, share)
     except BaseException:
         share.release()
         raise
@@ -95,19 +144,21 @@ def _make_session(
     device: torch.device,
     find_blob: Callable[[str], Path | None],
     share: MemoryShare,
-) -> Session:
+) -> Generator[None, None, Session]:
     with blames_config():
-        fill(net_2, tensors, spec.seed, device)
+        yield from fill_in_pieces(net_2, tensors, spec.seed, device)
         if spec.lora is not None:
             add_lora(net_2, spec.lora, spec.seed, values=tensors)
         # One token shows whether the configuration gives a model that runs, before any training is lost on it.
         with torch.no_grad():
             net_2.eval()(torch.zeros(1, 1, net_2.width, device=device), [1], {})
+    yield
     optimizer = make_optimizer(spec.optimizer, net_2.whole_parameters())
     trained = {name for group in spec.optimizer.groups for name in group.parameter_names}
     for name, parameter in net_2.whole_parameters().items():
         # No gradients, and no part in their norm, for nothing.
         parameter.requires_grad_(parameter.requires_grad and name in trained)
+    yield
     merges = not any(is_adapter(tensor.name) for tensor in tensors)
     half = TransformersUpperHalf(net_2, spec.config, spec.data_type, merges, _batch_memory(spec, net_2))
     return Session(half, optimizer, spec.seed, find_blob, share)

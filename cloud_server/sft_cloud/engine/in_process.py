@@ -11,10 +11,14 @@ from sft.tensors.stream import StoredTensor, safetensors_header, tensor_part
 from sft.v1 import split_training_pb2 as pb
 from sft_cloud.engine.engine import PIECE_BYTES, Contents, Handled
 from sft_cloud.engine.opener import Opener
+from sft_cloud.engine.turns import Paced
 from sft_cloud.engine.worker import DeviceWorker
 from sft_cloud.errors import PreconditionError
 from sft_cloud.identity import Identity
 from sft_cloud.session import Session
+
+_TRAINING_SECONDS = 0.2
+"""Between two messages of sessions that train."""
 
 
 class _Live(NamedTuple):
@@ -43,10 +47,12 @@ class InProcessEngine:
         self._checkpoints = opener.checkpoints
         self._worker = DeviceWorker(opener.device, capacity, threads)
         self._sessions: dict[str, _Live] = {}
+        self._trains, self._trained_at = False, -_TRAINING_SECONDS
 
     def open(self, session_id: str, request: pb.OpenSessionRequest, owner: Identity) -> pb.OpenSessionResponse:
         """See Engine."""
-        opened = self._opener.open(request, owner, self._worker.run)
+        with Paced(self._worker.run, self._is_training) as paced:
+            opened = self._opener.open(request, owner, paced.run)
         if request.only_check or not isinstance(opened, Session):
             return pb.OpenSessionResponse(missing_blobs=[] if isinstance(opened, Session) else opened)
         self._sessions[session_id] = _Live(opened, request, owner, {})
@@ -59,6 +65,7 @@ class InProcessEngine:
         def work() -> Handled:
             live, began = self._find(session_id), time.perf_counter()
             live.listed.clear()
+            self._trains = True
             session = live.session
             # Neither the error nor what holds it may be a variable here: its traceback would hold them in a circle.
             try:
@@ -67,6 +74,8 @@ class InProcessEngine:
             except Exception as error:
                 nothing = pb.CloudMessage()
                 return Handled(nothing, error, session.next_step, began - asked, time.perf_counter() - began)
+            finally:
+                self._trains, self._trained_at = False, time.monotonic()
 
         return self._worker.run(work)
 
@@ -118,6 +127,9 @@ class InProcessEngine:
     def shutdown(self) -> None:
         """See Engine."""
         self._worker.shutdown()
+
+    def _is_training(self) -> bool:
+        return self._trains or time.monotonic() - self._trained_at < _TRAINING_SECONDS
 
     def _find(self, session_id: str) -> _Live:
         live = self._sessions.get(session_id)

@@ -7,14 +7,15 @@ from typing import Protocol
 import torch
 
 from sft.v1 import split_training_pb2 as pb
-from sft_cloud.engine.build import Built, build, make_session
+from sft_cloud.engine.build import Built, build, objects_bytes, session_in_pieces
 from sft_cloud.engine.request import SessionSpec, check_request
 from sft_cloud.engine.saved_session import Checkpoints, restore
+from sft_cloud.engine.turns import Turns, in_pieces
 from sft_cloud.engine.weights import WeightsFinder
 from sft_cloud.engine.worker import Run
 from sft_cloud.errors import PreconditionError
 from sft_cloud.identity import Identity
-from sft_cloud.memory import MemoryBudget
+from sft_cloud.memory import Kind, MemoryBudget
 from sft_cloud.session import Session
 from sft_cloud.storage import BlobStore
 
@@ -57,20 +58,30 @@ class TransformersOpener:
         self.device = device
         self._store = store
         self._weights = weights
+        self._turns = Turns()
         self.checkpoints = checkpoints
         self.budget = MemoryBudget() if budget is None else budget
 
     def open(self, request: pb.OpenSessionRequest, owner: Identity, run: Run) -> Session | list[str]:
         """See Opener."""
-        spec, store = check_request(request), self._store.of(owner)
-        built = run(lambda: build(spec, self.device))
+        spec = check_request(request)
+        with self.budget.charge(Kind.BUILDS, objects_bytes(spec)):
+            return self._open(request, owner, spec, run)
+
+    def _open(
+        self, request: pb.OpenSessionRequest, owner: Identity, spec: SessionSpec, run: Run
+    ) -> Session | list[str]:
+        store = self._store.of(owner)
+        with self._turns.of(owner.name):
+            built = build(spec, self.device)
         owner.limits.check_rank(built.net_2.width)
         if request.resume_from:
             return self._resume(request, owner, spec, built, run)
         tensors, missing = self._weights.find(spec, built.net_2, store)
         if missing or request.only_check:
             return missing
-        return run(lambda: make_session(spec, built, tensors, self.device, store.find, self.budget))
+        with self._turns.of(owner.name):
+            return in_pieces(run, session_in_pieces(spec, built, tensors, self.device, store.find, self.budget))
 
     def _resume(
         self, request: pb.OpenSessionRequest, owner: Identity, spec: SessionSpec, built: Built, run: Run
@@ -81,10 +92,10 @@ class TransformersOpener:
             if request.only_check:
                 return []
 
-            def work() -> Session:
+            store = self._store.of(owner)
+            with self._turns.of(owner.name):
                 # Filled from the seed: whatever that gives is replaced, to the last parameter.
-                session = make_session(spec, built, [], self.device, self._store.of(owner).find, self.budget)
-                restore(session, files)
+                made = session_in_pieces(spec, built, [], self.device, store.find, self.budget)
+                session = in_pieces(run, made)
+                run(lambda: restore(session, files))
                 return session
-
-            return run(work)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,12 @@ def fill(net: Net, tensors: Sequence[StoredTensor], seed: int, device: torch.dev
     library's own initialization, seeded for each module by its name in the whole model: both halves, and one process,
     draw the same values, whoever else exists.
     """
+    for _ in fill_in_pieces(net, tensors, seed, device):
+        pass
+
+
+def fill_in_pieces(net: Net, tensors: Sequence[StoredTensor], seed: int, device: torch.device = _CPU) -> Iterator[None]:
+    """As `fill`, module by module: others may compute where it yields."""
     own_names = {whole: own for own, whole in net.whole_names.items()}
     stored = {own_names[tensor.name]: tensor for tensor in tensors if tensor.name in own_names}
     untied = {own_names[tied.head]: tied for tied in net.untied if tied.head in own_names}
@@ -53,6 +59,8 @@ def fill(net: Net, tensors: Sequence[StoredTensor], seed: int, device: torch.dev
                 value = stored[name].read().to(device, torch.float32, copy=True)
                 setattr(module, name.rpartition(".")[2], nn.Parameter(value, requires_grad=parameter.requires_grad))
             shared[parameter] = getattr(module, name.rpartition(".")[2])
+        if parameters:
+            yield
     _fill_buffers(net)
     net.to(device)
 

@@ -322,7 +322,7 @@ def test_a_request_that_only_checks_makes_no_session_of_a_checkpoint(server, stu
     saved = run.save()
     run.stream.end()
     made: list[object] = []
-    monkeypatch.setattr("sft_cloud.engine.opener.make_session", lambda *arguments: made.append(arguments))
+    monkeypatch.setattr("sft_cloud.engine.opener.session_in_pieces", lambda *arguments: made.append(arguments))
     request = edge.request(run_id=RUN, resume_from=[saved.id], weights_sha256="", factors_sha256="", only_check=True)
     response = stub.OpenSession(request, timeout=SECONDS)
     assert (response.session_id, list(response.missing_blobs), made) == ("", [], [])

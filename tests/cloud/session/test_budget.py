@@ -151,7 +151,7 @@ def test_a_server_has_so_much_for_all_sessions(start_server, connect, edge):
     open_over_the_wire(stub, edge)
     memory = server.memory
     taken = memory.held_bytes
-    memory.total_bytes = int(1.5 * taken)
+    memory.total_bytes = int(1.9 * taken)  # which building it fits into
     code, details = refusal(lambda: stub.OpenSession(edge.request()))
     assert code.name == "RESOURCE_EXHAUSTED"
     assert "try again when another session has ended" in details

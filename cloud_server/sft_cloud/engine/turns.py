@@ -1,0 +1,127 @@
+"""Whose turn it is to have a model built: one at a time, callers in turn, and a little at a time while others train.
+
+A model of hundreds of blocks takes seconds of Python to build, and Python does one thing at a time: a thread of its own
+would not be enough. So who builds pauses, in proportion to what it took, as long as sessions are worked on.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from torch.overrides import TorchFunctionMode
+
+from sft_cloud.engine.worker import Run
+
+T = TypeVar("T")
+
+SLICE_SECONDS = 0.001
+"""After so long who builds looks whether others train."""
+
+REST = 4.0
+"""How long it then pauses, as a multiple of what it took: training keeps four fifths."""
+
+
+class Turns:
+    """One at a time. Safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._is_taken = False
+        self._waiting: dict[str, deque[threading.Event]] = {}  # by caller; whose turn is next is first
+
+    @contextmanager
+    def of(self, caller: str) -> Iterator[None]:
+        """Waits until it is the turn of the caller, who has it for the block."""
+        mine = threading.Event()
+        with self._lock:
+            if self._is_taken:
+                self._waiting.setdefault(caller, deque()).append(mine)
+            else:
+                self._is_taken = True
+                mine.set()
+        mine.wait()
+        try:
+            yield
+        finally:
+            self._pass_on()
+
+    def _pass_on(self) -> None:
+        with self._lock:
+            if not self._waiting:
+                self._is_taken = False
+                return
+            caller = next(iter(self._waiting))
+            waiting = self._waiting.pop(caller)
+            following = waiting.popleft()
+            if waiting:
+                self._waiting[caller] = waiting  # behind the others
+        following.set()
+
+
+class Paced(TorchFunctionMode):
+    """Has what builds a model in the block pause while others train. For the thread that enters it."""
+
+    def __init__(
+        self, run: Run, others_train: Callable[[], bool], sleep: Callable[[float], object] = time.sleep
+    ) -> None:
+        """`run`: on the device's thread."""
+        super().__init__()
+        self._run = run
+        self._others_train = others_train
+        self._sleep = sleep
+        self._began = time.perf_counter()
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # A library that builds a model asks torch for each of its parameters.
+        took = time.perf_counter() - self._began
+        if took >= SLICE_SECONDS:
+            self._rest(took)
+        return function(*args, **(kwargs or {}))
+
+    def run(self, work: Callable[[], T]) -> T:
+        """As the `run` it was made with, and a pause after it."""
+        took = 0.0
+
+        def timed() -> T:
+            nonlocal took
+            began = time.perf_counter()
+            try:
+                return work()
+            finally:
+                took = time.perf_counter() - began
+
+        result = self._run(timed)
+        self._rest(took)
+        return result
+
+    def _rest(self, took: float) -> None:
+        if self._others_train():
+            self._sleep(REST * took)
+        self._began = time.perf_counter()
+
+
+def in_pieces(run: Run, pieces: Generator[None, None, T]) -> T:
+    """What a generator returns that does its work between its yields, where `run` runs it.
+
+    In between others have their turn there.
+    """
+
+    def work() -> tuple[bool, Any]:
+        began = time.perf_counter()
+        while True:
+            try:
+                next(pieces)
+            except StopIteration as end:
+                return True, end.value
+            if time.perf_counter() - began >= SLICE_SECONDS:
+                return False, None
+
+    while True:
+        is_done, result = run(work)
+        if is_done:
+            return result  # type: ignore[no-any-return]

@@ -1,0 +1,85 @@
+"""Models are built one at a time, callers in turn, and training goes on meanwhile."""
+
+import threading
+
+import pytest
+import torch
+
+from sft_cloud.engine.build import build, session_in_pieces
+from sft_cloud.engine.opener import TransformersOpener
+from sft_cloud.engine.request import check_request
+from sft_cloud.engine.turns import REST, SLICE_SECONDS, Paced, Turns, in_pieces
+from sft_cloud.engine.weights import WeightsFinder
+from sft_cloud.engine.worker import DeviceWorker, at_once
+from sft_cloud.identity import ANONYMOUS
+from sft_cloud.memory import Kind, MemoryBudget
+from sft_cloud.storage import BlobStore
+
+CPU = torch.device("cpu")
+SECONDS = 30
+
+
+def test_callers_have_their_turn_one_after_the_other():
+    turns, order, threads = Turns(), [], []
+
+    def take(caller):
+        with turns.of(caller):
+            order.append(caller)
+
+    with turns.of("first"):
+        for caller in ("many", "many", "many", "few"):
+            threads.append(threading.Thread(target=take, args=(caller,)))
+            threads[-1].start()
+            while sum(map(len, turns._waiting.values())) < len(threads):
+                pass
+    for thread in threads:
+        thread.join(SECONDS)
+    assert order == ["many", "few", "many", "many"]
+    with turns.of("last"):
+        pass
+
+
+@pytest.mark.parametrize("others_train", [True, False])
+def test_who_builds_pauses_while_others_train(edge, others_train):
+    pauses = []
+    with Paced(at_once, lambda: others_train, pauses.append) as paced:
+        build(check_request(edge.request()), CPU)
+        built = len(pauses)
+        paced.run(lambda: None)
+    assert (built > 0, len(pauses) > built) == (others_train, others_train)
+    assert all(pause >= REST * SLICE_SECONDS for pause in pauses[:built])
+
+
+def test_others_have_the_device_between_the_pieces_of_a_session(edge):
+    spec, between = check_request(edge.request()), []
+
+    def run(work):
+        between.append(None)
+        return work()
+
+    pieces = session_in_pieces(spec, build(spec, CPU), [*edge.weights, *edge.factors], CPU, lambda _: None, None)
+    assert in_pieces(run, pieces).next_step == 0
+    assert len(between) > 1
+
+
+def test_a_model_is_built_while_the_device_is_busy(edge, tmp_path):
+    opener = TransformersOpener(CPU, BlobStore(tmp_path), WeightsFinder(tmp_path))
+    worker, goes_on = DeviceWorker(CPU, 2), threading.Event()
+    worker.submit(lambda: goes_on.wait(SECONDS))
+    try:
+        missing = opener.open(edge.request(only_check=True), ANONYMOUS, worker.run)
+        assert set(missing) == set(edge.blobs())
+        assert not goes_on.is_set()
+    finally:
+        goes_on.set()
+        worker.shutdown()
+
+
+def test_what_building_takes_is_in_the_budget(edge):
+    spec = check_request(edge.request())
+    budget = MemoryBudget(1 << 30)
+    pieces = session_in_pieces(spec, build(spec, CPU), [*edge.weights, *edge.factors], CPU, lambda _: None, budget)
+    next(pieces)
+    assert budget.held()[Kind.BUILDS] > 0
+    pieces.close()
+    assert budget.held_bytes == 0
