@@ -19,9 +19,12 @@ def predict(options: PredictOptions) -> None:
         rows: List[Row] = task.read_inputs(options.file)
     else:
         rows = [task.row(*[text for text in (options.text, options.text_pair) if text is not None])]
-    features = task.encode(rows, model.tokenizer, model.description.max_seq_length)
+    asked = [row for row in rows if not row.is_blank]
+    features = task.encode(asked, model.tokenizer, model.description.max_seq_length)
     logits = model.logits(task, features, options.per_device_eval_batch_size)
-    for row, prediction in zip(rows, task.predictions(logits, features, rows)):
+    predictions = iter(task.predictions(logits, features, asked))
+    for row in rows:  # a blank one has an empty line, so that answers stand beside their texts
+        prediction = {} if row.is_blank else next(predictions)
         if options.json_lines:
             texts = dict(zip(task.text_fields, row.texts))
             sys.stdout.write(json.dumps({**texts, **prediction}, ensure_ascii=not _shows_all()) + "\n")

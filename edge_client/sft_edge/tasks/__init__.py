@@ -8,7 +8,7 @@ from typing import Optional, Sequence
 from sft.errors import UsageError
 from sft_edge.tasks.base import SPLITS, Answer, Feature, Row, Task, batches_of
 from sft_edge.tasks.glue import GLUE, GlueTask
-from sft_edge.tasks.sequence import PROBLEM_TYPES, REGRESSION, SINGLE_LABEL
+from sft_edge.tasks.labels import PROBLEM_TYPES, REGRESSION, SINGLE_LABEL
 from sft_edge.tasks.squad import SquadTask
 from sft_edge.tasks.synthetic import examples, write_synthetic
 from sft_edge.tasks.text import TextTask

@@ -51,6 +51,11 @@ class Row(NamedTuple):
     id: str = ""
     """What the file calls the row; question answering only."""
 
+    @property
+    def is_blank(self) -> bool:
+        """Whether there is nothing in it to be asked about: a blank line of a file to predict."""
+        return not any(text.strip() for text in self.texts)
+
 
 class Feature(NamedTuple):
     """One tokenized sequence: a row, or one window of a question's context."""
@@ -107,6 +112,9 @@ class Task(ABC):
     text_fields: Tuple[str, ...]
     """Names of the texts of a row: one or two."""
 
+    inferred: str = ""
+    """What was made of the labels of the train file, for people, in one line; empty where that is no question."""
+
     def __init__(self, data_dir: Optional[Path]) -> None:
         """`data_dir` may be left out where no split is read."""
         self.data_dir = data_dir
@@ -122,7 +130,7 @@ class Task(ABC):
     @abstractmethod
     def read_inputs(self, path: Path) -> List[Row]:
         """Rows to predict: texts without labels, of a .tsv, .csv or .jsonl file with columns named as in
-        `text_fields`, or of a .txt file with one text a line. Raises DataError."""
+        `text_fields`, or of a .txt file with one text a line, where a blank line is a blank row. Raises DataError."""
 
     @abstractmethod
     def config_overrides(self) -> Dict[str, object]:

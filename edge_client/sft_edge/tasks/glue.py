@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from itertools import islice
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from sft.errors import DataError, UsageError
 from sft_edge.tasks.base import Label, Row
-from sft_edge.tasks.files import Record, read_tsv, shown
-from sft_edge.tasks.sequence import REGRESSION, SINGLE_LABEL, SequenceTask, column_of, parse_number, texts_of
+from sft_edge.tasks.files import MAX_LINE_BYTES, Record, column_of, numbered_lines, read_table, read_tsv, shown
+from sft_edge.tasks.labels import REGRESSION, SINGLE_LABEL, class_name
+from sft_edge.tasks.sequence import SequenceTask, parse_number, texts_of
 
 
 class GlueSpec(NamedTuple):
@@ -98,11 +99,20 @@ class GlueTask(SequenceTask):
             raise DataError(f"{path}: holds no rows")
         return rows
 
+    def records(self, path: Path) -> Iterator[Record]:
+        """See SequenceTask; where the official files have no header, one to predict need not have one either."""
+        if path.suffix != ".tsv" or self.spec.header is None:
+            return read_table(path)
+        _, first = next(numbered_lines(path, MAX_LINE_BYTES), (1, ""))
+        values = [value.strip() for value in first.split("\t")]
+        named = any(set(fields) <= set(values) for fields in self.input_fields())
+        return read_tsv(path, None if named or len(values) != len(self.spec.header) else self.spec.header)
+
     def _label(self, record: Record) -> Label:
         value = column_of(record, self.spec.label_field)
         if self.label_names is None:
             return parse_number(value, record)
-        name = self.spec.labels.get(str(value).strip())
+        name = self.spec.labels.get(class_name(value, "label", record.place))
         if name is None:
             record.fail(f"label {shown(value)} is not one of {', '.join(self.spec.labels)}")
         return self.label_names.index(name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Dict, List, Sequence, Tuple, cast
+from typing import TYPE_CHECKING, Dict, Iterator, List, Sequence, Tuple, cast
 
 import numpy as np
 import torch
@@ -13,16 +13,12 @@ from torch import Tensor
 from sft.errors import DataError
 from sft_edge.tasks import metrics
 from sft_edge.tasks.base import Feature, Row, Task, check_finite, padding_of, sequence_limit
-from sft_edge.tasks.files import Record, clean_text, numbered_lines, read_table, shown
+from sft_edge.tasks.files import Record, clean_text, column_of, no_column, numbered_lines, read_table, shown
+from sft_edge.tasks.labels import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-
-SINGLE_LABEL = "single_label_classification"
-MULTI_LABEL = "multi_label_classification"
-REGRESSION = "regression"
-PROBLEM_TYPES = (SINGLE_LABEL, MULTI_LABEL, REGRESSION)
 
 COMMON_TEXT_FIELDS = (("text",), ("sentence",), ("sentence1", "sentence2"))
 """Columns in which any file may hold its texts."""
@@ -41,17 +37,20 @@ class SequenceTask(Task):
     def read_inputs(self, path: Path) -> List[Row]:
         candidates = self.input_fields()
         if path.suffix == ".txt" and any(len(fields) == 1 for fields in candidates):
-            lines = [(f"{path}:{number}", line) for number, line in numbered_lines(path) if line.strip()]
-            rows = [Row((clean_text(line, "the text", place),)) for place, line in lines]
+            rows = [Row((line,)) for _, line in numbered_lines(path)]
         else:
             rows = []
             fields: Tuple[str, ...] = ()
-            for record in read_table(path):
+            for record in self.records(path):
                 fields = fields or choose_fields(record, candidates)
                 rows.append(Row(texts_of(record, fields)))
-        if not rows:
+        if all(row.is_blank for row in rows):
             raise DataError(f"{path}: holds no rows")
         return rows
+
+    def records(self, path: Path) -> Iterator[Record]:
+        """The rows of a table to predict."""
+        return read_table(path)
 
     def input_fields(self) -> List[Tuple[str, ...]]:
         """Columns that may hold the texts of a file to predict, best first."""
@@ -126,19 +125,17 @@ def choose_fields(record: Record, candidates: Sequence[Tuple[str, ...]]) -> Tupl
         if all(field in record.fields for field in fields):
             return fields
     wanted = " or ".join(" and ".join(fields) for fields in dict.fromkeys(candidates))
-    return record.fail(f"no column {wanted}")
+    return no_column(record, wanted)
 
 
 def texts_of(record: Record, fields: Sequence[str]) -> Tuple[str, ...]:
     """The texts in these columns. Raises DataError."""
-    return tuple(clean_text(column_of(record, field), field, record.place) for field in fields)
+    return tuple(clean_text(_text(column_of(record, field)), field, record.place) for field in fields)
 
 
-def column_of(record: Record, column: str) -> object:
-    """The value in a column. Raises DataError if the row has no such column."""
-    if column not in record.fields:
-        record.fail(f"no column {column}")
-    return record.fields[column]
+def _text(value: object) -> object:
+    """A number is its digits, as in a table that has no other types."""
+    return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
 
 
 def parse_number(value: object, record: Record) -> float:

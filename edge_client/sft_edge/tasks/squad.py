@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ from sft_edge.tasks.sequence import ROWS_AT_ONCE, choose_fields, texts_of
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase
 
+
+logger = logging.getLogger(__name__)
 
 FILES = {"train": "train-v1.1.json", "validation": "dev-v1.1.json"}
 
@@ -40,15 +43,26 @@ class SquadTask(Task):
 
     def read(self, split: str, limit: Optional[int] = None) -> List[Row]:
         path = self.file("SQuAD", FILES, split)
-        rows = list(islice(_rows(read_json(path), path, labelled=True), limit))
+        questions = list(islice(_rows(read_json(path), path, labelled=True), limit))
+        wrong = [question.wrong for question in questions if question.wrong]
+        rows = [question.row for question in questions if question.row.answers]
         if not rows:
-            raise DataError(f"{path}: holds no questions")
+            raise DataError(wrong[0] if wrong else f"{path}: holds no questions")
+        if wrong:
+            logger.warning(
+                "%s: passed over %d of %d questions, none of whose answers is where it says; %d more have others (%s)",
+                path,
+                len(questions) - len(rows),
+                len(questions),
+                len(wrong) - len(questions) + len(rows),
+                wrong[0].replace(f"{path}: ", ""),
+            )
         return rows
 
     def read_inputs(self, path: Path) -> List[Row]:
         """As in the base class; a .json file is read as SQuAD's."""
         if path.suffix == ".json":
-            rows = list(_rows(read_json(path), path, labelled=False))
+            rows = [question.row for question in _rows(read_json(path), path, labelled=False)]
         else:
             records = list(read_table(path))
             fields = choose_fields(records[0], [self.text_fields]) if records else ()
@@ -163,34 +177,60 @@ def _with_answer(feature: Feature, index: int, row: Row, cls_token_id: Optional[
     return feature._replace(row=index, span=(feature.context_start + first, feature.context_start + last))
 
 
-def _rows(data: object, path: Path, labelled: bool) -> Iterator[Row]:
-    """The questions of a SQuAD file, checked."""
+class _Question(NamedTuple):
+    """One of a file: a row with the answers that are where they say, and what is wrong with the first other one."""
+
+    row: Row
+    wrong: str = ""
+
+
+def _rows(data: object, path: Path, labelled: bool) -> Iterator[_Question]:
+    """The questions of a SQuAD file, checked. What is not needed may be missing, and anything may be there besides."""
+    number = 0
     for article in _list(as_object(data, str(path)), "data", str(path)):
         for paragraph in _list(as_object(article, str(path)), "paragraphs", str(path)):
             content = as_object(paragraph, str(path))
             for question in _list(content, "qas", str(path)):
-                yield _row(as_object(question, str(path)), content.get("context"), path, labelled)
+                number += 1
+                yield _row(as_object(question, str(path)), content.get("context"), path, labelled, number)
 
 
-def _row(question: Dict[str, object], context: object, path: Path, labelled: bool) -> Row:
-    name = question.get("id")
-    if not isinstance(name, str):
-        raise DataError(f"{path}: a question's id must be text, not {shown(name)}")
+def _row(question: Dict[str, object], context: object, path: Path, labelled: bool, number: int) -> _Question:
+    given = question.get("id")
+    name = str(number if given is None or isinstance(given, (dict, list)) else given)
     place = f"{path}: question {shown(name)}"
     texts = (clean_text(question.get("question"), "the question", place), clean_text(context, "its context", place))
-    answers = []
-    for answer in _list(question, "answers", place) if labelled else []:
+    answers, wrong = [], ""
+    for answer in _answers(question, place) if labelled else []:
         fields = as_object(answer, place)
         text = clean_text(fields.get("text"), "an answer", place)
-        start = fields.get("answer_start")
-        if not isinstance(start, int) or isinstance(start, bool) or not 0 <= start <= len(texts[1]) - len(text):
-            raise DataError(f"{place}: answer_start {shown(start)} is outside the context")
-        if not texts[1].startswith(text, start):
-            raise DataError(f"{place}: the context at {start} does not read {shown(text)}")
-        answers.append(Answer(start, text))
-    if labelled and not answers:
+        start = _position(fields.get("answer_start"))
+        if start is None or not 0 <= start <= len(texts[1]) - len(text):
+            wrong = wrong or f"{place}: answer_start {shown(fields.get('answer_start'))} is outside the context"
+        elif not texts[1].startswith(text, start):
+            wrong = wrong or f"{place}: the context at {start} does not read {shown(text)}"
+        else:
+            answers.append(Answer(start, text))
+    if labelled and not answers and not wrong:
         raise DataError(f"{place}: no answers; questions without one (SQuAD v2) are not supported")
-    return Row(texts, answers=tuple(answers), id=name)
+    return _Question(Row(texts, answers=tuple(answers), id=name), wrong)
+
+
+def _answers(question: Dict[str, object], place: str) -> List[object]:
+    """A list of objects; the datasets library makes an object of lists of it."""
+    value = question.get("answers")
+    if isinstance(value, dict) and isinstance(value.get("text"), list) and isinstance(value.get("answer_start"), list):
+        return [{"text": text, "answer_start": start} for text, start in zip(value["text"], value["answer_start"])]
+    return _list(question, "answers", place)
+
+
+def _position(value: object) -> Optional[int]:
+    """A whole number, however it is spelled; None for what is none."""
+    if isinstance(value, str) and value.strip().isdecimal():
+        return int(value[:18])
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def _list(parent: Dict[str, object], name: str, place: str) -> List[object]:

@@ -8,19 +8,17 @@ from typing import List, Optional, Sequence, Tuple
 
 from sft.errors import DataError, UsageError
 from sft_edge.tasks.base import Label, Row
-from sft_edge.tasks.files import SUFFIXES, Record, clean_text, read_table, shown
-from sft_edge.tasks.sequence import (
-    COMMON_TEXT_FIELDS,
+from sft_edge.tasks.files import SUFFIXES, Record, column_of, read_table, shown
+from sft_edge.tasks.labels import (
     MULTI_LABEL,
     PROBLEM_TYPES,
     REGRESSION,
     SINGLE_LABEL,
-    SequenceTask,
-    choose_fields,
-    column_of,
-    parse_number,
-    texts_of,
+    class_name,
+    class_names,
+    infer_problem_type,
 )
+from sft_edge.tasks.sequence import COMMON_TEXT_FIELDS, SequenceTask, choose_fields, parse_number, texts_of
 
 _STEMS = {"train": ("train",), "validation": ("dev", "validation")}
 
@@ -59,27 +57,39 @@ class TextTask(SequenceTask):
                 raise UsageError("task text needs --data-dir, to find its labels in the train file")
             self.label_names = list(label_names)
             self.num_labels = len(self.label_names)
-        self._class_ids = {name: index for index, name in enumerate(self.label_names or [])}
+        # As a file's labels are called now: a model of an earlier release may have a class 1.0.
+        names = [class_name(name, "a label", "the model") for name in self.label_names or []]
+        self._class_ids = {name: index for index, name in enumerate(names)}
         self._number_of_texts: Optional[int] = None
 
     @classmethod
     def from_train_file(cls, data_dir: Path, problem_type: Optional[str] = None) -> TextTask:
         """The task that DIR/train.* describes: its labels in sorted order are the classes.
 
-        Without `problem_type`, labels that are lists mean multi_label_classification, numbers of which some are not
-        whole mean regression, and all else means single_label_classification. Raises DataError and UsageError.
+        Without `problem_type` it is inferred, as `infer_problem_type` says. Raises DataError and UsageError.
         """
         path = find_file(data_dir, "train")
         labels = [Record(one.place, {"label": column_of(one, "label")}) for one in read_table(path)]
         if not labels:
             raise DataError(f"{path}: holds no rows")
-        problem_type = problem_type or infer_problem_type(labels)
+        given = problem_type
+        problem_type, seen = (given, "") if given else infer_problem_type(labels)
         if problem_type not in (SINGLE_LABEL, MULTI_LABEL):
-            return cls(data_dir, problem_type)
-        names = sorted({name for record in labels for name in label_names_of(record, problem_type)})
+            task = cls(data_dir, problem_type)
+            task.inferred = (
+                f"{path}: {seen}: a regression; --problem-type {SINGLE_LABEL} makes them classes" if seen else ""
+            )
+            return task
+        names = sorted({name for record in labels for name in class_names(record, problem_type)})
         if len(names) < (2 if problem_type == SINGLE_LABEL else 1):
             raise DataError(f"{path}: all rows have the same label {shown(names)}; there is nothing to learn")
-        return cls(data_dir, problem_type, names)
+        task = cls(data_dir, problem_type, names)
+        known = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+        several = ", of which a row has any number" if problem_type == MULTI_LABEL else ""
+        task.inferred = f"{path}: {seen + ': ' if seen else ''}{len(names)} classes{several}, in this order: {known}"
+        if "number" in seen:
+            task.inferred += f"; --problem-type {REGRESSION} makes them numbers"
+        return task
 
     def read(self, split: str, limit: Optional[int] = None) -> List[Row]:
         if self.data_dir is None:
@@ -112,7 +122,7 @@ class TextTask(SequenceTask):
     def _label(self, record: Record) -> Label:
         if self.problem_type == REGRESSION:
             return parse_number(column_of(record, "label"), record)
-        names = label_names_of(record, self.problem_type)
+        names = class_names(record, self.problem_type)
         for name in names:
             if name not in self._class_ids:
                 known = ", ".join(list(self._class_ids)[:10]) + (", ..." if len(self._class_ids) > 10 else "")
@@ -131,45 +141,3 @@ def find_file(data_dir: Path, split: str) -> Path:
     if len(found) > 1:
         raise DataError(f"{data_dir}: more than one {split} file: {', '.join(path.name for path in found)}; keep one")
     return found[0]
-
-
-def infer_problem_type(labels: Sequence[Record]) -> str:
-    """The problem type that labels speak of. Raises DataError naming the row that does not go with the others."""
-    lists = [isinstance(record.fields["label"], list) for record in labels]
-    if any(lists):
-        if not all(lists):
-            labels[lists.index(False)].fail("label is not a list of names, as in other rows")
-        return MULTI_LABEL
-    numbers = [_as_number(record.fields["label"]) for record in labels]
-    if all(whole for _, whole in numbers):
-        return SINGLE_LABEL
-    strange = [record for record, (is_number, _) in zip(labels, numbers) if not is_number]
-    if strange:
-        value = shown(strange[0].fields["label"])
-        strange[0].fail(f"label {value} is not a number, as in other rows; correct it, or pass --problem-type")
-    return REGRESSION
-
-
-def _as_number(value: object) -> Tuple[bool, bool]:
-    """Whether the label is a number at all, and whether it may be a class: all but numbers spelled with a fraction."""
-    if isinstance(value, float):
-        return True, False
-    if isinstance(value, str):
-        try:
-            float(value)
-        except ValueError:
-            return False, True
-        return True, value.strip().lstrip("+-").isdigit() or not any(character.isdigit() for character in value)
-    return isinstance(value, int) and not isinstance(value, bool), True
-
-
-def label_names_of(record: Record, problem_type: str) -> List[str]:
-    """Names in the label column: one, or any number of them for several labels. Raises DataError."""
-    value = column_of(record, "label")
-    if problem_type == MULTI_LABEL:
-        if not isinstance(value, list):
-            record.fail(f"label {shown(value)} is not a list of names; several labels need a .jsonl file")
-        return [clean_text(name, "a label", record.place).strip() for name in value]
-    if isinstance(value, int) and not isinstance(value, bool):
-        value = str(value)
-    return [clean_text(value, "label", record.place).strip()]

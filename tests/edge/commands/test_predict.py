@@ -50,6 +50,17 @@ def test_one_text(predict: Callable[..., List[str]]) -> None:
     assert sum(as_json["scores"].values()) == pytest.approx(1)
 
 
+def test_answers_stand_beside_the_lines_of_a_text_file(predict: Callable[..., List[str]], tmp_path: Path) -> None:
+    """A blank line has an empty one."""
+    (tmp_path / "a.txt").write_text("good\n\nbad\n   \nfine\n")
+    lines = predict("sst2", file=tmp_path / "a.txt")
+    assert [bool(line) for line in lines] == [True, False, True, False, True]
+    assert lines[2] == predict("sst2", text="bad")[0]
+    objects = [json.loads(line) for line in predict("sst2", file=tmp_path / "a.txt", json_lines=True)]
+    assert [one["sentence"].strip() for one in objects] == ["good", "", "bad", "", "fine"]
+    assert ["label" in one for one in objects] == [True, False, True, False, True]
+
+
 def test_pairs(predict: Callable[..., List[str]]) -> None:
     (line,) = predict("stsb", text="a film", text_pair="a plot")
     assert predict("stsb", text="a plot", text_pair="a film") != [line]
@@ -66,7 +77,7 @@ def test_several_labels(predict: Callable[..., List[str]]) -> None:
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("texts.txt", "a good film\n\nthe worst plot\n"),
+        ("texts.txt", "a good film\nthe worst plot\n"),
         ("texts.tsv", "id\tsentence\n1\ta good film\n2\tthe worst plot\n"),
         ("texts.csv", 'sentence\n"a good film"\nthe worst plot\n'),
         ("texts.jsonl", '{"sentence": "a good film"}\n{"sentence": "the worst plot"}\n'),

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 
 from sft.errors import DataError
-from sft_edge.tasks.files import read_json, read_table, read_tsv
+from sft_edge.tasks import files
+from sft_edge.tasks.files import column_of, read_json, read_table, read_tsv
 
 
 def write(path: Path, content: bytes) -> Path:
@@ -61,7 +63,8 @@ def test_jsonl_keeps_json_values(tmp_path: Path) -> None:
         ("a.csv", b"text,label\none,1\nx,y,z\n", 3, "3 fields"),
         ("a.csv", b'text,label\none,1\n"never closed,1\n', 3, "not a CSV row: unexpected end of data"),
         ("a.csv", b'text,label\n"one"x,1\n', 2, "not a CSV row"),
-        ("a.csv", b"text,label\n" + b"x" * 200_000 + b",1\n", 2, "not a CSV row: field larger than"),
+        ("a.tsv", "text\tlabel\none\t1\n".encode("utf-16"), 1, "UTF-16, not UTF-8 text; save it as UTF-8"),
+        ("a.csv", b"text,label,text\n", 1, "names a column twice: 'text'"),
         ("a.csv", b"text,label\non\0e,1\n", 2, "a NUL character"),
         ("a.csv", b"text,label\none,1\n\xc3,1\n", 3, "not UTF-8"),
         ("a.jsonl", b'{"text": "one"}\n{"text": \n', 2, "not JSON"),
@@ -99,3 +102,68 @@ def test_broken_json_file_names_its_line(tmp_path: Path) -> None:
     path = write(tmp_path / "a.json", b'{\n"data": [1,\n2 3]\n}')
     with pytest.raises(DataError, match=r"a\.json:3: not JSON: .* at character 3"):
         read_json(path)
+
+
+@pytest.mark.parametrize("name", ["a.tsv", "a.csv", "a.jsonl"])
+def test_long_texts_are_read_in_every_format_up_to_one_bound(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is longer than a model reads is cut after it is tokenized."""
+    text = "word " * 30_000
+    content = {"a.tsv": f"text\n{text}\n", "a.csv": f"text\n{text}\n", "a.jsonl": json.dumps({"text": text}) + "\n"}
+    path = write(tmp_path / name, content[name].encode())
+    assert [record.fields["text"] for record in read_table(path)] == [text]
+    monkeypatch.setattr(files, "MAX_LINE_BYTES", 100_000)
+    with pytest.raises(DataError, match=r"a line of more than 100,000 bytes"):
+        list(read_table(path))
+
+
+def test_nameless_columns_are_nobodys(tmp_path: Path) -> None:
+    """As spreadsheets leave them behind, and pandas in front."""
+    path = write(tmp_path / "a.csv", b",text,label,,\n0,one,1,,\n1,two,0\n2,three,0,x,,,\n,,,,\n")
+    assert [record.fields for record in read_table(path)] == [
+        {"text": "one", "label": "1"},
+        {"text": "two", "label": "0"},
+        {"text": "three", "label": "0"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        (
+            "a.csv",
+            b"text;label\na;b\n",
+            "there are: text;label; they seem to be separated by semicolons, not by commas",
+        ),
+        ("a.csv", b"text\tlabel\na\tb\n", "separated by tabs, not by commas"),
+        ("a.tsv", b"text,label\na,b\n", "there are: text,label; they seem to be separated by commas, not by tabs"),
+        ("a.tsv", b'"text"\t"label"\n"a"\t"b"\n', "in a .tsv quotes are characters of the text: save it as .csv"),
+        ("a.jsonl", b'{"text": 1, "labels": 2}\n', "there are: text, labels$"),
+    ],
+)
+def test_a_column_that_is_not_there(tmp_path: Path, name: str, content: bytes, says: str) -> None:
+    """The error says which there are."""
+    (record,) = read_table(write(tmp_path / name, content))
+    with pytest.raises(DataError, match=f":[12]: no column label; .*{says}"):
+        column_of(record, "label")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.tsv", b"a\n\n1\n\t\n\n2\n\n"), ("a.csv", b"a\n\n1\n,\n\n2\n\n"), ("a.jsonl", b'\n{"a":1}\n \n\n{"a":2}\n\n')],
+)
+def test_blank_lines_between_rows_are_told(
+    tmp_path: Path, name: str, content: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write(tmp_path / name, content)
+    assert [str(record.fields["a"]) for record in read_table(path)] == ["1", "2"]
+    count, first = (3, 1) if name == "a.jsonl" else (3, 2)
+    assert caplog.messages == [f"{path}: passed over {count} blank lines, the first is line {first}"]
+
+
+def test_quotes_that_a_program_wrote_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    list(read_table(write(tmp_path / "a.tsv", b'text\tlabel\n"so, he said"\t1\na "b" c\t0\n')))
+    assert not caplog.messages
+    list(read_table(write(tmp_path / "a.tsv", b'text\tlabel\n"he said ""no"" to it"\t1\n')))
+    assert "1 lines (2 the first) have fields in quotes" in caplog.text

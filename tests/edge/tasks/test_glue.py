@@ -80,7 +80,7 @@ def test_limit_takes_the_first_rows_and_does_not_look_further(tmp_path: Path) ->
     ("task", "content", "line", "what"),
     [
         ("sst2", "sentence\tlabel\ngood\t2\n", 2, "label '2' is not one of 0, 1"),
-        ("sst2", "sentence\tlabel\ngood\t\n", 2, "label '' is not one of"),
+        ("sst2", "sentence\tlabel\ngood\t\n", 2, "label is empty"),
         ("sst2", "sentence\tlabel\n  \t1\n", 2, "sentence is empty"),
         ("sst2", "text\tlabel\ngood\t1\n", 2, "no column sentence"),
         ("sst2", "sentence\tx\ngood\t1\n", 2, "no column label"),
@@ -157,6 +157,7 @@ def test_typed_texts_and_files_to_predict(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one\n\ntwo\n")
     assert [(row.texts, row.label) for row in sst2.read_inputs(tmp_path / "a.txt")] == [
         (("one",), None),
+        (("",), None),
         (("two",), None),
     ]
     (tmp_path / "a.jsonl").write_text('{"text": "one", "other": 1}\n')
@@ -168,3 +169,17 @@ def test_typed_texts_and_files_to_predict(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(DataError, match="holds no rows"):
         sst2.read_inputs(tmp_path / "empty.txt")
+
+
+def test_a_file_to_predict_without_the_header_that_the_official_one_lacks(tmp_path: Path) -> None:
+    """CoLA's dev.tsv is one; with a header of its own, as its test.tsv, the names count."""
+    (tmp_path / "dev.tsv").write_text("gj04\t1\t\tthe film is good\nbc01\t0\t*\tfilm the\n")
+    assert [row.texts[0] for row in make_task("cola").read_inputs(tmp_path / "dev.tsv")] == [
+        "the film is good",
+        "film the",
+    ]
+    (tmp_path / "test.tsv").write_text("index\tsentence\n0\tthe film\n")
+    assert [row.texts[0] for row in make_task("cola").read_inputs(tmp_path / "test.tsv")] == ["the film"]
+    (tmp_path / "odd.tsv").write_text("a\tb\n0\tthe film\n")
+    with pytest.raises(DataError, match="no column sentence or text; there are: a, b"):
+        make_task("cola").read_inputs(tmp_path / "odd.tsv")

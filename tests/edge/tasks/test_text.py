@@ -64,7 +64,9 @@ def test_lists_mean_several_labels(tmp_path: Path) -> None:
     [
         (["0", "1", "2"], "single_label_classification"),
         (["0.5", "1", "-2"], "regression"),
-        (["1e3", "2"], "regression"),
+        (["1e3", "2"], "single_label_classification"),
+        (["1.0", "0.0", "2."], "single_label_classification"),
+        (["1e-3", "2"], "regression"),
         (["nan", "inf"], "single_label_classification"),
         (["a", "1"], "single_label_classification"),
     ],
@@ -116,9 +118,15 @@ def test_a_trained_model_rebuilds_its_task_without_the_train_file(tmp_path: Path
         ("train.tsv", "text\tlabel\na\tx\n\ty\n", "train.tsv:3: text is empty"),
         ("train.tsv", "text\tname\na\tx\n", "train.tsv:2: no column label"),
         ("train.tsv", "x\tlabel\na\tx\nb\ty\n", "train.tsv:2: no column text or sentence or sentence1 and sentence2"),
-        ("train.jsonl", '{"text": "a", "label": "x"}\n{"text": 5, "label": "y"}\n', "train.jsonl:2: text must be text"),
-        ("train.jsonl", '{"text": "a", "label": "x"}\n{"text": "b", "label": null}\n', "train.jsonl:2: label must be"),
-        ("train.jsonl", '{"text": "a", "label": "x"}\n{"text": "b", "label": true}\n', "train.jsonl:2: label must be"),
+        (
+            "train.jsonl",
+            '{"text": "a", "label": "x"}\n{"text": true, "label": "y"}\n',
+            "train.jsonl:2: text must be text",
+        ),
+        ("train.jsonl", '{"text": "a", "label": "x"}\n{"text": "b", "label": null}\n', "train.jsonl:2: label is empty"),
+        ("train.jsonl", '{"text": "a", "label": "x"}\n{"text": "b", "label": {}}\n', "train.jsonl:2: label must be"),
+        ("train.jsonl", '{"text": "a", "label": 1}\n{"text": "b", "label": NaN}\n', "train.jsonl:2: label is empty"),
+        ("train.tsv", "text\tlabel\na\t1\nb\tNA\n", "train.tsv:3: label 'NA' is none, where other rows have whole"),
         (
             "train.jsonl",
             '{"text": "a", "label": ["x"]}\n{"text": "b", "label": "x"}\n',
@@ -126,8 +134,8 @@ def test_a_trained_model_rebuilds_its_task_without_the_train_file(tmp_path: Path
         ),
         (
             "train.jsonl",
-            '{"text": "a", "label": ["x"]}\n{"text": "b", "label": [1]}\n',
-            "train.jsonl:2: a label must be",
+            '{"text": "a", "label": ["x"]}\n{"text": "b", "label": [null]}\n',
+            "train.jsonl:2: a label is empty",
         ),
         ("train.jsonl", '{"text": "a", "label": 0.5}\n{"text": "b", "label": NaN}\n', "train.jsonl:2: score nan"),
         (

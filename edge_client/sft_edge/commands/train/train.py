@@ -12,6 +12,7 @@ from typing import Any, Callable, Dict, List, Optional
 from sft.batch import Batch
 from sft.errors import LinkError
 from sft.models import build_whole
+from sft.printable import printable
 from sft.v1 import split_training_pb2 as pb
 from sft_edge.checkpoints import Checkpointing, Stopped, likeness
 from sft_edge.commands.train.attempt import Attempt
@@ -70,6 +71,8 @@ class TrainingRun:
         train_rows = task.read("train", data.max_train_samples)
         eval_rows = task.read("validation", data.max_eval_samples)
         features = task.encode(train_rows, source.tokenizer, length)
+        if task.inferred:
+            sys.stderr.write(f"{printable(task.inferred)}\n")
         validation = EvaluationSet(eval_rows, task.encode(eval_rows, source.tokenizer, length))
         return Job(task, source, features, validation)
 
