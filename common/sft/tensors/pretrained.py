@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any, Dict, Iterable, Iterator, List, Mapping, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, Mapping, Optional, Tuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -70,8 +70,7 @@ class PretrainedWeights:
         """
         found = []
         for name, shape in sorted(shapes.items()):
-            spellings = (self._wrapper + key for key in _spellings(name, base_prefix))
-            key = next((key for key in spellings if key in self._files), None)
+            key = self._key(name, base_prefix)
             is_body = name.startswith(base_prefix + ".") and ".pooler." not in name
             if key is None:
                 if is_body:
@@ -85,6 +84,15 @@ class PretrainedWeights:
                     f"{self.directory}: tensor '{key}' has shape {list(stored_shape)}, config.json says {list(shape)}"
                 )
         return found
+
+    def shape_of(self, name: str, base_prefix: str) -> Optional[Tuple[int, ...]]:
+        """The shape that a tensor has here; None where it is not here."""
+        key = self._key(name, base_prefix)
+        return None if key is None else self._describe(key)[1]
+
+    def _key(self, name: str, base_prefix: str) -> Optional[str]:
+        spellings = (self._wrapper + key for key in _spellings(name, base_prefix))
+        return next((key for key in spellings if key in self._files), None)
 
     def _what_is_here(self) -> str:
         if not self._files:

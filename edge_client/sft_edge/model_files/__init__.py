@@ -1,6 +1,7 @@
 """A model on disk: what a run starts from, and what it leaves."""
 
 from sft_edge.model_files.card import PIPELINES, RESIDUAL_IS, model_card
+from sft_edge.model_files.labels import Head, head_of, order_of, said_of_head, spellings_of
 from sft_edge.model_files.saved import (
     Description,
     SavedModel,
@@ -16,14 +17,19 @@ __all__ = [
     "PIPELINES",
     "RESIDUAL_IS",
     "Description",
+    "Head",
     "SavedModel",
     "Source",
+    "head_of",
     "load_model",
     "model_card",
     "open_model",
     "open_source",
+    "order_of",
     "read_description",
+    "said_of_head",
     "save_model",
+    "spellings_of",
     "task_of",
     "told_name",
     "try_saving",

@@ -57,18 +57,28 @@ def open_model(
     """As `open_source`, without a tokenizer: for who asks the model of no text."""
     if from_config is not None:
         return Source("", read_config(from_config, config_overrides), None, told_name=told_name("", model_name))
-    directory = find_model(str(model))
-    path = directory / "config.json"
-    if Path(str(model)) == directory and is_hub_id(str(model)) and not any(directory.glob("*.json")):
-        raise CheckpointError(
-            f"{path}: no such file; the folder {directory} is taken for the model and hides what the hub has under "
-            "this name: rename it, or run elsewhere"
-        )
+    path = _find_config(str(model))
+    directory = path.parent
     check_plain_weights(path, read_values(path))
     config = read_config(path, config_overrides)
     name = Path(str(model)).resolve().name if Path(str(model)).is_dir() else str(model)
     told = told_name(str(model), model_name)
     return Source(name if is_hub_id(name) else "", config, PretrainedWeights(directory), told_name=told)
+
+
+def values_of(options: ModelOptions) -> Dict[str, Any]:
+    """The content of the config.json that the options name; nothing for a shape, whose weights are drawn."""
+    return {} if options.from_config is not None else read_values(_find_config(str(options.model)))
+
+
+def _find_config(model: str) -> Path:
+    path = find_model(model) / "config.json"
+    if is_hub_id(model) and Path(model) == path.parent and not any(path.parent.glob("*.json")):
+        raise CheckpointError(
+            f"{path}: no such file; the folder {model} is taken for the model and hides what the hub has under this "
+            "name: rename it, or run elsewhere"
+        )
+    return path
 
 
 def told_name(model: str, model_name: Optional[str] = None) -> str:

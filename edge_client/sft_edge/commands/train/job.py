@@ -26,6 +26,8 @@ class Job(NamedTuple):
     source: Source
     features: List[Feature]
     validation: EvaluationSet
+    notes: Sequence[str] = ()
+    """What is said before it begins."""
 
 
 def description_of(options: RunOptions, job: Job) -> Description:

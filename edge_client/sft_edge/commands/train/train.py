@@ -17,13 +17,14 @@ from sft.v1 import split_training_pb2 as pb
 from sft_edge.checkpoints import Checkpointing, Stopped, likeness
 from sft_edge.commands.train.attempt import Attempt
 from sft_edge.commands.train.job import Job, try_end
+from sft_edge.commands.train.start import open_start
 from sft_edge.files import check_room
 from sft_edge.link import Link, retry_policy_of
-from sft_edge.model_files import Source, open_source
+from sft_edge.model_files import Source
 from sft_edge.options import RunOptions
 from sft_edge.signals import Termination, terminations_noted
 from sft_edge.systems import cut_of, open_system
-from sft_edge.tasks import Task, batches_of, make_task
+from sft_edge.tasks import Task, batches_of
 from sft_edge.training import EvaluationSet, Progress, Recovery, TensorBoard, TrainingLoop, evaluate, open_progress
 
 CALIBRATION_ROWS = 256
@@ -51,6 +52,8 @@ class TrainingRun:
         job = self._job()
         with ExitStack() as stack:
             progress = stack.enter_context(open_progress(options.logging.logging_steps, options.logging.disable_tqdm))
+            for note in job.notes:
+                progress.status(note)
             terminated = stack.enter_context(terminations_noted())
             same = likeness(options, job.source.config, job.features)
             checkpointing = Checkpointing(self.output_dir, options.training, same, progress, terminated)
@@ -65,8 +68,7 @@ class TrainingRun:
 
     def _job(self) -> Job:
         data, length = self.options.data, self.options.model.max_seq_length
-        task = make_task(data.task, data.data_dir, data.problem_type)
-        source = open_source(self.options.model, task.config_overrides())
+        task, source, notes = open_start(data, self.options.model)
         self._check_room(source, task)
         train_rows = task.read("train", data.max_train_samples)
         eval_rows = task.read("validation", data.max_eval_samples)
@@ -74,7 +76,7 @@ class TrainingRun:
         if task.inferred:
             sys.stderr.write(f"{printable(task.inferred)}\n")
         validation = EvaluationSet(eval_rows, task.encode(eval_rows, source.tokenizer, length))
-        return Job(task, source, features, validation)
+        return Job(task, source, features, validation, notes)
 
     def _check_room(self, source: Source, task: Task) -> None:
         """Raises StorageError now where the disk could not hold the result hours later."""
