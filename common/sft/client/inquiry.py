@@ -14,7 +14,7 @@ import grpc
 from sft.client.credentials import PLAINTEXT, Credentials
 from sft.client.refusal import not_ours, refusal
 from sft.errors import LinkError, ProtocolError, ServerUnavailableError
-from sft.printable import finite, printable, tidied
+from sft.printable import finite, said, tidied
 from sft.v1 import split_training_pb2 as pb
 from sft.v1.split_training_pb2_grpc import SplitTrainingStub
 from sft.wire.protocol import HEALTH_WATCH
@@ -91,12 +91,12 @@ class Inquiry:
             code = watch.code()
             if code is grpc.StatusCode.UNIMPLEMENTED:
                 raise ProtocolError(f"{self._address} does not offer a stream to watch")
-            return f"{code.name}: {printable(watch.details() or '')}"
+            return f"{code.name}: {said(watch.details() or '')}"
         finally:
             watch.cancel()
 
     def _error(self, error: grpc.RpcError) -> LinkError:
-        code, details = error.code(), printable(error.details() or "")
+        code, details = error.code(), said(error.details() or "")
         if code is grpc.StatusCode.UNIMPLEMENTED:  # the methods asked here came later than others
             return ProtocolError(f"{not_ours(self._address)}, or one of an old release")
         if code is grpc.StatusCode.UNAVAILABLE:
