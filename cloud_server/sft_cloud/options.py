@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -12,14 +12,7 @@ from sft.cli.durations import Duration
 from sft.cli.options import above_zero, at_least, spelled
 from sft.errors import UsageError
 
-
-def _default_state_dir() -> Path:
-    """Found when it is needed: who runs in a container may have no home directory. Raises UsageError."""
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sft-cloud"
-    except RuntimeError:
-        raise UsageError("there is no home directory here to keep uploads in: give --state-dir") from None
-
+_DEFAULT_STATE_DIR = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sft-cloud"
 
 SPARE_CALLS = 8
 """Beside one for each session's stream: for unary calls, uploads, downloads, health checks and reflection."""
@@ -45,7 +38,7 @@ class ServeOptions:
     """directory of models, each under its name; looked into before the hub's cache, and before the hub with
     --download-models"""
 
-    state_dir: Path = field(default_factory=_default_state_dir)
+    state_dir: Path = _DEFAULT_STATE_DIR
     """directory for the weights that edges upload, kept by content hash"""
 
     max_sessions: int = 16
@@ -85,8 +78,8 @@ class ServeOptions:
 
     @property
     def max_calls(self) -> int:
-        """That run at a time."""
-        return self.max_sessions + SPARE_CALLS
+        """That run at a time: twice as many as one caller may have, so that it leaves some to others."""
+        return 2 * (self.max_sessions + SPARE_CALLS)
 
 
 _IDLE, _STALL = Duration("30m"), Duration("1m")

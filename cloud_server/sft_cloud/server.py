@@ -25,7 +25,7 @@ from sft.errors import SFTError, UsageError
 from sft.v1 import split_training_pb2_grpc as pb_grpc
 from sft.wire.protocol import SERVER_OPTIONS, SERVICE
 from sft_cloud.access import Access
-from sft_cloud.admission import AdmissionInterceptor, Deadlines, Quotas
+from sft_cloud.admission import AdmissionInterceptor, ConnectionGuard, Deadlines, Quotas, open_files_limit, room
 from sft_cloud.engine import Opener, make_opener, start_engine, uploads
 from sft_cloud.observability import NOBODY, AuditLog, Observer, observing, open_observer
 from sft_cloud.options import LimitOptions, MetricsOptions, ServeOptions
@@ -38,14 +38,14 @@ GRACE_SECONDS = 3.0
 _LOOK_SECONDS = 0.05
 """Between two looks at whether all sessions are saved."""
 
+SPARE_THREADS = 12
+"""On which health is checked, of which some wait, and calls are refused that are too many."""
+
 SESSIONS_SECONDS = 1.0
 """Between two looks at which sessions have waited for their edge too long."""
 
 WAITS_SECONDS = 1.0
 """Between two looks at which calls have waited for the other side too long."""
-
-MEMORY_SECONDS = 10.0
-"""Between two looks at whether the process has more memory than it holds for anybody."""
 
 IDENTITIES_SECONDS = 10.0
 """Between two looks at whose token or certificate is no longer good: how much longer than its identity a call may last
@@ -81,11 +81,13 @@ class CloudServer:
         opener = make_opener(options, limits) if opener is None else opener
         self.memory = opener.budget
         """What all that it holds for its callers has to fit into."""
-        self.quotas = Quotas(options.max_sessions, limits.opens_per_minute)
+        self.connections = ConnectionGuard(room(open_files_limit()))
+        self.quotas = Quotas(options.max_sessions, limits.opens_per_minute, options.max_calls)
         self.deadlines = Deadlines(limits.stall_timeout, limits.idle_timeout)
-        self.admission = AdmissionInterceptor(self.quotas, self.deadlines, audit)
+        self.admission = AdmissionInterceptor(self.connections, self.quotas, self.deadlines, audit)
         self.calls = CallInterceptor(access.identify)
-        self._executor = ThreadPoolExecutor(options.max_calls, thread_name_prefix="call")
+        # Calls of known callers take a thread each; how many there may be the quotas say, on one of those to spare.
+        self._executor = ThreadPoolExecutor(options.max_calls + SPARE_THREADS, thread_name_prefix="call")
         self._server = grpc.server(
             self._executor,
             interceptors=[
@@ -94,8 +96,7 @@ class CloudServer:
                 *([access.interceptor] if access.interceptor else []),
                 self.admission,
             ],
-            options=SERVER_OPTIONS,
-            maximum_concurrent_rpcs=options.max_calls,
+            options=[*SERVER_OPTIONS, ("grpc.max_allowed_incoming_connections", self.connections.room.most)],
         )
         try:
             if access.credentials is None:
@@ -108,6 +109,7 @@ class CloudServer:
             ) from error
         self.address = _address(host, self.port)
         """`host:port`, with the port that was taken."""
+        self.connections.watch(self.port)
         self.engine = start_engine(options, opener)
 
         def closed(entry: Entry, reason: str) -> None:
@@ -125,6 +127,7 @@ class CloudServer:
             options.max_sessions,
         )
         observer.metrics.watch_tenants(access.names)
+        observer.metrics.watch_connections(lambda: self.connections.held, lambda: self.connections.ended)
         if access.credentials is not None:
             observer.metrics.watch_certificate(access.certificate_expires)
         self.service = SplitTrainingService(self.engine, uploads(options, limits), self.sessions, observer, self.memory)
@@ -138,14 +141,16 @@ class CloudServer:
         looks = [
             ("sessions", self.sessions.reap, SESSIONS_SECONDS),
             ("waits", self.deadlines.look, WAITS_SECONDS),
-            ("memory", self.memory.tidy, MEMORY_SECONDS),
         ]
         if access.interceptor is not None:
             looks.append(("identities", access.interceptor.end_stale_calls, IDENTITIES_SECONDS))
+            access.interceptor.tell(lambda peer, reason: self.connections.refused(peer))
         self._threads = [
             threading.Thread(target=repeat, args=(look, seconds, self._stopping), name=name, daemon=True)
             for name, look, seconds in looks
         ]
+        guard = threading.Thread(target=self.connections.run, args=(self._stopping,), name="connections", daemon=True)
+        self._threads.append(guard)
         for thread in self._threads:
             thread.start()
 

@@ -30,6 +30,7 @@ def labels():
     """The labels of every series, by its name, as a scrape shows them once everything has happened."""
     metrics = PrometheusMetrics(torch.device("cpu"))
     metrics.watch_sessions(lambda: [("anna", True)], 1)
+    metrics.watch_connections(lambda: 1, lambda: 0)
     metrics.watch_certificate(lambda: 1.0)
     metrics.opened("anna", resumed=True)
     metrics.attached("anna", again=True)

@@ -15,7 +15,7 @@ from sft_cloud.access.authentication import Authentication
 from sft_cloud.errors import UnauthenticatedError
 from sft_cloud.identity import Identity
 from sft_cloud.observability import LogLimit
-from sft_cloud.rpc import Call, Handler, behaviour_of, remade
+from sft_cloud.rpc import Call, Handler, at_once, behaviour_of, remade
 
 OPEN_METHODS = (HEALTH_CHECK,)
 """What load balancers and containers ask; it says no more than whether the server serves, and sees to it itself that
@@ -38,7 +38,7 @@ class AuthenticationInterceptor(grpc.ServerInterceptor):
     ) -> None:
         """`on_refused` is told the peer's address and why, for an audit log."""
         self._authentication = authentication
-        self._on_refused = on_refused
+        self._on_refused = [on_refused]
         self._lines = LogLimit(REFUSALS_PER_SECOND, clock)
         self._running: dict[Call, Identity] = {}
         self._lock = threading.Lock()
@@ -56,9 +56,13 @@ class AuthenticationInterceptor(grpc.ServerInterceptor):
         except UnauthenticatedError as error:
             refusal = error
             # As a stream, whatever the method is: then not even one message is read.
-            return grpc.stream_stream_rpc_method_handler(lambda _, call: self._refuse(call, refusal))
+            return grpc.stream_unary_rpc_method_handler(at_once(lambda _, call: self._refuse(call, refusal)))
         handler = continuation(handler_call_details)
         return handler and self._guarded(handler)
+
+    def tell(self, on_refused: Callable[[str, str], None]) -> None:
+        """Somebody else wants to know, too, who is refused and why."""
+        self._on_refused.append(on_refused)
 
     def end_stale_calls(self) -> None:
         """Ends what runs for callers that would not be let in now, though it waits for them and nothing happens.
@@ -123,7 +127,8 @@ class AuthenticationInterceptor(grpc.ServerInterceptor):
                 **({"left_out_before": left_out} if left_out else {}),
             }
             _log.info("caller refused", extra={"fields": fields})
-        self._on_refused(call.peer(), error.reason)
+        for on_refused in self._on_refused:
+            on_refused(call.peer(), error.reason)
         raise error
 
 

@@ -1,11 +1,15 @@
 """What every call passes before the service sees it: size, form, quotas, waits."""
 
+from sft_cloud.admission.connections import ConnectionGuard, open_files_limit, room
 from sft_cloud.admission.deadlines import Deadlines
 from sft_cloud.admission.interceptor import AdmissionInterceptor
 from sft_cloud.admission.quotas import Quotas
 
 __all__ = [
     "AdmissionInterceptor",
+    "ConnectionGuard",
     "Deadlines",
     "Quotas",
+    "open_files_limit",
+    "room",
 ]

@@ -19,6 +19,7 @@ from sft.errors import ProtocolError
 from sft.v1 import split_training_pb2 as pb
 from sft.wire.protocol import HEALTH_WATCH, MAX_MESSAGE_BYTES, SERVICE, TRAIN
 from sft_cloud.access import OPEN_METHODS
+from sft_cloud.admission.connections import ConnectionGuard
 from sft_cloud.admission.deadlines import Deadlines
 from sft_cloud.admission.quotas import Quotas
 from sft_cloud.admission.wire_check import check_wire
@@ -41,12 +42,14 @@ class AdmissionInterceptor(grpc.ServerInterceptor):
 
     def __init__(
         self,
+        connections: ConnectionGuard,
         quotas: Quotas,
         deadlines: Deadlines,
         audit: AuditLog,
         wait: Callable[[threading.Event, float], object] = threading.Event.wait,
     ) -> None:
         """`wait`: for an event, at most so many seconds."""
+        self._connections = connections
         self._quotas = quotas
         self._deadlines = deadlines
         self._audit = audit
@@ -114,8 +117,9 @@ class _Admitted:
         try:
             record.who = context.caller.name
             call = _Call(admission, record, context)
-            call.ends_with(admission._quotas.call(context.caller))
             try:
+                call.ends_with(admission._connections.admitted(context.peer(), record.who))
+                call.ends_with(admission._quotas.call(context.caller))
                 yield call
             finally:
                 call.handler_ends()

@@ -71,28 +71,42 @@ class Quotas:
         self,
         max_sessions: int,
         opens_per_minute: int,
+        max_calls: int,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
-        """`max_sessions` of the server; `clock`: seconds from any start; `wall_clock`: seconds since 1970, UTC."""
+        """`max_sessions` and `max_calls` at a time of the server; `clock`: seconds from any start;
+        `wall_clock`: seconds since 1970, UTC.
+        """
         self._max_sessions = max_sessions
         self._opens_per_minute = opens_per_minute
+        self._free_calls = max_calls
         self._clock = clock
         self._wall_clock = wall_clock
         self._lock = threading.Lock()
         self._usages: dict[str, _Usage] = {}
 
     def call(self, caller: Identity) -> Callable[[], None]:
-        """Takes one of the caller's calls, until what is returned is called. Raises QuotaError when all are in use."""
+        """Takes one of the caller's calls, until what is returned is called. Raises QuotaError when all are in use.
+
+        The more a caller has running, the more must be free: however many take all they can, another finds a place.
+        """
         usage, allowed = self._usage(caller), caller.limits.sessions_of(self._max_sessions) + SPARE_CALLS
-        with usage.lock:
+        with self._lock, usage.lock:
             if usage.calls >= allowed:
                 raise QuotaError(f"{allowed} calls of yours are running, as many as may at a time; end one")
+            if usage.calls >= self._free_calls:
+                raise QuotaError(
+                    f"{usage.calls} calls of yours are running, and {self._free_calls} more can run on this server, "
+                    "which are kept for others; end one, or try again later"
+                )
             usage.calls += 1
+            self._free_calls -= 1
 
         def over() -> None:
-            with usage.lock:
+            with self._lock, usage.lock:
                 usage.calls -= 1
+                self._free_calls += 1
 
         return over
 

@@ -67,6 +67,9 @@ class Metrics:
     def watch_sessions(self, sessions: Sessions, limit: int) -> None:
         """`sessions` may be asked at any time; `limit`: how many there may be."""
 
+    def watch_connections(self, held: Callable[[], int], ended: Callable[[], int]) -> None:
+        """`held`: connections now; `ended`: those of strangers that were ended; both may be asked at any time."""
+
     def watch_certificate(self, expires: Callable[[], float | None]) -> None:
         """`expires` says when the server's certificate does, in Unix seconds; it may be asked at any time."""
 

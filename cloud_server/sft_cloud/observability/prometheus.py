@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from sft.v1 import split_training_pb2 as pb
@@ -102,6 +102,11 @@ class PrometheusMetrics(Metrics):
         self.registry.register(_Sessions(sessions, self.tenants))
         Gauge(f"{_PREFIX}_sessions_limit", "Sessions that there may be.", registry=self.registry).set(limit)
 
+    def watch_connections(self, held: Callable[[], int], ended: Callable[[], int]) -> None:
+        gauge = Gauge(f"{_PREFIX}_connections", "Connections that are open.", registry=self.registry)
+        gauge.set_function(held)
+        self.registry.register(_Ended(ended))
+
     def watch_certificate(self, expires: Callable[[], float | None]) -> None:
         gauge = Gauge(f"{_PREFIX}_certificate_expires_unix_seconds", "When it does.", registry=self.registry)
         gauge.set_function(lambda: expires() or 0.0)
@@ -183,6 +188,17 @@ class _Expected(Collector):
         for name in self.names():
             self._metrics.known(name)
         return ()
+
+
+class _Ended(Collector):
+    """Read from who ends them."""
+
+    def __init__(self, ended: Callable[[], int]) -> None:
+        self._ended = ended
+
+    def collect(self) -> Iterator[Metric]:
+        what = "Connections that were ended as nobody was let in on them."
+        yield CounterMetricFamily(f"{_PREFIX}_strangers_ended", what, value=self._ended())
 
 
 class _Sessions(Collector):

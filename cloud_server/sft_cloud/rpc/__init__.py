@@ -1,7 +1,7 @@
 """What rooms that see gRPC share of it: a call with its caller, the table of status codes, handlers around others."""
 
 from sft_cloud.rpc.call import Call, CallInterceptor, Identify
-from sft_cloud.rpc.handlers import Handler, around, behaviour_of, raw, remade
+from sft_cloud.rpc.handlers import Handler, around, at_once, behaviour_of, raw, remade
 from sft_cloud.rpc.status_codes import ends_session, outcome
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "Handler",
     "Identify",
     "around",
+    "at_once",
     "behaviour_of",
     "ends_session",
     "outcome",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import Any, TypeAlias
 
@@ -25,13 +26,43 @@ def behaviour_of(handler: Handler) -> Callable[[Any, Any], Any]:
     return behaviour
 
 
+class _Here(ThreadPoolExecutor):
+    """Runs what it is given at once."""
+
+    def submit(self, work: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        try:
+            done.set_result(work(*args, **kwargs))
+        except Exception as error:
+            done.set_exception(error)
+        return done
+
+
+_HERE = _Here(1)
+
+
+def at_once(behaviour: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """Has it run on the thread on which gRPC tells of the call: it takes none of those that known callers need.
+
+    For what strangers can have done. It must neither wait nor read.
+    """
+
+    def run(request: Any, context: Any) -> Any:
+        return behaviour(request, context)
+
+    run.experimental_thread_pool = _HERE  # type: ignore[attr-defined]  # gRPC's name for it
+    return run
+
+
 def remade(
     handler: Handler, one_answer: Callable[[Any, Any], Any], many_answers: Callable[[Any, Any], Iterator[Any]]
 ) -> Handler:
     """A handler of the same kind that does one of the two instead."""
-    kind = _kind(handler)
+    kind, made_of = _kind(handler), many_answers if handler.response_streaming else one_answer
+    if hasattr(behaviour_of(handler), "experimental_thread_pool"):
+        made_of = at_once(made_of)
     made: Handler = _KINDS[kind][1](
-        many_answers if handler.response_streaming else one_answer,
+        made_of,
         request_deserializer=handler.request_deserializer,
         response_serializer=handler.response_serializer,
     )

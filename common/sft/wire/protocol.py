@@ -56,11 +56,10 @@ SERVER_OPTIONS: List[Tuple[str, int]] = _LIMITS + [
     ("grpc.so_reuseport", 0),
     # A compressed message of a few kilobytes could stand for MAX_MESSAGE_BYTES: bit 0 alone, which is no compression.
     ("grpc.compression_enabled_algorithms_bitset", 1),
-    # From whoever is not known yet: headers, handshakes, connections that carry no call, and how many of all there are.
+    # From whoever is not known yet: headers, handshakes, and connections that carry no call.
     ("grpc.max_metadata_size", 8 << 10),
     ("grpc.absolute_max_metadata_size", 16 << 10),
     ("grpc.server_handshake_timeout_ms", 20_000),
     ("grpc.max_connection_idle_ms", 600_000),
-    ("grpc.max_concurrent_streams", 100),
-    ("grpc.max_allowed_incoming_connections", 512),
+    ("grpc.max_concurrent_streams", 16),
 ]

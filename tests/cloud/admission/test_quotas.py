@@ -1,5 +1,7 @@
 """What one caller may take, by clocks that stand until they are moved."""
 
+from contextlib import suppress
+
 import pytest
 
 from sft.errors import AccessError
@@ -30,7 +32,7 @@ def wall_clock():
 
 @pytest.fixture
 def quotas(clock, wall_clock):
-    return Quotas(max_sessions=4, opens_per_minute=3, clock=clock, wall_clock=wall_clock)
+    return Quotas(max_sessions=4, opens_per_minute=3, max_calls=40, clock=clock, wall_clock=wall_clock)
 
 
 def caller(name="alice", **limits):
@@ -45,6 +47,25 @@ def test_calls_at_a_time_are_counted_by_caller(quotas):
     quotas.call(other)
     held[0]()
     quotas.call(few)
+
+
+def test_however_many_take_all_they_can_another_finds_a_place(quotas):
+    def take_all(name):
+        held = []
+        with suppress(QuotaError):
+            while True:
+                held.append(quotas.call(caller(name)))
+        return held
+
+    held = [take_all(name) for name in ("alice", "bob", "carol", "dave", "erin")]
+    assert [len(one) for one in held] == [8, 8, 8, 8, 4]  # of 40
+    with pytest.raises(QuotaError, match="4 more can run on this server, which are kept for others"):
+        quotas.call(caller("erin"))
+    quotas.call(caller("frank"))()
+    for one in held:
+        for over in one:
+            over()
+    assert len(take_all("frank")) == 4 + SPARE_CALLS
 
 
 def test_requests_to_open_come_back_with_time(quotas, clock):

@@ -167,3 +167,11 @@ def test_the_one_that_does_nothing_is_told_the_same():
     assert told
     for name in told:
         assert name in vars(PrometheusMetrics)
+
+
+def test_connections_are_counted_from_the_start(metrics):
+    counts = [3, 0]
+    metrics.watch_connections(lambda: counts[0], lambda: counts[1])
+    assert [value(metrics, name) for name in ("connections", "strangers_ended_total")] == [3, 0]
+    counts[1] = 2
+    assert value(metrics, "strangers_ended_total") == 2

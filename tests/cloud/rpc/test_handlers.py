@@ -1,11 +1,14 @@
 """A handler around another is of its kind, whichever of the four that is."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import grpc
 import pytest
+from support.calls import SECONDS
 
-from sft_cloud.rpc.handlers import around, raw
+from sft_cloud.rpc.handlers import around, at_once, raw
 
 KINDS = ["unary_unary", "unary_stream", "stream_unary", "stream_stream"]
 
@@ -56,3 +59,25 @@ def test_bytes_of_each_kind(kind):
     answer = handler.stream_stream or handler.stream_unary
     answers = answer(None, None)
     assert answers == b"one" if handler.stream_unary else list(answers) == [b"many"]
+
+
+def test_what_is_done_at_once_needs_no_thread_of_the_servers():
+    threads, busy = ThreadPoolExecutor(1), threading.Event()
+    threads.submit(busy.wait)
+    server = grpc.server(threads)
+
+    @contextmanager
+    def block(context):
+        yield context
+
+    handler = around(grpc.stream_unary_rpc_method_handler(at_once(lambda requests, context: b"done")), block)
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("here", {"Do": handler}),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            assert channel.stream_unary("/here/Do")(iter([]), timeout=SECONDS) == b"done"
+    finally:
+        busy.set()
+        server.stop(0)
+        threads.shutdown()
