@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 
-from sft.errors import ProtocolError, TrainingError
-from sft.optim.spec import arguments_from_proto
+from sft.errors import ProtocolError, TrainingError, UsageError
+from sft.optim.spec import arguments_from_proto, check_change
 from sft.v1 import split_training_pb2 as pb
 from sft_cloud.errors import is_out_of_memory
 
@@ -24,7 +23,10 @@ def check_commit(commit: pb.Commit, optimizer: torch.optim.Optimizer) -> None:
         raise ProtocolError(f"a commit has group_arguments for each of the {groups} groups, or none")
     for group, message in zip(optimizer.param_groups, commit.group_arguments, strict=False):  # there may be none
         for name, value in arguments_from_proto(message.arguments).items():
-            _check_argument(group, name, value)
+            try:
+                check_change(group, name, value)
+            except UsageError as error:
+                raise ProtocolError(str(error)) from error
 
 
 def take_step(optimizer: torch.optim.Optimizer) -> None:
@@ -42,18 +44,3 @@ def apply_group_arguments(commit: pb.Commit, optimizer: torch.optim.Optimizer) -
     """Settings that the edge has changed, of a commit that was checked."""
     for group, message in zip(optimizer.param_groups, commit.group_arguments, strict=False):  # there may be none
         group.update(arguments_from_proto(message.arguments))
-
-
-def _check_argument(group: dict[str, Any], name: str, value: Any) -> None:
-    if name not in group or name in ("params", "lr"):
-        raise ProtocolError(f"the optimizer has no setting '{name[:80]}' that a commit could change")
-    numbers = value if isinstance(value, tuple) else (value,)
-    if not all(math.isfinite(number) for number in numbers if isinstance(number, float)):
-        raise ProtocolError(f"the optimizer's setting '{name}' must be finite, not {value}")
-    now = group[name]
-    if isinstance(now, (tuple, list)) != isinstance(value, tuple) or (
-        isinstance(value, tuple) and len(now) != len(value)
-    ):
-        raise ProtocolError(f"the optimizer's setting '{name}' is {now}; it cannot become {value}")
-    if isinstance(value, str) != isinstance(now, str) or isinstance(value, bool) != isinstance(now, (bool, type(None))):
-        raise ProtocolError(f"the optimizer's setting '{name}' is {now}; it cannot become {value}")

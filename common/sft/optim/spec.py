@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Dict, Iterable, List, Mapping, Sequence, Type
 
@@ -109,6 +110,22 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, learning_rates: Sequenc
             group["lr"].fill_(rate)
         else:
             group["lr"] = rate
+
+
+def check_change(group: Mapping[str, Any], name: str, value: Any) -> None:
+    """Raises UsageError where a setting of a parameter group cannot become `value`, as it may cross the wire."""
+    if name not in group or name in ("params", "lr"):
+        raise UsageError(f"the optimizer has no setting '{name[:80]}' that a commit could change")
+    numbers = value if isinstance(value, tuple) else (value,)
+    if not all(math.isfinite(number) for number in numbers if isinstance(number, float)):
+        raise UsageError(f"the optimizer's setting '{name}' must be finite, not {value}")
+    now = group[name]
+    if isinstance(now, (tuple, list)) != isinstance(value, tuple) or (
+        isinstance(value, tuple) and len(now) != len(value)
+    ):
+        raise UsageError(f"the optimizer's setting '{name}' is {now}; it cannot become {value}")
+    if isinstance(value, str) != isinstance(now, str) or isinstance(value, bool) != isinstance(now, (bool, type(None))):
+        raise UsageError(f"the optimizer's setting '{name}' is {now}; it cannot become {value}")
 
 
 def spec_to_proto(spec: OptimizerSpec) -> pb.Optimizer:

@@ -6,9 +6,13 @@ for some optimizers) is in the tensor `scalars`: UTF-8 JSON, from parameter to n
 
 from __future__ import annotations
 
+import copy
 import inspect
+import itertools
 import json
-from typing import Any, Dict, List, Mapping, Tuple
+from contextlib import suppress
+from types import MappingProxyType
+from typing import Any, Dict, FrozenSet, Iterable, Iterator, List, Mapping, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +24,9 @@ SCALARS = "scalars"
 
 MAX_SCALARS_BYTES = 16 << 20
 """Of the JSON: some 300,000 parameters with two numbers each."""
+
+_DECIDING: Dict[str, Tuple[Any, ...]] = {"momentum": (0.0, 0.5), "amsgrad": (False, True), "centered": (False, True)}
+"""Settings that decide what torch's optimizers keep of a parameter."""
 
 
 def stored_state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> List[StoredTensor]:
@@ -53,9 +60,15 @@ def live_tensor(name: str, tensor: Tensor) -> StoredTensor:
 
 
 def checked_state(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    tensors: Mapping[str, Tensor],
+    other_release: bool = False,
 ) -> Dict[str, Any]:
     """What `optimizer.load_state_dict` takes, from the tensors that `stored_state` gave.
+
+    `other_release`: the optimizer that it is for may be of another release of torch, where a count is a number or a
+    tensor. Parameters may be on the meta device.
 
     Raises ProtocolError when they are not of an optimizer over these parameters.
     """
@@ -70,9 +83,9 @@ def checked_state(
             f"the optimizer's state names a parameter '{strangers[0][:200]}' that this half does not have"
         )
     by_index = _by_index(optimizer, {id(parameters[name]): state for name, state in states.items()})
-    samples = _Samples(optimizer)
+    samples = _Samples(optimizer, other_release)
     for name, state in states.items():
-        _check_state(name, state, samples.expected(parameters[name]))
+        samples.check(name, parameters[name], state)
     return by_index
 
 
@@ -124,60 +137,98 @@ def _scalars(tensors: Mapping[str, Tensor]) -> Dict[str, Dict[str, Any]]:
     return states
 
 
-def _check_state(name: str, state: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    odd = sorted(state.keys() ^ expected.keys())
-    if odd:
-        says = "lacks" if odd[0] in expected else "holds"
-        raise ProtocolError(
-            f"the optimizer's state {says} '{odd[0][:80]}' for '{name}', unlike that of one with these settings"
-        )
-    for key, value in state.items():
-        theirs, ours = _kind(value), _kind(expected[key])
-        if theirs != ours:
-            raise ProtocolError(f"the optimizer's '{key}' for '{name}' is {theirs}, not {ours}")
-
-
-def _kind(value: Any) -> str:
+def _kind(value: Any, sizes: Mapping[int, int] = MappingProxyType({})) -> str:
+    """`sizes`: what those of a sample stand for."""
     if isinstance(value, Tensor):
-        return f"a {'floating-point ' * value.is_floating_point()}tensor of shape {list(value.shape)}"
+        shape = [sizes.get(size, size) for size in value.shape]
+        return f"a {'floating-point ' * value.is_floating_point()}tensor of shape {shape}"
     return "a number" if isinstance(value, (int, float)) else "nothing"
 
 
+def _is_count(value: Any) -> bool:
+    return not value.dim() if isinstance(value, Tensor) else isinstance(value, (int, float))
+
+
 class _Samples:
-    """What an optimizer keeps of a parameter: found by stepping another one like it with a few elements only."""
+    """What an optimizer keeps of a parameter: found by stepping another one like it with a few elements only.
 
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+    A schedule may have changed settings since a state was saved, as it may on one machine: what such settings make an
+    optimizer keep may be there or not, as long as it can step with the rest.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, other_release: bool) -> None:
+        self._other_release = other_release
         self._class: Any = type(optimizer)
+        self._defaults = optimizer.defaults
         self._groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
-        self._states: Dict[Tuple[int, int], Dict[str, Any]] = {}  # by group and number of dimensions
+        self._states: Dict[Tuple[int, int], List[Dict[str, Any]]] = {}  # by group and number of dimensions
+        self._steps: Dict[Tuple[int, int, FrozenSet[str]], bool] = {}  # likewise, and by what is kept
 
-    def expected(self, parameter: nn.Parameter) -> Dict[str, Any]:
-        """The state to expect; its tensors, on the meta device, have nothing but a shape. Raises ProtocolError."""
+    def check(self, name: str, parameter: nn.Parameter, state: Mapping[str, Any]) -> None:
+        """Raises ProtocolError for a state that is none of this parameter's, whatever the settings."""
         group = self._groups[id(parameter)]
         # No two sizes are the same, nor 1, so that those in the state tell which of the parameter's they stand for.
         sizes = range(2, 2 + parameter.dim())
         key = id(group), parameter.dim()
         if key not in self._states:
-            self._states[key] = self._step(group, parameter.new_zeros(tuple(sizes)))
+            self._states[key] = [self._after_step(s, _sample(parameter, sizes), {}) for s in _variants(group)]
         own = dict(zip(sizes, parameter.shape))
-        return {
-            name: torch.empty([own.get(size, size) for size in value.shape], dtype=value.dtype, device="meta")
-            if isinstance(value, Tensor)
-            else value
-            for name, value in self._states[key].items()
-        }
+        kinds: Dict[str, List[str]] = {}
+        for variant in self._states[key]:
+            for of, value in variant.items():
+                kinds.setdefault(of, []).append(_kind(value, own))
+        for of, value in state.items():
+            if of not in kinds:
+                raise ProtocolError(f"the optimizer's state holds '{of[:80]}' for '{name}', unlike that of its class")
+            if _kind(value) not in kinds[of] and not (self._other_release and _is_count(value)):
+                raise ProtocolError(f"the optimizer's '{of}' for '{name}' is {_kind(value)}, not {kinds[of][0]}")
+        kept = frozenset(of for of, value in state.items() if value is not None)
+        known = (id(group), parameter.dim(), kept)
+        if known not in self._steps:
+            self._steps[known] = self._can_step(group, _sample(parameter, sizes), key, kept)
+        if not self._steps[known]:
+            lost = sorted(self._states[key][0].keys() - kept)
+            raise ProtocolError(f"the optimizer's state lacks '{lost[0] if lost else 'a part'}' for '{name}'")
 
-    def _step(self, group: Dict[str, Any], sample: Tensor) -> Dict[str, Any]:
-        sample = nn.Parameter(sample)
+    def _can_step(self, group: Dict[str, Any], sample: Tensor, key: Tuple[int, int], kept: FrozenSet[str]) -> bool:
+        """Whether there are settings to go on with."""
+        if not kept:
+            return True  # as in an optimizer that is new
+        everything = {of: value for variant in self._states[key] for of, value in variant.items()}
+        state = {of: everything[of] for of in kept}
+        for settings in _variants(group):
+            with suppress(ProtocolError):
+                self._after_step(settings, sample, state)
+                return True
+        return False
+
+    def _after_step(self, settings: Dict[str, Any], sample: Tensor, state: Mapping[str, Any]) -> Dict[str, Any]:
+        """What is kept of the sample after a step from `state`."""
+        sample = nn.Parameter(sample.clone())
         sample.grad = torch.ones_like(sample)
         known = inspect.signature(self._class).parameters
-        settings = {name: value for name, value in group.items() if name != "params"}
         try:
-            own = self._class([{**settings, "params": [sample]}], **{n: v for n, v in settings.items() if n in known})
+            # The constructor takes fewer settings together than a schedule may set one by one.
+            own = self._class([sample], **{n: v for n, v in self._defaults.items() if n in known})
+            own.param_groups[0].update(settings)
+            own.state[sample].update({of: copy.deepcopy(value) for of, value in state.items()})
             own.step()
         except Exception as error:  # whatever a script's own class may raise
             raise ProtocolError(f"what {self._class.__name__} keeps cannot be found out: {error}") from error
         return dict(own.state[sample])
+
+
+def _sample(parameter: nn.Parameter, sizes: Iterable[int]) -> Tensor:
+    return torch.zeros(tuple(sizes), dtype=parameter.dtype, device="cpu" if parameter.is_meta else parameter.device)
+
+
+def _variants(group: Mapping[str, Any]) -> Iterator[Dict[str, Any]]:
+    """The settings of a group, and these with others that decide what is kept."""
+    settings = {name: value for name, value in group.items() if name != "params"}
+    deciding = {name: values for name, values in _DECIDING.items() if name in settings}
+    yield settings
+    for values in itertools.product(*deciding.values()):
+        yield {**settings, **dict(zip(deciding, values))}
 
 
 def _by_index(optimizer: torch.optim.Optimizer, states: Mapping[int, Dict[str, Any]]) -> Dict[str, Any]:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from sft.client.credentials import ClientOptions, read_credentials
 from sft.errors import LinkError, UsageError
 from sft.optim.script import has_stepped
-from sft.optim.spec import GroupSpec, OptimizerSpec, spec_to_proto
+from sft.optim.spec import GroupSpec, OptimizerSpec, check_change, spec_to_proto
 from sft.optimizer import Role, SplitOptions
 from sft.v1 import split_training_pb2 as pb
 from sft.wire.codec.elements import DATA_TYPES
@@ -79,7 +79,7 @@ class EdgeRole(Role):
         atexit.register(_close, weakref.ref(self))  # a script in the form of Listing 1 just ends
         self.optimizer = optimizer
         self._state = CloudState(
-            self._cross, {name: shapes[name] for name in cut_model.cloud_names}, cut_model.script_name
+            self._cross, {name: shapes[name] for name in cut_model.cloud_names}, cut_model.script_name, spec
         )
         self._state.follow(model)
         self._on_cloud = arguments_of(optimizer)
@@ -98,9 +98,10 @@ class EdgeRole(Role):
         rates = [float(own["lr"]) for own in arguments]
         if not all(math.isfinite(rate) and rate >= 0 for rate in rates):
             raise UsageError(f"learning rates must be finite and not negative; they are {rates}")
+        changed = _changed(arguments, self._on_cloud)
         with self._cross.gradients.hidden():
             self.optimizer.step()
-        self._cross.commit(rates, clip_scale, _changed(arguments, self._on_cloud))
+        self._cross.commit(rates, clip_scale, changed)
         self._on_cloud = arguments
         self._skipped, self._undone = False, self._cross.undone
         return loss
@@ -225,12 +226,18 @@ def _cut_model(model: nn.Module, options: SplitOptions) -> CutModel:
 
 
 def _changed(arguments: List[Dict[str, Any]], before: List[Dict[str, Any]]) -> List[pb.GroupArguments]:
-    """What each group's settings have become since `before`, learning rates aside; nothing where nothing has."""
+    """What each group's settings have become since `before`, learning rates aside; nothing where nothing has.
+
+    Raises UsageError for what the cloud would not take.
+    """
     changes = [
         {name: value for name, value in now.items() if name != "lr" and value != then.get(name)}
         for now, then in zip(arguments, before)
     ]
     if not any(changes):
         return []
+    for change, then in zip(changes, before):
+        for name, value in change.items():
+            check_change(then, name, value)
     spec = OptimizerSpec("", [GroupSpec([], change) for change in changes])
     return [pb.GroupArguments(arguments=dict(group.arguments)) for group in spec_to_proto(spec).groups]

@@ -8,7 +8,9 @@ import torch
 from safetensors.torch import load
 from torch import Tensor, nn
 
-from sft.errors import UsageError
+from sft.errors import ProtocolError, UsageError
+from sft.optim.spec import OptimizerSpec, make_optimizer
+from sft.optim.state import checked_state as checked_optimizer_state
 from sft.tensors.stream import in_memory, safetensors_chunks, safetensors_size, sha256_of
 from sft_edge.link import Blob
 from sft_edge.script.crossing import LinkCross
@@ -27,11 +29,19 @@ class CloudState:
     """The cloud's weights and optimizer state, as tensors that pass by."""
 
     def __init__(
-        self, cross: LinkCross, shapes: Mapping[str, Tuple[int, ...]], script_name: Callable[[str], str]
+        self,
+        cross: LinkCross,
+        shapes: Mapping[str, Tuple[int, ...]],
+        script_name: Callable[[str], str],
+        spec: OptimizerSpec,
     ) -> None:
-        """`shapes` of net_2's parameters, by names in the whole model; `script_name`: how the script's has them."""
+        """`shapes` of net_2's parameters, by names in the whole model; `script_name`: how the script's has them;
+        `spec`: the cloud's optimizer."""
         self._cross = cross
         self._shapes = shapes
+        # Without memory: what the cloud's keeps is to be known before anything is sent that it would refuse.
+        self._parameters = {name: nn.Parameter(torch.empty(shape, device="meta")) for name, shape in shapes.items()}
+        self._likeness = make_optimizer(spec.restricted_to(shapes), self._parameters)
         self._script_names = {name: script_name(name) for name in shapes}
         self._has_optimizer_state = False
 
@@ -68,6 +78,11 @@ class CloudState:
                 raise UsageError(f"this state_dict is of another model or cut: '{name}' is not trained on the cloud")
             if has_name:
                 _check_shape(key, tensor, self._shapes[name])
+        if tensors:
+            try:
+                checked_optimizer_state(self._likeness, self._parameters, tensors, other_release=True)
+            except ProtocolError as error:
+                raise UsageError(f"this state_dict is none of this optimizer's: {error}") from error
 
     def _add_to(self, model: nn.Module, state_dict: Dict[str, Any], prefix: str, _: Any) -> None:
         del state_dict[prefix + PARAMETER_NAME]
