@@ -115,6 +115,8 @@ def default_of(option: Option) -> str:
         return "required"
     if option.default in (None, {}, []):
         return ""
+    if isinstance(option.default, Path):  # on anybody's machine
+        return f"`{str(option.default).replace(str(Path.home()), '~')}`"
     return f"`{str(option.default).lower() if option.type is bool else option.default}`"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -12,7 +12,14 @@ from sft.cli.durations import Duration
 from sft.cli.options import above_zero, at_least, spelled
 from sft.errors import UsageError
 
-_DEFAULT_STATE_DIR = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sft-cloud"
+
+def _default_state_dir() -> Path:
+    """Found when it is needed: who runs in a container may have no home directory. Raises UsageError."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sft-cloud"
+    except RuntimeError:
+        raise UsageError("there is no home directory here to keep uploads in: give --state-dir") from None
+
 
 SPARE_CALLS = 8
 """Beside one for each session's stream: for unary calls, uploads, downloads, health checks and reflection."""
@@ -38,7 +45,7 @@ class ServeOptions:
     """directory of models, each under its name; looked into before the hub's cache, and before the hub with
     --download-models"""
 
-    state_dir: Path = _DEFAULT_STATE_DIR
+    state_dir: Path = field(default_factory=_default_state_dir)
     """directory for the weights that edges upload, kept by content hash"""
 
     max_sessions: int = 16

@@ -47,6 +47,9 @@ SESSIONS_SECONDS = 1.0
 WAITS_SECONDS = 1.0
 """Between two looks at which calls have waited for the other side too long."""
 
+MEMORY_SECONDS = 10.0
+"""Between two looks at whether the process has more memory than it holds for anybody."""
+
 IDENTITIES_SECONDS = 10.0
 """Between two looks at whose token or certificate is no longer good: how much longer than its identity a call may last
 in which nothing happens."""
@@ -141,6 +144,7 @@ class CloudServer:
         looks = [
             ("sessions", self.sessions.reap, SESSIONS_SECONDS),
             ("waits", self.deadlines.look, WAITS_SECONDS),
+            ("memory", self.memory.tidy, MEMORY_SECONDS),
         ]
         if access.interceptor is not None:
             looks.append(("identities", access.interceptor.end_stale_calls, IDENTITIES_SECONDS))

@@ -22,6 +22,11 @@ def told_by(error: BaseException, limit: int = 300) -> str:
     return printable(str(error))[:limit] or type(error).__name__
 
 
+def said(text: str) -> str:
+    """What the other side says, `printable` and not too long."""
+    return printable(text[:MAX_TEXT])
+
+
 def finite(number: float) -> float:
     """`number`, no further from 0 than MAX_SECONDS; 0 for what is none."""
     return 0.0 if math.isnan(number) else max(-MAX_SECONDS, min(number, MAX_SECONDS))
@@ -50,7 +55,7 @@ def _tidy(message: Any) -> None:
 
 def _tidied(value: Any) -> Any:
     if isinstance(value, str):
-        return printable(value[:MAX_TEXT])
+        return said(value)
     return finite(value) if isinstance(value, float) else value
 
 

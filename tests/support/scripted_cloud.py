@@ -41,6 +41,8 @@ class ScriptedCloud(SplitTrainingServicer):
         self.answers: Dict[int, pb.CloudMessage] = {}
         """By number: what a message that comes again is answered with."""
         self.blobs: Dict[str, bytes] = {}
+        self.weights = WEIGHTS
+        """What a download gives, in parts."""
         self.requests: List[pb.OpenSessionRequest] = []
         self.ended_properly = threading.Event()
         """A stream was ended by the edge, in order."""
@@ -99,7 +101,7 @@ class ScriptedCloud(SplitTrainingServicer):
         self, request: pb.DownloadWeightsRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.DownloadWeightsResponse]:
         skip = request.offset
-        for data in OPTIMIZER_STATE if request.optimizer_state else WEIGHTS:
+        for data in OPTIMIZER_STATE if request.optimizer_state else self.weights:
             if skip < len(data):
                 self.before_chunk(context)
                 yield pb.DownloadWeightsResponse(data=data[skip:])

@@ -59,6 +59,9 @@ _KEPT_FOR_SMALL = 8
 _LOOKED_AT_BYTES = 1 << 20
 """Charges from this size on look at what the process really takes."""
 
+_KEPT_BYTES = 64 << 20
+"""That the process may have beyond the books before the allocator is told to give back what it keeps."""
+
 _WAIT_SECONDS = 1.0
 """Between two looks at what the process really takes, of who waits."""
 
@@ -144,6 +147,12 @@ class MemoryBudget:
         """Somebody was told that there is no memory. For charges and shares."""
         with self._lock:
             self._refused[kind] += 1
+
+    def tidy(self) -> None:
+        """Gives back what the allocator keeps of what has ended. To be called every now and then."""
+        budget = self.host or self
+        if budget._measure() > budget.process_bytes + budget.held_bytes + _KEPT_BYTES:
+            give_back()
 
     def _wait(self, seconds: float) -> None:
         """Until something is given back, at most so long."""

@@ -16,7 +16,7 @@ from sft.wire.codec.elements import MAX_DIMENSIONS, decode_tensor, encode_tensor
 from sft.wire.cut import layer_cut_to_proto
 from sft.wire.protocol import MAX_MESSAGE_BYTES
 from sft_cloud.script.hosted_model import HostedModel, check_same_cut
-from sft_cloud.session import Given, UpperHalf
+from sft_cloud.session import Given, UpperHalf, half_precision_bytes
 
 
 class GraphHost(HostedModel):
@@ -84,6 +84,10 @@ class GraphHalf:
     def training_bytes(self, activation: pb.Activation) -> int:
         """See UpperHalf: what the script's own module does with it is not known."""
         return 0
+
+    def cast_bytes(self) -> int:
+        """See UpperHalf."""
+        return half_precision_bytes(self.parameters())
 
     def logits_bytes(self, activation: pb.Activation) -> int:
         """See UpperHalf: known once they are computed."""

@@ -4,6 +4,7 @@ from sft_cloud.memory import MemoryBudget, MemoryShare
 from sft_cloud.session.memory import (
     BatchMemory,
     default_budget,
+    half_precision_bytes,
     measure,
     memory_bytes,
     session_bytes,
@@ -20,6 +21,7 @@ __all__ = [
     "TransformersUpperHalf",
     "UpperHalf",
     "default_budget",
+    "half_precision_bytes",
     "measure",
     "memory_bytes",
     "session_bytes",

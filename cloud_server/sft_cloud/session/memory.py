@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -48,6 +48,11 @@ def memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return machine_bytes()
+
+
+def half_precision_bytes(parameters: Iterable[nn.Parameter]) -> int:
+    """Of a copy in half precision of those that are multiplied with."""
+    return sum(2 * parameter.numel() for parameter in parameters if parameter.dim() > 1)
 
 
 def session_bytes(weights: int, trained: int, optimizer: str) -> int:

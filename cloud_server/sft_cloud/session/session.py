@@ -227,7 +227,7 @@ class Session:
         _check_autocast(forward.autocast)
         has_labels = forward.HasField("labels")
         waits = 0 if commits else self._micro_batches.waiting_bytes(message.weights)
-        graph = self._half.training_bytes(forward.activation)
+        graph = self._half.training_bytes(forward.activation) + self._cast_bytes(forward.autocast)
         needed = waits + graph
         if has_labels and not forward.loss_scale:
             needed += self._micro_batches.gradient_bytes()
@@ -297,6 +297,7 @@ class Session:
         _check_autocast(message.evaluate.autocast)
         needed = self._micro_batches.waiting_bytes(message.weights)
         needed += self._half.training_bytes(message.evaluate.activation) // _EVALUATION_TAKES
+        needed += self._cast_bytes(message.evaluate.autocast)
         self._memory.check(needed)
         try:
             self._memory.hold(needed, self._answer_bytes(message.evaluate.activation, logits=True))
@@ -324,6 +325,9 @@ class Session:
             self._answer_committed(answer)
 
         return work
+
+    def _cast_bytes(self, autocast: pb.DataType) -> int:
+        return self._half.cast_bytes() if autocast else 0
 
     def _answer_bytes(self, activation: pb.Activation, logits: bool, gradient: bool = False) -> int:
         """What answers take with one of these to it, while it is made and sent."""

@@ -29,7 +29,7 @@ from sft.wire.codec.messages import (
 )
 from sft.wire.codec.packing import pack
 from sft.wire.protocol import MAX_MESSAGE_BYTES
-from sft_cloud.session.memory import UNKNOWN, BatchMemory
+from sft_cloud.session.memory import UNKNOWN, BatchMemory, half_precision_bytes
 
 MAX_PADDED_TOKENS = 1 << 18
 """Largest B x S of a batch: 512 sequences of 512 tokens. A few bytes of lengths could otherwise ask for any memory."""
@@ -69,6 +69,9 @@ class UpperHalf(Protocol):
 
     def training_bytes(self, activation: pb.Activation) -> int:
         """About what a training micro-batch with it would take, seen before anything is made of it; 0 if unknown."""
+
+    def cast_bytes(self) -> int:
+        """Of the copies in half precision that autocast makes of parameters in each forward pass, for its backward."""
 
     def logits_bytes(self, activation: pb.Activation) -> int:
         """Of the outputs for an activation as they travel, seen before anything is made of it; 0 if unknown."""
@@ -152,6 +155,10 @@ class TransformersUpperHalf:
     def training_bytes(self, activation: pb.Activation) -> int:
         """See UpperHalf."""
         return self._batch_memory.of(len(activation.lengths), activation.padded_length)
+
+    def cast_bytes(self) -> int:
+        """See UpperHalf."""
+        return half_precision_bytes(self.parameters())
 
     def logits_bytes(self, activation: pb.Activation) -> int:
         """See UpperHalf."""

@@ -104,7 +104,7 @@ class Option:
         self.name = field.name
         self.flag = flag(field.name)
         self.doc = doc
-        self.default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        self.default = _default_of(field)
         self.required = self.default is dataclasses.MISSING
         self.alone: Optional[str] = field.metadata.get("alone")
         """What the flag means without a value."""
@@ -133,6 +133,15 @@ class Option:
         else:
             note = f"default: {str(default).lower() if isinstance(default, bool) else default}"
         return f"{self.doc} ({note})".replace("%", "%%")
+
+
+def _default_of(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is dataclasses.MISSING:
+        return field.default
+    try:
+        return field.default_factory()
+    except UsageError:  # there is none here, which whoever does without the option is told
+        return None
 
 
 def options_of(cls: type) -> List[Option]:

@@ -11,10 +11,12 @@ from typing import NamedTuple, Optional, cast
 
 import grpc
 
+from sft.client.address import split_address
 from sft.client.credentials import PLAINTEXT, Credentials
+from sft.client.handshake import why_no_handshake
 from sft.client.refusal import not_ours, refusal
-from sft.errors import LinkError, ProtocolError, ServerUnavailableError
-from sft.printable import finite, printable, tidied
+from sft.errors import AccessError, LinkError, ProtocolError, ServerUnavailableError
+from sft.printable import finite, said, tidied
 from sft.v1 import split_training_pb2 as pb
 from sft.v1.split_training_pb2_grpc import SplitTrainingStub
 from sft.wire.protocol import HEALTH_WATCH
@@ -91,15 +93,19 @@ class Inquiry:
             code = watch.code()
             if code is grpc.StatusCode.UNIMPLEMENTED:
                 raise ProtocolError(f"{self._address} does not offer a stream to watch")
-            return f"{code.name}: {printable(watch.details() or '')}"
+            return f"{code.name}: {said(watch.details() or '')}"
         finally:
             watch.cancel()
 
     def _error(self, error: grpc.RpcError) -> LinkError:
-        code, details = error.code(), printable(error.details() or "")
+        code, details = error.code(), said(error.details() or "")
         if code is grpc.StatusCode.UNIMPLEMENTED:  # the methods asked here came later than others
             return ProtocolError(f"{not_ours(self._address)}, or one of an old release")
         if code is grpc.StatusCode.UNAVAILABLE:
+            where = split_address(self._address, "--server")
+            why = why_no_handshake(where.host, where.port, self._credentials, self._timeout_seconds)
+            if why is not None:
+                return AccessError(f"{self._address} {why}")
             return ServerUnavailableError(f"nobody answers at {self._address} ({details})")
         if code is grpc.StatusCode.DEADLINE_EXCEEDED:
             return ServerUnavailableError(f"{self._address} did not answer within {self._timeout_seconds:g} s")

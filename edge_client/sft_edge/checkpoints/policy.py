@@ -23,7 +23,7 @@ from sft_edge.checkpoints.directory import (
     remove_others,
     write_checkpoint,
 )
-from sft_edge.checkpoints.same_run import check_same_run
+from sft_edge.checkpoints.same_run import check_length, check_same_run
 from sft_edge.link import TRANSIENT
 from sft_edge.options import NEWEST, TrainingOptions
 from sft_edge.systems import System
@@ -125,11 +125,18 @@ class Checkpointing:
         """
         step = 0
         if chosen is not None:
-            step = chosen.step
+            step, state = chosen.step, read_state(chosen)
+            check_length(step, loop.state.max_steps, chosen.directory)
             restore(chosen, system, loop)
-            saved = read_state(chosen)["counts"]
+            saved = state["counts"]
             self.counts = {name: max(count, saved[name]) for name, count in self.counts.items()}  # of this process, too
-            self._progress.status(f"going on from step {step}, as it is in {chosen.directory}")
+            planned, length = state["loop"]["trainer_state"]["max_steps"], ""
+            if planned != loop.state.max_steps:
+                loop.take_up_schedule()
+                length = (
+                    f"; it was to have {planned} steps: learning rates are those of {loop.state.max_steps} from here on"
+                )
+            self._progress.status(f"going on from step {step}, as it is in {chosen.directory}{length}")
         self.counts["steps_recomputed"] += max(self._lost_at - step, 0)
         self._lost_at = 0
         # Had this run died before its first save, the next one would take them for its own.

@@ -32,6 +32,9 @@ _FREE = {
     },
 }
 
+_LENGTH = ("--num-train-epochs", "--max-steps")
+"""How long the run is to be may differ, which is told: learning rates are those of the length that is asked for now."""
+
 MODEL, ROWS = "--model", "the training rows, or their tokens"
 """What is compared beside options."""
 
@@ -55,7 +58,7 @@ def check_same_run(now: Mapping[str, str], then: Mapping[str, str], directory: P
     """Raises UsageError, which names the first option that is another than it was."""
     for name in (*now, *sorted(then.keys() - now.keys())):
         theirs, ours = then.get(name), now.get(name)
-        if theirs == ours:
+        if theirs == ours or name in _LENGTH:
             continue
         if name in (MODEL, ROWS):
             what = "has another configuration" if name == MODEL else "are others"
@@ -63,6 +66,15 @@ def check_same_run(now: Mapping[str, str], then: Mapping[str, str], directory: P
         raise UsageError(
             f"{directory} was trained with {name} {theirs}, now it is {ours}: give the same, or begin anew without "
             "--resume-from-checkpoint"
+        )
+
+
+def check_length(taken: int, max_steps: int, directory: Path) -> None:
+    """Raises UsageError where more steps are taken than the run is to have."""
+    if taken > max_steps:
+        raise UsageError(
+            f"{directory}: {taken} steps are taken, and --max-steps or --num-train-epochs ask for {max_steps}: name an "
+            "older checkpoint, or more steps"
         )
 
 

@@ -40,7 +40,7 @@ from sft.errors import (
     SFTError,
     StreamBrokenError,
 )
-from sft.printable import printable
+from sft.printable import said
 from sft.v1 import split_training_pb2 as pb
 from sft.v1.split_training_pb2_grpc import SplitTrainingStub
 from sft.wire.protocol import CLIENT_OPTIONS, TRAIN
@@ -182,7 +182,7 @@ class GrpcTransport(Transport):
         self._channel.close()
 
     def _opening_error(self, error: grpc.RpcError) -> LinkError:
-        code, details = error.code(), printable(error.details() or "")
+        code, details = error.code(), said(error.details() or "")
         if code == grpc.StatusCode.UNAVAILABLE:
             reason = self._why_not_reachable()
             if reason is not None:
@@ -210,7 +210,7 @@ class GrpcTransport(Transport):
         )
 
     def _error(self, call: grpc.RpcError, stalled: bool = False) -> LinkError:
-        code, details = call.code(), printable(call.details() or "")
+        code, details = call.code(), said(call.details() or "")
         if stalled:
             return StreamBrokenError(
                 f"nothing moved between here and {self._address} for {self._stall_timeout_seconds:g} s"

@@ -7,9 +7,10 @@ from types import TracebackType
 from typing import Callable, Iterator, Mapping, Optional, Sequence, Type
 
 from sft.errors import ProtocolError, ServerFullError, ServerUnavailableError, StaleAccessError, StorageError
-from sft.printable import printable
+from sft.printable import said
 from sft.v1 import split_training_pb2 as pb
 from sft.wire.ledger import Traffic
+from sft_edge.link.answers import check_missing, check_opened
 from sft_edge.link.reliable_stream import BREAK_TIMEOUT_SECONDS, TRANSIENT, Counts, ReliableStream
 from sft_edge.link.replies import Blob, PendingReply, Reply
 from sft_edge.link.retries import Retries, RetryPolicy
@@ -107,15 +108,15 @@ class Link:
     def _open(self) -> pb.OpenSessionResponse:
         response = self._transport.open_session(self._request)
         self._let_in = True
+        check_missing(response, self._blobs)
         if response.missing_blobs:
-            for sha256 in response.missing_blobs:
-                if sha256 not in self._blobs:
-                    raise ProtocolError(f"the cloud asks for a blob that was never offered: {sha256[:64]}")
+            for sha256 in dict.fromkeys(response.missing_blobs):
                 blob = self._blobs[sha256]
                 self._transport.upload(sha256, blob.total_bytes, blob.chunks())
             response = self._transport.open_session(self._request)
         if response.missing_blobs or not response.session_id:
             raise ProtocolError("the cloud neither opened a session nor said what it lacks")
+        check_opened(response, {offered.step for offered in self._request.resume_from} or {0})
         return response
 
     def forward(
@@ -278,7 +279,7 @@ class Link:
         message.save_checkpoint.SetInParent()
         saved = self._send("checkpoint_saved", message, payload_bytes=0).result().message.checkpoint_saved
         if saved.error:
-            raise StorageError(f"the cloud could not save its half of the checkpoint: {printable(saved.error)}")
+            raise StorageError(f"the cloud could not save its half of the checkpoint: {said(saved.error)}")
         return saved
 
     def keep_checkpoints(self, steps: Sequence[int]) -> None:

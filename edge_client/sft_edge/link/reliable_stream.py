@@ -30,6 +30,7 @@ from sft.tracing import NO_SPAN, Span
 from sft.v1 import split_training_pb2 as pb
 from sft.wire.ledger import Traffic, framed_size
 from sft.wire.protocol import MAX_UNANSWERED
+from sft_edge.link.answers import check_answer
 from sft_edge.link.replies import PendingReply, Sent, Unanswered
 from sft_edge.link.retries import Retries, RetryPolicy, Wake
 from sft_edge.link.transport import Stream, Transport
@@ -246,6 +247,7 @@ class ReliableStream:
             message = pb.CloudMessage.FromString(data)
         except DecodeError as error:
             raise ProtocolError("the cloud sent something that is not an answer") from error
+        check_answer(message)
         self.stopping = message.stopping
         received = Traffic(payload_bytes_received=_payload_bytes(message), bytes_received=framed_size(len(data)))
         if message.HasField("attached"):

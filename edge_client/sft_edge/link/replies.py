@@ -7,7 +7,7 @@ import time
 from typing import Callable, Dict, Iterator, List, NamedTuple, Optional
 
 from sft.errors import CloudMemoryError, LinkError, ProtocolError, SessionLostError
-from sft.printable import printable
+from sft.printable import said
 from sft.tracing import NO_SPAN, Span
 from sft.v1 import split_training_pb2 as pb
 from sft.wire.ledger import Traffic
@@ -66,7 +66,7 @@ class PendingReply:
         if self._message is None:
             raise self._error or SessionLostError("the link is closed")
         if self._message.HasField("step_skipped"):
-            raise CloudMemoryError(printable(self._message.step_skipped.reason))
+            raise CloudMemoryError(said(self._message.step_skipped.reason))
         return Reply(
             message=self._message,
             traffic=self._sent + self._received,

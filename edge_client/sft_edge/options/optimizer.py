@@ -15,6 +15,15 @@ if TYPE_CHECKING:  # the module itself stays light, for the sake of `--help`
     from torch.optim.lr_scheduler import LRScheduler
 
 
+_OF_TRAINING_ARGUMENTS = {
+    "adamw_torch": "AdamW",
+    "adamw_torch_fused": "AdamW",
+    "sgd": "SGD",
+    "adagrad": "Adagrad",
+    "rmsprop": "RMSprop",
+}
+"""The names of transformers' TrainingArguments for what torch.optim has; the others are other packages' or its own."""
+
 _STEPPED_ON_A_METRIC = ("reduce_lr_on_plateau", "greedy")
 
 
@@ -23,7 +32,7 @@ class OptimizerOptions:
     """The optimizer, the same on both sides."""
 
     optim: str = "AdamW"
-    """a class of torch.optim"""
+    """a class of torch.optim, or transformers' name of one, such as adamw_torch"""
 
     optim_args: Optional[str] = None
     """further arguments of that class, such as momentum=0.9,nesterov=true"""
@@ -52,11 +61,11 @@ class OptimizerOptions:
     lr_scheduler_kwargs: Dict[str, Any] = field(default_factory=dict)
     """further arguments of the schedule"""
 
-    warmup_steps: int = 0
-    """steps in which the learning rate rises from 0"""
+    warmup_steps: float = 0
+    """steps in which the learning rate rises from 0; below 1 their share of all steps"""
 
     warmup_ratio: float = 0.0
-    """instead of --warmup-steps: their share of all steps"""
+    """the same as --warmup-steps below 1"""
 
     def __post_init__(self) -> None:
         at_least(self, 0, "learning_rate", "weight_decay", "max_grad_norm", "warmup_steps")
@@ -68,6 +77,10 @@ class OptimizerOptions:
             raise UsageError(f"--warmup-ratio must be between 0 and 1, not {self.warmup_ratio}")
         if self.warmup_steps and self.warmup_ratio:
             raise UsageError("only one of --warmup-steps and --warmup-ratio may be given")
+        if 0 < self.warmup_steps < 1:
+            self.warmup_ratio, self.warmup_steps = self.warmup_steps, 0
+        self.warmup_steps = int(self.warmup_steps)
+        self.optim = _OF_TRAINING_ARGUMENTS.get(self.optim, self.optim)
         self.arguments()
         self._check_schedule()
 
@@ -110,7 +123,7 @@ class OptimizerOptions:
         scheduler: LRScheduler = get_scheduler(
             self.lr_scheduler_type,
             optimizer,
-            num_warmup_steps=self.warmup_steps or math.ceil(total_steps * self.warmup_ratio),
+            num_warmup_steps=int(self.warmup_steps) or math.ceil(total_steps * self.warmup_ratio),
             num_training_steps=total_steps,
             scheduler_specific_kwargs=dict(self.lr_scheduler_kwargs),
         )

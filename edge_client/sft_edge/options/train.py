@@ -166,8 +166,8 @@ class TrainingOptions:
     """checkpoints that are kept, the newest; without it all are"""
 
     resume_from_checkpoint: Optional[str] = field(default=None, metadata={"alone": NEWEST})
-    """go on from this directory; without one, from the newest checkpoint in --output-dir, or from the beginning while
-    there is none"""
+    """go on from this directory; without one, or with true, from the newest checkpoint in --output-dir, or from the
+    beginning while there is none"""
 
     seed: int = 42
     """draws new weights, the order of the rows and dropout"""
@@ -187,6 +187,9 @@ class TrainingOptions:
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"--seed must be 0 or more and below 2^63, not {self.seed}")
         check_device(self.device)
+        said = str(self.resume_from_checkpoint).lower()
+        if said in ("true", "false") and not Path(str(self.resume_from_checkpoint)).exists():
+            self.resume_from_checkpoint = NEWEST if said == "true" else None
         resumes = self.resume_from_checkpoint
         if resumes == NEWEST and self.output_dir is None:
             raise UsageError("--resume-from-checkpoint needs --output-dir, or the directory of a checkpoint")

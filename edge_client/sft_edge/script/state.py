@@ -12,7 +12,7 @@ from sft.errors import ProtocolError, UsageError
 from sft.optim.spec import OptimizerSpec, make_optimizer
 from sft.optim.state import checked_state as checked_optimizer_state
 from sft.tensors.stream import in_memory, safetensors_chunks, safetensors_size, sha256_of
-from sft_edge.link import Blob
+from sft_edge.link import FLOATS, Blob, checked_state, checked_weights, could_be_state
 from sft_edge.script.crossing import LinkCross
 from sft_edge.script.gradients import PARAMETER_NAME
 
@@ -118,7 +118,10 @@ class CloudState:
 
     def _download(self, optimizer_state: bool) -> Dict[str, Tensor]:
         self._cross.catch_up()
-        return dict(load(b"".join(self._cross.link.weights(optimizer_state))))
+        chunks = self._cross.link.weights(optimizer_state)
+        if optimizer_state:
+            return dict(load(b"".join(checked_state(chunks, self._shapes))))
+        return dict(load(b"".join(checked_weights(chunks, self._shapes, FLOATS))))
 
     def _upload(self, tensors: Mapping[str, Tensor], optimizer_state: bool) -> None:
         self._cross.drop_waiting()
@@ -128,9 +131,7 @@ class CloudState:
 
 
 def _check_shape(key: str, tensor: Tensor, shape: Tuple[int, ...]) -> None:
-    # An optimizer keeps as much as the parameter has, a row or a column of it, or one number.
-    own = (1,) * (len(shape) - tensor.dim()) + tuple(tensor.shape)
-    if len(own) != len(shape) or any(size not in (1, there) for size, there in zip(own, shape)):
+    if not could_be_state(tensor.shape, shape):
         raise UsageError(
             f"this state_dict is of another model or cut: '{key}' has shape {list(tensor.shape)}, its parameter "
             f"{list(shape)}"

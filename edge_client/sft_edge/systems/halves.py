@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Dict, List, Optional, Sequence
+from typing import Dict, List, Optional, Sequence, Tuple
 
 import torch
 
 from sft.batch import Batch
 from sft.models import Cut, Net1, Whole, build_net_1, build_net_2
 from sft.models.lora import LoraSpec, add_lora, lora_to_json
-from sft.models.weights import factor_tensors, fill, pretrained_tensors
+from sft.models.weights import factor_tensors, fill, pretrained_tensors, shapes
 from sft.optim.spec import OptimizerSpec, decay_groups, make_optimizer
 from sft.tensors.stream import StoredTensor
 from sft.v1 import split_training_pb2 as pb
@@ -31,8 +31,8 @@ class Halves:
     """What it is filled with, its factor among them; what is not here is drawn from the seed."""
 
     net_1_lora: Optional[LoraSpec]
-    cloud_names: List[str]
-    """Parameters that only net_2 has, by whole-model names, adapters excluded."""
+    cloud_shapes: Dict[str, Tuple[int, ...]]
+    """Of parameters that only net_2 has, by whole-model names, adapters excluded."""
 
     optimizer: OptimizerSpec
     """Of both halves."""
@@ -87,7 +87,8 @@ def halve(
         for_edge, for_cloud = factor_tensors(config, head, cut, checkpoint, seed, calibration)
         for_edge += pretrained_tensors(net_1, checkpoint)
         weights = pretrained_tensors(net_2, checkpoint)
-    cloud_names = sorted(set(net_2.whole_names.values()).difference(net_1.whole_names.values()))
+    on_edge = set(net_1.whole_names.values())
+    cloud_shapes = {name: shape for name, shape in shapes(net_2).items() if name not in on_edge}
     if lora.cloud is not None:
         add_lora(net_2, lora.cloud, seed)  # for the names of what is trained there
     request, blobs = session_request(
@@ -100,7 +101,7 @@ def halve(
         run_id,
         resume_from,
     )
-    return Halves(net_1, for_edge, lora.edge, cloud_names, optimizer, request, blobs)
+    return Halves(net_1, for_edge, lora.edge, cloud_shapes, optimizer, request, blobs)
 
 
 def whole_tensors(

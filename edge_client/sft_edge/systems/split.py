@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from typing import Callable, Deque, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
+from typing import Callable, Deque, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from sft.v1 import split_training_pb2 as pb
 from sft.wire.codec.messages import decode_logits, encode_labels, encode_logits, outputs_of
 from sft.wire.codec.packing import pack, unpack
 from sft.wire.ledger import Ledger, Traffic, plain_split_bytes
-from sft_edge.link import Link, PendingReply, RetryPolicy, Transport
+from sft_edge.link import Link, PendingReply, RetryPolicy, Transport, checked_weights
 from sft_edge.systems.crossing import Activation, Crossing
 from sft_edge.systems.halves import Halves
 from sft_edge.systems.system import StepTimer, System
@@ -37,13 +37,13 @@ class SplitSystem(System):
         net_1: Net1,
         optimizer: torch.optim.Optimizer,
         link: Link,
-        cloud_names: Sequence[str],
+        cloud_shapes: Mapping[str, Tuple[int, ...]],
         seed: int,
         data_type: pb.DataType,
         labels: str = "cloud",
         first_step: int = 0,
     ) -> None:
-        """`net_1` filled, `link` open; `cloud_names` are net_2's parameters, under whole-model names.
+        """`net_1` filled, `link` open; `cloud_shapes` are those of net_2's parameters, under whole-model names.
 
         `data_type` is that of activations and gradients on the wire. `labels`: `cloud` where they travel with the
         activation, `local` where they stay here. Without a parameter of net_1 that is trained there is no backward pass
@@ -53,7 +53,7 @@ class SplitSystem(System):
         self.optimizer = optimizer
         self.link = link
         self.ledger = Ledger()
-        self._cloud_names = sorted(cloud_names)
+        self._cloud_shapes = cloud_shapes
         self._seed = seed
         self._data_type = data_type
         self._first_step = first_step
@@ -183,7 +183,7 @@ class SplitSystem(System):
         here = merged_tensors(self.net_1)
         return [
             Shard([tensor.name for tensor in here], safetensors_chunks(here)),
-            Shard(self._cloud_names, self.link.weights()),
+            Shard(sorted(self._cloud_shapes), checked_weights(self.link.weights(), self._cloud_shapes)),
         ]
 
     def _evaluated(self, batch: Batch, padded_length: int, pending: PendingReply) -> Tensor:
@@ -219,7 +219,7 @@ def open_split_system(
         start.net_1,
         optimizer,
         link,
-        start.cloud_names,
+        start.cloud_shapes,
         start.request.seed,
         start.request.wire_data_type,
         labels,

@@ -116,12 +116,20 @@ class TrainingLoop:
         }
 
     def load_state(self, saved: Mapping[str, Any]) -> None:
-        """Goes on where a loop over the same rows was. The optimizer's own state is loaded after this."""
+        """Goes on where a loop over the same rows was. The optimizer's own state is loaded after this, and then
+        `take_up_schedule` is for a run of another length.
+        """
         for name in ("global_step", "epoch", "best_metric", "log_history"):
             setattr(self.state, name, saved["trainer_state"][name])
         self._scheduler.load_state_dict(saved["scheduler"])
         self._losses, self._all_losses = _Mean(*saved["losses"]), _Mean(*saved["all_losses"])
         self.seconds = saved["seconds"]
+
+    def take_up_schedule(self) -> None:
+        """Sets the learning rates of the next step, where those that were loaded are of a run of another length."""
+        schedule: Any = self._scheduler  # a LambdaLR, as all that transformers makes and that go by steps
+        for group, base, factor in zip(self.system.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas):
+            group["lr"] = base * factor(schedule.last_epoch)
 
     def evaluate(self) -> Dict[str, float]:
         """Evaluates the model as it is now, and notes the result in the history."""

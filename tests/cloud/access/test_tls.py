@@ -14,10 +14,11 @@ from support.servers import start_server
 
 from sft.client.credentials import ClientOptions, read_credentials
 from sft.client.handshake import look_at_tls, why_no_handshake
-from sft.errors import UsageError
+from sft.errors import AccessError, UsageError
 from sft_cloud.access import tls
 from sft_cloud.access.protection import is_here_alone, make_access
 from sft_cloud.access.tls import ServerTls
+from sft_cloud.cli import main
 from sft_cloud.options import ServerAccess
 
 SECONDS = 30
@@ -154,6 +155,18 @@ def test_a_look_at_a_server_that_asks_for_a_certificate_writes_no_key_anywhere(
         tempfile.mkstemp()
     assert look_at_tls("127.0.0.1", server.port, shown, SECONDS).version.startswith("TLSv1.")
     assert why_no_handshake("127.0.0.1", server.port, shown, SECONDS) is None
+
+
+def test_status_says_what_a_server_asks_for(start, certificates, capsys):
+    server = start(certificates.server.cert, certificates.server.key, certificates.ca)
+    flags = ["status", "--server", server.address, "--tls-ca", str(certificates.ca)]
+    assert main(flags) == AccessError.exit_code
+    assert "asks for a client certificate: give --tls-cert FILE and --tls-key FILE" in capsys.readouterr().err
+    assert main(["status", "--server", server.address]) == AccessError.exit_code
+    assert "speaks TLS: name its CA with --tls-ca" in capsys.readouterr().err
+    other = [f"--tls-cert={certificates.other_alice.cert}", f"--tls-key={certificates.other_alice.key}"]
+    assert main([*flags, *other]) == AccessError.exit_code
+    assert "does not accept the client certificate" in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("ignore:ssl.TLSVersion:DeprecationWarning")

@@ -15,8 +15,10 @@ from support.calls import Stream
 from support.one_process import run_each
 from support.tiny_edge import attach
 
+from sft.errors import UsageError
 from sft.v1 import split_training_pb2 as pb
 from sft.version import __version__
+from sft_cloud.cli import main
 
 SECONDS = 60
 SERVICE = "sft.v1.SplitTraining"
@@ -168,6 +170,17 @@ def without_torch(tmp_path):
     (tmp_path / "hides").mkdir()
     (tmp_path / "hides" / "torch.py").write_text("raise ImportError('torch was imported')")
     return os.pathsep.join([str(tmp_path / "hides"), *sys.path])
+
+
+def test_who_has_no_home_is_asked_for_a_directory(monkeypatch, capsys):
+    """A container that is started with a bare user number."""
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # KeyError, as for a number without a name
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(["serve", "--help"])
+    assert main(["serve"]) == UsageError.exit_code
+    assert "no home directory here to keep uploads in: give --state-dir" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
 """What there is for this process, in whatever control group it is."""
 
+import platform
+
 import pytest
 
-from sft_cloud.memory import machine_bytes, process
+from sft_cloud.memory import MemoryBudget, machine_bytes, process
 
 
 @pytest.fixture
@@ -42,3 +44,14 @@ def test_the_limit_of_every_group_counts(system, groups, files):
 def test_without_a_limit_there_is_the_machine(system):
     there = system("0::/jobs\n", {"jobs/memory.max": "max\n", "elsewhere/memory.max": "1048576\n"})
     assert there > 1 << 28
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators cannot be told to")
+def test_what_the_allocator_keeps_goes_back():
+    before = process.process_bytes()
+    budget = MemoryBudget(1 << 30, before, process.process_bytes)
+    pieces = [bytes(8000) for _ in range(25_000)]
+    del pieces[:-1]  # the last one keeps all below it in the heap
+    assert process.process_bytes() > before + (150 << 20)
+    budget.tidy()
+    assert process.process_bytes() < before + (64 << 20)

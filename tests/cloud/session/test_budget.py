@@ -116,6 +116,14 @@ def test_what_waits_counts_until_it_is_let_go(session, edge, budget, way):
     assert budget.held()[Kind.SESSIONS] == begins_with
 
 
+def test_half_precision_counts_while_it_waits(session, edge, budget):
+    begins_with = budget.held()[Kind.SESSIONS]
+    session.handle(edge.unlabelled(0, 0))
+    one = budget.held()[Kind.SESSIONS] - begins_with
+    session.handle(edge.unlabelled(0, 1, autocast=pb.DATA_TYPE_BFLOAT16))
+    assert budget.held()[Kind.SESSIONS] - begins_with == 2 * one + session.half.cast_bytes()
+
+
 def test_answers_that_are_remembered_count_and_the_newest_with_its_copies(session, edge, budget):
     answer = session.handle(edge.forward(0, 0), remembered_bytes=5000)
     assert budget.held()[Kind.ANSWERS] == 5000 + 4 * answer.ByteSize()

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from sft.models import Cut
+from sft.v1 import split_training_pb2 as pb
 from sft_cloud.engine.build import build, make_session
 from sft_cloud.engine.request import check_request
 from sft_cloud.session import memory
@@ -38,6 +39,25 @@ def test_a_batch_takes_what_three_small_ones_say(make_edge, cut, sequences, padd
     estimate = measure(lambda S: run(1, S), parameters, 128).of(sequences, padded_length)
     taken = memory._saved(lambda: run(sequences, padded_length), parameters)
     assert taken <= estimate <= 2 * taken
+
+
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("sequences", "padded_length"), [(1, 1), (7, 30)])
+def test_a_graph_in_half_precision_holds_copies_of_the_weights(make_edge, autocast, sequences, padded_length):
+    edge = make_edge(cut=Cut("sft", 1, 4))
+    spec = check_request(edge.request())
+    half = make_session(spec, build(spec, CPU), [*edge.weights, *edge.factors], CPU)._half
+    half.net_2.train()
+
+    def run():
+        with torch.autocast("cpu", autocast):
+            a_BSR = torch.zeros(sequences, padded_length, half.net_2.width, requires_grad=True)
+            return half.net_2(a_BSR, [padded_length] * sequences, {}).logits
+
+    taken = memory._saved(run, list(half.parameters()))
+    estimate = half.training_bytes(pb.Activation(lengths=[padded_length] * sequences, padded_length=padded_length))
+    assert (estimate < taken) == (padded_length == 1)
+    assert taken <= estimate + half.cast_bytes()
 
 
 def test_a_model_that_takes_short_sequences_only():

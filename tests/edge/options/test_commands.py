@@ -256,8 +256,11 @@ def test_a_run_that_goes_on_finds_a_filled_output_dir(tmp_path):
         assert (options.resume_from_checkpoint, options.output_dir) == ("newest", tmp_path)
     (options,) = parse([TrainingOptions], ["--resume-from-checkpoint", f"{tmp_path}/checkpoint-3"], "sft-edge train")
     assert options.output_dir == tmp_path
-    (options,) = parse([TrainingOptions], [], "sft-edge train")
-    assert options.resume_from_checkpoint is None
+    for flags, meant in ([], None), (["--resume_from_checkpoint", "False"], None):
+        (options,) = parse([TrainingOptions], flags, "sft-edge train")
+        assert options.resume_from_checkpoint is meant
+    flags = ["--resume_from_checkpoint", "True", "--output-dir", str(tmp_path)]
+    assert parse([TrainingOptions], flags, "sft-edge train")[0].resume_from_checkpoint == "newest"
 
 
 def test_a_run_that_goes_on_takes_no_place_of_another_trainers_model(tmp_path):

@@ -27,7 +27,8 @@ def test_torch_takes_the_arguments(name):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"optim": "sgd"}, "--optim: torch.optim has no optimizer 'sgd'; it has SGD"),
+        ({"optim": "adamw"}, "--optim: torch.optim has no optimizer 'adamw'; it has AdamW"),
+        ({"optim": "adamw_bnb_8bit"}, "--optim: torch.optim has no optimizer 'adamw_bnb_8bit'; try AdamW"),
         ({"optim": "AdamZ"}, "--optim: torch.optim has no optimizer 'AdamZ'; try AdamW"),
         ({"optim": "lr_scheduler"}, "--optim: torch.optim has no optimizer 'lr_scheduler'"),
         ({"optim": "Optimizer"}, "--optim: optimizer Optimizer cannot train a split model: it is the base class"),
@@ -77,7 +78,9 @@ def test_linear_falls_to_zero():
     assert rates(OptimizerOptions(learning_rate=1.0), 4) == pytest.approx([1.0, 0.75, 0.5, 0.25])
 
 
-@pytest.mark.parametrize("warmup", [{"warmup_steps": 2}, {"warmup_ratio": 0.3}])  # 0.3 of 5 steps, rounded up
+@pytest.mark.parametrize(
+    "warmup", [{"warmup_steps": 2}, {"warmup_ratio": 0.3}, {"warmup_steps": 0.3}]
+)  # 0.3 of 5 steps, rounded up
 def test_warm_up_rises_from_zero(warmup):
     options = OptimizerOptions(learning_rate=1.0, lr_scheduler_type="constant_with_warmup", **warmup)
     assert rates(options, 5) == pytest.approx([0.0, 0.5, 1.0, 1.0, 1.0])
@@ -88,3 +91,11 @@ def test_schedules_take_their_arguments():
         learning_rate=1.0, lr_scheduler_type="polynomial", lr_scheduler_kwargs={"lr_end": 0.5, "power": 1.0}
     )
     assert rates(options, 2) == pytest.approx([1.0, 0.75])
+
+
+def test_names_of_training_arguments_mean_what_they_mean_there():
+    """And the same run, so that a checkpoint of one spelling goes on with another."""
+    assert OptimizerOptions(optim="adamw_torch") == OptimizerOptions()
+    assert OptimizerOptions(optim="sgd") == OptimizerOptions(optim="SGD")
+    assert str(OptimizerOptions(warmup_steps=10.0).warmup_steps) == "10"
+    assert OptimizerOptions(warmup_steps=0.1) == OptimizerOptions(warmup_ratio=0.1)

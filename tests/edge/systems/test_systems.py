@@ -9,14 +9,15 @@ from typing import Iterator, List
 
 import pytest
 import torch
-from support.scripted_cloud import WEIGHTS, ScriptedCloud, serving
+from support.scripted_cloud import ScriptedCloud, serving
 from support.tiny import make_tiny_model
 
 from sft.batch import Batch
 from sft.errors import ProtocolError
-from sft.models import Cut, Whole, build_whole
+from sft.models import Cut, Whole, build_net_2, build_whole
 from sft.models.weights import fill, pretrained_tensors
 from sft.optim.spec import OptimizerSpec, decay_groups, make_optimizer
+from sft.tensors.stream import in_memory, safetensors_chunks
 from sft.v1 import split_training_pb2 as pb
 from sft.wire.codec.elements import decode_tensor, encode_tensor
 from sft.wire.codec.messages import decode_activation
@@ -195,7 +196,7 @@ def test_the_request_says_all_that_the_cloud_must_know(source: Source) -> None:
     with split(source, weight_decay=0.01, momentum=0.9) as rig:
         (request,) = rig.cloud.requests
     assert request.protocol_version == PROTOCOL_VERSION
-    assert request.model_name == "tiny"
+    assert request.model_name == "", "of a directory nothing is told"
     assert json.loads(request.config_json)["num_hidden_layers"] == 3
     assert json.loads(request.config_json)["problem_type"] == "single_label_classification"
     assert (request.cut.mode, request.cut.split_layer, request.cut.split_rank) == (pb.MODE_SFT, 2, 4)
@@ -344,8 +345,13 @@ def test_every_byte_is_in_the_ledger(source: Source) -> None:
 
 def test_the_shards_are_both_halves(source: Source) -> None:
     with split(source) as rig:
+        with pytest.raises(ProtocolError, match="the file that the cloud sends begins with a header of"):
+            b"".join(rig.system.shards()[1].chunks)
+        net_2 = build_net_2(source.config, HEAD, Cut("sft", 2, 4))
+        fill(net_2, [], 0)
+        rig.cloud.weights = list(safetensors_chunks(in_memory(dict(net_2.whole_parameters()))))
         here, there = rig.system.shards()
-        assert b"".join(there.chunks) == b"".join(WEIGHTS)
+        assert b"".join(there.chunks) == b"".join(rig.cloud.weights)
         whole = build_whole(source.config, HEAD, Cut("sft", 2, 4))
         assert sorted(here.names + there.names) == sorted(whole.whole_names.values())
         assert "bert.encoder.layer.1.output.dense.ffn1.weight" in here.names

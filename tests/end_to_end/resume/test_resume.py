@@ -88,7 +88,6 @@ def test_another_run_is_refused_by_name(
         ({"split_rank": 2}, "--split-rank 4, now it is 2"),
         ({"mode": "sl"}, "--mode sft, now it is sl"),
         ({"seed": 8}, "--seed 7, now it is 8"),
-        ({"max_steps": 9}, "--max-steps 3, now it is 9"),
         ({"optim": "SGD"}, "--optim AdamW, now it is SGD"),
     ):
         capsys.readouterr()
@@ -97,6 +96,31 @@ def test_another_run_is_refused_by_name(
         assert line.startswith(f"{out / 'checkpoint-2'} was trained with {said}"), line
     assert run(max_steps=3, resume_from_checkpoint=True, max_train_samples=9) == 2
     assert steps_in(out) == [2]
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear"])
+def test_a_run_that_is_over_gets_more_steps(
+    run: Callable[..., int],
+    whole: Callable[..., Outcome],
+    clouds: Clouds,
+    out: Path,
+    capsys: pytest.CaptureFixture[str],
+    schedule: str,
+) -> None:
+    """With a schedule that does not know how long the run is, it ends with the bits of one that was so long at once."""
+    options = {"lr_scheduler_type": schedule, "mode": "local" if schedule == "linear" else "sft"}
+    assert run(max_steps=2, **options) == 0
+    capsys.readouterr()
+    assert run(resume_from_checkpoint=True, **options) == 0
+    told = capsys.readouterr().err
+    assert "it was to have 2 steps: learning rates are those of 7 from here on" in told
+    rates = [e["learning_rate"] for e in read_json(out / "trainer_state.json")["log_history"] if "learning_rate" in e]
+    if schedule == "constant":
+        Outcome(out, clouds.store).check_same(whole())
+    else:
+        assert rates == pytest.approx([1e-3, 5e-4, *(1e-3 * left / 7 for left in (5, 4, 3, 2, 1))])
+    assert run(max_steps=3, resume_from_checkpoint=True, **options) == 2
+    assert error_line(capsys.readouterr().err).startswith(f"{out / 'checkpoint-6'}: 6 steps are taken, and --max-steps")
 
 
 def test_a_checkpoint_that_is_not_there(run: Callable[..., int], out: Path, capsys: pytest.CaptureFixture[str]) -> None:

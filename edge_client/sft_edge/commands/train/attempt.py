@@ -14,7 +14,8 @@ import torch
 
 from sft.cli.devices import find_device
 from sft.cli.run import explained
-from sft.errors import LinkError, SessionLostError, SFTError, StorageError
+from sft.errors import LinkError, ProtocolError, SessionLostError, SFTError, StorageError
+from sft.tensors.stream import in_memory, safetensors_chunks
 from sft_edge.checkpoints import Checkpointing, Stopped
 from sft_edge.commands.train.job import Job, description_of
 from sft_edge.files import write_file, write_json
@@ -127,6 +128,8 @@ class Attempt:
             self._save_model(self.output_dir)
             is_saved = True
             return self._save_results(self.output_dir, evaluation)
+        except ProtocolError as error:  # who has the other half is not who it was, or does not mean well
+            raise ProtocolError(f"{error}{self._own_half()}") from error
         except LinkError:
             raise
         except Exception as error:
@@ -137,6 +140,14 @@ class Attempt:
                     raise told from error
                 where = f"the model was saved in {elsewhere} instead"
             raise type(told)(f"{told}; {where}") from error
+
+    def _own_half(self) -> str:
+        """Saves what is here of the model, and says where; says nothing where that cannot be."""
+        path = self.output_dir / "net_1.safetensors"
+        with contextlib.suppress(StorageError):
+            write_file(path, safetensors_chunks(in_memory(dict(self.system.own_parameters()))))
+            return f"; the edge's half of the model is in {path}"
+        return ""
 
     def _save_elsewhere(self, evaluation: Dict[str, float]) -> Optional[Path]:
         """In a temporary directory; None where that, on the same disk as a rule, does not take the model either."""
