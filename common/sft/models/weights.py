@@ -119,19 +119,23 @@ def factor_tensors(
 ) -> Tuple[List[StoredTensor], List[StoredTensor]]:
     """FFN-1 for the edge, and FFN-2 and FFN-3 (with its bias) for the cloud, under whole-model names (eq. 2).
 
-    W comes from the checkpoint, or from the seed without one. Both lists are empty for `sl`. A low-rank residual is
-    fitted to the `calibration` batches, which the undecomposed blocks up to the cut are run on here; UsageError without
-    any. This runs once, on the edge: the signs of singular vectors differ between machines.
+    W comes from the checkpoint, or from the seed without one. A checkpoint of a model that was cut here before has the
+    factors themselves, or their product, and nothing is decomposed anew. Both lists are empty for `sl`. A low-rank
+    residual is fitted to the `calibration` batches, which the undecomposed blocks up to the cut are run on here;
+    UsageError without any. This runs once, on the edge: the signs of singular vectors differ between machines.
     """
     if cut.mode != "sft":
         return [], []
+    name = ffn_out_name(config, head, cut.split_layer)
+    kept = None if checkpoint is None else _kept_factors(config, head, cut, checkpoint, name)
+    if kept is not None:
+        return kept
     moments = None
     if cut.residual == "low-rank":
         _check_calibration(calibration)
         lower = build_net_1(config, head, Cut("sl", cut.split_layer))
         fill(lower, pretrained_tensors(lower, checkpoint), seed)
         moments = output_moments(lower, cut.split_layer, calibration)
-    name = ffn_out_name(config, head, cut.split_layer)
     w = _original_layer(config, head, name, checkpoint, seed)
     return _factors(name, w, cut, moments)
 
@@ -153,6 +157,27 @@ def live_factors(
         moments = output_moments(lower, cut.split_layer, calibration)
     name, w = layer_to_cut(model, cut)
     return _factors(name, w, cut, moments)
+
+
+def _kept_factors(
+    config: PretrainedConfig, head: str, cut: Cut, checkpoint: PretrainedWeights, name: str
+) -> Optional[Tuple[List[StoredTensor], List[StoredTensor]]]:
+    """The factors of a layer that is decomposed in the checkpoint; None where it is not."""
+    whole = build_whole(config, head, cut)
+    prefix = whole.model.base_model_prefix
+    if checkpoint.shape_of(f"{name}.ffn1.weight", prefix) is not None:
+        wanted = {own: shape for own, shape in shapes(whole).items() if own.startswith(f"{name}.ffn")}
+        factors = checkpoint.tensors(wanted, prefix)
+        edge = [tensor for tensor in factors if tensor.name == f"{name}.ffn1.weight"]
+        return edge, [tensor for tensor in factors if tensor.name != f"{name}.ffn1.weight"]
+    if checkpoint.shape_of(f"{name}.dense.weight", prefix) is None:
+        return None
+    first, last = (whole.model.get_submodule(f"{name}.{factor}") for factor in ("ffn1", "ffn3"))
+    dense = nn.Linear(first.in_features, last.out_features, bias=last.bias is not None)
+    wanted = {f"{name}.dense.{own}": tuple(parameter.shape) for own, parameter in dense.named_parameters()}
+    for tensor in checkpoint.tensors(wanted, prefix):
+        dense.get_parameter(tensor.name.rpartition(".")[2]).data = tensor.read().to(torch.float32, copy=True)
+    return _factors(name, dense, cut, None)
 
 
 def _check_calibration(calibration: Sequence[Batch]) -> None:

@@ -129,7 +129,7 @@ class PretrainedWeights:
         files = f"neither {single_file(self._stem)} nor {index_file(self._stem)}"
         pickled = [path for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in sorted(self.directory.glob(kind))]
         if pickled:
-            return f"{pickled[0]}: pickled checkpoints, which can run code, are not read; {AS_SAFETENSORS}"
+            return f"{pickled[0]}: pickled checkpoints are not read, as they can run code; {AS_SAFETENSORS}"
         if (self.directory / "adapter_config.json").is_file():
             return f"{self.directory}: holds {files}, but adapters, which are not trained on; {MERGED}"
         if self.directory.parent.name == "snapshots":  # the hub's cache

@@ -22,7 +22,11 @@ NO_OWN_CODE = "models that bring code of their own are not supported; code besid
 
 def read_config(path: Path, overrides: Dict[str, Any]) -> PretrainedConfig:
     """A transformers configuration from its file. Raises CheckpointError, UnsupportedModelError."""
-    values = read_values(path)
+    return config_from(path, read_values(path), overrides)
+
+
+def config_from(path: Path, values: Dict[str, Any], overrides: Dict[str, Any]) -> PretrainedConfig:
+    """As `read_config`, of what was read there."""
     _check_known(path, values)
     with _blames(path):
         config = config_of(values, **overrides)

@@ -33,6 +33,9 @@ from sft_edge.tasks import Feature, Task, batches_of, make_task
 
 DESCRIPTION_FILE = "sft.json"
 
+DECOMPOSED = "decomposed"
+"""What the weight files of a decomposed model are called."""
+
 
 @dataclass(frozen=True)
 class Description:
@@ -61,7 +64,7 @@ class Description:
     @property
     def stem(self) -> str:
         """What the weight files are called."""
-        return "model" if self.cut is None else "decomposed"
+        return "model" if self.cut is None else DECOMPOSED
 
 
 class SavedModel(NamedTuple):
@@ -119,7 +122,7 @@ def try_saving(directory: Path, config: PretrainedConfig, tokenizer: Any, descri
 
 def _remove_model(directory: Path) -> None:
     """Deletes what makes a directory a model: old weights beside new ones could be taken for them."""
-    for stem in ("model", "decomposed"):
+    for stem in ("model", DECOMPOSED):
         parts = directory.glob(f"{stem}-?????-of-?????.safetensors")
         for path in (directory / DESCRIPTION_FILE, directory / index_file(stem), directory / single_file(stem), *parts):
             path.unlink(missing_ok=True)

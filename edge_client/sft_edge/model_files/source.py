@@ -9,10 +9,11 @@ from typing import Any, Dict, Optional
 from transformers import PretrainedConfig
 
 from sft.errors import CheckpointError, UsageError
-from sft.models import max_positions
+from sft.models import Cut, max_positions
 from sft.tensors.hub import find_model, is_hub_id
 from sft.tensors.pretrained import PretrainedWeights
-from sft_edge.model_files.config_file import check_plain_weights, read_config, read_values
+from sft_edge.model_files.config_file import check_plain_weights, config_from, read_config, read_values
+from sft_edge.model_files.kept import kept_of
 from sft_edge.model_files.tokenizer_file import check_vocabulary, read_tokenizer
 from sft_edge.options import ModelOptions
 
@@ -30,6 +31,8 @@ class Source:
     tokenizer: Any = None
     told_name: str = ""
     """What the cloud is told to look for, see `told_name`."""
+    cut: Optional[Cut] = None
+    """The decomposition that the checkpoint holds, of a run before; None where it has the library's layers."""
 
 
 def open_source(options: ModelOptions, config_overrides: Dict[str, Any]) -> Source:
@@ -59,11 +62,14 @@ def open_model(
         return Source("", read_config(from_config, config_overrides), None, told_name=told_name("", model_name))
     path = _find_config(str(model))
     directory = path.parent
-    check_plain_weights(path, read_values(path))
-    config = read_config(path, config_overrides)
+    kept = kept_of(path, read_values(path))
+    check_plain_weights(path, kept.values)
+    config = config_from(path, kept.values, config_overrides)
     name = Path(str(model)).resolve().name if Path(str(model)).is_dir() else str(model)
     told = told_name(str(model), model_name)
-    return Source(name if is_hub_id(name) else "", config, PretrainedWeights(directory), told_name=told)
+    return Source(
+        name if is_hub_id(name) else "", config, PretrainedWeights(directory, kept.stem), told_name=told, cut=kept.cut
+    )
 
 
 def values_of(options: ModelOptions) -> Dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Dict, List, Optional, Sequence, Tuple
 import torch
 
 from sft.batch import Batch
+from sft.errors import CutError
 from sft.models import Cut, Net1, Whole, build_net_1, build_net_2
 from sft.models.lora import LoraSpec, add_lora, lora_to_json
 from sft.models.weights import factor_tensors, fill, pretrained_tensors, shapes
@@ -76,6 +77,7 @@ def halve(
 
     Raises CutError, CheckpointError, UsageError.
     """
+    check_kept(source, cut)
     config, checkpoint = source.config, source.checkpoint
     net_1, net_2 = build_net_1(config, head, cut), build_net_2(config, head, cut)
     if freeze_edge:
@@ -111,11 +113,25 @@ def whole_tensors(
 
     Raises CheckpointError and UsageError.
     """
+    if cut is not None:
+        check_kept(source, cut)
     tensors = pretrained_tensors(net, source.checkpoint)
     if cut is not None:
         for factors in factor_tensors(source.config, net.head, cut, source.checkpoint, seed, calibration):
             tensors += factors
     return tensors
+
+
+def check_kept(source: Source, cut: Cut) -> None:
+    """Raises CutError where a model is decomposed already, and otherwise than this cut."""
+    kept = source.cut
+    if kept is not None and kept != cut:
+        layer, rank, residual = kept.split_layer, kept.split_rank, kept.residual
+        how = f"--mode sft --split-layer {layer} --split-rank {rank} --residual {residual}, or --mode local"
+        raise CutError(
+            f"this model is decomposed already, in block {layer} with rank {rank} and residual {residual}, and is "
+            f"trained on as it is: give {how if residual != 'full' else '--mode local'}"
+        )
 
 
 def optimizer_spec(options: OptimizerOptions, whole: Whole) -> OptimizerSpec:

@@ -18,20 +18,26 @@ from sft_edge.link import Link, retry_policy_of, transport_of
 from sft_edge.model_files import Source
 from sft_edge.options import CutOptions, LinkOptions, RunOptions
 from sft_edge.systems.cloud_process import CloudProcess
-from sft_edge.systems.halves import halve, optimizer_spec, whole_tensors
+from sft_edge.systems.halves import check_kept, halve, optimizer_spec, whole_tensors
 from sft_edge.systems.local import LocalSystem
 from sft_edge.systems.lora import half_lora, whole_lora
 from sft_edge.systems.split import open_split_system
 from sft_edge.systems.system import System
 
 
-def cut_of(options: CutOptions) -> Optional[Cut]:
-    """The cut that the options mean; None where the model stays in one piece."""
+def cut_of(options: CutOptions, source: Source) -> Optional[Cut]:
+    """The cut that the options mean for a model; None where it stays in one piece, as the library has it.
+
+    A model that is decomposed already is trained on as it is: in one process without being told where. Raises CutError
+    for another cut.
+    """
     if not options.is_cut:
-        return None
+        return source.cut
     mode = "sl" if options.mode == "sl" else "sft"
     rank = options.split_rank if mode == "sft" else 0
-    return Cut(mode, int(options.split_layer or 0), rank, options.residual)
+    cut = Cut(mode, int(options.split_layer or 0), rank, options.residual)
+    check_kept(source, cut)
+    return cut
 
 
 @contextmanager
@@ -57,7 +63,7 @@ def open_system(
     """
     if options.cut.freeze_edge and options.lora.on_edge:
         raise UsageError("--freeze-edge trains nothing of the edge's half: leave it out, or add --lora-half cloud")
-    cut, device = cut_of(options.cut), find_device(options.training.device)
+    cut, device = cut_of(options.cut, source), find_device(options.training.device)
     whole = build_whole(source.config, head, cut)
     if options.cut.mode == "local":
         adapters = whole_lora(options.lora, whole)

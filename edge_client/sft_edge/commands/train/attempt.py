@@ -102,7 +102,7 @@ class Attempt:
         return type(told)(f"{told}; {where}")
 
     def _results(self, evaluation: Dict[str, float]) -> Dict[str, Any]:
-        cut = cut_of(self.options.cut)
+        cut = cut_of(self.options.cut, self.job.source)
         return all_results(
             mode=self.options.cut.mode,
             split_layer=cut.split_layer if cut else None,

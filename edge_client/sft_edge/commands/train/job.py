@@ -32,7 +32,7 @@ class Job(NamedTuple):
 
 def description_of(options: RunOptions, job: Job) -> Description:
     """What the model that comes of it says of itself."""
-    task, source, cut = job.task, job.source, cut_of(options.cut)
+    task, source, cut = job.task, job.source, cut_of(options.cut, job.source)
     return Description(
         task=task.name,
         text_fields=list(task.text_fields),
@@ -44,7 +44,7 @@ def description_of(options: RunOptions, job: Job) -> Description:
         mode=options.cut.mode,
         split_layer=cut.split_layer if cut else None,
         split_rank=cut.split_rank or None if cut else None,
-        residual=options.cut.residual,
+        residual=cut.residual if cut else options.cut.residual,
     )
 
 

@@ -80,7 +80,7 @@ class TrainingRun:
 
     def _check_room(self, source: Source, task: Task) -> None:
         """Raises StorageError now where the disk could not hold the result hours later."""
-        whole = build_whole(source.config, task.head, cut_of(self.options.cut))
+        whole = build_whole(source.config, task.head, cut_of(self.options.cut, source))
         needed = sum(4 * math.prod(parameter.shape) for parameter in whole.parameters())
         check_room("--output-dir", self.output_dir, needed)
 
@@ -173,7 +173,7 @@ class TrainingRun:
 
     def _calibration(self, job: Job) -> List[Batch]:
         """The same for every system, so that all decompose alike."""
-        if self.options.cut.residual != "low-rank":
+        if self.options.cut.residual != "low-rank" or job.source.cut is not None:
             return []
         batch_size = self.options.training.per_device_train_batch_size
         return list(batches_of(job.task, job.features[:CALIBRATION_ROWS], batch_size))
