@@ -87,6 +87,7 @@ FROZEN = """
 --token-file
 --insecure false
 --labels cloud
+--wait 0s
 --connect-timeout 20s
 --reply-timeout 10m
 --reconnect-timeout 30m
