@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from support.jobs import read_json
+from support.jobs import error_line, read_json
 from support.tiny import make_tiny_model
 
 from sft_edge.cli import main
@@ -35,6 +35,17 @@ def test_the_table_has_a_row_for_every_system() -> None:
     cells = [[cell.strip() for cell in row if cell.strip()] for row in rows]
     assert ["local", "81.2", "-", "-", "1m23s", "300 MB"] in cells
     assert ["sft", "80.0", "12.1 kB", "48.0x", "1m23s", "300 MB"] in cells
+
+
+@pytest.mark.parametrize("theirs", ["notes.txt", "data/SST-2/test.tsv", "data/MRPC/train.tsv"])
+def test_what_no_demo_wrote_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str], theirs: str) -> None:
+    """Real data where the synthetic set would go, for one."""
+    (tmp_path / theirs).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / theirs).write_text("theirs")
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["demo", "--output-dir", str(tmp_path)]) == 2
+    assert "which no demo wrote; name another" in error_line(capsys.readouterr().err)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from sft.errors import UsageError
 from sft.printable import format_bytes, format_seconds
 from sft_edge.options import DemoOptions
 from sft_edge.tasks import write_synthetic
@@ -20,8 +21,12 @@ _MODES = {"local": "one process", "sl": "plain split learning", "sft": "split fi
 
 
 def demo(options: DemoOptions) -> int:
-    """Writes the data, trains, and prints one table. Returns the exit code: 0, or that of the run that failed."""
+    """Writes the data, trains, and prints one table. Returns the exit code: 0, or that of the run that failed.
+
+    Raises UsageError where the directory holds what no demo wrote.
+    """
     console = Console()
+    _check_ours(options.output_dir)
     data_dir = options.output_dir / "data"
     write_synthetic(data_dir, options.seed)
     console.print(f"wrote a synthetic text set to {data_dir}", highlight=False)
@@ -36,6 +41,13 @@ def demo(options: DemoOptions) -> int:
     example = 'sft-edge predict --model {} --text "the plot is not bad at all"'.format(options.output_dir / "sft")
     console.print(f"ask the trained model: {example}", highlight=False, soft_wrap=True)
     return 0
+
+
+def _check_ours(output_dir: Path) -> None:
+    for place, names in {".": {"data", *_MODES}, "data": {"SST-2"}, "data/SST-2": {"train.tsv", "dev.tsv"}}.items():
+        for path in (output_dir / place).glob("*"):
+            if path.name not in names:
+                raise UsageError(f"--output-dir {output_dir} holds {path}, which no demo wrote; name another")
 
 
 def comparison(results: Dict[str, Dict[str, Any]]) -> Table:

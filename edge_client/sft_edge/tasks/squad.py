@@ -49,14 +49,9 @@ class SquadTask(Task):
         if not rows:
             raise DataError(wrong[0] if wrong else f"{path}: holds no questions")
         if wrong:
-            logger.warning(
-                "%s: passed over %d of %d questions, none of whose answers is where it says; %d more have others (%s)",
-                path,
-                len(questions) - len(rows),
-                len(questions),
-                len(wrong) - len(questions) + len(rows),
-                wrong[0].replace(f"{path}: ", ""),
-            )
+            lost, first = len(questions) - len(rows), wrong[0].replace(f"{path}: ", "")
+            beside = f", and one answer or more of {len(wrong) - lost} others" if len(wrong) > lost else ""
+            logger.warning("%s: passed over %d of %d questions%s: %s", path, lost, len(questions), beside, first)
         return rows
 
     def read_inputs(self, path: Path) -> List[Row]:

@@ -105,8 +105,8 @@ def test_answers_that_are_not_where_they_say_are_passed_over(tmp_path: Path, cap
     rows = make_task("squad", tmp_path).read("validation")
     assert [(row.id, len(row.answers)) for row in rows] == [("q1", 1), ("q3", 1)]
     assert caplog.messages == [
-        f"{path}: passed over 1 of 3 questions, none of whose answers is where it says; 1 more have others "
-        "(question 'q2': answer_start -1 is outside the context)"
+        f"{path}: passed over 1 of 3 questions, and one answer or more of 1 others: question 'q2': answer_start -1 is "
+        "outside the context"
     ]
 
 
