@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import grpc
 
+from sft.wire.protocol import INSTANCE_KEY
 from sft_cloud.identity import Identity
 from sft_cloud.rpc.handlers import Handler, around
 from sft_cloud.rpc.status_codes import ends_call
@@ -40,6 +42,7 @@ class CallInterceptor(grpc.ServerInterceptor):
 
     def __init__(self, identify: Identify) -> None:
         self._identify = identify
+        self._ends_with = ((INSTANCE_KEY, secrets.token_hex(8)),)
 
     def intercept_service(
         self,
@@ -52,5 +55,6 @@ class CallInterceptor(grpc.ServerInterceptor):
 
     @contextmanager
     def _call(self, context: grpc.ServicerContext) -> Iterator[Call]:
+        context.set_trailing_metadata(self._ends_with)
         with ends_call(context):
             yield Call(context, self._identify)

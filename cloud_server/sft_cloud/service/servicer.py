@@ -122,6 +122,9 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
         """See the .proto."""
         caller = context.caller
         first = next(request_iterator, None)
+        if first is not None and first.WhichOneof("body") == "probe":
+            yield from self._probes(first, request_iterator, context)
+            return
         if first is None or first.WhichOneof("body") != "attach":
             raise PreconditionError("the first message of a stream must be an attach")
         stream = StreamHandle(context.cancel)
@@ -182,6 +185,15 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
         checked.CopyFrom(request)
         checked.only_check = True
         return self._engine.open("", checked, caller).missing_blobs
+
+    def _probes(
+        self, message: pb.EdgeMessage | None, request_iterator: Iterator[pb.EdgeMessage], context: Call
+    ) -> Iterator[pb.CloudMessage]:
+        while message is not None:
+            if message.WhichOneof("body") != "probe":
+                raise PreconditionError("a stream that begins with a probe has no session")
+            yield pb.CloudMessage(probed=self._status.probe(message.probe))
+            message = self._wait_for_message(request_iterator, context)
 
     def _wait_for_message(self, request_iterator: Iterator[pb.EdgeMessage], context: Call) -> pb.EdgeMessage | None:
         self._idle.add(context)

@@ -106,7 +106,7 @@ class Session:
         body = message.WhichOneof("body") or ""
         if self.state is State.FAILED:
             raise PreconditionError("an earlier message of this session failed half-way; open a new session")
-        if body in ("attach", "close"):
+        if body in ("attach", "probe", "close"):
             raise PreconditionError("the first message of a stream, and no other, must be an attach")
         commits = message.HasField("commit")
         if commits:

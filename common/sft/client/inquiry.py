@@ -5,24 +5,32 @@ For `sft-cloud status` and `sft-edge doctor`; nothing of gRPC is seen outside th
 
 from __future__ import annotations
 
+import queue
 import threading
 import time
-from typing import NamedTuple, Optional, cast
+from typing import Any, Iterator, NamedTuple, Optional, Set, Tuple, cast
 
 import grpc
 
 from sft.client.address import split_address
 from sft.client.credentials import PLAINTEXT, Credentials
 from sft.client.handshake import why_no_handshake
-from sft.client.refusal import not_ours, refusal
+from sft.client.refusal import not_ours, proxy_refusal, refusal
 from sft.errors import AccessError, LinkError, ProtocolError, ServerUnavailableError
 from sft.printable import finite, said, tidied
 from sft.v1 import split_training_pb2 as pb
 from sft.v1.split_training_pb2_grpc import SplitTrainingStub
-from sft.wire.protocol import HEALTH_WATCH
+from sft.wire.protocol import INSTANCE_KEY
 
-_EVERYTHING = b""
-"""A HealthCheckRequest that asks for the server as a whole, serialized."""
+PIECE_BYTES = 64 << 10
+"""Of a message on a stream that is tried out."""
+
+
+def instances_of(call: Any) -> Iterator[str]:
+    """Which server has ended a call; nothing where it does not say, or nobody has."""
+    for key, value in call.trailing_metadata() or ():
+        if key == INSTANCE_KEY:
+            yield said(str(value))[:64]
 
 
 class Probed(NamedTuple):
@@ -46,13 +54,13 @@ class Inquiry:
         self._address = address
         self._timeout_seconds = timeout_seconds
         self._credentials = credentials
+        self.instances: Set[str] = set()
+        """Of the servers that have answered, as far as they say who they are."""
 
     def status(self) -> pb.StatusResponse:
         """What the server is, and what it does for us, `tidied`. Raises LinkError and its classes."""
         try:
-            response: pb.StatusResponse = self._stub.Status(
-                pb.StatusRequest(), timeout=self._timeout_seconds, metadata=self._credentials.metadata()
-            )
+            response: pb.StatusResponse = self._ask(self._stub.Status, pb.StatusRequest())
         except grpc.RpcError as error:
             raise self._error(error) from error
         return cast(pb.StatusResponse, tidied(response))
@@ -62,9 +70,7 @@ class Inquiry:
         request = pb.ProbeRequest(data=bytes(sent_bytes), reply_bytes=received_bytes)
         began, began_unix = time.perf_counter(), time.time()
         try:
-            response: pb.ProbeResponse = self._stub.Probe(
-                request, timeout=self._timeout_seconds, metadata=self._credentials.metadata()
-            )
+            response: pb.ProbeResponse = self._ask(self._stub.Probe, request)
         except grpc.RpcError as error:
             raise self._error(error) from error
         seconds = time.perf_counter() - began
@@ -77,28 +83,60 @@ class Inquiry:
             clock_ahead_seconds=finite(response.unix_seconds) - (began_unix + seconds / 2),
         )
 
-    def wait_idle(self, seconds: float) -> Optional[str]:
-        """Keeps a stream open that carries nothing but gRPC's keepalive; says why it ended before the time was over.
+    def keep_stream(self, sent_bytes: int, idle_seconds: float) -> Optional[Tuple[str, str]]:
+        """Opens a stream as a run does, sends so many bytes by it, leaves it alone for so long, and uses it again.
 
-        None when it did not. Raises ProtocolError where the server offers no such stream.
+        None where that went well; otherwise where it ended, `carried`, `kept` or `used`, and what gRPC says of it.
+        Raises ProtocolError where the server has no stream for that.
         """
-        open_watch: grpc.UnaryStreamMultiCallable[bytes, bytes] = self._channel.unary_stream(HEALTH_WATCH)
-        watch = open_watch(_EVERYTHING, metadata=self._credentials.metadata())
+        outgoing: queue.SimpleQueue[Optional[pb.EdgeMessage]] = queue.SimpleQueue()
+        stream = self._stub.Train(iter(outgoing.get, None), metadata=self._credentials.metadata())
         ended = threading.Event()
-        if not watch.add_callback(ended.set):
+        if not stream.add_callback(ended.set):
             ended.set()  # it is over already
+        where = "carried"
+
+        def ask(size: int) -> None:
+            late = threading.Timer(self._timeout_seconds, stream.cancel)
+            late.daemon = True
+            late.start()
+            try:
+                outgoing.put(pb.EdgeMessage(probe=pb.ProbeRequest(data=bytes(size))))
+                next(stream)
+            finally:
+                late.cancel()
+
         try:
-            if not ended.wait(seconds):
-                return None
-            code = watch.code()
-            if code is grpc.StatusCode.UNIMPLEMENTED:
-                raise ProtocolError(f"{self._address} does not offer a stream to watch")
-            return f"{code.name}: {said(watch.details() or '')}"
+            for _ in range(max(1, sent_bytes // PIECE_BYTES)):
+                ask(PIECE_BYTES if sent_bytes else 0)
+            where = "kept"
+            if ended.wait(idle_seconds):
+                next(stream)
+            where = "used"
+            ask(0)
+        except grpc.RpcError as error:
+            code, details = error.code(), said(error.details() or "")
+            refused = (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.INVALID_ARGUMENT)
+            if code in (*refused, grpc.StatusCode.UNIMPLEMENTED) and not proxy_refusal(details, self._address):
+                raise ProtocolError(f"{self._address} has no stream to probe: an older release") from error
+            return where, f"{code.name}: {details}"
+        except StopIteration:
+            return where, "it was ended in order"
         finally:
-            watch.cancel()
+            outgoing.put(None)
+            stream.cancel()
+        return None
+
+    def _ask(self, method: Any, request: Any) -> Any:
+        response, call = method.with_call(request, timeout=self._timeout_seconds, metadata=self._credentials.metadata())
+        self.instances.update(instances_of(call))
+        return response
 
     def _error(self, error: grpc.RpcError) -> LinkError:
         code, details = error.code(), said(error.details() or "")
+        of_proxy = proxy_refusal(details, self._address)
+        if of_proxy is not None:
+            return of_proxy
         if code is grpc.StatusCode.UNIMPLEMENTED:  # the methods asked here came later than others
             return ProtocolError(f"{not_ours(self._address)}, or one of an old release")
         if code is grpc.StatusCode.UNAVAILABLE:

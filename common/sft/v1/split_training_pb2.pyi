@@ -346,7 +346,7 @@ class Commit(_message.Message):
     def __init__(self, step: _Optional[int] = ..., learning_rates: _Optional[_Iterable[float]] = ..., clip_scale: _Optional[float] = ..., group_arguments: _Optional[_Iterable[_Union[GroupArguments, _Mapping]]] = ..., keep_gradients: bool = ...) -> None: ...
 
 class EdgeMessage(_message.Message):
-    __slots__ = ("step", "micro_batch", "weights", "commit", "gradient_scale", "attach", "forward", "backward", "evaluate", "load_state", "save_checkpoint", "keep_checkpoints", "close", "number", "answered", "trace_parent")
+    __slots__ = ("step", "micro_batch", "weights", "commit", "gradient_scale", "attach", "forward", "backward", "evaluate", "load_state", "save_checkpoint", "keep_checkpoints", "close", "probe", "number", "answered", "trace_parent")
     STEP_FIELD_NUMBER: _ClassVar[int]
     MICRO_BATCH_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
@@ -360,6 +360,7 @@ class EdgeMessage(_message.Message):
     SAVE_CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     KEEP_CHECKPOINTS_FIELD_NUMBER: _ClassVar[int]
     CLOSE_FIELD_NUMBER: _ClassVar[int]
+    PROBE_FIELD_NUMBER: _ClassVar[int]
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     ANSWERED_FIELD_NUMBER: _ClassVar[int]
     TRACE_PARENT_FIELD_NUMBER: _ClassVar[int]
@@ -376,10 +377,11 @@ class EdgeMessage(_message.Message):
     save_checkpoint: SaveCheckpoint
     keep_checkpoints: KeepCheckpoints
     close: Close
+    probe: ProbeRequest
     number: int
     answered: int
     trace_parent: str
-    def __init__(self, step: _Optional[int] = ..., micro_batch: _Optional[int] = ..., weights: _Optional[_Iterable[_Union[Weight, _Mapping]]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., gradient_scale: _Optional[float] = ..., attach: _Optional[_Union[Attach, _Mapping]] = ..., forward: _Optional[_Union[Forward, _Mapping]] = ..., backward: _Optional[_Union[Backward, _Mapping]] = ..., evaluate: _Optional[_Union[Evaluate, _Mapping]] = ..., load_state: _Optional[_Union[LoadState, _Mapping]] = ..., save_checkpoint: _Optional[_Union[SaveCheckpoint, _Mapping]] = ..., keep_checkpoints: _Optional[_Union[KeepCheckpoints, _Mapping]] = ..., close: _Optional[_Union[Close, _Mapping]] = ..., number: _Optional[int] = ..., answered: _Optional[int] = ..., trace_parent: _Optional[str] = ...) -> None: ...
+    def __init__(self, step: _Optional[int] = ..., micro_batch: _Optional[int] = ..., weights: _Optional[_Iterable[_Union[Weight, _Mapping]]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., gradient_scale: _Optional[float] = ..., attach: _Optional[_Union[Attach, _Mapping]] = ..., forward: _Optional[_Union[Forward, _Mapping]] = ..., backward: _Optional[_Union[Backward, _Mapping]] = ..., evaluate: _Optional[_Union[Evaluate, _Mapping]] = ..., load_state: _Optional[_Union[LoadState, _Mapping]] = ..., save_checkpoint: _Optional[_Union[SaveCheckpoint, _Mapping]] = ..., keep_checkpoints: _Optional[_Union[KeepCheckpoints, _Mapping]] = ..., close: _Optional[_Union[Close, _Mapping]] = ..., probe: _Optional[_Union[ProbeRequest, _Mapping]] = ..., number: _Optional[int] = ..., answered: _Optional[int] = ..., trace_parent: _Optional[str] = ...) -> None: ...
 
 class Attached(_message.Message):
     __slots__ = ("next_step", "last_number")
@@ -442,7 +444,7 @@ class Committed(_message.Message):
     def __init__(self, next_step: _Optional[int] = ..., squared_gradient_norm: _Optional[float] = ...) -> None: ...
 
 class CloudMessage(_message.Message):
-    __slots__ = ("step", "micro_batch", "cloud_seconds", "attached", "result", "evaluation", "committed", "outputs", "checkpoint_saved", "step_skipped", "number", "stopping")
+    __slots__ = ("step", "micro_batch", "cloud_seconds", "attached", "result", "evaluation", "committed", "outputs", "checkpoint_saved", "step_skipped", "probed", "number", "stopping")
     STEP_FIELD_NUMBER: _ClassVar[int]
     MICRO_BATCH_FIELD_NUMBER: _ClassVar[int]
     CLOUD_SECONDS_FIELD_NUMBER: _ClassVar[int]
@@ -453,6 +455,7 @@ class CloudMessage(_message.Message):
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_SAVED_FIELD_NUMBER: _ClassVar[int]
     STEP_SKIPPED_FIELD_NUMBER: _ClassVar[int]
+    PROBED_FIELD_NUMBER: _ClassVar[int]
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     STOPPING_FIELD_NUMBER: _ClassVar[int]
     step: int
@@ -465,9 +468,10 @@ class CloudMessage(_message.Message):
     outputs: Outputs
     checkpoint_saved: CheckpointSaved
     step_skipped: StepSkipped
+    probed: ProbeResponse
     number: int
     stopping: bool
-    def __init__(self, step: _Optional[int] = ..., micro_batch: _Optional[int] = ..., cloud_seconds: _Optional[float] = ..., attached: _Optional[_Union[Attached, _Mapping]] = ..., result: _Optional[_Union[Result, _Mapping]] = ..., evaluation: _Optional[_Union[Evaluation, _Mapping]] = ..., committed: _Optional[_Union[Committed, _Mapping]] = ..., outputs: _Optional[_Union[Outputs, _Mapping]] = ..., checkpoint_saved: _Optional[_Union[CheckpointSaved, _Mapping]] = ..., step_skipped: _Optional[_Union[StepSkipped, _Mapping]] = ..., number: _Optional[int] = ..., stopping: bool = ...) -> None: ...
+    def __init__(self, step: _Optional[int] = ..., micro_batch: _Optional[int] = ..., cloud_seconds: _Optional[float] = ..., attached: _Optional[_Union[Attached, _Mapping]] = ..., result: _Optional[_Union[Result, _Mapping]] = ..., evaluation: _Optional[_Union[Evaluation, _Mapping]] = ..., committed: _Optional[_Union[Committed, _Mapping]] = ..., outputs: _Optional[_Union[Outputs, _Mapping]] = ..., checkpoint_saved: _Optional[_Union[CheckpointSaved, _Mapping]] = ..., step_skipped: _Optional[_Union[StepSkipped, _Mapping]] = ..., probed: _Optional[_Union[ProbeResponse, _Mapping]] = ..., number: _Optional[int] = ..., stopping: bool = ...) -> None: ...
 
 class StatusRequest(_message.Message):
     __slots__ = ()

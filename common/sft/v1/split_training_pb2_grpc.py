@@ -66,7 +66,8 @@ class SplitTrainingServicer(object):
 
     def Train(self, request_iterator, context):
         """Trains and evaluates. The first message attaches the stream to a session, in the place of the stream that had it
-        before. The session outlives the stream for a while, so that another stream can go on.
+        before. The session outlives the stream for a while, so that another stream can go on. A stream that begins with a
+        probe has no session, and carries probes alone: what the way does to a stream can be seen before a run.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -17,6 +17,10 @@ HEALTH_CHECK = "/grpc.health.v1.Health/Check"
 HEALTH_WATCH = "/grpc.health.v1.Health/Watch"
 """Literally: what both sides share does without grpcio-health-checking."""
 
+INSTANCE_KEY = "sft-instance"
+"""Of the metadata that ends a call: which server answered, as behind one address there may be several. Drawn when it
+starts."""
+
 MAX_MESSAGE_BYTES = 256 << 20
 """Largest message either side accepts: a full-width activation of 128 x 512 tokens x 1024 floats."""
 

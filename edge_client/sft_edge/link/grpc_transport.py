@@ -21,7 +21,7 @@ import socket
 import threading
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Callable, Iterator, List, NamedTuple, Optional, Tuple, Type
+from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Tuple, Type
 
 import grpc
 
@@ -29,12 +29,13 @@ from sft.client.address import split_address
 from sft.client.channel import open_channel
 from sft.client.credentials import PLAINTEXT, Credentials
 from sft.client.handshake import why_no_handshake
-from sft.client.inquiry import Inquiry
-from sft.client.refusal import not_ours, refusal
+from sft.client.inquiry import Inquiry, instances_of
+from sft.client.refusal import not_ours, proxy_refusal, refusal
 from sft.errors import (
     AccessError,
     LinkError,
     NotOursError,
+    ProtocolError,
     ServerUnavailableError,
     SessionLostError,
     SFTError,
@@ -43,13 +44,16 @@ from sft.errors import (
 from sft.printable import said
 from sft.v1 import split_training_pb2 as pb
 from sft.v1.split_training_pb2_grpc import SplitTrainingStub
-from sft.wire.protocol import CLIENT_OPTIONS, TRAIN
+from sft.wire.protocol import CLIENT_OPTIONS, MAX_PROBE_BYTES, TRAIN
 from sft_edge.link.tracing import edge_tracer, traced
-from sft_edge.link.transport import Stream, Transport
+from sft_edge.link.transport import SEVERAL_SERVERS, Stream, Transport
 from sft_edge.options import LinkOptions
 
 OPEN_TIMEOUT_SECONDS = 600.0
 """For OpenSession: the cloud may have to fetch a model from the hub first."""
+
+_LOOKS, _LOOK_SECONDS = 8, 5.0
+"""How often to ask who answers, where calls may reach different servers, and how long to wait for each answer."""
 
 STALL_TIMEOUT_SECONDS = 120.0
 """For one chunk of an upload or download. A whole file may take as long as the link needs."""
@@ -90,6 +94,7 @@ class GrpcTransport(Transport):
         self._keepalive = keepalive
         self._channel = self._dial()
         self._is_closed = False
+        self._answered: List[str] = []  # which servers, each time that it was another than before
 
     def _dial(self) -> grpc.Channel:
         options: List[Tuple[str, int]] = [
@@ -108,11 +113,13 @@ class GrpcTransport(Transport):
     def open_session(self, request: pb.OpenSessionRequest) -> pb.OpenSessionResponse:
         """See Transport. Fails at once when nobody listens, and within the connect time-out when the peer is silent."""
         try:
-            response: pb.OpenSessionResponse = self._stub.OpenSession(
+            response: pb.OpenSessionResponse
+            response, call = self._stub.OpenSession.with_call(
                 request, timeout=self._open_timeout_seconds, metadata=self._credentials.metadata()
             )
         except grpc.RpcError as error:
             raise self._opening_error(error) from error
+        self._note(call)
         return response
 
     def upload(self, sha256: str, total_bytes: int, chunks: Iterator[bytes]) -> None:
@@ -136,6 +143,7 @@ class GrpcTransport(Transport):
             guard.watch(call.cancel)
             try:
                 call.result()
+                self._note(call)
             except (grpc.RpcError, grpc.FutureCancelledError) as error:
                 if not failure:
                     raise self._error(call, guard.stalled) from error
@@ -168,6 +176,60 @@ class GrpcTransport(Transport):
         """For questions about the cloud and the way to it, by the same connection; it is closed with this."""
         return Inquiry(self._channel, self._address, timeout_seconds, self._credentials)
 
+    def check_session(self, session_id: str) -> None:
+        """See Transport."""
+        try:
+            status = self._ask_status()
+        except (grpc.RpcError, ValueError):  # the latter where another thread renews the way
+            return
+        is_there = any(session_id.startswith(session.label) for session in status.sessions)
+        if (status.caller and not is_there) or self._takes_turns():
+            raise self._not_there("there is no such session on this server; it has ended")
+
+    def check_carries(self, total_bytes: int) -> None:
+        """See Transport."""
+        request = pb.ProbeRequest(data=bytes(min(total_bytes, MAX_PROBE_BYTES)))
+        try:
+            self._stub.Probe(request, timeout=self._stall_timeout_seconds, metadata=self._credentials.metadata())
+        except grpc.RpcError as error:
+            refused = proxy_refusal(said(error.details() or ""), self._address)
+            if isinstance(refused, ProtocolError):
+                raise refused from error
+        except ValueError:  # another thread renews the way
+            return
+
+    def _not_there(self, details: str) -> LinkError:
+        if self.several_servers():
+            return ProtocolError(f"{self._address}: {SEVERAL_SERVERS}")
+        return SessionLostError(f"{self._address}: {details}")
+
+    def _ask_status(self) -> pb.StatusResponse:
+        status: pb.StatusResponse
+        status, call = self._stub.Status.with_call(
+            pb.StatusRequest(), timeout=_LOOK_SECONDS, metadata=self._credentials.metadata()
+        )
+        self._note(call)
+        return status
+
+    def several_servers(self) -> bool:
+        """See Transport. A server that was started anew is another one from then on; here one comes back."""
+        for _ in range(_LOOKS):
+            if self._takes_turns():
+                return True
+            try:
+                self._ask_status()
+            except (grpc.RpcError, ValueError):
+                return False
+        return self._takes_turns()
+
+    def _takes_turns(self) -> bool:
+        return len(self._answered) > len(set(self._answered))
+
+    def _note(self, call: Any) -> None:
+        for instance in instances_of(call):
+            if self._answered[-1:] != [instance]:
+                self._answered.append(instance)
+
     def renew(self) -> None:
         """See Transport."""
         before = self._channel
@@ -183,6 +245,9 @@ class GrpcTransport(Transport):
 
     def _opening_error(self, error: grpc.RpcError) -> LinkError:
         code, details = error.code(), said(error.details() or "")
+        of_proxy = proxy_refusal(details, self._address)
+        if of_proxy is not None:
+            return of_proxy
         if code == grpc.StatusCode.UNAVAILABLE:
             reason = self._why_not_reachable()
             if reason is not None:
@@ -201,11 +266,13 @@ class GrpcTransport(Transport):
             grpc.StatusCode.UNKNOWN,
         ):
             return StreamBrokenError(f"{self._address} opens no session now: {details}")
+        if code == grpc.StatusCode.NOT_FOUND:
+            return SessionLostError(f"{self._address}: {details}")
         if code == grpc.StatusCode.DEADLINE_EXCEEDED:
             return ServerUnavailableError(
                 f"{self._address} did not open a session within {self._open_timeout_seconds:g} s: see the server's log"
             )
-        return self._refusal(code, details) or LinkError(
+        return refusal(code, details, self._address, self._credentials) or LinkError(
             f"{self._address} could not open a session ({code.name}: {details}): see the server's log"
         )
 
@@ -215,14 +282,12 @@ class GrpcTransport(Transport):
             return StreamBrokenError(
                 f"nothing moved between here and {self._address} for {self._stall_timeout_seconds:g} s"
             )
-        return self._refusal(code, details) or StreamBrokenError(
+        self._note(call)
+        if code == grpc.StatusCode.NOT_FOUND:
+            return self._not_there(details)
+        return refusal(code, details, self._address, self._credentials) or StreamBrokenError(
             f"the link to {self._address} broke ({code.name}: {details})"
         )
-
-    def _refusal(self, code: grpc.StatusCode, details: str) -> Optional[LinkError]:
-        if code == grpc.StatusCode.NOT_FOUND:
-            return SessionLostError(f"{self._address}: {details}")
-        return refusal(code, details, self._address, self._credentials)
 
     def _why_not_reachable(self) -> Optional[str]:
         """Why no TCP connection can be made, in the operating system's words; None when one can."""

@@ -15,7 +15,7 @@ from sft_edge.link.reliable_stream import BREAK_TIMEOUT_SECONDS, TRANSIENT, Coun
 from sft_edge.link.replies import Blob, PendingReply, Reply
 from sft_edge.link.retries import Retries, RetryPolicy
 from sft_edge.link.tracing import StepSpans, edge_tracer
-from sft_edge.link.transport import Transport
+from sft_edge.link.transport import SEVERAL_SERVERS, Transport
 from sft_edge.signals import interrupts_deferred
 
 __all__ = ["Blob", "Link", "PendingReply", "Reply"]
@@ -114,6 +114,8 @@ class Link:
                 blob = self._blobs[sha256]
                 self._transport.upload(sha256, blob.total_bytes, blob.chunks())
             response = self._transport.open_session(self._request)
+        if response.missing_blobs and self._transport.several_servers():
+            raise ProtocolError(f"what was uploaded is missing again: {SEVERAL_SERVERS}")
         if response.missing_blobs or not response.session_id:
             raise ProtocolError("the cloud neither opened a session nor said what it lacks")
         check_opened(response, {offered.step for offered in self._request.resume_from} or {0})

@@ -10,6 +10,7 @@ the first message, after a DataLoader has forked the workers of the first epoch.
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 from contextlib import suppress
@@ -31,6 +32,7 @@ from sft.v1 import split_training_pb2 as pb
 from sft.wire.ledger import Traffic, framed_size
 from sft.wire.protocol import MAX_UNANSWERED
 from sft_edge.link.answers import check_answer
+from sft_edge.link.cuts import Cuts
 from sft_edge.link.replies import PendingReply, Sent, Unanswered
 from sft_edge.link.retries import Retries, RetryPolicy, Wake
 from sft_edge.link.transport import Stream, Transport
@@ -45,6 +47,8 @@ _JOIN_SECONDS = 0.1
 
 TRANSIENT = (StreamBrokenError, ServerUnavailableError, ServerFullError, StaleAccessError)
 """After these another stream may go on."""
+
+_log = logging.getLogger(__name__)
 
 _CLOSE = pb.EdgeMessage(close=pb.Close()).SerializeToString()
 
@@ -83,7 +87,11 @@ class ReliableStream:
         self._reader: Optional[threading.Thread] = None
         self._watch = threading.Timer(0.0, lambda: None)  # for the answer to the attach of the stream that is open now
         self._why: Optional[LinkError] = None  # the stream was broken off here
+        self._cuts = Cuts()
+        self._is_attached = False  # the stream that is open now
+        self._opened_at = 0.0  # the stream that is open now
         self._lock = threading.Lock()  # guards what follows
+        self._sent_bytes = 0  # by that stream
         self._unanswered = Unanswered()
         self._flows = False  # whether messages go to the stream, or wait for the next
         self._failure: Optional[LinkError] = None
@@ -126,6 +134,7 @@ class ReliableStream:
             self._total += sent
             if self._flows:
                 self._outgoing.put(data)
+                self._sent_bytes += len(data)
         return pending
 
     def make_room(self) -> None:
@@ -191,6 +200,8 @@ class ReliableStream:
             outgoing.put(data)
             self._total += Traffic(bytes_sent=framed_size(len(data)))
             self._outgoing, self._flows = outgoing, flows
+            self._sent_bytes, self._opened_at = len(data), self._policy.clock()
+        self._is_attached = False
         stream = self._stream = self._transport.stream(iter(outgoing.get, None))
         self._watch = threading.Timer(self._policy.attach_timeout_seconds, self._not_attached, [stream])
         self._watch.daemon = True
@@ -215,6 +226,13 @@ class ReliableStream:
                 if self._is_over:
                     error = SessionLostError("the link is closed")
                     break
+                if isinstance(broken, StreamBrokenError) and not self._is_attached:
+                    self._transport.check_session(self._session_id)
+                alike = self._cuts.note(self._sent_bytes, self._policy.clock() - self._opened_at)
+                if alike and self._retries.tries:
+                    self._transport.check_carries(self._sent_bytes)
+                if alike:
+                    _log.warning("%s", alike)
                 self._retries.after(broken)
                 self.counts.reconnects += 1
                 self._transport.renew()
@@ -251,6 +269,7 @@ class ReliableStream:
         self.stopping = message.stopping
         received = Traffic(payload_bytes_received=_payload_bytes(message), bytes_received=framed_size(len(data)))
         if message.HasField("attached"):
+            self._is_attached = True
             self._watch.cancel()
         with self._lock:
             self._total += received
@@ -270,6 +289,7 @@ class ReliableStream:
             return  # the first stream of the session: they are on their way
         for data in missing:
             self._outgoing.put(data)
+            self._sent_bytes += len(data)
             self._total += Traffic(bytes_sent=framed_size(len(data)))
         self.counts.sent_again += len(missing)
         self._flows = True

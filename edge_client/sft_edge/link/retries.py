@@ -85,16 +85,17 @@ class Retries:
         self._on_status = on_status
         self._is_waiting = wait_seconds is not None
         self.timeout_seconds = policy.reconnect_timeout_seconds if wait_seconds is None else wait_seconds
-        self._tries = 0
+        self.tries = 0
+        """Since something last went well."""
         self.reset()
 
     def reset(self) -> None:
         """It goes well again."""
-        if self._tries:
+        if self.tries:
             self._on_status("")
         self._delays = self._policy.delays()
         self._since: Dict[bool, float] = {}  # files that may be renewed have a time of their own
-        self._tries = 0
+        self.tries = 0
 
     def after(self, error: LinkError) -> None:
         """Waits until it is time to try again.
@@ -111,12 +112,12 @@ class Retries:
             raise given_up(str(error)) from error
         left = self._since.setdefault(is_stale, now) + timeout - now
         if left <= 0:
-            raise given_up(f"{error}; {self._tries} tries in {Duration(timeout)} did not help") from error
-        self._tries += 1
+            raise given_up(f"{error}; {self.tries} tries in {Duration(timeout)} did not help") from error
+        self.tries += 1
         delay = min(next(self._delays), left)
         if not self._is_waiting:
-            self._on_status(f"{error}; try {self._tries} in {Duration(round(delay, 1))}")
-        elif self._tries == 1:
+            self._on_status(f"{error}; try {self.tries} in {Duration(round(delay, 1))}")
+        elif self.tries == 1:
             self._on_status(f"{error}; waiting for it for up to {Duration(timeout)}")
         if policy.wait(self._wake, delay):
             raise SessionLostError("the link is closed") from error

@@ -11,6 +11,11 @@ from typing import Iterator
 
 from sft.v1 import split_training_pb2 as pb
 
+SEVERAL_SERVERS = (
+    "calls reach different servers, and a session lives in one: give each server an address of its own, or have the "
+    "proxy keep an edge on one (docs/proxies.md)"
+)
+
 
 class Stream(ABC):
     """The cloud's side of an open training stream: iterate for serialized `CloudMessage`s, in the order sent.
@@ -67,6 +72,21 @@ class Transport(ABC):
         `offset`: so many of its first bytes are left out. Raises StreamBrokenError when the way broke; it may be tried
         again.
         """
+
+    def check_session(self, session_id: str) -> None:
+        """After a stream that broke before it had the session: there are proxies that lose why. Raises SessionLostError
+        where the cloud says that it has no such session; nothing where it does not answer."""
+        return
+
+    def check_carries(self, total_bytes: int) -> None:
+        """After streams that broke when they had sent so much. Raises ProtocolError where a proxy on the way takes no
+        such call, and says so."""
+        return
+
+    def several_servers(self) -> bool:
+        """Whether calls reach one server now and another then, as far as can be found out: for who was told that what
+        an earlier call has brought is not there."""
+        return False
 
     @abstractmethod
     def renew(self) -> None:

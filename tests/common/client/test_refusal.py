@@ -9,7 +9,7 @@ import pytest
 
 from sft.client.credentials import Credentials
 from sft.client.refusal import refusal
-from sft.errors import AccessError, LinkError, ProtocolError, ServerFullError
+from sft.errors import AccessError, LinkError, ProtocolError, ServerFullError, ServerUnavailableError, StaleAccessError
 
 WITH_TOKEN = Credentials(read_token=lambda: "secret")
 
@@ -31,6 +31,35 @@ def test_what_a_server_says_no_with(code: str, details: str, kind: Type[LinkErro
     assert type(error) is kind
     assert message in str(error)
     assert "secret" not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "says"),
+    [
+        (413, ProtocolError, "client_max_body_size 0"),
+        (429, ServerFullError, "for now"),
+        (502, ServerUnavailableError, "gets no answer from a server behind it (HTTP 502)"),
+        (503, ServerUnavailableError, "HTTP 503"),
+        (504, ServerUnavailableError, "HTTP 504"),
+        (403, AccessError, "HTTP 403"),
+        (404, ProtocolError, "it needs a route by HTTP/2 for /sft.v1.SplitTraining/"),
+        (405, ProtocolError, "HTTP 405"),
+        (301, ProtocolError, "HTTP 301"),
+        (415, ProtocolError, "HTTP 415"),
+    ],
+)
+def test_what_a_proxy_says_no_with(status: int, kind: Type[LinkError], says: str) -> None:
+    details = f"Received http2 header with status: {status}"
+    for code in (grpc.StatusCode.UNKNOWN, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNIMPLEMENTED):
+        error = refusal(code, details, "there:1", WITH_TOKEN)
+        assert type(error) is kind
+        assert says in str(error)
+        assert "there:1" in str(error)
+
+
+def test_what_comes_from_files_may_be_renewed() -> None:
+    error = refusal(grpc.StatusCode.UNAUTHENTICATED, "who?", "there:1", Credentials(can_change=True))
+    assert type(error) is StaleAccessError
 
 
 @pytest.mark.parametrize(("dashes", "advice"), [("--", "give --token-file FILE"), ("", "give token_file=FILE")])

@@ -12,16 +12,23 @@ from typing import Any, Callable, Dict, Iterator, List
 import grpc
 import pytest
 from support.proxy import TcpProxy
-from support.scripted_cloud import TIMEOUT_SECONDS, ScriptedCloud, serving
+from support.scripted_cloud import ScriptedCloud, serving
 
 import sft
 from sft.cli.durations import Duration
 from sft.client.inquiry import Inquiry
 from sft.v1 import split_training_pb2 as pb
-from sft.wire.protocol import CLIENT_OPTIONS, PROTOCOL_VERSION
+from sft.wire.protocol import CLIENT_OPTIONS, INSTANCE_KEY, PROTOCOL_VERSION
 from sft_edge.cli import main
 from sft_edge.commands.doctor.finding import Finding, text_of
-from sft_edge.commands.doctor.server import Way, estimate, look_at_idle_way, look_at_server, measure
+from sft_edge.commands.doctor.server import (
+    Way,
+    estimate,
+    look_at_instances,
+    look_at_server,
+    look_at_stream,
+    measure,
+)
 
 NOW = 1_800_000_000.0
 DAY = 86400.0
@@ -47,6 +54,13 @@ class ExaminedCloud(ScriptedCloud):
         self.ahead_seconds = 0.0
         self.refuses: Dict[str, grpc.StatusCode] = {}
         self.probed: List[int] = []
+        self.instances = ["the only one"]
+        """Which answers, by turns."""
+        self.carried, self.cuts_after = 0, math.inf
+        """Bytes that a stream has brought, and after how many `cuts` is called."""
+        self.cuts: Callable[[], object] = lambda: None
+        self.asked = threading.Event()
+        """A message without bytes came."""
 
     def Status(self, request: pb.StatusRequest, context: grpc.ServicerContext) -> pb.StatusResponse:
         if "Status" in self.refuses:
@@ -57,45 +71,21 @@ class ExaminedCloud(ScriptedCloud):
         if "Probe" in self.refuses:
             context.abort(self.refuses["Probe"], "no")
         self.probed.append(max(len(request.data), request.reply_bytes))
+        context.set_trailing_metadata(((INSTANCE_KEY, self.instances[len(self.probed) % len(self.instances)]),))
         return pb.ProbeResponse(data=bytes(request.reply_bytes), unix_seconds=time.time() + self.ahead_seconds)
 
-
-class _Health(grpc.GenericRpcHandler):
-    """The stream that a cloud lets everybody watch: nothing comes by it."""
-
-    def __init__(self, ends: threading.Event) -> None:
-        self.ends = ends
-        self.watched = threading.Event()
-
-    def service(self, details: grpc.HandlerCallDetails) -> Any:
-        if details.method != "/grpc.health.v1.Health/Watch":
-            return None
-        return grpc.unary_stream_rpc_method_handler(self._watch)
-
-    def _watch(self, request: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
-        context.add_callback(self.ends.set)
-        yield b"\x08\x01"  # SERVING
-        self.watched.set()
-        self.ends.wait(TIMEOUT_SECONDS)
-
-
-@pytest.fixture
-def health(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Health]:
-    """Clouds that are started from now on can be watched."""
-    handler = _Health(threading.Event())
-    make = grpc.server
-    monkeypatch.setattr(
-        grpc,
-        "server",
-        lambda pool, **options: _with(make(pool, **options), handler),  # no seam in `serving` for it
-    )
-    yield handler
-    handler.ends.set()
-
-
-def _with(server: grpc.Server, handler: _Health) -> grpc.Server:
-    server.add_generic_rpc_handlers((handler,))
-    return server
+    def Train(
+        self, request_iterator: Iterator[pb.EdgeMessage], context: grpc.ServicerContext
+    ) -> Iterator[pb.CloudMessage]:
+        if "Train" in self.refuses:
+            context.abort(self.refuses["Train"], "the first message of a stream must be an attach")
+        for message in request_iterator:
+            self.carried += len(message.probe.data)
+            yield pb.CloudMessage(probed=pb.ProbeResponse())
+            if self.carried >= self.cuts_after:
+                self.cuts()
+            if not message.probe.data:
+                self.asked.set()
 
 
 @contextmanager
@@ -271,38 +261,81 @@ def test_a_way_that_does_not_carry() -> None:
     assert (found.verdict, found.name) == ("failed", "bandwidth")
 
 
-def test_an_idle_stream_that_stays(health: _Health) -> None:
-    with serving(ExaminedCloud()) as address, asking(address) as inquiry:
-        found = look_at_idle_way(inquiry, Duration("200ms"))
-    assert health.watched.is_set()
+FAST = Way(0.001, 1e9, 1e9)
+
+
+def test_calls_that_reach_different_servers() -> None:
+    cloud = ExaminedCloud()
+    with serving(cloud) as address, asking(address) as inquiry:
+        measure(inquiry)
+        assert look_at_instances(inquiry) == []
+        cloud.instances = ["one", "another"]
+        measure(inquiry)
+        (found,) = look_at_instances(inquiry)
+    assert (found.verdict, found.name) == ("failed", "one server")
+    assert found.found == "calls reach 3 different servers"
+
+
+def test_a_stream_that_carries_and_stays() -> None:
+    cloud = ExaminedCloud()
+    with serving(cloud) as address, asking(address) as inquiry:
+        found = look_at_stream(inquiry, Duration("200ms"), FAST)
+    assert cloud.carried > 1 << 20
     assert found.verdict == "ok"
     assert found.found == "a stream that was idle for 200ms could be used again"
 
 
-def test_an_idle_stream_that_something_on_the_way_cuts(health: _Health) -> None:
-    with serving(ExaminedCloud()) as address, TcpProxy(address) as proxy, asking(proxy.address) as inquiry:
-        cutter = threading.Thread(target=lambda: health.watched.wait(SECONDS) and proxy.cut())
+def test_a_slow_way_is_not_filled_by_a_stream() -> None:
+    cloud = ExaminedCloud()
+    with serving(cloud) as address, asking(address) as inquiry:
+        assert look_at_stream(inquiry, Duration("1ms"), Way(0.1, 10_000, 10_000)).verdict == "ok"
+    assert cloud.carried <= 100_000
+
+
+def test_a_stream_that_something_on_the_way_cuts_after_so_many_bytes() -> None:
+    cloud = ExaminedCloud()
+    with serving(cloud) as address, TcpProxy(address) as proxy, asking(proxy.address) as inquiry:
+        cloud.cuts_after, cloud.cuts = 1 << 20, proxy.cut
+        found = look_at_stream(inquiry, Duration("20s"), FAST)
+    assert (found.verdict, found.name) == ("failed", "stream")
+    assert "client_max_body_size 0" in found.advice
+
+
+def test_an_idle_stream_that_something_on_the_way_cuts() -> None:
+    cloud = ExaminedCloud()
+    with serving(cloud) as address, TcpProxy(address) as proxy, asking(proxy.address) as inquiry:
+        cutter = threading.Thread(target=lambda: cloud.asked.wait(SECONDS) and proxy.cut())
         cutter.start()
-        found = look_at_idle_way(inquiry, Duration("20s"))  # which would fail the test if it passed
+        found = look_at_stream(inquiry, Duration("20s"), None)  # which would fail the test if it passed
         cutter.join(SECONDS)
     assert (found.verdict, found.name) == ("failed", "idle")
     assert "did not stay open for 20s (UNAVAILABLE" in found.found
     assert "NAT" in found.advice
 
 
-def test_a_way_that_forgets_the_connection_without_a_word(health: _Health) -> None:
-    with serving(ExaminedCloud()) as address, TcpProxy(address) as proxy, asking(proxy.address, 0.5) as inquiry:
-        inquiry.probe()
-        proxy.up.swallow = proxy.down.swallow = True
-        found = look_at_idle_way(inquiry, Duration("10ms"))
+def test_a_way_that_forgets_the_connection_without_a_word() -> None:
+    cloud = ExaminedCloud()
+    with serving(cloud) as address, TcpProxy(address) as proxy, asking(proxy.address, 0.5) as inquiry:
+
+        def swallow() -> None:
+            cloud.asked.wait(SECONDS)
+            proxy.up.swallow = proxy.down.swallow = True
+
+        swallower = threading.Thread(target=swallow)
+        swallower.start()
+        found = look_at_stream(inquiry, Duration("300ms"), None)
+        swallower.join(SECONDS)
     assert (found.verdict, found.name) == ("failed", "idle")
     assert "could not be used again" in found.found
 
 
-def test_a_cloud_that_cannot_be_watched() -> None:
-    with serving(ExaminedCloud()) as address, asking(address) as inquiry:
-        assert look_at_idle_way(inquiry, Duration("10s")).verdict == "skipped"
-        assert look_at_idle_way(inquiry, Duration("0s")).verdict == "skipped"
+@pytest.mark.parametrize("code", ["FAILED_PRECONDITION", "INVALID_ARGUMENT", "UNIMPLEMENTED"])
+def test_a_cloud_that_knows_no_such_stream(code: str) -> None:
+    cloud = ExaminedCloud()
+    cloud.refuses["Train"] = grpc.StatusCode[code]
+    with serving(cloud) as address, asking(address) as inquiry:
+        assert look_at_stream(inquiry, Duration("10s"), FAST).verdict == "skipped"
+        assert look_at_stream(inquiry, Duration("0s"), FAST).verdict == "skipped"
 
 
 def test_what_the_way_takes_of_a_step() -> None:

@@ -12,7 +12,7 @@ from sft.errors import LinkError, UsageError
 from sft_edge.commands.doctor.finding import Finding, text_of
 from sft_edge.commands.doctor.model import look_at_model, step_bytes
 from sft_edge.commands.doctor.path import PathCheck
-from sft_edge.commands.doctor.server import estimate, look_at_idle_way, look_at_server, measure
+from sft_edge.commands.doctor.server import estimate, look_at_instances, look_at_server, look_at_stream, measure
 from sft_edge.files import json_text
 from sft_edge.link import GrpcTransport
 from sft_edge.options import DoctorOptions, LinkOptions
@@ -58,10 +58,11 @@ def diagnose(options: DoctorOptions, link: LinkOptions) -> Iterator[Finding]:
             return
         measured, way = measure(inquiry)
         yield from measured
+        yield from look_at_instances(inquiry)
         yield from look_at_model(options, transport, way)
         size = step_bytes(options)
         if way is not None and size is not None:
             yield estimate(way, *size)
-        yield look_at_idle_way(inquiry, options.idle)
+        yield look_at_stream(inquiry, options.idle, way)
     finally:
         transport.close()

@@ -23,6 +23,12 @@ TOKEN_DAYS = 7.0
 
 _PINGS = 7
 _FIRST_BYTES = 64 << 10
+_STREAM_BYTES = (1 << 20) + (128 << 10)
+"""More than nginx lets through of one call where nobody has told it otherwise."""
+
+_STREAM_SECONDS = 10.0
+"""So long a stream may take to carry that; on a slower way it carries less."""
+
 _LONG_ENOUGH_SECONDS = 0.5
 """A transfer that takes so long is measured well enough; shorter ones are tried again with more bytes."""
 
@@ -154,22 +160,38 @@ def _rate(transfer: Callable[[int], float], delay: float) -> float:
         size *= 4
 
 
-def look_at_idle_way(inquiry: Inquiry, seconds: Duration) -> Finding:
-    """Whether a stream on which nothing happens for a while can be used afterwards."""
+def look_at_instances(inquiry: Inquiry) -> List[Finding]:
+    """Whether one server has answered all that was asked so far; nothing to find where it has."""
+    if len(inquiry.instances) < 2:
+        return []
+    found = f"calls reach {len(inquiry.instances)} different servers"
+    advice = "a session lives in one: give each server an address of its own, or have the proxy keep an edge on one"
+    return [failed("one server", found, advice)]
+
+
+def look_at_stream(inquiry: Inquiry, seconds: Duration, way: Optional[Way]) -> Finding:
+    """Whether a stream carries more than the 1 MiB that some proxies let through, and can be used after a while in
+    which nothing happens on it."""
     advice = "something on the way (a NAT, a firewall, a proxy) forgets quiet connections; let it keep them for longer"
     if not seconds:
         return skipped("idle", "not tried: --idle is 0s")
+    affordable = 0 if way is None else int(way.up_bytes_per_second * _STREAM_SECONDS)
+    size = min(_STREAM_BYTES, affordable)
     try:
-        ended = inquiry.wait_idle(seconds)
+        ended = inquiry.keep_stream(size, seconds)
     except ProtocolError as error:
         return skipped("idle", f"not tried: {error}")
-    if ended is not None:
-        return failed("idle", f"a stream did not stay open for {seconds} ({ended})", advice)
-    try:
-        inquiry.probe()
-    except LinkError as error:
-        return failed("idle", f"a stream that was idle for {seconds} could not be used again ({error})", advice)
-    return ok("idle", f"a stream that was idle for {seconds} could be used again")
+    if ended is None:
+        return ok("idle", f"a stream that was idle for {seconds} could be used again")
+    where, said = ended
+    if where == "carried":
+        advice = (
+            "a proxy on the way limits the size of a call: with nginx, set `client_max_body_size 0;` (docs/proxies.md)"
+        )
+        return failed("stream", f"a stream ended before it had carried {format_bytes(size)} ({said})", advice)
+    if where == "kept":
+        return failed("idle", f"a stream did not stay open for {seconds} ({said})", advice)
+    return failed("idle", f"a stream that was idle for {seconds} could not be used again ({said})", advice)
 
 
 def estimate(way: Way, up_bytes: int, down_bytes: int) -> Finding:
