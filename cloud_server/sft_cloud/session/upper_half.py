@@ -28,11 +28,8 @@ from sft.wire.codec.messages import (
     outputs_of,
 )
 from sft.wire.codec.packing import pack
-from sft.wire.protocol import MAX_MESSAGE_BYTES
+from sft.wire.protocol import MAX_MESSAGE_BYTES, MAX_PADDED_TOKENS
 from sft_cloud.session.memory import UNKNOWN, BatchMemory, half_precision_bytes
-
-MAX_PADDED_TOKENS = 1 << 18
-"""Largest B x S of a batch: 512 sequences of 512 tokens. A few bytes of lengths could otherwise ask for any memory."""
 
 
 class Given(NamedTuple):

@@ -24,6 +24,9 @@ starts."""
 MAX_MESSAGE_BYTES = 256 << 20
 """Largest message either side accepts: a full-width activation of 128 x 512 tokens x 1024 floats."""
 
+MAX_PADDED_TOKENS = 1 << 18
+"""Largest B x S of a batch: 512 sequences of 512 tokens. A few bytes of lengths could otherwise ask for any memory."""
+
 MAX_PROBE_BYTES = 4 << 20
 """What one probe of the way may carry in each direction."""
 

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional
 
+import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
 from sft.batch import IGNORED, Batch, attention_mask
 from sft.errors import UsageError
+from sft.models import max_positions
 
 _TAKEN = ("input_ids", "attention_mask", "token_type_ids", "labels", "start_positions", "end_positions", "return_dict")
 
@@ -35,6 +37,10 @@ def read_call(arguments: Mapping[str, Any], config: PretrainedConfig, head: str)
     input_ids = arguments.get("input_ids")
     if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or input_ids.numel() == 0:
         raise UsageError("the model needs input_ids, a tensor of shape (sequences, tokens)")
+    if input_ids.shape[1] > max_positions(config):
+        raise UsageError(
+            f"sequences of {input_ids.shape[1]} tokens are longer than the model's {max_positions(config)} positions"
+        )
     inputs = {"input_ids": input_ids}
     if arguments.get("token_type_ids") is not None:
         inputs["token_type_ids"] = arguments["token_type_ids"]
@@ -124,6 +130,12 @@ def problem_type(config: PretrainedConfig) -> str:
     """What a classification head learns: what the configuration says, else the library's own choice for classes."""
     usual = "regression" if config.num_labels == 1 else "single_label_classification"
     return str(config.problem_type or usual)
+
+
+def may_travel(labels: Dict[str, Tensor]) -> bool:
+    """Whether the cloud computes a loss of these labels. Of numbers that are none, the loss is none either, as a script
+    that passes over such a batch expects: it is computed here."""
+    return bool(labels) and all(not y.is_floating_point() or bool(torch.isfinite(y).all()) for y in labels.values())
 
 
 def count_learned(y_BS: Tensor) -> int:

@@ -32,16 +32,18 @@ from sft.models.lora import LoraSpec, adapter_shapes, lora_to_json
 from sft.models.losses import head_loss
 from sft.models.weights import live_factors
 from sft.tensors.stream import in_memory
+from sft.v1 import split_training_pb2 as pb
 from sft.wire.codec.messages import encode_labels, is_packed, outputs_of
 from sft.wire.codec.packing import pack, unpack
 from sft_edge.link import model_fields
 from sft_edge.model_files import told_name
 from sft_edge.script.adapters import adapters_of, adapters_of_cloud, without_peft
-from sft_edge.script.arguments import count_learned, lengths_of, problem_type, read_call
+from sft_edge.script.arguments import count_learned, lengths_of, may_travel, problem_type, read_call
 from sft_edge.script.cut_model import Cross, CutModel
 from sft_edge.script.forward import replace_forward
 from sft_edge.script.origin import by_origin
 from sft_edge.script.outputs import make_output, output_class
+from sft_edge.systems import check_size
 
 
 class TransformersModel(CutModel):
@@ -161,8 +163,11 @@ class _CutForward:
         call = read_call(self._named(model, *args, **kwargs), model.config, self._head)
         inputs, lengths, labels = call.batch
         a_BSR = self.net_1(inputs, lengths)
-        travelling = encode_labels(labels, lengths) if labels and torch.is_grad_enabled() else None
+        travelling = encode_labels(labels, lengths) if may_travel(labels) and torch.is_grad_enabled() else None
         is_language_model = self._head == "causal-lm"
+        if travelling is None or not is_language_model:
+            rows = sum(lengths) if is_packed(self._head) else len(lengths)
+            check_size("output", [rows, outputs_of(model.config, self._head)], pb.DATA_TYPE_FLOAT32)
         crossed = self._cross(
             pack(a_BSR, lengths),
             lengths,

@@ -1,7 +1,7 @@
 """The paper's three systems behind one interface: where Algorithm 1 is on the edge."""
 
 from sft_edge.systems.cloud_process import CloudProcess
-from sft_edge.systems.crossing import Activation, Crossing
+from sft_edge.systems.crossing import Activation, Crossing, check_size
 from sft_edge.systems.halves import Halves, halve, optimizer_spec, whole_tensors
 from sft_edge.systems.open import cut_of, open_system
 from sft_edge.systems.split import open_split_system
@@ -13,6 +13,7 @@ __all__ = [
     "Crossing",
     "Halves",
     "System",
+    "check_size",
     "cut_of",
     "halve",
     "open_split_system",

@@ -11,15 +11,20 @@ than in backward(): it sends them with `loss_scale` 0, has the cloud keep the gr
 
 from __future__ import annotations
 
+import math
 from typing import Callable, NamedTuple, Optional, Sequence
 
 from torch import Tensor
 
-from sft.errors import ProtocolError
+from sft.errors import ProtocolError, UsageError
 from sft.v1 import split_training_pb2 as pb
 from sft.wire.codec.elements import decode_tensor
 from sft.wire.codec.messages import encode_activation
+from sft.wire.protocol import MAX_MESSAGE_BYTES, MAX_PADDED_TOKENS
 from sft_edge.link import Link, PendingReply
+
+_BESIDE_BYTES = 4 << 20
+"""For labels and lengths, and all else of a message."""
 
 
 class Activation(NamedTuple):
@@ -32,8 +37,22 @@ class Activation(NamedTuple):
     padded_length: int = 0
 
     def encoded(self, data_type: pb.DataType) -> pb.Activation:
-        """For the wire."""
+        """For the wire. Raises UsageError for more than the cloud would take, which would end the session."""
+        tokens = len(self.lengths) * self.padded_length
+        if tokens > MAX_PADDED_TOKENS:
+            raise UsageError(f"a batch of {tokens} padded tokens is too large; at most {MAX_PADDED_TOKENS} go at once")
+        check_size("activation", self.packed.shape, data_type)
         return encode_activation(self.packed, data_type, self.lengths, self.padded_length)
+
+
+def check_size(what: str, shape: Sequence[int], data_type: pb.DataType) -> None:
+    """Raises UsageError for a tensor that does not go into a message."""
+    size = math.prod(shape) * (4 if data_type == pb.DATA_TYPE_FLOAT32 else 2)
+    if size > MAX_MESSAGE_BYTES - _BESIDE_BYTES:
+        raise UsageError(
+            f"the {what} of this batch takes {size} bytes, a message at most {MAX_MESSAGE_BYTES - _BESIDE_BYTES}: "
+            "make the batches smaller"
+        )
 
 
 class Crossing:
