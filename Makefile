@@ -104,7 +104,7 @@ test-jetpack: setup .venv-py38/.installed  ## test common and edge_client on Jet
 
 # Without transformers 5.24, which asks for a peft that is not released.
 lock:  ## resolve both files of constraints anew; needs uv
-	$(call resolve,constraints.txt,3.10 and later,--universal -c <(printf '%s\n' torch==2.13.0 'transformers<5.24') --python-version 3.10 --extra cloud --extra dev)
+	$(call resolve,constraints.txt,3.10 and later,--universal -c <(printf '%s\n' torch==2.13.0 'transformers<5.24') --python-version 3.10 --extra cloud --extra s3 --extra dev)
 	$(call resolve,edge_client/constraints-py38.txt,3.8 on the edge,-c <(echo torch==2.1.0) --python-version 3.8 --extra test \
 		--no-emit-package torch --no-emit-package triton)
 

@@ -111,7 +111,7 @@ def _fields(message: pb.StatusResponse | pb.SessionStatus | pb.CallerLimits) -> 
         value = getattr(message, field.name)
         if field.name == "sessions":
             value = [_fields(session) for session in value]
-        elif field.name == "models":
+        elif field.name in ("models", "missing_features"):
             value = list(value)
         elif field.name == "limits":
             value = _fields(value)

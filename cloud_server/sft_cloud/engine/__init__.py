@@ -3,7 +3,7 @@
 from sft_cloud.engine.engine import PIECE_BYTES, Contents, Engine, Handled
 from sft_cloud.engine.in_process import InProcessEngine
 from sft_cloud.engine.opener import Opener, TransformersOpener
-from sft_cloud.engine.request import check_request, check_version
+from sft_cloud.engine.request import check_request, check_version, missing_features
 from sft_cloud.engine.saved_session import Checkpoints
 from sft_cloud.engine.start import make_budget, make_opener, start_engine, uploads
 from sft_cloud.engine.weights import WeightsFinder
@@ -24,6 +24,7 @@ __all__ = [
     "check_version",
     "make_budget",
     "make_opener",
+    "missing_features",
     "start_engine",
     "uploads",
 ]

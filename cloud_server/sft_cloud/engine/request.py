@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from collections.abc import Iterator
@@ -94,6 +95,11 @@ def check_request(request: pb.OpenSessionRequest) -> SessionSpec:
         raise ProtocolError("factors_sha256 must name a blob for mode sft, and be empty for mode sl")
     for sha256 in filter(None, (request.weights_sha256, request.factors_sha256)):
         check_sha256(sha256)
+    if request.lora_json and "lora" in missing_features():
+        raise PreconditionError(
+            "the cloud lacks peft, so it trains no adapters: whoever runs it has to install 'split-fine-tuning[peft]' "
+            "there; or leave LoRA out"
+        )
     return SessionSpec(
         model_name=request.model_name,
         config=_parse_config(request.config_json, head),
@@ -106,6 +112,11 @@ def check_request(request: pb.OpenSessionRequest) -> SessionSpec:
         data_type=request.wire_data_type,
         lora=lora_from_json(request.lora_json) if request.lora_json else None,
     )
+
+
+def missing_features() -> list[str]:
+    """What cannot be asked for, for want of a package that a cloud does without."""
+    return ["lora"] if importlib.util.find_spec("peft") is None else []
 
 
 def _parse_config(text: str, head: str) -> PretrainedConfig:

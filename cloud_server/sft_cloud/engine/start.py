@@ -14,15 +14,17 @@ from sft_cloud.engine.weights import WeightsFinder
 from sft_cloud.memory import MemoryBudget, process_bytes
 from sft_cloud.options import LimitOptions, ServeOptions
 from sft_cloud.session import default_budget
-from sft_cloud.storage import BlobStore, CheckpointStore
+from sft_cloud.storage import BlobStore, CheckpointStore, check_writable
 
 
 def make_opener(options: ServeOptions, limits: LimitOptions) -> TransformersOpener:
     """For any model of the library. Raises UsageError for a device that is not here, StorageError."""
     device, blobs = find_device(options.device), uploads(options, limits)
+    check_writable(options.state_dir, "--state-dir")
     # Without a model directory, names are still not looked up as paths: they come from edges.
     weights = WeightsFinder(options.model_dir or options.state_dir / "models", limits.download_models)
     checkpoints = CheckpointStore(options.checkpoint_store or options.state_dir / "checkpoints")
+    checkpoints.try_out()  # here somebody reads what is wrong; later, a caller's run would end
     budget = make_budget(limits, device)
     return TransformersOpener(device, blobs, weights, Checkpoints(checkpoints, limits.max_upload_bytes), budget)
 

@@ -9,6 +9,7 @@ from sft.errors import ProtocolError
 from sft.v1 import split_training_pb2 as pb
 from sft.version import __version__
 from sft.wire.protocol import MAX_PROBE_BYTES, PROTOCOL_VERSION
+from sft_cloud.engine import missing_features
 from sft_cloud.identity import Identity, Limits
 from sft_cloud.service.registry import Entry, Registry
 
@@ -50,6 +51,7 @@ class Status:
             token_expires_unix_seconds=caller.expires_unix_seconds or 0.0,
             stopping=self._is_stopping(),
             limits=_limits(caller.limits),
+            missing_features=missing_features(),
         )
 
     def probe(self, request: pb.ProbeRequest) -> pb.ProbeResponse:

@@ -64,6 +64,10 @@ class CheckpointStore:
         """A directory, or a URL that fsspec knows. Raises UsageError, StorageError."""
         self._files = open_files(str(place))
 
+    def try_out(self) -> None:
+        """Writes, reads and deletes a small file. Raises StorageError, in a sentence for the operator."""
+        self._files.try_out()
+
     def run(self, owner: str, run_id: str) -> RunCheckpoints:
         """Those of one run. `owner` is the name of whom it belongs to. Raises ProtocolError for an odd id."""
         if not is_run_id(run_id):

@@ -5,9 +5,12 @@ Names are paths below a root, with slashes. A file is there whole or not at all,
 
 from __future__ import annotations
 
+import logging
 import os
+import secrets
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,9 +21,26 @@ from sft.errors import StorageError, UsageError
 from sft.files.room import free_bytes, nearest_existing
 from sft.files.whole import sync_directory, whole_file
 
+_TRY_SECONDS = 15.0
+"""How long a store may take for a small file, when the server starts."""
+
+_WITH_BUCKETS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "oci", "obs", "tos"}
+"""Stores without directories: to make one there would make a bucket."""
+
+_PACKAGES = {"s3": "split-fine-tuning[s3]", "s3a": "split-fine-tuning[s3]"}
+"""What to install for a kind of URL; for others it is the package that is missing."""
+
+_log = logging.getLogger(__name__)
+
 
 class Files(Protocol):
-    """What a store of checkpoints needs of a file system. All of it raises StorageError, and may take seconds."""
+    """What a store of checkpoints needs of a file system. All of it raises StorageError, and may take seconds.
+
+    What an error says is for callers; what the operator needs besides is in the log.
+    """
+
+    def try_out(self) -> None:
+        """Writes, reads and deletes a small file. Raises StorageError, with what the operator needs to know."""
 
     def write(self, name: str, chunks: Iterable[bytes]) -> None:
         """Writes a file that is not there yet; when it returns, the file survives the machine."""
@@ -58,6 +78,10 @@ class LocalFiles:
         existing = nearest_existing(self._root)
         if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
             raise UsageError(f"--checkpoint-store {root}: {existing} is no directory that can be written in")
+
+    def try_out(self) -> None:
+        """See Files: where the directory is, or will be."""
+        check_writable(self._root, "--checkpoint-store")
 
     def write(self, name: str, chunks: Iterable[bytes]) -> None:
         """See Files: under a temporary name, synced, renamed, and the directory synced."""
@@ -118,7 +142,7 @@ class FsspecFiles:
 
     def __init__(self, url: str) -> None:
         """Raises UsageError where fsspec, or its package for such URLs, is missing or does not know what to do."""
-        self._scheme = urlsplit(url).scheme
+        self._scheme, self._password = urlsplit(url).scheme, urlsplit(url).password
         try:
             import fsspec
         except ImportError as error:
@@ -126,9 +150,59 @@ class FsspecFiles:
         try:
             self._fs: Any
             self._fs, self._root = fsspec.core.url_to_fs(url)
+        except ImportError as error:
+            cause: BaseException = error
+            while isinstance(cause.__cause__, ImportError):  # fsspec names the package it knows, not the one it lacks
+                cause = cause.__cause__
+            missing = getattr(cause, "name", None) or self._scheme
+            wanted = _PACKAGES.get(self._scheme, missing)
+            raise UsageError(
+                f"--checkpoint-store {self._scheme}://... needs the package {missing}: pip install '{wanted}'"
+            ) from error
         except Exception as error:  # of any kind, by package; some quote the URL, which may hold a password
-            kind = f": {error}" if isinstance(error, (ImportError, ValueError)) else f" ({type(error).__name__})"
+            kind = f": {error}" if isinstance(error, ValueError) else f" ({type(error).__name__})"
             raise UsageError(f"--checkpoint-store {self._scheme}://... cannot be used{kind}") from error
+
+    def try_out(self) -> None:
+        """See Files: with a time, whatever the package's own are, which may try again for minutes."""
+        failures: list[Exception] = []
+        thread = threading.Thread(target=self._try, args=(failures,), daemon=True)
+        thread.start()
+        thread.join(_TRY_SECONDS)
+        if thread.is_alive():
+            raise StorageError(
+                f"--checkpoint-store {self._scheme}://... did not take a small file within {_TRY_SECONDS:g} s: is it "
+                "there, and may it be reached from here?"
+            )
+        if failures:
+            raise StorageError(
+                f"--checkpoint-store {self._scheme}://... does not take a small file: {self._reason(failures[0])}"
+            ) from failures[0]
+
+    def _try(self, failures: list[Exception]) -> None:
+        content, path = secrets.token_bytes(16), self._path(f".sft-{secrets.token_hex(8)}")
+        try:
+            bucket = path.lstrip("/").partition("/")[0]
+            # Some stores make one at the first write to it.
+            if self._scheme in _WITH_BUCKETS and not self._fs.exists(bucket):
+                raise FileNotFoundError(f"there is no bucket {bucket}, or it is not for us")
+            self._make_parent(path)
+            self._fs.pipe_file(path, content)
+            try:
+                if self._fs.cat_file(path) != content:
+                    raise OSError("it gives back other bytes than were written")
+            finally:
+                self._fs.rm_file(path)
+        except Exception as error:  # each store has a tree of its own
+            failures.append(error)
+
+    def _make_parent(self, path: str) -> None:
+        if self._scheme not in _WITH_BUCKETS:
+            self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+
+    def _reason(self, error: Exception) -> str:
+        text = " ".join(str(error).split())[:200]
+        return f"{type(error).__name__}: {text.replace(self._password, '***') if self._password else text}"
 
     def write(self, name: str, chunks: Iterable[bytes]) -> None:
         """See Files: written aside on this machine, then put in one piece, which stores take whole or not at all."""
@@ -137,7 +211,7 @@ class FsspecFiles:
                 aside.write(chunk)
             aside.flush()
             with self._store_errors():
-                self._fs.makedirs(self._path(name).rpartition("/")[0], exist_ok=True)
+                self._make_parent(self._path(name))
                 self._fs.put_file(aside.name, self._path(name))
 
     def read(self, name: str, max_bytes: int) -> bytes | None:
@@ -187,10 +261,24 @@ class FsspecFiles:
         except StorageError:
             raise
         except Exception as error:  # each store has a tree of its own
-            reason = " ".join(str(error).split())[:200]
+            _log.error("the checkpoint store failed", extra={"fields": {"reason": self._reason(error)}})
             raise StorageError(
-                f"the checkpoint store {self._scheme}://... failed: {type(error).__name__}: {reason}"
+                "the cloud's checkpoint store failed; whoever runs the cloud finds the reason in its log"
             ) from error
+
+
+def check_writable(directory: Path, option: str) -> None:
+    """Raises StorageError where no file can be written in a directory that is there, or will be made."""
+    place = nearest_existing(directory.absolute())
+    try:
+        with tempfile.NamedTemporaryFile(dir=place, prefix=".sft-") as file:
+            file.write(b"-")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise StorageError(
+            f"{option} {directory}: cannot write in {place}: {error.strerror}; choose another"
+        ) from error
 
 
 def check_disk(directory: Path, needed: int, what: str) -> None:

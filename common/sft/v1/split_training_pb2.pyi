@@ -502,7 +502,7 @@ class SessionStatus(_message.Message):
     def __init__(self, label: _Optional[str] = ..., owner: _Optional[str] = ..., model_name: _Optional[str] = ..., next_step: _Optional[int] = ..., age_seconds: _Optional[float] = ..., idle_seconds: _Optional[float] = ..., bytes_received: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., attached: bool = ..., split_rank: _Optional[int] = ...) -> None: ...
 
 class StatusResponse(_message.Message):
-    __slots__ = ("package_version", "protocol_version", "device", "unix_seconds", "uptime_seconds", "caller", "sessions", "max_sessions", "open_sessions", "session_timeout_seconds", "token_expires_unix_seconds", "stopping", "limits")
+    __slots__ = ("package_version", "protocol_version", "device", "unix_seconds", "uptime_seconds", "caller", "sessions", "max_sessions", "open_sessions", "session_timeout_seconds", "token_expires_unix_seconds", "stopping", "limits", "missing_features")
     PACKAGE_VERSION_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
@@ -516,6 +516,7 @@ class StatusResponse(_message.Message):
     TOKEN_EXPIRES_UNIX_SECONDS_FIELD_NUMBER: _ClassVar[int]
     STOPPING_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
+    MISSING_FEATURES_FIELD_NUMBER: _ClassVar[int]
     package_version: str
     protocol_version: int
     device: str
@@ -529,7 +530,8 @@ class StatusResponse(_message.Message):
     token_expires_unix_seconds: float
     stopping: bool
     limits: CallerLimits
-    def __init__(self, package_version: _Optional[str] = ..., protocol_version: _Optional[int] = ..., device: _Optional[str] = ..., unix_seconds: _Optional[float] = ..., uptime_seconds: _Optional[float] = ..., caller: _Optional[str] = ..., sessions: _Optional[_Iterable[_Union[SessionStatus, _Mapping]]] = ..., max_sessions: _Optional[int] = ..., open_sessions: _Optional[int] = ..., session_timeout_seconds: _Optional[float] = ..., token_expires_unix_seconds: _Optional[float] = ..., stopping: bool = ..., limits: _Optional[_Union[CallerLimits, _Mapping]] = ...) -> None: ...
+    missing_features: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, package_version: _Optional[str] = ..., protocol_version: _Optional[int] = ..., device: _Optional[str] = ..., unix_seconds: _Optional[float] = ..., uptime_seconds: _Optional[float] = ..., caller: _Optional[str] = ..., sessions: _Optional[_Iterable[_Union[SessionStatus, _Mapping]]] = ..., max_sessions: _Optional[int] = ..., open_sessions: _Optional[int] = ..., session_timeout_seconds: _Optional[float] = ..., token_expires_unix_seconds: _Optional[float] = ..., stopping: bool = ..., limits: _Optional[_Union[CallerLimits, _Mapping]] = ..., missing_features: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class CallerLimits(_message.Message):
     __slots__ = ("max_sessions", "max_split_rank", "models", "steps_per_second", "max_bytes_per_day", "max_upload_bytes")

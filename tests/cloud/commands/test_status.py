@@ -62,6 +62,14 @@ def test_the_server(status, clock):
     assert said.limits == pb.CallerLimits()
 
 
+def test_what_the_server_lacks(status, monkeypatch):
+    assert list(status.status(ANONYMOUS).missing_features) == []
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    said = status.status(ANONYMOUS)
+    assert list(said.missing_features) == ["lora"]
+    assert json.loads(as_json(said))["missing_features"] == ["lora"]
+
+
 def test_a_session(status, sessions, clock):
     entry = put(sessions, ANNA, model_name="bert-base-uncased", cut=pb.Cut(split_rank=8))
     clock.now += 60

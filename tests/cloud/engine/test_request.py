@@ -113,6 +113,13 @@ def test_configurations_that_give_no_model(edge, changes):
     assert len(str(caught.value)) < 500
 
 
+def test_a_cloud_that_can_train_no_adapters_says_whose_that_is(edge, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(PreconditionError, match=r"the cloud lacks peft.* whoever runs it has to install"):
+        check_request(edge.request(lora_json="{}"))
+    check_request(edge.request())
+
+
 def test_the_library_makes_no_list_of_blocks_that_are_too_many(edge):
     values = {"model_type": "qwen2", "num_hidden_layers": 10**6}
     tracemalloc.start()

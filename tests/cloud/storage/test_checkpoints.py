@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
+import os
 import secrets
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -244,15 +247,78 @@ def test_a_url_of_files_is_a_directory(tmp_path: Path) -> None:
     assert isinstance(checkpoints_module.open_files("memory://bucket"), FsspecFiles)
 
 
-def test_a_store_that_fails_says_so_in_one_line(run: RunCheckpoints, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Strange(Exception):
-        pass
+class Strange(Exception):
+    """As some package for some store has it."""
 
-    files = FsspecFiles("memory://bucket")
 
-    def fail(*arguments, **settings):
-        raise Strange("no route\nto host")
+def fail(*arguments: object, **settings: object) -> None:
+    raise Strange("no route\nto secret@host")
 
+
+def test_a_store_that_fails_tells_callers_nothing_and_the_log_all(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = FsspecFiles("memory://user:secret@bucket")
     monkeypatch.setattr(type(files._fs), "put_file", fail)
-    with pytest.raises(StorageError, match=r"^the checkpoint store memory://\.\.\. failed: Strange: no route to host$"):
+    with pytest.raises(StorageError, match=r"^the cloud's checkpoint store failed; whoever runs the cloud finds"):
         files.write("a/b", [b"x"])
+    (record,) = caplog.records
+    assert record.fields["reason"] == "Strange: no route to ***@host"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("method", ["pipe_file", "cat_file", "rm_file"])
+def test_a_store_is_tried_out(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    place = f"memory://bucket-{secrets.token_hex(4)}/folder"
+    CheckpointStore(place).try_out()
+    files = FsspecFiles(place)
+    assert files.children("") == []
+    monkeypatch.setattr(type(files._fs), method, fail)
+    with pytest.raises(StorageError, match=r"^--checkpoint-store memory://\.\.\. does not take a small file: Strange"):
+        files.try_out()
+
+
+def test_a_store_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    files, goes_on = FsspecFiles("memory://bucket"), threading.Event()
+    monkeypatch.setattr(type(files._fs), "pipe_file", lambda *_: goes_on.wait(30))
+    monkeypatch.setattr("sft_cloud.storage.files._TRY_SECONDS", 0.01)
+    with pytest.raises(StorageError, match=r"did not take a small file within 0\.01 s"):
+        files.try_out()
+    goes_on.set()
+
+
+def test_no_bucket_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = FsspecFiles("memory://bucket")
+    made: list[str] = []
+    monkeypatch.setattr(type(files._fs), "makedirs", lambda self, path, exist_ok: made.append(path))
+    for files._scheme in ("s3", "gs", "abfs", "memory"):
+        files._make_parent(files._path("a/b"))
+    assert made == ["/bucket/a"]
+    files._scheme = "s3"
+    with pytest.raises(StorageError, match="there is no bucket"):
+        files.try_out()
+    assert made == ["/bucket/a"]
+
+
+def test_the_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def url_to_fs(url: str) -> None:
+        try:
+            raise ModuleNotFoundError("No module named 'aiobotocore'", name="aiobotocore")
+        except ImportError as error:
+            raise ImportError("Install s3fs to access S3") from error
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", url_to_fs)
+    says = r"s3://\.\.\. needs the package aiobotocore: pip install 'split-fine-tuning\[s3\]'"
+    with pytest.raises(UsageError, match=says):
+        CheckpointStore("s3://bucket")
+
+
+def test_a_directory_that_cannot_be_written_in_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    store = CheckpointStore(tmp_path / "a")
+    store.try_out()
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr("tempfile.NamedTemporaryFile", full)
+    with pytest.raises(StorageError, match=r"^--checkpoint-store .*: cannot write in .*: No space left on device"):
+        store.try_out()

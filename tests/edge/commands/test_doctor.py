@@ -225,6 +225,14 @@ def test_a_cloud_without_room(status: Dict[str, Any], says: str) -> None:
     assert says in found.found
 
 
+def test_a_cloud_that_lacks_a_package() -> None:
+    assert "features" not in found_of(ExaminedCloud())
+    found = found_of(ExaminedCloud(missing_features=["lora"]))["features"]
+    assert found.verdict == "warning"
+    assert "lora" in found.found
+    assert "operator" in str(found.advice)
+
+
 def test_what_the_way_carries() -> None:
     cloud = ExaminedCloud()
     with serving(cloud) as address, asking(address) as inquiry:

@@ -54,7 +54,7 @@ def look_at_server(inquiry: Inquiry, now: float) -> Tuple[List[Finding], Optiona
         ], None
     except LinkError as error:
         return [failed("server", str(error), "see the server's log")], None
-    findings = [_access(status, now), _versions(status), *_clock(inquiry), _room(status)]
+    findings = [_access(status, now), _versions(status), *_features(status), *_clock(inquiry), _room(status)]
     return findings, status
 
 
@@ -102,6 +102,14 @@ def _versions(status: pb.StatusResponse) -> Finding:
     if status.package_version != sft.__version__:
         return warning("versions", f"{here}; both speak protocol {PROTOCOL_VERSION}", "the same release is safer")
     return ok("versions", f"{sft.__version__} on both sides, protocol {PROTOCOL_VERSION}")
+
+
+def _features(status: pb.StatusResponse) -> List[Finding]:
+    if not status.missing_features:
+        return []
+    lacks = ", ".join(status.missing_features)
+    advice = "do without, as by leaving out --lora-r, or ask the server's operator to install 'split-fine-tuning[peft]'"
+    return [warning("features", f"the server lacks what these need: {lacks}", advice)]
 
 
 def _clock(inquiry: Inquiry) -> List[Finding]:
