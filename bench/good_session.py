@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import queue
 import statistics
 import sys
 import threading
@@ -13,9 +14,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-from support.calls import Stream, download, open_session
+from support.calls import download, open_session
 from support.tiny_edge import TinyEdge, attach
 
+from sft.v1 import split_training_pb2 as pb
 from sft.v1.split_training_pb2_grpc import SplitTrainingStub
 
 EDGE_SECONDS = 0.02
@@ -41,18 +43,25 @@ class Ran:
 
 def train(stub: SplitTrainingStub, edge: TinyEdge, over: threading.Event, steps: int | None = None) -> Ran:
     """So many steps, or until it is `over`. Raises grpc.RpcError."""
-    ran, digest = Ran(), hashlib.sha256()
+    ran, digest, numbers = Ran(), hashlib.sha256(), itertools.count(1)
     session_id = open_session(stub, edge)
-    stream = Stream(stub, attach(session_id))
-    stream.call = stub.Train(iter(stream.outgoing.get, None))  # without the time-out of a test
-    stream.send(attach(session_id))
-    next(stream.call)
+    outgoing: queue.SimpleQueue[pb.EdgeMessage | None] = queue.SimpleQueue()
+    outgoing.put(attach(session_id))
+    answers = stub.Train(iter(outgoing.get, None))
+    next(answers)
+
+    def ask(message: pb.EdgeMessage) -> pb.CloudMessage:
+        message.number = next(numbers)
+        message.answered = message.number - 1
+        outgoing.put(message)
+        return next(answers)
+
     for step in itertools.count() if steps is None else range(steps):
         if steps is None and over.is_set():
             break
         message = edge.forward(step, commit=edge.commit_part(step - 1) if step else None)
         begun = time.monotonic()
-        while (answer := stream.ask(message)).HasField("step_skipped"):
+        while (answer := ask(message)).HasField("step_skipped"):
             ran.skipped += 1
             time.sleep(EDGE_SECONDS)
             message = edge.forward(step)  # what rode along was done
@@ -60,6 +69,8 @@ def train(stub: SplitTrainingStub, edge: TinyEdge, over: threading.Event, steps:
         digest.update(answer.result.SerializeToString(deterministic=True))
         time.sleep(EDGE_SECONDS)
     digest.update(download(stub, session_id) + download(stub, session_id, optimizer_state=True))
-    stream.end()
+    outgoing.put(pb.EdgeMessage(close=pb.Close()))
+    outgoing.put(None)
+    list(answers)
     ran.bits = digest.hexdigest()
     return ran

@@ -54,10 +54,11 @@ def main() -> int:
     names = [name for name in ATTACKS if not options.only or name.startswith(tuple(options.only.split(",")))]
     try:
         with tempfile.TemporaryDirectory() as scratch, memory_group(options.group) as group:
-            code = _run(Path(scratch), group, options.seconds, options.memory_limit, names)
-            if options.log:
-                shutil.copy(Path(scratch) / "log", options.log)
-            return code
+            try:
+                return _run(Path(scratch), group, options.seconds, options.memory_limit, names)
+            finally:
+                if options.log:
+                    shutil.copy(Path(scratch) / "log", options.log)
     except PermissionError as error:
         print(f"{error.filename}: {error.strerror}; a control group needs root", file=sys.stderr)
         return 2
