@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sft.models import Net2, build_net_2, max_positions
 from sft.models.lora import adapter_shapes, add_lora, is_adapter
@@ -56,16 +55,14 @@ def build(spec: SessionSpec, device: torch.device) -> Built:
 
 def _needed_bytes(spec: SessionSpec, net_2: Net2) -> int:
     own = net_2.whole_parameters()
-    names = {name for group in spec.optimizer.groups for name in group.parameter_names}
-    trained = sum(parameter.numel() for name, parameter in own.items() if name in names)
-    weights = sum(parameter.numel() for parameter in own.values())
     if spec.lora is not None:
-        adapters = sum(math.prod(shape) for shape in adapter_shapes(net_2, spec.lora).values())
-        weights, trained = weights + adapters, trained + adapters
+        adapters = adapter_shapes(net_2, spec.lora)
+        own.update((name, nn.Parameter(torch.empty(shape, device="meta"))) for name, shape in adapters.items())
+    weights = sum(parameter.numel() for parameter in own.values())
     # Buffers such as masks and tables of positions can be large where a configuration wants them to.
     buffers = sum(buffer.numel() * buffer.element_size() for buffer in net_2.buffers())
     objects = _OBJECTS_OF_BLOCK * int(spec.config.num_hidden_layers)
-    return session_bytes(weights, trained, spec.optimizer.name) + buffers + objects
+    return session_bytes(weights, make_optimizer(spec.optimizer, own)) + buffers + objects
 
 
 _OBJECTS_OF_BLOCK = 32 << 10

@@ -16,7 +16,7 @@ class MemoryShare:
     def __init__(self, budget: MemoryBudget | None = None, fixed_bytes: int = 0) -> None:
         """Takes what the session holds before its first batch. Raises NoMemoryError. Without a budget, all fits."""
         self._budget = MemoryBudget() if budget is None else budget
-        self._fixed = fixed_bytes
+        self._fixed = self._begins_with = fixed_bytes
         self._answers = self._budget.charge(Kind.ANSWERS, 0)
         self._held = [0]  # shared with `_give_back`, which must not hold on to the share
         most = self._budget.most_bytes(fixed_bytes)
@@ -43,6 +43,16 @@ class MemoryShare:
         """Gives everything back when `owner` is no more."""
         self._answers.release_with(owner)
         weakref.finalize(owner, _give_back, self._budget, self._held)
+
+    def grow(self, size: int) -> None:
+        """The session holds so much more than it began with, if it does not so already. Raises NoMemoryError."""
+        fixed = max(self._fixed, self._begins_with + size)
+        if not self._resize(self._held[0] + fixed - self._fixed):
+            raise NoMemoryError(
+                f"the optimizer's new settings take {format_bytes(fixed - self._fixed)} more, which are not there now; "
+                "try again later"
+            )
+        self._fixed = fixed
 
     def check(self, size: int) -> None:
         """Raises ProtocolError when so much could never fit, however few others there are."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -44,3 +45,14 @@ def apply_group_arguments(commit: pb.Commit, optimizer: torch.optim.Optimizer) -
     """Settings that the edge has changed, of a commit that was checked."""
     for group, message in zip(optimizer.param_groups, commit.group_arguments, strict=False):  # there may be none
         group.update(arguments_from_proto(message.arguments))
+
+
+def groups_after(commit: pb.Commit, optimizer: torch.optim.Optimizer) -> list[dict[str, Any]] | None:
+    """The optimizer's groups with the settings of a commit that was checked; None where what the optimizer keeps stays
+    the same: momentum, for one, counts by whether there is any.
+    """
+    changes = [arguments_from_proto(message.arguments) for message in commit.group_arguments]
+    pairs = list(zip(optimizer.param_groups, changes, strict=False))  # there may be none
+    if all(bool(group[name]) == bool(value) for group, new in pairs for name, value in new.items()):
+        return None
+    return [{**group, **new} for group, new in pairs]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from sft.errors import ProtocolError
+from sft.optim.state import state_bytes
 from sft_cloud.memory import machine_bytes
 
 _SHARE_OF_DEVICE = 0.8
@@ -16,6 +18,12 @@ _BEYOND_GRAPH = 1.5
 _COPIES_OF_OUTPUT = 4
 """The outputs, what the loss makes of them, and the gradients of both."""
 
+_COPIES_OF_LARGEST = 2
+"""Of the largest parameter: what a step computes with that goes from one to the next."""
+_COPIES_TOGETHER = 1
+"""Of all parameters, where a step takes them at once: on a GPU, and where it is asked to."""
+_MOST_STATES = 3
+"""For each number that is trained, of an optimizer of which nothing can be found out."""
 _STEP_COPIES = 1
 """Of the trained parameters: what the optimizer's step computes with."""
 _FIRST_STEP_COPIES = 3
@@ -55,10 +63,30 @@ def half_precision_bytes(parameters: Iterable[nn.Parameter]) -> int:
     return sum(2 * parameter.numel() for parameter in parameters if parameter.dim() > 1)
 
 
-def session_bytes(weights: int, trained: int, optimizer: str) -> int:
-    """Of a session without a batch, from numbers of elements: what is trained has a gradient and state."""
-    states = 1 if optimizer.lower() == "sgd" else 2
-    return 4 * (weights + (1 + states) * trained)
+def session_bytes(weights: int, optimizer: torch.optim.Optimizer) -> int:
+    """Of a session without a batch, from the number of its weights: what is trained has a gradient, too.
+
+    Parameters may be on the meta device.
+    """
+    trained: int = sum(parameter.numel() for group in optimizer.param_groups for parameter in group["params"])
+    return 4 * (weights + trained) + optimizer_bytes(optimizer)
+
+
+def optimizer_bytes(optimizer: torch.optim.Optimizer, changed: Sequence[dict[str, Any]] | None = None) -> int:
+    """What an optimizer keeps, and what its step computes with. `changed`: its groups with other settings."""
+    groups = optimizer.param_groups if changed is None else changed
+    largest = together = 0
+    for group in groups:
+        sizes = [parameter.numel() for parameter in group["params"]]
+        if group.get("foreach") or (group.get("foreach") is None and any(p.is_cuda for p in group["params"])):
+            together += sum(sizes)
+        elif not group.get("fused"):
+            largest = max([largest, *sizes])
+    try:
+        states = state_bytes(optimizer, groups)
+    except ProtocolError:  # it cannot step with these settings; a session may be opened with them all the same
+        states = 4 * _MOST_STATES * sum(parameter.numel() for group in groups for parameter in group["params"])
+    return states + 4 * (_COPIES_TOGETHER * together + _COPIES_OF_LARGEST * largest)
 
 
 def measure(run: Callable[[int], Tensor], parameters: list[nn.Parameter], longest: int) -> BatchMemory:

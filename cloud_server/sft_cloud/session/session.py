@@ -33,9 +33,9 @@ from sft.tensors.stream import StoredTensor
 from sft.v1 import split_training_pb2 as pb
 from sft_cloud.errors import NoMemoryError, PreconditionError, is_out_of_memory
 from sft_cloud.memory import MemoryShare
-from sft_cloud.session.commit import apply_group_arguments, check_commit, take_step
+from sft_cloud.session.commit import apply_group_arguments, check_commit, groups_after, take_step
 from sft_cloud.session.load_state import StateLoader
-from sft_cloud.session.memory import check_room_for_step
+from sft_cloud.session.memory import check_room_for_step, optimizer_bytes
 from sft_cloud.session.micro_batches import MicroBatches
 from sft_cloud.session.upper_half import UpperHalf
 
@@ -88,6 +88,7 @@ class Session:
         self._seed = seed
         self._memory = MemoryShare() if memory is None else memory
         self._remembered_bytes = 0
+        self._begins_with: int | None = None  # of the optimizer, once its settings change what it keeps
         self._loader = StateLoader(half, optimizer, find_blob)
         self._micro_batches = MicroBatches(half)
         self._forwards = 0  # answered in step `next_step`
@@ -142,13 +143,19 @@ class Session:
     # What rides on a message.
 
     def _check_commit(self, commit: pb.Commit) -> None:
-        """Raises PreconditionError and ProtocolError when it may not be applied."""
+        """Raises PreconditionError and ProtocolError when it may not be applied, NoMemoryError when the optimizer
+        would keep more with its settings than there is."""
         if commit.step != self.next_step or not (self._forwards or self._keeps_gradients):
             raise PreconditionError(
                 f"a commit of step {commit.step} came, but step {self.next_step} is next, "
                 f"with {self._forwards} micro-batches so far"
             )
         check_commit(commit, self._optimizer)
+        groups = groups_after(commit, self._optimizer)
+        if groups is not None:
+            if self._begins_with is None:
+                self._begins_with = optimizer_bytes(self._optimizer)
+            self._memory.grow(optimizer_bytes(self._optimizer, groups) - self._begins_with)
 
     def _check_rides(self, message: pb.EdgeMessage, commits: bool) -> None:
         if message.HasField("gradient_scale"):

@@ -12,7 +12,7 @@ import itertools
 import json
 from contextlib import suppress
 from types import MappingProxyType
-from typing import Any, Dict, FrozenSet, Iterable, Iterator, List, Mapping, Tuple
+from typing import Any, Dict, FrozenSet, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -87,6 +87,26 @@ def checked_state(
     for name, state in states.items():
         samples.check(name, parameters[name], state)
     return by_index
+
+
+def state_bytes(optimizer: torch.optim.Optimizer, groups: Optional[Sequence[Mapping[str, Any]]] = None) -> int:
+    """Bytes of all that the optimizer will keep of its parameters, which may be on the meta device.
+
+    `groups`: other settings for the same parameters. Raises ProtocolError when it cannot step with them.
+    """
+    samples, total = _Samples(optimizer, other_release=False), 0
+    for group in optimizer.param_groups if groups is None else groups:
+        kept: Dict[int, List[Any]] = {}  # by the number of dimensions
+        for parameter in group["params"]:
+            sizes = range(2, 2 + parameter.dim())
+            if parameter.dim() not in kept:
+                settings = {name: value for name, value in group.items() if name != "params"}
+                kept[parameter.dim()] = list(samples._after_step(settings, _sample(parameter, sizes), {}).values())
+            own = dict(zip(sizes, parameter.shape))
+            for value in kept[parameter.dim()]:
+                if isinstance(value, Tensor):
+                    total += value.element_size() * torch.Size([own.get(n, n) for n in value.shape]).numel()
+    return total
 
 
 def copied_state(state_dict: Dict[str, Any]) -> Dict[str, Any]:

@@ -221,6 +221,6 @@ def test_memory_that_runs_out_is_not_blamed_on_the_configuration(edge, monkeypat
     def no_memory(*_):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(building, "fill", no_memory)
+    monkeypatch.setattr(building, "fill_in_pieces", no_memory)
     with pytest.raises(torch.cuda.OutOfMemoryError):
         try_to_open(edge)

@@ -12,6 +12,7 @@ from sft.errors import ProtocolError, ServerFullError
 from sft.v1 import split_training_pb2 as pb
 from sft_cloud.engine.build import build, make_session
 from sft_cloud.engine.request import check_request
+from sft_cloud.errors import NoMemoryError
 from sft_cloud.memory import Kind, MemoryBudget, MemoryShare, process_bytes
 from sft_cloud.options import LimitOptions
 
@@ -122,6 +123,30 @@ def test_half_precision_counts_while_it_waits(session, edge, budget):
     one = budget.held()[Kind.SESSIONS] - begins_with
     session.handle(edge.unlabelled(0, 1, autocast=pb.DATA_TYPE_BFLOAT16))
     assert budget.held()[Kind.SESSIONS] - begins_with == 2 * one + session.half.cast_bytes()
+
+
+def test_settings_that_have_the_optimizer_keep_more_are_charged(make_edge, budget):
+    edge = make_edge(optimizer_name="SGD")
+    spec = check_request(edge.request())
+    session = make_session(spec, build(spec, CPU), [*edge.weights, *edge.factors], CPU, budget=budget)
+    begins_with = budget.held()[Kind.SESSIONS]
+    trained = sum(parameter.numel() for parameter in session.half.parameters())
+
+    def step(step, **settings):
+        commit = edge.commit_part(step)
+        arguments = {name: pb.OptimizerArgument(number=value) for name, value in settings.items()}
+        commit.group_arguments.extend([pb.GroupArguments(arguments=arguments)] * 2)
+        session.handle(pb.EdgeMessage(step=step, commit=commit))
+        session.handle(edge.forward(step + 1))
+        return budget.held()[Kind.SESSIONS] - begins_with
+
+    session.handle(edge.forward(0))
+    assert step(0, weight_decay=0.5) == 0
+    others = others_hold(budget, budget.total_bytes)
+    with pytest.raises(NoMemoryError, match="new settings take"):
+        step(1, momentum=0.5)
+    others.release()
+    assert [step(1, momentum=0.5), step(2, momentum=0.0), step(3, momentum=0.9)] == [4 * trained] * 3
 
 
 def test_answers_that_are_remembered_count_and_the_newest_with_its_copies(session, edge, budget):

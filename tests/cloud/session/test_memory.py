@@ -20,9 +20,23 @@ from sft_cloud.session.memory import (
 CPU = torch.device("cpu")
 
 
-def test_what_a_session_begins_with():
-    assert session_bytes(110, 10, "AdamW") == 4 * 110 + 3 * 4 * 10
-    assert session_bytes(110, 10, "SGD") == 4 * 110 + 2 * 4 * 10
+@pytest.mark.parametrize(
+    ("name", "arguments", "states", "numbers"),
+    [
+        ("SGD", {}, 0, 0),
+        ("SGD", {"momentum": 0.9}, 1, 0),
+        ("AdamW", {}, 2, 2 * 4),
+        ("AdamW", {"amsgrad": True}, 3, 2 * 4),
+        ("RMSprop", {}, 1, 2 * 4),
+        ("RMSprop", {"centered": True, "momentum": 0.9}, 3, 2 * 4),
+        ("Adagrad", {}, 1, 2 * 4),
+    ],
+)
+def test_what_a_session_begins_with(name, arguments, states, numbers):
+    """Weights and gradients, what the optimizer keeps, and two copies of the largest parameter for its step."""
+    parameters = [nn.Parameter(torch.empty(shape, device="meta")) for shape in ((50, 60), (60,))]
+    optimizer = getattr(torch.optim, name)([{"params": parameters, **arguments}], lr=0.1)
+    assert session_bytes(5000, optimizer) == 4 * (5000 + 3060 + 2 * 3000) + 4 * states * 3060 + numbers
 
 
 @pytest.mark.parametrize("cut", [Cut("sft", 1, 4), Cut("sft", 3, 4), Cut("sl", 1)])
