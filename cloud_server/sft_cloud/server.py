@@ -129,6 +129,7 @@ class CloudServer:
             lambda: [(entry.owner.name, entry.stream is not None) for entry in self.sessions.entries()],
             options.max_sessions,
         )
+        observer.metrics.watch_memory(self.memory)
         observer.metrics.watch_tenants(access.names)
         observer.metrics.watch_connections(lambda: self.connections.held, lambda: self.connections.ended)
         if access.credentials is not None:

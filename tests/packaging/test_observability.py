@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from sft.v1 import split_training_pb2 as pb
+from sft_cloud.memory import MemoryBudget
 from sft_cloud.observability.prometheus import PrometheusMetrics
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -31,6 +32,7 @@ def labels():
     metrics = PrometheusMetrics(torch.device("cpu"))
     metrics.watch_sessions(lambda: [("anna", True)], 1)
     metrics.watch_connections(lambda: 1, lambda: 0)
+    metrics.watch_memory(MemoryBudget(1))
     metrics.watch_certificate(lambda: 1.0)
     metrics.opened("anna", resumed=True)
     metrics.attached("anna", again=True)

@@ -95,6 +95,11 @@ class MemoryBudget:
         self._trimmed_at = -_TRIM_SECONDS
 
     @property
+    def limit_bytes(self) -> int:
+        """What callers and the process may take together."""
+        return self.process_bytes + self.total_bytes
+
+    @property
     def held_bytes(self) -> int:
         """For callers, of all kinds."""
         return sum(self._held.values())
@@ -164,8 +169,7 @@ class MemoryBudget:
 
     def _process_has(self, size: int) -> bool:
         """Whether so much fits beside what the process really takes, be it in the books or not."""
-        limit = self.process_bytes + self.total_bytes
-        if self._measure() + size <= limit:
+        if self._measure() + size <= self.limit_bytes:
             return True
         with self._lock:
             now = time.monotonic()
@@ -174,7 +178,7 @@ class MemoryBudget:
                 self._trimmed_at = now
         if due:
             give_back()
-        return self._measure() + size <= limit
+        return self._measure() + size <= self.limit_bytes
 
 
 class Charge:

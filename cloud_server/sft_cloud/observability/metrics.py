@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 
 from sft.v1 import split_training_pb2 as pb
 from sft.wire.protocol import HEALTH_CHECK, HEALTH_WATCH, SERVICE
+from sft_cloud.memory import MemoryBudget
 
 UNKNOWN = "unknown"
 """The tenant of calls of which nobody knows who made them."""
@@ -69,6 +70,9 @@ class Metrics:
 
     def watch_connections(self, held: Callable[[], int], ended: Callable[[], int]) -> None:
         """`held`: connections now; `ended`: those of strangers that were ended; both may be asked at any time."""
+
+    def watch_memory(self, memory: MemoryBudget) -> None:
+        """`memory`: what the server may hold for its callers, and holds; it may be asked at any time."""
 
     def watch_certificate(self, expires: Callable[[], float | None]) -> None:
         """`expires` says when the server's certificate does, in Unix seconds; it may be asked at any time."""

@@ -19,6 +19,8 @@ from prometheus_client.registry import Collector
 from sft.v1 import split_training_pb2 as pb
 from sft.version import __version__
 from sft.wire.protocol import PROTOCOL_VERSION
+from sft_cloud.memory import MemoryBudget
+from sft_cloud.observability.memory_figures import MemoryFigures
 from sft_cloud.observability.metrics import (
     KINDS,
     METHODS,
@@ -106,6 +108,9 @@ class PrometheusMetrics(Metrics):
         gauge = Gauge(f"{_PREFIX}_connections", "Connections that are open.", registry=self.registry)
         gauge.set_function(held)
         self.registry.register(_Ended(ended))
+
+    def watch_memory(self, memory: MemoryBudget) -> None:
+        self.registry.register(MemoryFigures(_PREFIX, memory))
 
     def watch_certificate(self, expires: Callable[[], float | None]) -> None:
         gauge = Gauge(f"{_PREFIX}_certificate_expires_unix_seconds", "When it does.", registry=self.registry)

@@ -6,6 +6,8 @@ from prometheus_client import Counter, generate_latest
 
 from sft.errors import ServerFullError
 from sft.v1 import split_training_pb2 as pb
+from sft_cloud.errors import NoMemoryError
+from sft_cloud.memory import Kind, MemoryBudget, MemoryShare
 from sft_cloud.observability.metrics import REFUSALS, Metrics, refusal_of
 from sft_cloud.observability.prometheus import PrometheusMetrics
 
@@ -175,3 +177,25 @@ def test_connections_are_counted_from_the_start(metrics):
     assert [value(metrics, name) for name in ("connections", "strangers_ended_total")] == [3, 0]
     counts[1] = 2
     assert value(metrics, "strangers_ended_total") == 2
+
+
+def test_memory_is_told_by_kind_from_the_start(metrics):
+    memory = MemoryBudget(1000, process_bytes=300)
+    metrics.watch_memory(memory)
+    assert value(metrics, "memory_limit_bytes", of="process") == 1300
+    assert value(metrics, "memory_held_bytes", kind="process") == 300
+    for kind in ("sessions", "answers", "messages", "downloads", "builds"):
+        assert value(metrics, "memory_held_bytes", kind=kind) == 0
+        assert value(metrics, "memory_refusals_total", kind=kind) == 0
+    MemoryShare(memory, 600)
+    with pytest.raises(NoMemoryError):
+        memory.charge(Kind.MESSAGES, 500)
+    assert value(metrics, "memory_held_bytes", kind="sessions") == 600
+    assert value(metrics, "memory_refusals_total", kind="messages") == 1
+
+
+def test_a_device_has_a_limit_of_its_own(metrics):
+    metrics.watch_memory(MemoryBudget(1000, host=MemoryBudget(200, process_bytes=300)))
+    assert value(metrics, "memory_limit_bytes", of="device") == 1000
+    assert value(metrics, "memory_limit_bytes", of="process") == 500
+    assert value(metrics, "memory_held_bytes", kind="process") == 300
