@@ -217,6 +217,8 @@ class LoggingOptions:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "logging_steps")
+        if self.logging_dir is not None:
+            check_name("--logging-dir", self.logging_dir)
 
 
 class RunOptions(NamedTuple):
@@ -274,7 +276,7 @@ def check_output_dir(output_dir: Path, overwrite: bool, resumes: bool = False) -
 
 
 def check_name(option: str, path: Path) -> None:
-    """Raises UsageError for a name that the tokenizers package, which knows UTF-8 alone, could not write to."""
+    """Raises UsageError for a name that packages which know UTF-8 alone, as tokenizers is one, could not write to."""
     try:
         if os.fsencode(path) == str(path).encode("utf-8"):
             return
@@ -282,4 +284,4 @@ def check_name(option: str, path: Path) -> None:
         pass
     encoding = sys.getfilesystemencoding()
     how = "choose another" if encoding == "utf-8" else f"choose another, or a UTF-8 locale; this one has {encoding}"
-    raise UsageError(f"{option} {str(path)!a}: its name is not UTF-8, which the tokenizer's files need; {how}")
+    raise UsageError(f"{option} {str(path)!a}: its name is not UTF-8, which what writes there needs; {how}")

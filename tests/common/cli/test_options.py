@@ -1,6 +1,7 @@
 """Command lines and configuration files from dataclasses."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -272,6 +273,14 @@ def test_a_bug_keeps_its_traceback():
     done = run_script("broken")
     assert done.returncode == 1
     assert "IndexError" in done.stderr
+
+
+@pytest.mark.parametrize("closed", [1, 2])
+def test_a_stream_that_is_closed_is_no_error(closed):
+    """As services may be started: Python has None in its place."""
+    done = run_script("talk" if closed == 1 else "torn", preexec_fn=lambda: os.close(closed))
+    assert done.returncode == (0 if closed == 1 else 4)
+    assert "Traceback" not in done.stderr
 
 
 def test_a_reader_that_goes_away_ends_quietly():

@@ -168,9 +168,13 @@ def test_what_judges_the_model_is_not_installed(
 
 @pytest.mark.parametrize("name", ["caf\udce9", "runs/\udcff/out"])
 def test_an_output_directory_whose_name_is_not_utf_8(trained: Callable[..., Tuple[int, str]], name: str) -> None:
+    assert trained(logging_dir=name) == (
+        2,
+        f"--logging-dir {name!a}: its name is not UTF-8, which what writes there needs; choose another",
+    )
     code, line = trained(output_dir=name)
     assert code == 2
-    assert line == f"--output-dir {name!a}: its name is not UTF-8, which the tokenizer's files need; choose another"
+    assert line == f"--output-dir {name!a}: its name is not UTF-8, which what writes there needs; choose another"
 
 
 def test_a_token_that_the_model_does_not_have(

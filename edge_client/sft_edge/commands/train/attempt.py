@@ -85,7 +85,7 @@ class Attempt:
 
     def _rescue(self, error: BaseException) -> Optional[SFTError]:
         """Saves the model; gives the error that says so, or None where the one at hand is for whoever called."""
-        with contextlib.suppress(OSError):  # nobody may be there to read it
+        with contextlib.suppress(OSError, ValueError):  # nobody may be there to read it, or the stream is closed
             self.progress.status(f"stopping: saving the model as of step {self.steps}")
         for_caller = not isinstance(error, Exception) or isinstance(error, BrokenPipeError)
         try:
