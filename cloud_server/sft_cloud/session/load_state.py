@@ -25,15 +25,20 @@ class StateLoader:
         self._optimizer = optimizer
         self._find_blob = find_blob
 
-    def check(self, message: pb.LoadState) -> Callable[[], None]:
-        """What does it. Raises ProtocolError when the blob is not here, or not one of this net_2."""
+    def check(self, message: pb.LoadState) -> tuple[Callable[[], None], int]:
+        """What does it, and the bytes that are made meanwhile: a state takes the place of the one before once it is
+        there whole; parameters are overwritten.
+
+        Raises ProtocolError when the blob is not here, or not one of this net_2.
+        """
         path = self._find_blob(check_sha256(message.sha256))
         if path is None:
             raise ProtocolError(f"there is no blob {message.sha256}; upload it first")
         parameters, tensors = self._half.whole_parameters(), read_blob(path)
         if message.optimizer_state:
             state = checked_state(self._optimizer, parameters, tensors)
-            return lambda: self._optimizer.load_state_dict(copied_state(state))
+            size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+            return lambda: self._optimizer.load_state_dict(copied_state(state)), size
         adapters = {name for name in parameters if is_adapter(name)}
         if adapters and not adapters & tensors.keys():
             raise ProtocolError(
@@ -56,4 +61,4 @@ class StateLoader:
                 for name, parameter in parameters.items():
                     parameter.copy_(tensors[name])
 
-        return load
+        return load, 0

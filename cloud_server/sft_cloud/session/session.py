@@ -28,7 +28,7 @@ from sft.errors import ProtocolError
 from sft.models.seeding import seeded
 from sft.optim.gradients import scale_gradients
 from sft.optim.spec import set_learning_rates
-from sft.optim.state import live_state
+from sft.optim.state import live_state, state_bytes
 from sft.tensors.stream import StoredTensor
 from sft.v1 import split_training_pb2 as pb
 from sft_cloud.errors import NoMemoryError, PreconditionError, is_out_of_memory
@@ -306,10 +306,7 @@ class Session:
         needed += self._half.training_bytes(message.evaluate.activation) // _EVALUATION_TAKES
         needed += self._cast_bytes(message.evaluate.autocast)
         self._memory.check(needed)
-        try:
-            self._memory.hold(needed, self._answer_bytes(message.evaluate.activation, logits=True))
-        except MemoryError as error:
-            raise NoMemoryError(f"there is no memory for this batch now: {error}") from error
+        self._hold_now(needed, self._answer_bytes(message.evaluate.activation, logits=True))
         given = self._half.decode(message.evaluate.activation)
         self._half.check_outputs(message.evaluate.activation)
 
@@ -324,7 +321,11 @@ class Session:
     def _check_load_state(self, message: pb.EdgeMessage, commits: bool) -> Work:
         if not commits:
             self._micro_batches.check_nothing_waits(message.weights)
-        load = self._loader.check(message.load_state)
+        load, made = self._loader.check(message.load_state)
+        if message.load_state.optimizer_state:
+            # With other settings than now, it may hold more.
+            self._memory.grow(made - state_bytes(self._optimizer))
+            self._hold_now(made)
 
         def work(answer: pb.CloudMessage) -> None:
             load()
@@ -332,6 +333,12 @@ class Session:
             self._answer_committed(answer)
 
         return work
+
+    def _hold_now(self, size: int, answers: int = 0) -> None:
+        try:
+            self._memory.hold(size, answers)
+        except MemoryError as error:
+            raise NoMemoryError(f"there is no memory for this now: {error}") from error
 
     def _cast_bytes(self, autocast: pb.DataType) -> int:
         return self._half.cast_bytes() if autocast else 0

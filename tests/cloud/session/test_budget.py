@@ -1,6 +1,7 @@
 """A session takes no more of the memory than there is, and knows before it takes it."""
 
 import gc
+import hashlib
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from support.calls import refusal
 from support.session_parts import DROPPED, gradients_of, weigh
 
 from sft.errors import ProtocolError, ServerFullError
+from sft.tensors.stream import safetensors_chunks
 from sft.v1 import split_training_pb2 as pb
 from sft_cloud.engine.build import build, make_session
 from sft_cloud.engine.request import check_request
@@ -91,7 +93,7 @@ def test_a_step_for_which_others_leave_no_memory_is_skipped(session, edge, budge
 def test_an_evaluation_for_which_there_is_no_memory_now_leaves_the_session_as_it_was(session, edge, budget):
     session.handle(edge.forward(0, 0))
     other = others_hold(budget, budget.total_bytes - budget.held_bytes)
-    with pytest.raises(ServerFullError, match="no memory for this batch now"):
+    with pytest.raises(ServerFullError, match="no memory for this now"):
         session.handle(edge.evaluate())
     other.release()
     session.handle(edge.evaluate())
@@ -153,7 +155,7 @@ def test_answers_that_are_remembered_count_and_the_newest_with_its_copies(sessio
     answer = session.handle(edge.forward(0, 0), remembered_bytes=5000)
     assert budget.held()[Kind.ANSWERS] == 5000 + 4 * answer.ByteSize()
     assert session.handle(edge.forward(0, 1), remembered_bytes=1 << 40).HasField("step_skipped")
-    with pytest.raises(ServerFullError, match="no memory for this batch now"):
+    with pytest.raises(ServerFullError, match="no memory for this now"):
         session.handle(edge.evaluate(), remembered_bytes=1 << 40)
     session.handle(edge.forward(0, 0))
     answer = session.handle(edge.commit(0), remembered_bytes=1 << 31)  # what is there is counted, be it too much
@@ -192,3 +194,22 @@ def test_a_server_has_so_much_for_all_sessions(start_server, connect, edge):
     gc.collect()
     assert memory.held_bytes == 0
     assert stub.OpenSession(edge.request()).session_id
+
+
+def test_a_state_that_is_loaded_has_room_beside_the_one_before(edge, budget, tmp_path):
+    spec = check_request(edge.request())
+    parts = (spec, build(spec, CPU), [*edge.weights, *edge.factors], CPU)
+    session = make_session(*parts, lambda sha256: tmp_path / sha256, budget)
+    session.handle(edge.forward(0))
+    session.handle(edge.commit(0))
+    content = b"".join(safetensors_chunks(session.stored_optimizer_state()))
+    sha256 = hashlib.sha256(content).hexdigest()
+    (tmp_path / sha256).write_bytes(content)
+    load = pb.EdgeMessage(step=1, load_state=pb.LoadState(sha256=sha256, optimizer_state=True))
+    others = others_hold(budget, budget.total_bytes - budget.held_bytes - len(content) // 2)
+    with pytest.raises(NoMemoryError, match="no memory for this now"):
+        session.handle(load)
+    others.release()
+    before = budget.held()[Kind.SESSIONS]
+    session.handle(load)
+    assert budget.held()[Kind.SESSIONS] == before
