@@ -1,6 +1,11 @@
 """`python -m sft_cloud`, the same as `sft-cloud`."""
 
+import os
 import sys
+
+# `-m` puts the working folder first among what Python imports from, where a `random.py` would be run.
+if sys.path[0] == os.getcwd() != os.path.dirname(os.path.dirname(os.path.abspath(__file__))):
+    del sys.path[0]
 
 from sft_cloud.cli import main
 

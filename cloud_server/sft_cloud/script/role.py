@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from transformers import PreTrainedModel
 
 from sft.client.address import split_address
 from sft.errors import LinkError, SessionLostError, UsageError
+from sft.files.temporary import TemporaryDirectory
 from sft.optimizer import Role, SplitOptions
 from sft_cloud.access import make_access
 from sft_cloud.engine import make_budget, uploads
@@ -69,7 +69,7 @@ class CloudRole(Role):
                 ends.append(None if reason == DONE else lost)
                 done.set()
 
-        with tempfile.TemporaryDirectory(prefix="sft-cloud-") as state_dir, _terminable():
+        with TemporaryDirectory("sft-cloud-script-") as state_dir, _terminable():
             options, limits = ServeOptions(host, port, state_dir=Path(state_dir), max_sessions=1), LimitOptions()
             store = uploads(options, limits)
             budget = make_budget(limits, self._hosted.device)

@@ -17,13 +17,13 @@ import hashlib
 import logging
 import re
 import secrets
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from sft.errors import CheckpointError, ProtocolError, StorageError
+from sft.files.temporary import TemporaryDirectory
 from sft.tensors.manifest import (
     MANIFEST_FILE,
     MAX_MANIFEST_BYTES,
@@ -115,7 +115,7 @@ class RunCheckpoints:
 
         Gives its files, as files of this machine for as long as the block lasts. Raises StorageError.
         """
-        with tempfile.TemporaryDirectory(prefix="sft-checkpoint-") as aside:
+        with TemporaryDirectory("sft-checkpoint-aside-") as aside:
             for step, sha256 in sorted(wanted, reverse=True):
                 files = self._find(step, sha256, Path(aside))
                 if files is not None:

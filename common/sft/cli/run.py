@@ -6,7 +6,8 @@ import errno
 import os
 import sys
 import traceback
-from typing import Callable, List, Mapping, Optional, Sequence
+from contextlib import suppress
+from typing import IO, Any, Callable, List, Mapping, Optional, Sequence
 
 from sft.errors import SFTError, StorageError, UnexpectedError, UsageError
 from sft.printable import printable
@@ -27,6 +28,7 @@ def run(prog: str, commands: Mapping[str, Command], argv: Optional[Sequence[str]
     An error, wherever it comes from, becomes one line on stderr and the exit code of its class; one that nobody foresaw
     has its traceback above that line.
     """
+    _open_streams()
     # Or gRPC's own notes, of each handshake that fails, would stand between our lines.
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     for stream in ("stdout", "stderr"):
@@ -35,35 +37,66 @@ def run(prog: str, commands: Mapping[str, Command], argv: Optional[Sequence[str]
     if getattr(sys.stdout, "errors", None) == "strict":  # as stderr does: a name that cannot be shown is no error
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        (sys.stdout if arguments else sys.stderr).write(_overview(prog, commands) + "\n")
-        return 0 if arguments else UsageError.exit_code
-    name = arguments[0]
-    if name == "--version":
-        sys.stdout.write(f"{prog} {__version__}\n")
-        return 0
-    if name not in commands:
-        known = ", ".join(commands)
-        return _fail(prog, UsageError(f"there is no command {name!r}; the commands are {known}"))
-    full_name = f"{prog} {name}"
+    full_name = f"{prog} {arguments[0]}" if arguments and arguments[0] in commands else prog
     try:
-        code = commands[name](full_name, arguments[1:])
+        try:
+            code = _run(prog, full_name, commands, arguments)
+        except SystemExit:  # of --help
+            sys.stdout.flush()
+            raise
         # A reader that has gone, as in `sft-edge predict ... | head`, must show here and not at interpreter exit.
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
-        sys.stderr.write(f"{full_name}: interrupted\n")
+        _tell(f"{full_name}: interrupted")
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        _settle_stdout()
+        _settle(sys.stdout)
         return EXIT_BROKEN_PIPE
     except Exception as error:
         if isinstance(error, OSError):
-            _settle_stdout()
+            _settle(sys.stdout)
         told = explained(error)
         if isinstance(told, UnexpectedError):
-            traceback.print_exc()
+            with suppress(OSError):
+                traceback.print_exc()
         return _fail(full_name, told)
+    finally:
+        _settle(sys.stderr)
+
+
+def _run(prog: str, full_name: str, commands: Mapping[str, Command], arguments: List[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        (sys.stdout if arguments else sys.stderr).write(_overview(prog, commands) + "\n")
+        return 0 if arguments else UsageError.exit_code
+    if arguments[0] == "--version":
+        sys.stdout.write(f"{prog} {__version__}\n")
+        return 0
+    if arguments[0] not in commands:
+        known = ", ".join(commands)
+        raise UsageError(f"there is no command {arguments[0]!r}; the commands are {known}")
+    return commands[arguments[0]](full_name, arguments[1:])
+
+
+def _open_streams() -> None:
+    """Those of the three that the process was started without lead nowhere: as under a supervisor that closes them.
+
+    Before anything else is opened, which would get their numbers, and what C libraries write to standard error.
+    """
+    for number, mode in enumerate((os.O_RDONLY, os.O_WRONLY, os.O_WRONLY)):
+        try:
+            os.fstat(number)
+        except OSError:
+            opened = os.open(os.devnull, mode)
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+            else:
+                os.set_inheritable(number, True)
+    for name, number in (("stdin", 0), ("stdout", 1), ("stderr", 2)):
+        if getattr(sys, name) is None:
+            options: Any = {"mode": "r" if number == 0 else "w", "encoding": "utf-8", "errors": "backslashreplace"}
+            setattr(sys, name, open(number, closefd=False, **options))  # noqa: SIM115  # as long as the process
 
 
 def explained(error: Exception) -> SFTError:
@@ -90,14 +123,19 @@ def _overview(prog: str, commands: Mapping[str, Command]) -> str:
     return "\n".join(lines + ["", f"{prog} COMMAND --help shows the options of a command."])
 
 
-def _settle_stdout() -> None:
-    """Writes what stdout still holds or, where that fails, drops it: Python would complain of it again at exit."""
+def _settle(stream: IO[str]) -> None:
+    """Writes what the stream still holds or, where that fails, drops it: Python would complain of it again at exit."""
     try:
-        sys.stdout.flush()
+        stream.flush()
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _tell(line: str) -> None:
+    with suppress(OSError):  # the exit code is left to tell it
+        sys.stderr.write(line + "\n")
 
 
 def _fail(name: str, error: SFTError) -> int:
-    sys.stderr.write(f"{name}: error: {printable(str(error))}\n")
+    _tell(f"{name}: error: {printable(str(error))}")
     return error.exit_code

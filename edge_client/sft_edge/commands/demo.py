@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any, Dict
 
@@ -12,6 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from sft.cli.child import python_command
 from sft.errors import UsageError
 from sft.printable import format_bytes, format_seconds
 from sft_edge.options import DemoOptions
@@ -91,6 +91,6 @@ def _run(options: DemoOptions, mode: str, data_dir: Path) -> Dict[str, Any]:
         "--output-dir": output_dir,
     }
     argv = [str(part) for flag in flags.items() for part in flag]
-    subprocess.run([sys.executable, "-m", "sft_edge", "train", *argv, "--overwrite-output-dir"], check=True)
+    subprocess.run([*python_command("sft_edge.cli"), "train", *argv, "--overwrite-output-dir"], check=True)
     results: Dict[str, Any] = json.loads((output_dir / "all_results.json").read_text(encoding="utf-8"))
     return results

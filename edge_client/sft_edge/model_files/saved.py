@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import tempfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, List, NamedTuple, Optional, Sequence
@@ -21,6 +20,7 @@ from transformers import PretrainedConfig
 
 import sft
 from sft.errors import CheckpointError, StorageError
+from sft.files.temporary import TemporaryDirectory
 from sft.models import HEADS, RESIDUALS, Cut, Whole, build_whole
 from sft.models.weights import fill, shapes
 from sft.printable import told_by
@@ -92,7 +92,7 @@ def save_model(
     """
     with storage_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        aside = tempfile.TemporaryDirectory(prefix=".", dir=str(directory))
+        aside = TemporaryDirectory(".sft-aside-", directory)
     with aside:
         try:
             _write_model(Path(aside.name), shards, config, tokenizer, description)
@@ -108,7 +108,7 @@ def try_saving(directory: Path, config: PretrainedConfig, tokenizer: Any, descri
     """Writes what `save_model` would, but the weights, and deletes it. Raises StorageError."""
     with storage_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        aside = tempfile.TemporaryDirectory(prefix=".", dir=str(directory))
+        aside = TemporaryDirectory(".sft-aside-", directory)
     with aside:
         try:
             _write_beside(Path(aside.name), copy.deepcopy(config), tokenizer, description)

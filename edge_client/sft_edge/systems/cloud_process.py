@@ -14,7 +14,10 @@ import time
 from types import TracebackType
 from typing import List, Optional, Sequence, Type
 
+from sft.cli.child import python_command
 from sft.errors import LinkError, ServerUnavailableError, SessionLostError, UsageError
+from sft.files.temporary import TemporaryDirectory
+from sft.printable import printable
 
 START_TIMEOUT_SECONDS = 180.0
 """Importing torch and transformers takes a small machine a while."""
@@ -24,6 +27,8 @@ STOP_TIMEOUT_SECONDS = 10.0
 
 DEATH_NOTICE_SECONDS = 1.0
 """How much later than the link's failure the system may report the child's death."""
+
+_STATE_PREFIX = "sft-cloud-own-"
 
 _LAST_LINES = 20
 _LAST_BYTES = 16384
@@ -53,14 +58,21 @@ class CloudProcess:
 
         Raises UsageError when the cloud's part is not installed, LinkError when the child does not get to serving.
         """
-        serve = _serve_command(arguments) if command is None else []
-        # What is uploaded to a cloud of the edge's own is on this machine already: it is not worth keeping.
-        self._state = tempfile.TemporaryDirectory(prefix="sft-cloud-")
-        command = command or [*serve, "--state-dir", self._state.name]
+        if command is None:
+            _check_installed()
+        # What is uploaded to a cloud of the edge's own is on this machine already: it is not worth keeping. The child
+        # deletes it, too, as it outlives an edge that is killed; and locks it as long as it lives.
+        self._state = TemporaryDirectory(_STATE_PREFIX)
+        command = command or [*python_command("sft_cloud.cli", self._state.name), *_serve(arguments, self._state.name)]
         # A file, not a pipe: nothing has to read along.
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115
         self._child = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr, start_new_session=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+            start_new_session=True,
+            pass_fds=[self._state.lock],
         )
         self.pid = self._child.pid
         try:
@@ -94,26 +106,29 @@ class CloudProcess:
             self.close()
 
     def _wait_for_address(self, timeout_seconds: float) -> str:
-        """Reads the child's first line on standard output, {"event": "serving", "address": "127.0.0.1:PORT"}."""
+        """Reads the child's line on standard output, {"event": "serving", "address": "127.0.0.1:PORT"}.
+
+        Lines before it are somebody else's: of what Python itself runs first, such as a sitecustomize.
+        """
         deadline = time.monotonic() + timeout_seconds
         stdout = self._child.stdout.fileno()  # type: ignore[union-attr]  # it is a pipe
-        line = b""
-        while not line.endswith(b"\n"):
+        said = b""
+        while True:
             if not select.select([stdout], [], [], max(0.0, deadline - time.monotonic()))[0]:
-                raise LinkError(
-                    f"the cloud process did not start serving within {timeout_seconds:g} s{self._last_words()}"
-                )
+                within, lines = f"within {timeout_seconds:g} s", said.rpartition(b"\n")[0].splitlines()
+                if lines:
+                    told = printable(lines[-1].decode(errors="replace"))[:200]
+                    raise LinkError(f"the cloud process should say where it serves {within}, but says: {told}")
+                raise LinkError(f"the cloud process did not start serving {within}{self._last_words()}")
             piece = os.read(stdout, 4096)
             if not piece:
                 self._has_ended(STOP_TIMEOUT_SECONDS)
                 raise self._death()
-            line += piece
-        try:
-            event = json.loads(line)
-            return str({"serving": event["address"]}[event["event"]])
-        except (ValueError, TypeError, KeyError) as error:
-            text = line.decode(errors="replace").strip()
-            raise LinkError(f"the cloud process should say where it serves, but says: {text}") from error
+            said += piece
+            for line in said.split(b"\n")[:-1]:
+                address = _address_in(line)
+                if address is not None:
+                    return address
 
     def _has_ended(self, within_seconds: float) -> bool:
         try:
@@ -141,7 +156,15 @@ class CloudProcess:
         return f": {lines[-1].strip()}" if lines else " and left no message"
 
 
-def _serve_command(arguments: Sequence[str]) -> List[str]:
+def _address_in(line: bytes) -> Optional[str]:
+    try:
+        event = json.loads(line)
+        return str({"serving": event["address"]}[event["event"]])
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
+def _check_installed() -> None:
     # The cloud's own package comes with every installation; what it stands on does not.
     needed = ("sft_cloud", "grpc_health", "grpc_reflection")
     if sys.version_info < (3, 10) or any(importlib.util.find_spec(name) is None for name in needed):
@@ -149,5 +172,8 @@ def _serve_command(arguments: Sequence[str]) -> List[str]:
             "training without --server HOST:PORT needs the cloud's part here too: "
             "Python 3.10 or later, and pip install 'split-fine-tuning[cloud]'"
         )
+
+
+def _serve(arguments: Sequence[str], state_dir: str) -> List[str]:
     fixed = ["--host", "127.0.0.1", "--port", "0", "--exit-with-stdin", "--log-level", "warning"]
-    return [sys.executable, "-m", "sft_cloud", "serve", *fixed, *arguments]
+    return ["serve", *fixed, "--state-dir", state_dir, *arguments]

@@ -6,6 +6,7 @@ import math
 import sys
 import time
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Callable, Deque, Mapping, Optional, Tuple, Type
@@ -79,8 +80,9 @@ class Progress:
         return "  ".join(parts)
 
     def _line(self, text: str) -> None:
-        self._stream.write(text + "\n")
-        self._stream.flush()
+        with suppress(OSError):  # who has nobody to tell trains on
+            self._stream.write(text + "\n")
+            self._stream.flush()
 
 
 class TerminalProgress(Progress):

@@ -244,7 +244,18 @@ def broken(prog, argv):
     "Has a bug."
     return [][0]
 
-sys.exit(run("car", {"torn": torn, "hostile": hostile, "interrupted": interrupted, "talk": talk, "broken": broken}))
+def drive(prog, argv):
+    "Says a little everywhere, and writes a file."
+    with open(argv[0], "w") as file:
+        print("on the road")
+        print("at the wheel", file=sys.stderr, flush=True)
+        os.write(2, b"of a library in C")
+        sys.stdin.read()
+        file.write("logbook")
+    return 0
+
+commands = (torn, hostile, interrupted, talk, broken, drive)
+sys.exit(run("car", {command.__name__: command for command in commands}))
 """
 
 
@@ -297,6 +308,35 @@ def test_a_full_disk_behind_stdout_is_a_storage_error():
     assert done.stderr == (
         "car talk: error: cannot write the output: No space left on device; free some space and run again\n"
     )
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_streams_that_are_closed_lead_nowhere(tmp_path, closed):
+    logbook = tmp_path / "logbook"
+    command = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "-c", COMMANDS, "drive", str(logbook)]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=False)
+    assert done.returncode == 0
+    assert logbook.read_text() == "logbook"
+    assert done.stdout == (b"" if ">&-" in closed.replace("2>", "2") else b"on the road\n")
+    assert done.stderr == (b"" if "2>&-" in closed else b"at the wheel\nof a library in C")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"]])
+def test_a_full_disk_is_told_whatever_was_asked(arguments):
+    with open("/dev/full", "w") as full:
+        done = run_script(*arguments, stdout=full)
+    assert done.returncode == 7
+    assert done.stderr.count("\n") == 1
+    assert "cannot write the output" in done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+@pytest.mark.parametrize(("command", "code"), [("torn", 4), ("broken", 1), ("interrupted", 130)])
+def test_where_nothing_can_be_told_the_exit_code_is_left(command, code):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", COMMANDS, command], stderr=full, timeout=60, check=False)
+    assert done.returncode == code
 
 
 def ride(prog, argv):

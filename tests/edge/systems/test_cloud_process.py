@@ -101,8 +101,16 @@ def test_a_child_that_does_not_start_serving_in_time() -> None:
 
 @pytest.mark.parametrize("line", ["hello", "[]", '"serving"', "{}", '{"event": "leaving", "address": "a:1"}'])
 def test_a_child_that_says_something_else(line: str) -> None:
-    with pytest.raises(LinkError, match="should say where it serves, but says: "):
-        CloudProcess(command=child(f"import sys; print({line!r}, flush=True); sys.stdin.read()"))
+    with pytest.raises(LinkError, match=r"should say where it serves within 0\.5 s, but says: "):
+        CloudProcess(
+            command=child(f"import sys; print({line!r}, flush=True); sys.stdin.read()"), start_timeout_seconds=0.5
+        )
+
+
+def test_a_line_before_the_childs_is_somebody_elses() -> None:
+    """As of a sitecustomize."""
+    with CloudProcess(command=child("print('three rows\\nand {}', flush=True)" + ENDS_WITH_STDIN)) as cloud:
+        connect(cloud.address).close()
 
 
 def test_a_death_in_the_middle_explains_the_lost_session() -> None:

@@ -6,12 +6,12 @@ import contextlib
 import math
 import os
 import sys
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Iterator, Optional
 
 from sft.errors import StorageError, VerificationError
+from sft.files.temporary import TemporaryDirectory
 from sft_edge.commands.export.card import export_card
 from sft_edge.commands.export.check import Question, ask_elsewhere, ask_here, largest_difference, texts_for
 from sft_edge.commands.export.content import DENSE, FACTORED, Export
@@ -116,7 +116,7 @@ def _whole_or_not_at_all(to: Path) -> Iterator[Path]:
     try:
         with storage_errors(to):
             to.mkdir(parents=True, exist_ok=True)
-            aside = tempfile.TemporaryDirectory(prefix=".", dir=str(to))
+            aside = TemporaryDirectory(".sft-aside-", to)
         with aside:
             directory = Path(aside.name) / "export"
             inside = str(directory)
