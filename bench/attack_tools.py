@@ -26,6 +26,7 @@ from sft.v1 import split_training_pb2 as pb  # noqa: E402
 from sft.v1.split_training_pb2_grpc import SplitTrainingStub  # noqa: E402
 
 SECONDS = 60.0
+MEMORY_LIMIT = 640 << 20
 
 
 @dataclass
@@ -36,6 +37,8 @@ class Server:
     tokens: Path
     child: subprocess.Popen[bytes]
     log: Path
+    metrics: str = ""
+    """Where Prometheus would read, with --metrics-port."""
 
 
 @dataclass
@@ -72,7 +75,7 @@ def serving(directory: Path, flags: list[str]) -> Iterator[Server]:
     command += [f"--state-dir={directory / 'state'}", f"--tokens={tokens}", "--stall-timeout=2s", "--idle-timeout=2s"]
     command += [
         "--opens-per-minute=200",
-        f"--memory-limit={640 << 20}",
+        f"--memory-limit={MEMORY_LIMIT}",
         f"--audit-log={directory / 'audit.jsonl'}",
         *flags,
     ]
@@ -80,7 +83,8 @@ def serving(directory: Path, flags: list[str]) -> Iterator[Server]:
         child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr)
     try:
         assert child.stdout is not None
-        yield Server(json.loads(child.stdout.readline())["address"], tokens, child, log)
+        ready = json.loads(child.stdout.readline())
+        yield Server(ready["address"], tokens, child, log, ready.get("metrics", ""))
     finally:
         child.kill()
         child.wait()

@@ -1,6 +1,7 @@
 """Attacks on a server of one's own, and what each of them got.
 
     python bench/attacks.py
+    python bench/attacks.py --only memory,places
 
 Starts `sft-cloud serve` with TLS and tokens, and a second one that asks for client certificates, too; tries what is in
 the table below against them, while a good session trains again and again beside it; and prints the table. Exit code 1
@@ -9,7 +10,7 @@ when an attack got something else than it should, or when the good session did n
 
 from __future__ import annotations
 
-import hashlib
+import argparse
 import json
 import os
 import socket
@@ -23,6 +24,7 @@ from typing import Any
 
 import grpc
 from attack_tools import (
+    MEMORY_LIMIT,
     SECONDS,
     Held,
     Server,
@@ -35,6 +37,7 @@ from attack_tools import (
     with_blob,
 )
 from attacks_on_health import health_checks
+from attacks_on_sharing import answers, held_connections, memory, metrics, openings, places, quotas
 from fuzz import tiny_edge  # which has added tests/ to the path, as the one before it
 from support.fuzzing import SERVICE, good_run
 from support.tiny_edge import TinyEdge, attach
@@ -51,12 +54,15 @@ PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
 
 def main() -> int:
     """Prints the table, and returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="of its parts these: identity,health,tenants,sizes,...,memory")
+    chosen = [name for name in parser.parse_args().only.split(",") if name]
     with tempfile.TemporaryDirectory() as scratch:
-        return attack(Path(scratch))
+        return attack(Path(scratch), chosen)
 
 
-def attack(scratch: Path) -> int:
-    """The whole of it, in a directory of its own."""
+def attack(scratch: Path, chosen: list[str]) -> int:
+    """The whole of it, or the parts that are chosen, in a directory of its own."""
     edge = tiny_edge(scratch / "tiny")
     certificates = make_certificates(scratch)
     server_flags = [f"--tls-cert={certificates.server.cert}", f"--tls-key={certificates.server.key}"]
@@ -78,15 +84,26 @@ def attack(scratch: Path) -> int:
         thread = threading.Thread(target=train)
         thread.start()
         table = Table()
+        parts: dict[str, Callable[[], None]] = {
+            "identity": lambda: identity(table, tls, mutual, certificates),
+            "health": lambda: health_checks(table, tls, certificates),
+            "tenants": lambda: tenants(table, tls, certificates, edge),
+            "sizes": lambda: sizes(table, tls, certificates, edge),
+            "names": lambda: names(table, tls, certificates, edge),
+            "slowness": lambda: slowness(table, tls, certificates, edge),
+            "quotas": lambda: quotas(table, tls, certificates, edge),
+            "connections": lambda: held_connections(table, tls, certificates),
+            "openings": lambda: openings(table, tls, certificates, edge),
+            "answers": lambda: answers(table, tls, certificates, edge),
+            "places": lambda: places(table, scratch / "places", edge, certificates),
+            "metrics": lambda: metrics(table, scratch / "metrics"),
+            "memory": lambda: memory(table, tls, certificates, MEMORY_LIMIT),
+        }
         print("| attack | what it got |\n|---|---|", flush=True)
         try:
-            identity(table, tls, mutual, certificates)
-            health_checks(table, tls, certificates)
-            tenants(table, tls, certificates, edge)
-            sizes(table, tls, certificates, edge)
-            names(table, tls, certificates, edge)
-            slowness(table, tls, certificates, edge)
-            quotas(table, tls, certificates, edge)
+            for name, part in parts.items():
+                if name in chosen or not chosen:
+                    part()
         finally:
             over.set()
             thread.join()
@@ -324,58 +341,6 @@ def slowness(table: Table, tls: Server, certificates: Certificates, edge: TinyEd
         return "still there"
 
     table.add("answers of 8 MB that are not read", "ConnectionError", unread)
-
-
-def quotas(table: Table, tls: Server, certificates: Certificates, edge: TinyEdge) -> None:
-    """Who takes more than is for it."""
-
-    def caller(name: str, **limits: object) -> SplitTrainingStub:
-        return SplitTrainingStub(channel(tls, certificates, make_token(tls.tokens, name, **limits)))
-
-    greedy = caller("greedy", max_sessions=2)
-    table.add("a third session of two", "RESOURCE_EXHAUSTED", lambda: [opened(greedy, edge) for _ in range(3)])
-    opening = caller("opening")
-
-    def hurried() -> object:
-        return [opening.OpenSession(edge.request(only_check=True), timeout=10) for _ in range(300)]
-
-    table.add("300 requests to open a session at once, of 200 a minute", "RESOURCE_EXHAUSTED", hurried)
-    probing = caller("probing", max_bytes_per_day=1 << 20)
-    probe = pb.ProbeRequest(data=bytes(300_000))
-    table.add("2 MB of 1 MiB a day", "RESOURCE_EXHAUSTED", lambda: [probing.Probe(probe, timeout=10) for _ in range(7)])
-    uploading = caller("uploading", max_upload_bytes=100_000)
-
-    def upload() -> object:
-        for number in range(3):
-            content = bytes([number]) * 50_000
-            first = pb.UploadBlobRequest(sha256=hashlib.sha256(content).hexdigest(), total_bytes=50_000, data=content)
-            uploading.UploadBlob(iter([first]), timeout=10)
-        return "150 kB"
-
-    table.add("150 kB of uploads, of 100", "RESOURCE_EXHAUSTED", upload)
-    calling = caller("calling", max_sessions=1)
-    holds = [Held() for _ in range(6)]
-
-    def calls() -> object:
-        ends = []
-        for call in [calling.Train(held, timeout=SECONDS) for held in holds]:
-            try:
-                list(call)
-            except grpc.RpcError as error:
-                ends.append(error)
-        raise next((end for end in ends if end.code() is not grpc.StatusCode.CANCELLED), ends[0])
-
-    table.add("six calls at a time, of five", "RESOURCE_EXHAUSTED", calls)
-    for held in holds:
-        held.end()
-    ranked = caller("ranked", max_split_rank=2)
-    table.add("rank 4, of at most 2", "PERMISSION_DENIED", lambda: ranked.OpenSession(edge.request(), timeout=10))
-    picky = caller("picky", models=("bert-*",))
-    table.add(
-        "another model than those of the token",
-        "PERMISSION_DENIED",
-        lambda: picky.OpenSession(edge.request(), timeout=10),
-    )
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
+import grpc
 from attack_tools import SECONDS, Held, Server, Table, channel, status
 from support.tls import Certificates, make_token  # attack_tools has added tests/ to the path
 
@@ -14,21 +16,26 @@ def health_checks(table: Table, tls: Server, certificates: Certificates) -> None
     token = make_token(tls.tokens, "health")
 
     def silent() -> object:
-        held = [Held() for _ in range(200)]
-        for one in held:
-            list(channel(tls, certificates, None).stream_stream(check)(one, timeout=SECONDS))
+        held, one = [Held() for _ in range(200)], channel(tls, certificates, None)
+        calls = [one.stream_unary(check).future(messages, timeout=SECONDS) for messages in held]
+        for call in calls:
+            call.result()
         try:
             return f"all answered; {status(channel(tls, certificates, token))} is served beside them"
         finally:
-            for one in held:
-                one.end()
+            for messages in held:
+                messages.end()
 
     table.add("200 health checks without a token that send nothing", "let in: all answered; health", silent)
+
+    unknown = channel(tls, certificates, None).unary_unary(check)
+    table.add("the health of a service that there is not", "NOT_FOUND", lambda: unknown(b"\n\x05other", timeout=10))
 
     def grown() -> object:
         before = _most_memory(tls)
         for _ in range(5):
-            list(channel(tls, certificates, None).stream_stream(check)(iter([bytes(250 << 20)]), timeout=SECONDS))
+            with suppress(grpc.RpcError):  # too large to be read
+                list(channel(tls, certificates, None).stream_stream(check)(iter([bytes(250 << 20)]), timeout=SECONDS))
         grew = _most_memory(tls) - before
         return f"{'little' if grew < 50 << 20 else 'much'}: {grew >> 20} MiB more memory than before"
 
