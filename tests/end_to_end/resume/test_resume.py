@@ -98,7 +98,7 @@ def test_another_run_is_refused_by_name(
     assert steps_in(out) == [2]
 
 
-@pytest.mark.parametrize("schedule", ["constant", "linear"])
+@pytest.mark.parametrize("schedule", [pytest.param("constant", marks=pytest.mark.slow), "linear"])
 def test_a_run_that_is_over_gets_more_steps(
     run: Callable[..., int],
     whole: Callable[..., Outcome],
