@@ -46,6 +46,7 @@ from support.tls import Certificates, make_certificates, make_token
 from sft.models import Cut
 from sft.v1 import split_training_pb2 as pb
 from sft.v1.split_training_pb2_grpc import SplitTrainingStub
+from sft.wire.parts import parts_of
 from sft_cloud.access.tokens import TokenFile
 
 STEPS = 300
@@ -211,11 +212,15 @@ def sizes(table: Table, tls: Server, certificates: Certificates, edge: TinyEdge)
         return lambda: list(one.stream_stream(SERVICE + method)(iter(messages), timeout=SECONDS))
 
     table.add("a message of 300 MiB", "RESOURCE_EXHAUSTED", raw("Train", bytes(300 << 20)))
-    table.add("a request to open a session of 17 MiB", "INVALID_ARGUMENT", raw("OpenSession", bytes(17 << 20)))
+    table.add("a request to open a session of 5 MiB", "RESOURCE_EXHAUSTED", raw("OpenSession", bytes(5 << 20)))
+    first = pb.EdgeMessage(part=pb.Part(data=bytes(1 << 20), total_bytes=1 << 40)).SerializeToString()
+    table.add("a message in parts that is said to have 1 TiB", "INVALID_ARGUMENT", raw("Train", first))
     bomb = raw("Train", bytes(250 << 20), compression=grpc.Compression.Gzip)
     table.add("a decompression bomb: 250 MiB of zeros in 250 kB of gzip", "UNIMPLEMENTED", bomb)
     table.add(
-        "a protobuf bomb: 4 million empty messages in 8 MiB", "INVALID_ARGUMENT", raw("Train", b"\x1a\x00" * (4 << 20))
+        "a protobuf bomb: 4 million empty messages in 8 MiB",
+        "INVALID_ARGUMENT",
+        raw("Train", *parts_of(b"\x1a\x00" * (4 << 20))),
     )
     metadata = [("x-filler", "x" * 100_000)]
     stub = SplitTrainingStub(channel(tls, certificates, token))
@@ -308,6 +313,10 @@ def slowness(table: Table, tls: Server, certificates: Certificates, edge: TinyEd
             lambda one=one, held=held: list(one(held, timeout=SECONDS)),
         )
         held.end()
+    parts = Held(*list(parts_of(bytes(20 << 20)))[:-1])
+    one = half.stream_stream(SERVICE + "Train")
+    table.add("slow loris: 19 of 20 MiB of a message", "CANCELLED", lambda: list(one(parts, timeout=SECONDS)))
+    parts.end()
     sha256, content = next(iter(edge.blobs().items()))
     upload = Held(pb.UploadBlobRequest(sha256=sha256, total_bytes=len(content), data=content[:100]))
     table.add(

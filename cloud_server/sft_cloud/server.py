@@ -87,7 +87,7 @@ class CloudServer:
         self.connections = ConnectionGuard(room(open_files_limit()))
         self.quotas = Quotas(options.max_sessions, limits.opens_per_minute, options.max_calls)
         self.deadlines = Deadlines(limits.stall_timeout, limits.idle_timeout)
-        self.admission = AdmissionInterceptor(self.connections, self.quotas, self.deadlines, audit)
+        self.admission = AdmissionInterceptor(self.connections, self.quotas, self.deadlines, audit, self.memory)
         self.calls = CallInterceptor(access.identify)
         # Calls of known callers take a thread each; how many there may be the quotas say, on one of those to spare.
         self._executor = ThreadPoolExecutor(options.max_calls + SPARE_THREADS, thread_name_prefix="call")

@@ -31,8 +31,8 @@ TABLE = Path(__file__).parents[2] / "docs" / "what-leaves.md"
 OF_TLS = {"tls.server_name", "tls.client_certificate"}
 """Which no server of gRPC shows."""
 
-RARE = {"OptimizerArgument.text"}
-"""Only Muon has such a setting, which takes no biases and no norms."""
+RARE = {"EdgeMessage.part", "Part.data", "Part.total_bytes", "OptimizerArgument.text"}
+"""Messages here are small; and only Muon has a text among its settings, which takes no biases and no norms."""
 
 OLDER = {"position_embedding_type", "rope_theta", "rope_scaling", "pruned_heads"}
 """Settings of releases of transformers that are older than the one here."""

@@ -13,6 +13,7 @@ from support.tiny_edge import TinyEdge
 from transformers import AutoConfig
 
 from sft.models import Cut
+from sft.wire.protocol import PART_BYTES
 from sft_edge.link.grpc_transport import GrpcTransport
 from sft_edge.link.link import Blob, Link
 
@@ -35,6 +36,18 @@ def proxy(tmp_path: Path) -> Iterator[TcpProxy]:
     with TcpProxy(server.address) as proxy:
         yield proxy
     server.stop(grace_seconds=0)
+
+
+def test_a_message_that_crosses_in_parts_is_counted_as_such(edge: TinyEdge, proxy: TcpProxy) -> None:
+    wide = TinyEdge(edge.directory, edge.config, cut=Cut("sl", 1), lengths=(60,) * 200)
+    blobs = {sha256: Blob(len(data), lambda data=data: iter([data])) for sha256, data in wide.blobs().items()}
+    with Link(GrpcTransport(proxy.address), wide.request(), blobs) as link:
+        link.open()
+        sent = proxy.up.forwarded
+        assert link.forward(0, 0, wide.activation(0), wide.labels(), 1.0).result().message.result.loss > 0
+        total = link.total
+    assert total.payload_bytes_sent == 200 * 60 * wide.width * 4 > PART_BYTES
+    assert total.bytes_sent == pytest.approx(proxy.up.forwarded - sent, abs=3000)  # window updates among them
 
 
 def test_the_link_counts_what_a_proxy_counts(edge: TinyEdge, proxy: TcpProxy) -> None:

@@ -14,12 +14,17 @@ from support.mutations import Mutator
 from support.tiny_edge import TinyEdge, attach
 
 from sft.v1 import split_training_pb2 as pb
+from sft.wire.parts import parts_of
 
 SERVICE = "/sft.v1.SplitTraining/"
 HANG_SECONDS = 60.0
 """A call that has not ended by then hangs."""
 
 _MESSAGES_A_SESSION = 40
+_IN_PARTS = 0.02
+"""Of the messages of a session: each is of two megabytes."""
+_UNKNOWN = b"\xc2\x3e\x80\x80\x80\x01"
+"""A field of number 1000 and 2 MiB begins."""
 _BROKEN = ("INTERNAL", "UNKNOWN", "DEADLINE_EXCEEDED", "DATA_LOSS")
 """What a sound server answers to nothing that comes over the wire."""
 
@@ -111,6 +116,9 @@ class Fuzzer:
             kind, message = state.next_message()
             message.number, message.answered = number, self._draw.choice((number - 1, max(0, number - 3)))
             sound = message.SerializeToString()
+            if self._draw.random() < _IN_PARTS:
+                self._in_parts(sound, outgoing, call)
+                return
             data = self._mutator.mutated(message, state.seen) if self._draw.random() < 0.5 else sound
             outgoing.put(data)
             answer = self._note(f"EdgeMessage, {kind}", data, lambda: next(call), data != sound)
@@ -121,6 +129,19 @@ class Fuzzer:
             outgoing.put(pb.EdgeMessage(close=pb.Close()).SerializeToString())
             self._note("EdgeMessage, close", b"", lambda: list(call), mutated=False)
         outgoing.put(None)
+        call.cancel()
+
+    def _in_parts(self, sound: bytes, outgoing: queue.SimpleQueue[Optional[bytes]], call: Any) -> None:
+        """A message made large by a field that nobody knows, in parts of which one is not sound; and the end."""
+        parts = list(parts_of(sound + _UNKNOWN + bytes(2 << 20)))
+        place = self._draw.randrange(len(parts))
+        part = pb.EdgeMessage.FromString(parts[place])
+        if self._draw.random() < 0.5:
+            part.part.data = part.part.data[: self._draw.choice((0, 1, 1000))]
+        parts[place] = self._mutator.mutated(part)
+        for one in [*parts, pb.EdgeMessage(close=pb.Close()).SerializeToString(), None]:
+            outgoing.put(one)
+        self._note("EdgeMessage, part", parts[place][:1000], lambda: list(call))
         call.cancel()
 
     def _session(self) -> Optional[str]:

@@ -17,12 +17,14 @@ from google.protobuf.message import DecodeError
 
 from sft.errors import ProtocolError
 from sft.v1 import split_training_pb2 as pb
-from sft.wire.protocol import HEALTH_WATCH, MAX_MESSAGE_BYTES, SERVICE, TRAIN
+from sft.wire.protocol import HEALTH_WATCH, MAX_MESSAGE_BYTES, MAX_PROBE_BYTES, PART_BYTES, SERVICE, TRAIN
 from sft_cloud.access import OPEN_METHODS
+from sft_cloud.admission.assembly import COPIES, Assembly
 from sft_cloud.admission.connections import ConnectionGuard
 from sft_cloud.admission.deadlines import Deadlines
 from sft_cloud.admission.quotas import Quotas
 from sft_cloud.admission.wire_check import check_wire
+from sft_cloud.memory import Charge, Kind, MemoryBudget
 from sft_cloud.observability import AuditLog, CallRecord
 from sft_cloud.rpc import Call, Handler, behaviour_of, outcome, raw
 
@@ -30,10 +32,10 @@ _METHODS = pb.DESCRIPTOR.services_by_name["SplitTraining"].methods_by_name
 
 _MAX_OTHER_BYTES = 1 << 16
 _MAX_BYTES = {
-    "OpenSession": 16 << 20,  # configuration, adapters, and the names of all parameters
+    "OpenSession": 4 << 20,  # configuration, adapters, and the names of all parameters
     "UploadBlob": (1 << 20) + 1024,
-    "Train": MAX_MESSAGE_BYTES,
-    "Probe": (4 << 20) + 1024,
+    "Train": PART_BYTES + 1024,
+    "Probe": MAX_PROBE_BYTES + 1024,
 }
 
 
@@ -46,6 +48,7 @@ class AdmissionInterceptor(grpc.ServerInterceptor):
         quotas: Quotas,
         deadlines: Deadlines,
         audit: AuditLog,
+        budget: MemoryBudget,
         wait: Callable[[threading.Event, float], object] = threading.Event.wait,
     ) -> None:
         """`wait`: for an event, at most so many seconds."""
@@ -53,6 +56,7 @@ class AdmissionInterceptor(grpc.ServerInterceptor):
         self._quotas = quotas
         self._deadlines = deadlines
         self._audit = audit
+        self._budget = budget
         self._wait = wait
 
     def intercept_service(
@@ -140,6 +144,8 @@ class _Admitted:
 
     def _messages(self, received: Iterator[bytes], context: Call, call: _Call) -> Iterator[Any]:
         deadlines, reason = self._admission._deadlines, "no first message"
+        charge = self._admission._budget.charge(Kind.MESSAGES, 0)
+        call.ends_with(charge.release)
         while True:
             may_idle = self._method == TRAIN and reason != "no first message"
             waits = deadlines.idles if may_idle else deadlines.stalls
@@ -148,17 +154,39 @@ class _Admitted:
             if data is None:
                 return
             call.count(len(data))
+            charge.resize(COPIES * len(data))
             message = self._parsed(data)
             del data  # here and below: a stream that idles must not keep a quarter of a gigabyte
+            if isinstance(message, pb.EdgeMessage) and message.HasField("part"):
+                message = self._whole(message.part, charge, received, context, call)
             call.record.requested(message)
             call.check(message)
             yield message
             del message
+            charge.resize(0)
             reason = "idle stream" if self._method == TRAIN else "no next part"
 
-    def _parsed(self, data: bytes) -> Any:
-        if len(data) > self._max_bytes:
-            raise ProtocolError(f"a message of {len(data)} bytes came; this method takes at most {self._max_bytes}")
+    def _whole(
+        self, first: pb.Part, charge: Charge, received: Iterator[bytes], context: Call, call: _Call
+    ) -> pb.EdgeMessage:
+        """The message that comes in parts, of which this is the first. Charged as long as it is held."""
+        budget = self._admission._budget
+        whole = Assembly(first, charge, (budget.host or budget).most_bytes(PART_BYTES + 1))
+        del first
+        while not whole.is_whole:
+            with self._admission._deadlines.stalls("no next part", context.cancel):
+                data = next(received, None)
+            if data is None:
+                raise ProtocolError("the stream ended in the middle of a message")
+            call.count(len(data))
+            whole.add(self._parsed(data))
+        message: pb.EdgeMessage = self._parsed(whole.joined(), MAX_MESSAGE_BYTES)
+        return message
+
+    def _parsed(self, data: bytes, max_bytes: int | None = None) -> Any:
+        most = self._max_bytes if max_bytes is None else max_bytes
+        if len(data) > most:
+            raise ProtocolError(f"a message of {len(data)} bytes came; this method takes at most {most} in one")
         if self._descriptor is not None:
             check_wire(data, self._descriptor)
         try:

@@ -22,7 +22,14 @@ INSTANCE_KEY = "sft-instance"
 starts."""
 
 MAX_MESSAGE_BYTES = 256 << 20
-"""Largest message either side accepts: a full-width activation of 128 x 512 tokens x 1024 floats."""
+"""Largest message either side accepts, in parts or whole: a full-width activation of 128 x 512 tokens x 1024 floats."""
+
+PART_BYTES = 1 << 20
+"""Of an edge's message that cross in one; larger messages cross in parts (`sft.wire.parts`): what gRPC has received of
+a message is in nobody's books until the message is whole."""
+
+MAX_RECEIVED_BYTES = (4 << 20) + 4096
+"""Largest message of gRPC that the cloud takes: a probe."""
 
 MAX_PADDED_TOKENS = 1 << 18
 """Largest B x S of a batch: 512 sequences of 512 tokens. A few bytes of lengths could otherwise ask for any memory."""
@@ -40,12 +47,9 @@ as net_2's gradients."""
 KEEPALIVE_SECONDS = 20
 """Of silence, before the other side is asked for a sign of life, and for the sign, where nobody chose otherwise."""
 
-_LIMITS: List[Tuple[str, int]] = [
+CLIENT_OPTIONS: List[Tuple[str, int]] = [
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-]
-
-CLIENT_OPTIONS: List[Tuple[str, int]] = _LIMITS + [
     ("grpc.keepalive_time_ms", 1000 * KEEPALIVE_SECONDS),
     ("grpc.keepalive_timeout_ms", 1000 * KEEPALIVE_SECONDS),
     # An edge that computes for minutes has no message under way, yet the link must be known to live.
@@ -54,7 +58,9 @@ CLIENT_OPTIONS: List[Tuple[str, int]] = _LIMITS + [
     ("grpc.use_local_subchannel_pool", 1),
 ]
 
-SERVER_OPTIONS: List[Tuple[str, int]] = _LIMITS + [
+SERVER_OPTIONS: List[Tuple[str, int]] = [
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_RECEIVED_BYTES),
     ("grpc.keepalive_time_ms", 1000 * KEEPALIVE_SECONDS),
     ("grpc.keepalive_timeout_ms", 1000 * KEEPALIVE_SECONDS),
     # Below the client's keepalive time, or the server would answer `too_many_pings` and hang up.

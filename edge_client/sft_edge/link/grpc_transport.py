@@ -44,6 +44,7 @@ from sft.errors import (
 from sft.printable import said
 from sft.v1 import split_training_pb2 as pb
 from sft.v1.split_training_pb2_grpc import SplitTrainingStub
+from sft.wire.parts import parts_of
 from sft.wire.protocol import CLIENT_OPTIONS, MAX_PROBE_BYTES, TRAIN
 from sft_edge.link.tracing import edge_tracer, traced
 from sft_edge.link.transport import SEVERAL_SERVERS, Stream, Transport
@@ -154,7 +155,7 @@ class GrpcTransport(Transport):
 
     def stream(self, messages: Iterator[bytes]) -> Stream:
         """See Transport. A link that breaks without a word is noticed by gRPC's keepalive."""
-        return _GrpcStream(self._train(messages, metadata=self._credentials.metadata()), self._error)
+        return _GrpcStream(self._train(_in_parts(messages), metadata=self._credentials.metadata()), self._error)
 
     def download(self, session_id: str, optimizer_state: bool = False, offset: int = 0) -> Iterator[bytes]:
         """See Transport. The way counts as broken when no chunk came for the stall time-out."""
@@ -305,6 +306,12 @@ def _renewed_meanwhile() -> Iterator[None]:
         yield
     except ValueError as error:  # as gRPC has it
         raise StreamBrokenError("the connection was given up while it was about to be used") from error
+
+
+def _in_parts(messages: Iterator[bytes]) -> Iterator[bytes]:
+    for data in messages:
+        yield from parts_of(data)
+        del data  # a stream that idles must not keep it
 
 
 class _GrpcStream(Stream):

@@ -30,6 +30,7 @@ from sft.errors import (
 from sft.tracing import NO_SPAN, Span
 from sft.v1 import split_training_pb2 as pb
 from sft.wire.ledger import Traffic, framed_size
+from sft.wire.parts import sent_size
 from sft.wire.protocol import MAX_UNANSWERED
 from sft_edge.link.answers import check_answer
 from sft_edge.link.cuts import Cuts
@@ -128,7 +129,7 @@ class ReliableStream:
                 raise self._failure
             message.number, message.answered = self._unanswered.next_number, self._unanswered.answered
             data = message.SerializeToString()
-            sent = Traffic(payload_bytes_sent=payload_bytes, bytes_sent=framed_size(len(data)))
+            sent = Traffic(payload_bytes_sent=payload_bytes, bytes_sent=sent_size(len(data)))
             pending = PendingReply(sent, self._policy.reply_timeout_seconds, self._break_off, span)
             self._unanswered.add(Sent(kind, message.step, message.micro_batch, data, pending))
             self._total += sent
@@ -290,7 +291,7 @@ class ReliableStream:
         for data in missing:
             self._outgoing.put(data)
             self._sent_bytes += len(data)
-            self._total += Traffic(bytes_sent=framed_size(len(data)))
+            self._total += Traffic(bytes_sent=sent_size(len(data)))
         self.counts.sent_again += len(missing)
         self._flows = True
 

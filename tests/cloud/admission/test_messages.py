@@ -8,7 +8,8 @@ from support.calls import SECONDS, Stream, open_session, refusal
 from support.tiny_edge import attach
 
 from sft.v1 import split_training_pb2 as pb
-from sft.wire.protocol import HEALTH_WATCH
+from sft.wire.parts import parts_of
+from sft.wire.protocol import HEALTH_WATCH, MAX_RECEIVED_BYTES
 from sft_cloud.admission.interceptor import _Admitted
 
 METHODS = ("OpenSession", "UploadBlob", "Train", "DownloadWeights")
@@ -26,22 +27,22 @@ def test_other_services_do_not_tell_what_went_wrong_inside(server, raw):
     assert (code, details) == (grpc.StatusCode.INVALID_ARGUMENT, "what came is no message")
 
 
-@pytest.mark.parametrize("method", ["OpenSession", "UploadBlob", "DownloadWeights"])
+@pytest.mark.parametrize("method", ["OpenSession", "UploadBlob", "DownloadWeights", "Train"])
 def test_each_method_takes_messages_of_its_size(server, raw, method):
-    code, details = refusal(lambda: list(raw(server.address, method, iter([bytes(17 << 20)]))))
+    code, details = refusal(lambda: list(raw(server.address, method, iter([bytes((4 << 20) + 2000)]))))
     assert code is grpc.StatusCode.INVALID_ARGUMENT
     assert "this method takes at most" in details
 
 
 def test_a_message_larger_than_any_is_refused(server, raw):
     options = [("grpc.max_send_message_length", -1)]
-    call = raw(server.address, "Train", iter([bytes((256 << 20) + 1)]), options=options)
+    call = raw(server.address, "Train", iter([bytes(MAX_RECEIVED_BYTES + 1)]), options=options)
     assert refusal(lambda: list(call))[0] is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
 def test_small_messages_that_would_take_much_memory_are_refused(server, raw):
     weights = b"\x1a\x00" * (1 << 20)
-    assert refusal(lambda: list(raw(server.address, "Train", iter([weights])))) == (
+    assert refusal(lambda: list(raw(server.address, "Train", parts_of(weights)))) == (
         grpc.StatusCode.INVALID_ARGUMENT,
         "the message has more than 131072 fields",
     )
