@@ -21,6 +21,7 @@ from sft.optim.spec import decay_groups
 from sft.tensors.pretrained import PretrainedWeights
 from sft_cloud.engine.build import build, make_session
 from sft_cloud.engine.request import check_request
+from sft_cloud.errors import PreconditionError
 from sft_cloud.session.session import Session
 from sft_edge.cli import main
 
@@ -168,5 +169,5 @@ def test_a_cloud_without_peft_says_so(edge: TinyEdge, monkeypatch: pytest.Monkey
     whole = build_whole(edge.config, edge.head, edge.cut)
     spec = resolve_lora(LoraConfig(r=2), whole).of_half(build_net_2(edge.config, edge.head, edge.cut), "cloud")
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(UsageError, match="LoRA needs peft"):
+    with pytest.raises(PreconditionError, match=r"the cloud lacks peft, .* whoever runs it has to install"):
         opened(edge, lora_to_json(spec))

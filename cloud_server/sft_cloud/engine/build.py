@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from sft.models import Net2, build_net_2, max_positions
-from sft.models.lora import adapter_shapes, add_lora, is_adapter
+from sft.models.adapters import draw_adapters, is_adapter
+from sft.models.lora import adapter_shapes, add_lora
 from sft.models.seeding import seeded
 from sft.models.weights import fill_in_pieces
 from sft.optim.spec import make_optimizer
@@ -96,6 +97,13 @@ def _passing_bytes(spec: SessionSpec, net_2: Net2) -> int:
     return largest + 3 * buffers + 4 * _PROBE_COPIES * _PROBE_TOKENS * (rows + looked_up)
 
 
+def adapt(spec: SessionSpec, built: Built) -> None:
+    """Puts adapters into what `build` gave, where they are wanted; in any thread, as `build`. Raises UsageError."""
+    if spec.lora is not None:
+        with blames_config():
+            add_lora(built.net_2, spec.lora, spec.seed)
+
+
 def make_session(
     spec: SessionSpec,
     built: Built,
@@ -104,7 +112,8 @@ def make_session(
     find_blob: Callable[[str], Path | None] = lambda sha256: None,
     budget: MemoryBudget | None = None,
 ) -> Session:
-    """As `session_in_pieces`, in one piece."""
+    """As `adapt` and `session_in_pieces`, in one piece."""
+    adapt(spec, built)
     return in_pieces(at_once, session_in_pieces(spec, built, tensors, device, find_blob, budget))
 
 
@@ -116,7 +125,7 @@ def session_in_pieces(
     find_blob: Callable[[str], Path | None],
     budget: MemoryBudget | None,
 ) -> Generator[None, None, Session]:
-    """Fills what `build` gave for the spec with `tensors` and the seed's draws, and makes its optimizer.
+    """Fills what `build` and `adapt` gave for the spec with `tensors` and the seed's draws, and makes its optimizer.
 
     On the device's thread; where it yields others may compute. Adapters that are among `tensors` are the edge's own:
     downloads then hold them as they are, and merge nothing.
@@ -145,7 +154,7 @@ def _make_session(
     with blames_config():
         yield from fill_in_pieces(net_2, tensors, spec.seed, device)
         if spec.lora is not None:
-            add_lora(net_2, spec.lora, spec.seed, values=tensors)
+            yield from draw_adapters(net_2, spec.lora.init_lora_weights, spec.seed, tensors)
         # One token shows whether the configuration gives a model that runs, before any training is lost on it.
         with torch.no_grad():
             net_2.eval()(torch.zeros(1, 1, net_2.width, device=device), [1], {})

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 
 from sft.v1 import split_training_pb2 as pb
-from sft_cloud.engine.build import Built, build, objects_bytes, session_in_pieces
+from sft_cloud.engine.build import Built, adapt, build, objects_bytes, session_in_pieces
 from sft_cloud.engine.request import SessionSpec, check_request
 from sft_cloud.engine.saved_session import Checkpoints, restore
 from sft_cloud.engine.turns import Turns, in_pieces
@@ -81,6 +81,7 @@ class TransformersOpener:
         if missing or request.only_check:
             return missing
         with self._turns.of(owner.name):
+            adapt(spec, built)
             return in_pieces(run, session_in_pieces(spec, built, tensors, self.device, store.find, self.budget))
 
     def _resume(
@@ -94,6 +95,7 @@ class TransformersOpener:
 
             store = self._store.of(owner)
             with self._turns.of(owner.name):
+                adapt(spec, built)
                 # Filled from the seed: whatever that gives is replaced, to the last parameter.
                 made = session_in_pieces(spec, built, [], self.device, store.find, self.budget)
                 session = in_pieces(run, made)

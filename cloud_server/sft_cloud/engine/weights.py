@@ -115,15 +115,15 @@ class WeightsFinder:
         files = [(path.name, path.stat()) for path in sorted(directory.glob("*.safetensors*"))]
         stamps = tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in files)
         key = (directory.resolve(), stamps, tuple((tensor.name, tensor.shape) for tensor in tensors))
-        with self._lock:
-            known = self._hashes.get(key)
-        if known is None:
-            known = sha256_of(tensors)
-            with self._lock:
+        known = self._hashes.get(key)
+        if known is not None:
+            return known
+        with self._lock:  # one at a time, so that callers who ask for it together have it read once, by one core
+            if key not in self._hashes:
                 if len(self._hashes) >= MAX_HASHES:
                     self._hashes.clear()
-                self._hashes[key] = known
-        return known
+                self._hashes[key] = sha256_of(tensors)
+            return self._hashes[key]
 
 
 def _read_blob(path: Path, wanted: dict[str, tuple[int, ...]]) -> list[StoredTensor]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from sft.errors import ProtocolError
-from sft.models.lora import is_adapter
+from sft.models.adapters import is_adapter
 from sft.optim.state import checked_state, copied_state
 from sft.v1 import split_training_pb2 as pb
 from sft_cloud.session.upper_half import UpperHalf

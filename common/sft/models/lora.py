@@ -14,6 +14,7 @@ import copy
 import importlib
 import json
 import re
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Callable, Collection, Dict, List, Optional, Sequence, Tuple, Union
 
@@ -22,12 +23,13 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from sft.errors import ProtocolError, UsageError
+from sft.models.adapters import ADAPTER, draw_adapter, set_adapters
+from sft.models.cut import Undrawn
 from sft.models.nets import Net
 from sft.models.seeding import seeded
 from sft.tensors.stream import StoredTensor
 
 _CPU = torch.device("cpu")
-_ADAPTER = "default"  # as peft names the only one
 _MAX_RANK, _MAX_ALPHA, _MAX_MODULES, _MAX_JSON_CHARACTERS = 1024, 1e6, 1 << 14, 1 << 22
 
 _ADAPTABLE = (nn.Linear, nn.Embedding, Conv1D)
@@ -218,7 +220,9 @@ def add_lora(
     among: Optional[Collection[str]] = None,
     values: Sequence[StoredTensor] = (),
 ) -> None:
-    """Puts adapters into a net, after `sft.models.weights.fill` or on the meta device, and freezes what they stand for.
+    """Puts adapters into a net, after `sft.models.weights.fill`, and freezes what they stand for.
+
+    Or on the meta device, in any thread: `sft.models.weights.fill` and `draw_adapters` then give all of it values.
 
     `among` are the parameters that this is about, of all that the net has: the others are left as they are. W of an
     adapted module keeps its whole-model name; its adapter's parameters are called as peft calls them, such as
@@ -246,14 +250,19 @@ def add_lora(
         alpha_pattern={own_names[name]: alpha for name, alpha in spec.alpha_pattern.items()},
         fan_in_fan_out=any(isinstance(net.get_submodule(own), Conv1D) for own in own_names.values()),
     )
-    with seeded(_CPU, seed, "lora"):  # peft draws, too; ours replace it
+    with ExitStack() as stack:  # peft draws, too; ours replace it
+        if net.device.type == "meta":  # nothing is drawn, in any thread
+            stack.enter_context(torch.device("meta"))
+            stack.enter_context(Undrawn())
+        else:
+            stack.enter_context(seeded(_CPU, seed, "lora"))
         try:
-            peft.inject_adapter_in_model(config, net, _ADAPTER)
+            peft.inject_adapter_in_model(config, net, ADAPTER)
         except (TypeError, ValueError) as error:
             raise UsageError(f"LoRA: {' '.join(str(error).split())}") from error
     net.whole_names = {}
     for name, own in own_names.items():
-        _draw(net.get_submodule(own), spec.init_lora_weights, seed, name)
+        draw_adapter(net.get_submodule(own), spec.init_lora_weights, seed, name)
     parents = {own: name for name, own in own_names.items()}
     for own, parameter in net.named_parameters():
         before = own.replace(".base_layer.", ".")
@@ -265,16 +274,7 @@ def add_lora(
             parent = re.split(r"\.lora_", own)[0]
             net.whole_names[own] = parents[parent] + own[len(parent) :]
             parameter.requires_grad_(True)
-    adapters = {name: p for name, p in net.whole_parameters().items() if is_adapter(name)}
-    with torch.no_grad():
-        for tensor in values:
-            if tensor.name in adapters:
-                adapters[tensor.name].copy_(tensor.read())
-
-
-def is_adapter(name: str) -> bool:
-    """Whether a parameter of the whole model is one of an adapter, by its name."""
-    return ".lora_" in name
+    set_adapters(net, values)
 
 
 def merged_tensors(net: Net) -> List[StoredTensor]:
@@ -352,23 +352,10 @@ def _of_patterns(patterns: Dict[str, Any], targets: List[str]) -> Dict[str, Any]
     return found
 
 
-def _draw(layer: Any, init_lora_weights: Union[bool, str], seed: int, whole_name: str) -> None:
-    parts = [layer.lora_A, layer.lora_B, layer.lora_embedding_A, layer.lora_embedding_B]
-    device = layer.get_base_layer().weight.device
-    if device.type == "meta":
-        return
-    for part in parts:
-        part.to(_CPU)  # wherever they go: a GPU's generator gives other numbers
-    with seeded(_CPU, seed, "lora", whole_name):
-        layer.reset_lora_parameters(_ADAPTER, init_lora_weights)
-    for part in parts:
-        part.to(device)
-
-
 def _reader(parameter: nn.Parameter, adapter: Any) -> Callable[[], Tensor]:
     def read() -> Tensor:
         with torch.no_grad():
-            merged: Tensor = parameter + adapter.get_delta_weight(_ADAPTER)
+            merged: Tensor = parameter + adapter.get_delta_weight(ADAPTER)
             return merged
 
     return parameter.detach if adapter is None else read

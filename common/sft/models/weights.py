@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 
 from sft.batch import Batch
 from sft.errors import CheckpointError, UsageError
+from sft.models.adapters import is_adapter
 from sft.models.calibration import Moments, output_moments
 from sft.models.cut import Cut, Undrawn, build_net_1, build_whole, ffn_out_name, matrix_of
 from sft.models.decompose import decompose, decompose_with_residual
@@ -49,6 +50,11 @@ def fill_in_pieces(net: Net, tensors: Sequence[StoredTensor], seed: int, device:
                 setattr(module, name.rpartition(".")[2], shared[parameter])
             else:
                 parameters[name] = parameter
+        if parameters and all(is_adapter(net.whole_names[name]) for name in parameters):
+            for name, parameter in parameters.items():  # `draw_adapters` gives them values
+                value = torch.empty(parameter.shape, device=device)
+                setattr(module, name.rpartition(".")[2], nn.Parameter(value, requires_grad=parameter.requires_grad))
+            continue
         new = next((name for name in parameters if name not in stored), None)
         if new is not None and new in untied:
             _copy_embedding(net.model, module, untied[new], seed, device)

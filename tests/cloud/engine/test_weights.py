@@ -1,6 +1,8 @@
 """Where weights come from: uploads by hash, and the cloud's own models, if they are the edge's."""
 
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -200,3 +202,21 @@ def test_blobs_that_are_no_tensors(store, tmp_path, edge):
     store.add(sha256, len(content), [content])
     with pytest.raises(ProtocolError, match="is not a safetensors file"):
         find(WeightsFinder(tmp_path / "no-models"), store, edge, weights_sha256=sha256)
+
+
+def test_a_model_that_several_ask_for_together_is_read_once(store, tmp_path, edge, tiny_directory, monkeypatch):
+    finder, together, read = WeightsFinder(tiny_directory.parent), threading.Barrier(3), []
+
+    def reads(tensors):
+        read.append(None)
+        return sha256_of(tensors)
+
+    def ask():
+        together.wait(30)
+        finder._hash(tiny_directory, edge.weights)
+
+    monkeypatch.setattr("sft_cloud.engine.weights.sha256_of", reads)
+    with ThreadPoolExecutor(3) as threads:
+        for one in [threads.submit(ask) for _ in range(3)]:
+            one.result(30)
+    assert len(read) == 1

@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM, AutoModelForQuestionAnswering, Au
 
 from sft.errors import ProtocolError, UsageError
 from sft.models import Cut, build_net_1, build_net_2, build_whole
+from sft.models.adapters import is_adapter
 from sft.models.lora import (
     adapter_shapes,
     add_lora,
-    is_adapter,
     lora_from_json,
     lora_to_json,
     merged_tensors,
