@@ -9,7 +9,7 @@ from pathlib import Path
 from google.protobuf.message import DecodeError
 
 from sft.errors import CheckpointError
-from sft.models.configuration import told_settings
+from sft.models.checked_config import other_setting
 from sft.v1 import split_training_pb2 as pb
 from sft_cloud.errors import PreconditionError
 
@@ -40,9 +40,8 @@ def check_same_run(files: Mapping[str, Path], request: pb.OpenSessionRequest) ->
         if field.name in _NOT_COMPARED:
             continue
         if field.name == "config_json":
-            theirs, ours = (told_settings(json.loads(each.config_json)) for each in (saved, request))
-            differing = [key for key in sorted(theirs.keys() | ours.keys()) if theirs.get(key) != ours.get(key)]
-            what = f"config_json (its '{differing[0][:80]}')" if differing else ""
+            differing = other_setting(*(json.loads(each.config_json) for each in (saved, request)))
+            what = f"config_json (its '{differing[:80]}')" if differing else ""
         else:
             what = field.name if getattr(saved, field.name) != getattr(request, field.name) else ""
         if what:

@@ -9,6 +9,7 @@ import transformers
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from sft.errors import UnsupportedModelError
+from sft.models.configuration import told_settings
 from sft.models.families.catalogue import check_type, family_of
 
 _IGNORED = (
@@ -92,3 +93,25 @@ def _is_number(value: object) -> bool:
 
 def _shown(value: object) -> str:
     return repr(value)[:80]
+
+
+def other_setting(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The first setting in which two descriptions of a model differ; empty where they are of one model.
+
+    Both are read as this release of the library reads them: a setting may have another name or default than in the one
+    that wrote it down. One that only one of them has counts if it is on.
+    """
+    theirs, ours = _as_read(then), _as_read(now)
+    for name in sorted(theirs.keys() | ours.keys()):
+        if theirs.get(name) != ours.get(name) and (
+            (name in theirs and name in ours) or theirs.get(name) or ours.get(name)
+        ):
+            return name
+    return ""
+
+
+def _as_read(values: Mapping[str, Any]) -> Dict[str, Any]:
+    try:
+        return told_settings(config_of(values).to_dict())
+    except Exception:  # of whatever kind: it is of a release that took it
+        return told_settings(values)

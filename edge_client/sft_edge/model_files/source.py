@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, Optional
 
@@ -12,7 +12,7 @@ from sft.errors import CheckpointError, UsageError
 from sft.models import Cut, max_positions
 from sft.tensors.hub import find_model, is_hub_id
 from sft.tensors.pretrained import PretrainedWeights
-from sft_edge.model_files.config_file import check_plain_weights, config_from, read_config, read_values
+from sft_edge.model_files.config_file import check_plain_weights, config_from, read_values
 from sft_edge.model_files.kept import kept_of
 from sft_edge.model_files.tokenizer_file import check_vocabulary, read_tokenizer
 from sft_edge.options import ModelOptions
@@ -33,6 +33,10 @@ class Source:
     """What the cloud is told to look for, see `told_name`."""
     cut: Optional[Cut] = None
     """The decomposition that the checkpoint holds, of a run before; None where it has the library's layers."""
+    values: Dict[str, Any] = field(default_factory=dict)
+    """What config.json says, as the library would read it."""
+    overrides: Dict[str, Any] = field(default_factory=dict)
+    """What of that is set otherwise in `config`."""
 
 
 def open_source(options: ModelOptions, config_overrides: Dict[str, Any]) -> Source:
@@ -59,7 +63,9 @@ def open_model(
 ) -> Source:
     """As `open_source`, without a tokenizer: for who asks the model of no text."""
     if from_config is not None:
-        return Source("", read_config(from_config, config_overrides), None, told_name=told_name("", model_name))
+        values, told = read_values(from_config), told_name("", model_name)
+        config = config_from(from_config, values, config_overrides)
+        return Source("", config, None, told_name=told, values=values, overrides=config_overrides)
     path = _find_config(str(model))
     directory = path.parent
     kept = kept_of(path, read_values(path))
@@ -68,7 +74,13 @@ def open_model(
     name = Path(str(model)).resolve().name if Path(str(model)).is_dir() else str(model)
     told = told_name(str(model), model_name)
     return Source(
-        name if is_hub_id(name) else "", config, PretrainedWeights(directory, kept.stem), told_name=told, cut=kept.cut
+        name if is_hub_id(name) else "",
+        config,
+        PretrainedWeights(directory, kept.stem),
+        told_name=told,
+        cut=kept.cut,
+        values=kept.values,
+        overrides=config_overrides,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any, Dict
@@ -12,7 +13,8 @@ from support.tiny import tiny_config, tiny_tokenizer
 
 from sft.cli.options import options_of
 from sft.errors import UsageError
-from sft_edge.checkpoints.same_run import check_same_run, likeness
+from sft_edge.checkpoints.same_run import MODEL, SETTINGS, check_same_run, likeness
+from sft_edge.model_files.source import Source
 from sft_edge.options.link import LinkOptions
 from sft_edge.options.lora import LoraOptions
 from sft_edge.options.optimizer import OptimizerOptions
@@ -31,7 +33,10 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def of(place: Path, model: Any = None, rows: Any = None, **changes: Any) -> Dict[str, str]:
     task = make_task("sst2", place)
     features = task.encode(task.read("train"), tiny_tokenizer(), 64)
-    return likeness(run_options(**{**GIVEN, **changes}), model or tiny_config(), features[:rows])
+    config = model or tiny_config()
+    return likeness(
+        run_options(**{**GIVEN, **changes}), Source("", config, None, values=config.to_dict()), features[:rows]
+    )
 
 
 FREE: Dict[str, Any] = {
@@ -112,7 +117,7 @@ def test_other_rows_and_another_model(data_dir: Path) -> None:
     then = of(data_dir)
     with pytest.raises(UsageError, match="the training rows, or their tokens are others"):
         check_same_run(of(data_dir, rows=5), then, Path("out"))
-    with pytest.raises(UsageError, match="--model has another configuration"):
+    with pytest.raises(UsageError, match=r"--model has another hidden_dropout_prob in config.json"):
         check_same_run(of(data_dir, model=tiny_config(hidden_dropout_prob=0.5)), then, Path("out"))
     check_same_run(of(data_dir, model=tiny_config(_name_or_path="elsewhere")), then, Path("out"))
 
@@ -123,3 +128,26 @@ def test_an_option_of_another_release(data_dir: Path) -> None:
         check_same_run(now, {**now, "--colour": "red"}, Path("out"))
     with pytest.raises(UsageError, match=re.escape("out was trained with --seed None, now it is 42")):
         check_same_run(now, {name: value for name, value in now.items() if name != "--seed"}, Path("out"))
+
+
+def test_a_checkpoint_of_before(data_dir: Path) -> None:
+    """It has a hash of all that the library's object printed, of one release."""
+    then = {name: value for name, value in of(data_dir).items() if name != SETTINGS}
+    check_same_run(of(data_dir), then, Path("out"))
+    with pytest.raises(UsageError, match=r"another configuration .*, or transformers another release"):
+        check_same_run(of(data_dir, model=tiny_config(hidden_dropout_prob=0.5)), then, Path("out"))
+
+
+def test_another_release_of_the_library(data_dir: Path) -> None:
+    """Its defaults, and its names, are others; config.json is the same, or says the same."""
+    now = of(data_dir)
+    values = json.loads(now[SETTINGS])
+    older = {**values, "transformers_version": "4.46.3", "pruned_heads": {}, "use_bfloat16": False, "is_decoder": False}
+    shorter = {name: value for name, value in values.items() if name not in ("layer_norm_eps", "hidden_act")}
+    for other in (older, shorter):
+        check_same_run(now, {**now, MODEL: "the model with another hash", SETTINGS: json.dumps(other)}, Path("out"))
+    for change in ({"num_attention_heads": 4}, {"pruned_heads": {"1": [0]}}):
+        with pytest.raises(UsageError, match=next(iter(change))):
+            check_same_run(now, {**now, SETTINGS: json.dumps({**values, **change})}, Path("out"))
+    with pytest.raises(UsageError, match="cannot be compared"):
+        check_same_run(now, {**now, SETTINGS: "{"}, Path("out"))

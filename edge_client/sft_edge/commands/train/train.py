@@ -55,7 +55,7 @@ class TrainingRun:
             for note in job.notes:
                 progress.status(note)
             terminated = stack.enter_context(terminations_noted())
-            same = likeness(options, job.source.config, job.features)
+            same = likeness(options, job.source, job.features)
             checkpointing = Checkpointing(self.output_dir, options.training, same, progress, terminated)
             stack.enter_context(checkpointing)
             try_end(job, options, self.output_dir)
