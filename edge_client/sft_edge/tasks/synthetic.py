@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Callable, List, NamedTuple, Sequence, Set, TypeVar
 
 from sft.errors import StorageError
+from sft.files.whole import whole_file
 
 TRAIN_ROWS = 2000
 VALIDATION_ROWS = 400
@@ -163,6 +164,7 @@ def write_synthetic(data_dir: Path, seed: int = 0) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for name, some in (("train.tsv", rows[:TRAIN_ROWS]), ("dev.tsv", rows[TRAIN_ROWS:])):
             text = "sentence\tlabel\n" + "".join(f"{sentence}\t{label}\n" for sentence, label in some)
-            (folder / name).write_bytes(text.encode("ascii"))
+            with whole_file(folder / name) as file:  # in the place of a link, not of what is behind it
+                file.write(text.encode("ascii"))
     except OSError as error:
         raise StorageError(f"{folder}: cannot be written: {error.strerror or error}") from error

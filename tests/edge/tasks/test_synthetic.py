@@ -59,3 +59,12 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "SST-2").write_text("in the way")
     with pytest.raises(StorageError, match="SST-2: cannot be written: File exists"):
         write_synthetic(tmp_path)
+
+
+def test_a_link_is_replaced_and_not_written_through(tmp_path: Path) -> None:
+    (tmp_path / "real.tsv").write_text("theirs")
+    (tmp_path / "SST-2").mkdir()
+    (tmp_path / "SST-2" / "train.tsv").symlink_to(tmp_path / "real.tsv")
+    write_synthetic(tmp_path)
+    assert (tmp_path / "real.tsv").read_text() == "theirs"
+    assert (tmp_path / "SST-2" / "train.tsv").read_text().startswith("sentence\tlabel\n")
