@@ -11,7 +11,7 @@ from typing import Any, Dict, Iterable, List, Optional
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from sft.batch import Batch
 from sft.errors import ProtocolError, UsageError
@@ -130,7 +130,7 @@ class TransformersModel(CutModel):
         """See CutModel."""
         model = self._model
         device = next(model.parameters()).device
-        forward = _CutForward(model, self._head, problem_type(self._config), cross)
+        forward = _CutForward(model, self._head, self._config, cross)
         net_1 = cut_live(model, self._head, self._cut)
         self.cloud_tensors, self.cloud_factors = [], []  # what the model does not hold any more nobody shall
         parameters = {whole_name(name): parameter for name, parameter in net_1.whole_parameters().items()}
@@ -151,23 +151,23 @@ class _CutForward:
 
     net_1: Net1
 
-    def __init__(self, model: Any, head: str, problem_type: str, cross: Cross) -> None:
-        """`model` not cut yet."""
+    def __init__(self, model: Any, head: str, config: PretrainedConfig, cross: Cross) -> None:
+        """`model` not cut yet; `config` as the cloud has it, whatever becomes of the model's own."""
         self._head = head
-        self._problem_type = problem_type
+        self._config = config
         self._cross = cross
         self._signature = inspect.signature(type(model).forward)
         self._output_class = output_class(model, head)
 
     def __call__(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        call = read_call(self._named(model, *args, **kwargs), model.config, self._head)
+        call = read_call(self._named(model, *args, **kwargs), self._config, self._head)
         inputs, lengths, labels = call.batch
         a_BSR = self.net_1(inputs, lengths)
         travelling = encode_labels(labels, lengths) if may_travel(labels) and torch.is_grad_enabled() else None
         is_language_model = self._head == "causal-lm"
         if travelling is None or not is_language_model:
             rows = sum(lengths) if is_packed(self._head) else len(lengths)
-            check_size("output", [rows, outputs_of(model.config, self._head)], pb.DATA_TYPE_FLOAT32)
+            check_size("output", [rows, outputs_of(self._config, self._head)], pb.DATA_TYPE_FLOAT32)
         crossed = self._cross(
             pack(a_BSR, lengths),
             lengths,
@@ -178,11 +178,11 @@ class _CutForward:
         )
         logits, loss = crossed.outputs, crossed.loss
         if logits is not None:
-            logits = self._logits(logits, model.config, lengths, a_BSR.shape[1])
+            logits = self._logits(logits, self._config, lengths, a_BSR.shape[1])
         if labels and loss is None:
             assert logits is not None  # nothing travelled that could have made them unwanted
             labels = {name: y.to(logits.device) for name, y in labels.items()}
-            loss = head_loss(self._head, self._problem_type, logits, labels, lengths)
+            loss = head_loss(self._head, problem_type(self._config), logits, labels, lengths)
         if loss is not None and call.items_in_batch is not None:
             learned = count_learned(labels["labels"])
             # Their mean is NaN where there are none; their sum is 0.

@@ -138,12 +138,15 @@ def _text(value: object) -> object:
     return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
 
 
+_LARGEST = float(torch.finfo(torch.float32).max)
+
+
 def parse_number(value: object, record: Record) -> float:
     """The value as a finite number. Raises DataError."""
     try:
         number = float(value) if isinstance(value, (str, int, float)) and not isinstance(value, bool) else math.nan
     except (ValueError, OverflowError):
         number = math.nan
-    if not math.isfinite(number):
-        record.fail(f"score {shown(value)} is not a finite number")
+    if not abs(number) <= _LARGEST:  # nor for NaN
+        record.fail(f"score {shown(value)} is not a finite number, or more than float32 holds")
     return number

@@ -75,3 +75,17 @@ def test_what_is_too_large_is_refused_before_it_is_sent(monkeypatch: pytest.Monk
                 with pytest.raises(UsageError, match=what):
                     model(**batch)
         goes_on()
+
+
+def test_a_configuration_that_is_changed_after_the_cut_changes_nothing() -> None:
+    """The cloud has it as it was."""
+    model = tiny_model()
+    (batch,) = batches(1, model)
+    with wrap(model, sgd(model)) as optimizer:
+        model.config.problem_type, model.config.num_labels = "multi_label_classification", 7
+        with pytest.raises(UsageError, match="the head was cut for one class a sequence"):
+            model(**{**batch, "labels": torch.zeros(4, 3)})
+        with pytest.raises(UsageError, match="labels must be from 0 to 2"):
+            model(**{**batch, "labels": torch.tensor([0, 1, 2, 6])})
+        model(**batch).loss.backward()
+        optimizer.step()

@@ -95,6 +95,7 @@ def test_limit_takes_the_first_rows_and_does_not_look_further(tmp_path: Path) ->
         ("stsb", "sentence1\tsentence2\tscore\na\tb\thigh\n", 2, "score 'high' is not a finite number"),
         ("stsb", "sentence1\tsentence2\tscore\na\tb\tnan\n", 2, "score 'nan' is not a finite number"),
         ("stsb", "sentence1\tsentence2\tscore\na\tb\t1e999\n", 2, "is not a finite number"),
+        ("stsb", "sentence1\tsentence2\tscore\na\tb\t1e39\n", 2, "or more than float32 holds"),
     ],
 )
 def test_bad_rows(tmp_path: Path, task: str, content: str, line: int, what: str) -> None:
