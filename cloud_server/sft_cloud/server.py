@@ -179,6 +179,7 @@ class CloudServer:
     def stop(self, grace_seconds: float = GRACE_SECONDS) -> None:
         """Takes no new call, lets running steps finish, and returns when nothing runs any more."""
         self._stopping.set()
+        self.connections.hurry()
         for thread in self._threads:
             thread.join()
         self._health.stop_serving()

@@ -123,19 +123,25 @@ class ConnectionGuard:
                 return
             seen = self._seen.get(at)
             if seen is None:  # it has come since the last look
-                self._hurry.set()
+                self.hurry()
             else:
                 self.ended += end(seen)
 
     def run(self, stop: threading.Event) -> None:
-        """Looks again and again until `stop`, in a thread of the caller's."""
+        """Looks again and again until `stop`, which is noticed after `hurry`, in a thread of the caller's."""
         while not stop.wait(_HURRY_SECONDS):
             self._hurry.wait(LOOK_SECONDS - _HURRY_SECONDS)
             self._hurry.clear()
+            if stop.is_set():
+                return
             try:
                 self.look()
             except Exception:
                 _log.exception("connections could not be looked at; it is tried again")
+
+    def hurry(self) -> None:
+        """The next look is due."""
+        self._hurry.set()
 
     def look(self) -> None:
         """Ends what has been held for too long, and what is too much."""
