@@ -82,7 +82,8 @@ class MemoryShare:
         self._resize(self._fixed + size, forced=True)
 
     def _resize(self, size: int, forced: bool = False) -> bool:
-        fits = self._budget.add(Kind.SESSIONS, size - self._held[0], size, forced)
+        # A session that trains small batches is small, however large its weights: others cannot keep these out.
+        fits = self._budget.add(Kind.SESSIONS, size - self._held[0], size - self._held[0], forced)
         if fits:
             self._held[0] = size
         else:
