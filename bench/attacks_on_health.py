@@ -16,9 +16,9 @@ def health_checks(table: Table, tls: Server, certificates: Certificates) -> None
     token = make_token(tls.tokens, "health")
 
     def silent() -> object:
-        held, one = [Held() for _ in range(200)], channel(tls, certificates, None)
+        held = [Held() for _ in range(200)]
         for start in range(0, len(held), 10):  # at a time: each of some is waited for a second long
-            few = held[start : start + 10]
+            few, one = held[start : start + 10], channel(tls, certificates, None)
             calls = [one.stream_unary(check).future(messages, timeout=SECONDS) for messages in few]
             for call in calls:
                 call.result()

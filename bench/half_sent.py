@@ -40,10 +40,10 @@ class HalfSent:
         block = b"".join(b"\0" + _text(name) + _text(value) for name, value in pairs.items())
         self._socket.sendall(_frame(_HEADERS, 1, block, flags=4))
 
-    def message(self, content: bytes) -> None:
-        """A whole one."""
+    def message(self, content: bytes, seconds: float = 30.0) -> int:
+        """A whole one; how much of it was taken within that time."""
         self.begin(len(content))
-        self.send(content)
+        return self.send(content, seconds)
 
     def begin(self, size: int) -> None:
         """Says that a message of so many bytes comes."""

@@ -151,22 +151,34 @@ def unacknowledged(target: Target, models: Models, tally: Tally, over: threading
 
 
 def half_sent(target: Target, models: Models, tally: Tally, over: threading.Event) -> None:
-    """A4: six streams, each with most of a message of 200 MiB, and then silence."""
-    part = bytes(1 << 20)
+    """A4: six streams, each with most of a message of 200 MiB, whole or in parts, and then silence."""
+    stub = SplitTrainingStub(target.connect())
+    sessions: list[str] = []
+    total, size = 200 << 20, 1 << 20
+    first = pb.EdgeMessage(part=pb.Part(data=bytes(size), total_bytes=total)).SerializeToString()
+    later = pb.EdgeMessage(part=pb.Part(data=bytes(size))).SerializeToString()
+
+    def opened() -> str:
+        sessions.append(open_session(stub, models.llama))
+        return "opened"
+
     while not over.wait(PAUSE_SECONDS):
-        calls = [target.half_sent(TRAIN) for _ in range(6)]
-        for call in calls:
-            call.message(attach("any").SerializeToString())
-            call.begin(200 << 20)
-        for call in calls:
+        while len(sessions) < 6 and tally.add(opened):
+            pass
+        calls = [target.half_sent(TRAIN) for _ in sessions]
+        for number, call in enumerate(calls):
+            call.message(attach(sessions[number]).SerializeToString())
+            if number % 2:
+                call.begin(total)
             sent = 0
-            while sent < 199 << 20 and not call.ended and not over.is_set():
-                taken = call.send(part, seconds=2.0)
+            while sent < total - size and not call.ended and not over.is_set():
+                taken = call.send(bytes(size), 2.0) if number % 2 else call.message(later if sent else first, 2.0)
                 sent += taken
-                if taken < len(part):
+                if taken < size:
                     break
             held = "nothing" if not sent else f"about {1 << max(0, (sent >> 20).bit_length() - 1)} MiB"
-            tally.counts[f"{held} taken, then {call.ended or 'no more'}"] += 1
+            way = "in one" if number % 2 else "in parts"
+            tally.counts[f"{way}: {held} taken, then {call.ended or 'no more'}"] += 1
         over.wait(HOLD_SECONDS)
         for call in calls:
             tally.counts[f"after a while: {call.look(0.1) or 'still there'}"] += 1

@@ -23,7 +23,7 @@ NO_SUCH_METHOD = "none such"
 """The label of all other paths, which strangers try."""
 
 _BODIES = [field.name for field in pb.EdgeMessage.DESCRIPTOR.oneofs_by_name["body"].fields]
-KINDS = (*(name for name in _BODIES if name not in ("attach", "close")), "commit", "weights")
+KINDS = (*(name for name in _BODIES if name not in ("attach", "part", "close")), "commit", "weights")
 """What messages that are answered can ask for."""
 
 _REFUSALS = {
