@@ -28,6 +28,7 @@ from sft_edge.script.gradients import PARAMETER_NAME
 from sft_edge.script.optimizer import ScriptGroups, arguments_of
 from sft_edge.script.state import CloudState, check_state
 from sft_edge.script.transformers_model import TransformersModel
+from sft_edge.script.wrappers import check_wrappers
 
 _log = logging.getLogger("sft_edge")
 
@@ -40,6 +41,7 @@ class EdgeRole(Role):
         _check(options)
         if hasattr(model, PARAMETER_NAME):
             raise UsageError("this model is cut already; load it again to cut it again")
+        check_wrappers(model)
         groups = ScriptGroups(optimizer, model)
         cut_model = _cut_model(model, options)
         spec = groups.spec(cut_model)
