@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -35,6 +36,7 @@ from sft.v1.split_training_pb2_grpc import SplitTrainingStub
 from sft.wire.protocol import CLIENT_OPTIONS
 
 QUIET_STEPS = 300
+_PATIENCE_SECONDS = 5.0
 SLOWEST = 2.0
 """Times the quiet step."""
 
@@ -52,6 +54,7 @@ def main() -> int:
     if options.as_attacker:
         return _attack(*options.as_attacker)
     names = [name for name in ATTACKS if not options.only or name.startswith(tuple(options.only.split(",")))]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # with the server's end, and the group's
     try:
         with tempfile.TemporaryDirectory() as scratch, memory_group(options.group) as group:
             try:
@@ -167,14 +170,21 @@ def _attack(scratch: str, address: str, name: str, token: str) -> int:
     target = Target(lambda: _channel(address, token), lambda method: HalfSent(address, method, token))
     print("ready", flush=True)
     sys.stdin.readline()
-    threading.Thread(target=lambda: (sys.stdin.read(), over.set()), daemon=True).start()
-    while not over.is_set():
-        try:
-            ATTACKS[name](target, models, tally, over)
-        except Exception as error:  # the server has ended a call that was not looked at: on with it
-            tally.counts[f"{type(error).__name__}: {' '.join(str(error).split())[:70]}"] += 1
-            over.wait(1.0)
-    print(json.dumps(tally.counts), flush=True)
+
+    def attack() -> None:
+        while not over.is_set():
+            try:
+                ATTACKS[name](target, models, tally, over)
+            except Exception as error:  # the server has ended a call that was not looked at: on with it
+                tally.counts[f"{type(error).__name__}: {' '.join(str(error).split())[:70]}"] += 1
+                over.wait(1.0)
+
+    thread = threading.Thread(target=attack, daemon=True)
+    thread.start()
+    sys.stdin.read()
+    over.set()
+    thread.join(_PATIENCE_SECONDS)
+    print(json.dumps(dict(tally.counts)), flush=True)
     os._exit(0)  # whatever still waits
 
 
