@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Callable, Dict, Iterator, List, NamedTuple, NoReturn, Optional, Sequence, Tuple
 
 from sft.errors import DataError
+from sft.files.pointer import is_lfs_pointer, lfs_advice
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,8 @@ def numbered_lines(path: Path, max_bytes: int = -1) -> Iterator[Tuple[int, str]]
     Only a line feed ends a line, unlike str.splitlines, which also breaks at characters that texts contain. A line of
     more than `max_bytes` is a DataError, where that is not negative.
     """
+    if is_lfs_pointer(path):
+        raise DataError(lfs_advice(path))
     try:
         with open(path, "rb") as file:
             for number, raw in enumerate(iter(lambda: file.readline(max_bytes), b""), start=1):

@@ -167,3 +167,11 @@ def test_quotes_that_a_program_wrote_are_told(tmp_path: Path, caplog: pytest.Log
     assert not caplog.messages
     list(read_table(write(tmp_path / "a.tsv", b'text\tlabel\n"he said ""no"" to it"\t1\n')))
     assert "1 lines (2 the first) have fields in quotes" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["train.tsv", "train.csv", "train.jsonl", "train.json"])
+def test_a_pointer_of_git_is_told_as_such(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:abab\nsize 9\n")
+    with pytest.raises(DataError, match=rf"{name}: a Git LFS pointer stands here, .*git lfs pull"):
+        read_json(path) if name.endswith(".json") else list(read_table(path))
