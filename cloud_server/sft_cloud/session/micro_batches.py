@@ -87,6 +87,7 @@ class MicroBatches:
         for micro_batch, weight in map(_meaning, weights):
             self._weights[micro_batch] = weight
             self._graphs.pop(micro_batch, None)
+            self._sizes.pop(micro_batch, None)
             gradients = self._kept.pop(micro_batch, None)
             if gradients is not None and weight is not _DROPPED:
                 for parameter, gradient in zip(self._trained(), gradients, strict=True):
@@ -106,6 +107,7 @@ class MicroBatches:
     def backward(self, micro_batch: int, gradient: Tensor, result: pb.Result) -> None:
         """From the outputs down; `result` is what the edge gets."""
         graph = self._graphs.pop(micro_batch)
+        self._sizes.pop(micro_batch, None)
         if graph.outputs.requires_grad:
             torch.autograd.backward(graph.outputs, gradient)
         self._answer_gradient(graph.given, graph.given.a.grad, result)

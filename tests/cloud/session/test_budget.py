@@ -116,6 +116,7 @@ def test_what_waits_counts_until_it_is_let_go(session, edge, budget, way):
     with pytest.raises(ProtocolError, match="with what waits for a backward"):
         session.handle(forward(2))
     session.handle(weigh(0, (0, DROPPED), (1, DROPPED)))
+    assert not session._micro_batches._sizes  # nothing stays of each, however long a step is
     assert budget.held()[Kind.SESSIONS] == begins_with
 
 
