@@ -239,12 +239,12 @@ def sizes(table: Table, tls: Server, certificates: Certificates, edge: TinyEdge)
     table.add("a batch of 2,048 tokens padded to 262,144", "INVALID_ARGUMENT", batch)
 
     def shape() -> object:
-        packed = pb.Tensor(data_type=1, shape=[2**32 - 1] * 1_000_000)
+        packed = pb.Tensor(data_type=1, shape=[2**32 - 1] * 100_000)
         return trained(
             stub, edge, edge.forward(0, activation=pb.Activation(packed=packed, lengths=[1], padded_length=4))
         )
 
-    table.add("a tensor of a million dimensions", "INVALID_ARGUMENT", shape)
+    table.add("a tensor of 100,000 dimensions", "INVALID_ARGUMENT", shape)
 
     def header() -> object:
         entry = '"%d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
