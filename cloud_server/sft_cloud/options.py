@@ -54,7 +54,7 @@ class ServeOptions:
     session_timeout: Duration = Duration("10m")
     """how long a session waits for its edge when the link has broken"""
 
-    checkpoint_store: str | None = None
+    checkpoint_store: str | None = field(default=None, metadata={"names_place": True})
     """directory, or URL that fsspec knows, such as s3://bucket/folder, for the cloud's halves of checkpoints; without
     it `checkpoints` in --state-dir"""
 

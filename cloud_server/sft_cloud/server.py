@@ -21,6 +21,7 @@ from grpc_reflection.v1alpha import reflection
 from huggingface_hub.utils.tqdm import disable_progress_bars
 from transformers.utils import logging as transformers_logging
 
+from sft.client.address import for_grpc, spelled_address
 from sft.errors import SFTError, UsageError
 from sft.v1 import split_training_pb2_grpc as pb_grpc
 from sft.wire.protocol import SERVER_OPTIONS, SERVICE
@@ -103,14 +104,14 @@ class CloudServer:
         )
         try:
             if access.credentials is None:
-                self.port = self._server.add_insecure_port(_address(host, port))
+                self.port = self._server.add_insecure_port(for_grpc(spelled_address(host, port)))
             else:
-                self.port = self._server.add_secure_port(_address(host, port), access.credentials)
+                self.port = self._server.add_secure_port(for_grpc(spelled_address(host, port)), access.credentials)
         except RuntimeError as error:
             raise UsageError(
-                f"cannot listen on {_address(host, port)}; choose another {dashes}host or {dashes}port"
+                f"cannot listen on {spelled_address(host, port)}; choose another {dashes}host or {dashes}port"
             ) from error
-        self.address = _address(host, self.port)
+        self.address = spelled_address(host, self.port)
         """`host:port`, with the port that was taken."""
         self.connections.watch(self.port)
         self.engine = start_engine(options, opener)
@@ -252,10 +253,6 @@ def _wait_for_end_of_stdin(stop: threading.Event, hurry: threading.Event) -> Non
     stop.set()
 
 
-def _address(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
 def _check_bindable(host: str, port: int, dashes: str) -> None:
     """Tries the address with a plain socket, whose errors say more than gRPC's."""
     try:
@@ -270,4 +267,4 @@ def _check_bindable(host: str, port: int, dashes: str) -> None:
     except OSError as error:
         taken = error.errno == errno.EADDRINUSE
         advice = f"choose another {dashes}port, or 0 for a free one" if taken else "choose another"
-        raise SFTError(f"cannot listen on {_address(host, port)}: {error.strerror}; {advice}") from error
+        raise SFTError(f"cannot listen on {spelled_address(host, port)}: {error.strerror}; {advice}") from error

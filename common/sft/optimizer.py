@@ -21,6 +21,7 @@ from typing import Any, Callable, Dict, Iterable, List, NoReturn, Optional, Type
 import torch
 from torch import nn
 
+from sft.cli.options import at_home
 from sft.errors import UsageError
 
 ROLES_GROUP = "sft.roles"
@@ -114,7 +115,8 @@ class SplitOptions:
         shows who it is, or how a server is protected.
         """
         values = {field.name: getattr(self, field.name) for field in fields(kind)}  # type: ignore[arg-type]
-        return kind(**{name: Path(x) if x is not None and name in _FILES else x for name, x in values.items()})
+        files = {name: Path(at_home(str(values[name]), name)) for name in _FILES if values.get(name) is not None}
+        return kind(**{**values, **files})
 
 
 class Role(ABC):

@@ -5,7 +5,6 @@ The CA signs for one purpose each: a client's certificate cannot be shown as a s
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
@@ -17,6 +16,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from sft.client.address import ip_of
 from sft.errors import UsageError
 from sft_cloud.access.secret_files import PUBLIC, read_file, write_file
 
@@ -140,10 +140,9 @@ def _write(files: Files, certificate: x509.Certificate, key: ec.EllipticCurvePri
 
 
 def _general_name(host: str) -> x509.GeneralName:
-    try:
-        return x509.IPAddress(ipaddress.ip_address(host.strip("[]")))
-    except ValueError:
-        pass
+    ip = ip_of(host)
+    if ip is not None:  # without the interface, which is each machine's own
+        return x509.IPAddress(ip)
     try:
         return x509.DNSName(host)
     except ValueError as error:

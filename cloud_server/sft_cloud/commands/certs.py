@@ -9,6 +9,7 @@ from pathlib import Path
 
 from sft.cli.options import at_least, parse
 from sft.cli.run import run
+from sft.client.address import ip_of
 from sft.errors import UsageError
 from sft_cloud.access import check_name
 
@@ -51,7 +52,9 @@ class InitOptions:
             if name in _RESERVED or name.endswith("-key"):
                 raise UsageError(f"--client {name}: that is the name of another file here; choose another")
         for host in self.host:
-            if not re.fullmatch(r"[A-Za-z0-9*._-]{1,253}|\[?[0-9A-Fa-f:.]+\]?", host):
+            # A name whose last part is a number is none (RFC 1123): it is an address with a slip in it.
+            is_name = re.fullmatch(r"[A-Za-z0-9*._-]{1,253}", host) and not re.search(r"(^|\.)[0-9]+\.?$", host)
+            if not is_name and ip_of(host) is None:
                 raise UsageError(f"--host {host!r} is neither a name nor an IP address")
 
 

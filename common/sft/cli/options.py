@@ -13,6 +13,7 @@ import dataclasses
 import inspect
 import json
 import math
+import os
 import textwrap
 from functools import lru_cache
 from pathlib import Path
@@ -49,7 +50,7 @@ def parse(
     options = {option.name: option for cls in dataclass_types for option in options_of(cls)}
     arguments = vars(_parser(dataclass_types, prog, description).parse_args(_with_hyphens(argv)))
     config_file = arguments.pop("config", None)
-    values = {} if config_file is None else _read_file(Path(config_file), options)
+    values = {} if config_file is None else _read_file(Path(at_home(config_file, "--config")), options)
     for name, raw in arguments.items():
         values[name] = _convert(options[name], raw, options[name].flag)
     missing = [option.flag for option in options.values() if option.required and option.name not in values]
@@ -81,6 +82,14 @@ def flag(name: str) -> str:
     return spelled(name, "--")
 
 
+def at_home(path: str, where: str) -> str:
+    """A path whose `~` is a home directory, as shells have it where it stands alone. Raises UsageError."""
+    expanded = os.path.expanduser(path)
+    if path.startswith("~") and expanded == path:
+        raise UsageError(f"{where}: no home directory is known for {path!r}; a folder of that name is ./{path}")
+    return expanded
+
+
 def at_least(options: object, bound: float, *names: str) -> None:
     """Raises UsageError unless each of these fields is None or a finite number of `bound` or more."""
     for name in names:
@@ -108,6 +117,8 @@ class Option:
         self.required = self.default is dataclasses.MISSING
         self.alone: Optional[str] = field.metadata.get("alone")
         """What the flag means without a value."""
+        self.names_place: bool = field.metadata.get("names_place", False)
+        """Whether its text may be a path, although it may be something else, too."""
         self.optional = type(None) in get_args(hint)
         if self.optional:
             (hint,) = [argument for argument in get_args(hint) if argument is not type(None)]
@@ -269,6 +280,8 @@ def _convert_one(option: Option, raw: object, where: str) -> Any:
         if raw.lower() not in _TRUE + _FALSE:
             raise UsageError(f"{where}: {raw!r} is neither true nor false")
         return raw.lower() in _TRUE
+    if option.type is Path or option.names_place:
+        raw = at_home(raw, where)
     try:
         return option.type(raw)
     except ValueError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from typing import NamedTuple, Optional
+from typing import NamedTuple, Optional, Union
 
 from sft.errors import UsageError
 
@@ -32,10 +32,27 @@ def split_address(address: str, option: str, listens: bool = False) -> Address:
     return Address(host, int(match[3]))
 
 
-def _ipv6(text: str) -> Optional[str]:
-    """None where it is none. One within a link has an interface, as in fe80::1%eth0."""
+def spelled_address(host: str, port: int) -> str:
+    """The reverse of `split_address`."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def for_grpc(address: str) -> str:
+    """As gRPC wants it, which takes a percent sign, before an interface, for the beginning of an escape."""
+    return address.replace("%", "%25")
+
+
+def ip_of(host: str) -> Optional[Union[ipaddress.IPv4Address, ipaddress.IPv6Address]]:
+    """The IP address that a host is, without the interface that one within a link has, as in fe80::1%eth0; None for a
+    name. Brackets are left out."""
+    bare = re.fullmatch(r"\[?([0-9A-Fa-f:.]+)(%[\w.-]+)?\]?", host)
     try:
-        ipaddress.IPv6Address(re.sub(r"%[\w.-]+\Z", "", text))
+        ip = ipaddress.ip_address(bare[1]) if bare else None
     except ValueError:
         return None
-    return text
+    return None if bare and bare[2] and isinstance(ip, ipaddress.IPv4Address) else ip
+
+
+def _ipv6(text: str) -> Optional[str]:
+    """None where it is none."""
+    return text if isinstance(ip_of(text), ipaddress.IPv6Address) else None

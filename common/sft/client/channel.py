@@ -6,6 +6,7 @@ from typing import List, Sequence, Tuple, Union
 
 import grpc
 
+from sft.client.address import for_grpc
 from sft.client.credentials import Credentials
 
 Options = Sequence[Tuple[str, Union[int, str]]]
@@ -19,8 +20,8 @@ def open_channel(address: str, credentials: Credentials, options: Options) -> gr
         ("grpc.enable_http_proxy", 0),
     ]
     if not credentials.encrypted:
-        return grpc.insecure_channel(address, options=settings)
+        return grpc.insecure_channel(for_grpc(address), options=settings)
     tls = grpc.ssl_channel_credentials(
         credentials.root_certificates, credentials.private_key, credentials.certificate_chain
     )
-    return grpc.secure_channel(address, tls, options=settings)
+    return grpc.secure_channel(for_grpc(address), tls, options=settings)

@@ -5,7 +5,6 @@ Imports nothing heavy, so that `--help` is quick; `channel` makes a gRPC channel
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import os
 import re
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Callable, Mapping, NamedTuple, Optional, Tuple
 
 from sft.cli.options import spelled
-from sft.client.address import split_address
+from sft.client.address import ip_of, split_address
 from sft.errors import UsageError
 
 TOKEN_VARIABLE = "SFT_TOKEN"  # nosec B105 # the name of a secret, not one
@@ -184,10 +183,8 @@ def is_loopback(host: str) -> bool:
     """Whether it is this machine, as far as its text tells: what a name means is for others to say."""
     if host == "localhost":
         return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    ip = ip_of(host)
+    return ip is not None and ip.is_loopback
 
 
 def _token_reader(file: Optional[Path], what: str, environment: Mapping[str, str]) -> Callable[[], Optional[str]]:

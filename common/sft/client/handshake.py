@@ -40,7 +40,7 @@ def look_at_tls(host: str, port: int, credentials: Credentials, timeout_seconds:
     """None where no TLS comes about that may be trusted."""
     try:
         plain = socket.create_connection((host, port), timeout_seconds)
-        with plain, _verified(credentials).wrap_socket(plain, server_hostname=host) as encrypted:
+        with plain, _verified(credentials).wrap_socket(plain, server_hostname=_name(host)) as encrypted:
             expires = str((encrypted.getpeercert() or {})["notAfter"])
             return TlsLook(str(encrypted.version()), float(ssl.cert_time_to_seconds(expires)))
     except OSError:
@@ -49,7 +49,7 @@ def look_at_tls(host: str, port: int, credentials: Credentials, timeout_seconds:
 
 def _why_not_plaintext(plain: socket.socket, host: str, credentials: Credentials) -> Optional[str]:
     try:
-        _unverified().wrap_socket(plain, server_hostname=host).close()
+        _unverified().wrap_socket(plain, server_hostname=_name(host)).close()
     except OSError:
         return None
     ca, tls = credentials.option("tls_ca"), credentials.option("tls", "true" if credentials.dashes else "True")
@@ -62,7 +62,7 @@ def _why_not_encrypted(plain: socket.socket, host: str, credentials: Credentials
     except ssl.SSLError:
         return "cannot be called: the certificates and the key given do not go together, or are torn"
     try:
-        with context.wrap_socket(plain, server_hostname=host) as encrypted:
+        with context.wrap_socket(plain, server_hostname=_name(host)) as encrypted:
             if encrypted.selected_alpn_protocol() != "h2":
                 return "speaks TLS, but it is not an sft-cloud server"
             # The server judges our certificate only now. gRPC's greets whom it takes, and hangs up without a word on
@@ -115,6 +115,11 @@ def _verified(credentials: Credentials) -> ssl.SSLContext:
         cert, key = credentials.certificate_files
         context.load_cert_chain(str(cert), str(key), password="")  # nosec B106 # or it would ask on the terminal
     return context
+
+
+def _name(host: str) -> str:
+    """What a certificate has to say: no certificate names an interface."""
+    return host.partition("%")[0]
 
 
 def _unverified() -> ssl.SSLContext:

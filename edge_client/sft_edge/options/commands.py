@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Optional
 
@@ -95,7 +95,7 @@ class VerifyOptions:
     )
     """what the labels of sequence classification are"""
 
-    model: Optional[str] = None
+    model: Optional[str] = field(default=None, metadata={"names_place": True})
     """a model on the hub, a directory, or minilm; without it random weights in MiniLM-L6's shape"""
 
     from_config: Optional[Path] = None
@@ -138,7 +138,7 @@ class VerifyOptions:
 class DoctorOptions:
     """What is looked at."""
 
-    model: Optional[str] = None
+    model: Optional[str] = field(default=None, metadata={"names_place": True})
     """a model on the hub, a directory, or minilm, which the server is asked about; without it no model is"""
 
     from_config: Optional[Path] = None
@@ -199,7 +199,7 @@ class DemoOptions:
     output_dir: Path = Path("demo-output")
     """where data, models and results go; what an earlier demo left there is replaced"""
 
-    model: str = "minilm"
+    model: str = field(default="minilm", metadata={"names_place": True})
     """a model on the hub, a directory, or minilm for the weights of the demo extra"""
 
     split_layer: int = 5

@@ -28,7 +28,7 @@ NEWEST = "newest"
 class ModelOptions:
     """The model."""
 
-    model: Optional[str] = None
+    model: Optional[str] = field(default=None, metadata={"names_place": True})
     """a model on the hub, a directory, or `minilm` for the weights of the `demo` extra"""
 
     from_config: Optional[Path] = None
@@ -38,7 +38,7 @@ class ModelOptions:
     """what a cloud is told the model is called: a hub id, or a directory of its --model-dir; by default --model where
     that is on the hub, and nothing for a directory"""
 
-    tokenizer_name: Optional[str] = None
+    tokenizer_name: Optional[str] = field(default=None, metadata={"names_place": True})
     """tokenizer, where it is not the model's own; --from-config needs it"""
 
     max_seq_length: int = 128
@@ -165,7 +165,7 @@ class TrainingOptions:
     save_total_limit: Optional[int] = None
     """checkpoints that are kept, the newest; without it all are"""
 
-    resume_from_checkpoint: Optional[str] = field(default=None, metadata={"alone": NEWEST})
+    resume_from_checkpoint: Optional[str] = field(default=None, metadata={"alone": NEWEST, "names_place": True})
     """go on from this directory; without one, or with true, from the newest checkpoint in --output-dir, or from the
     beginning while there is none"""
 

@@ -92,6 +92,11 @@ def test_a_second_init_adds_what_is_not_there_and_leaves_the_rest(init, director
     read(directory, "alice").verify_directly_issued_by(read(directory, "ca"))
 
 
+def test_an_address_within_a_link_is_in_the_certificate_without_its_interface(init, directory):
+    init("--host", "fe80::1%eth0", "[2001:db8::7]", "1password.example")
+    assert hosts(directory) == ["fe80::1", "2001:db8::7", "1password.example", *LOOPBACK]
+
+
 @pytest.mark.parametrize("flags", [["--host", "other.example"], ["--client", "alice"], ["--client", "bob", "alice"]])
 def test_what_exists_is_not_overwritten(init, directory, flags):
     init("--client", "alice")
@@ -136,6 +141,11 @@ def test_the_ca_lasts_as_long_as_what_it_was_made_for(init, directory):
         (["--days", "36501"], "--days must be at most 36500"),
         (["--host", "a b"], "--host 'a b' is neither a name nor an IP address"),
         (["--host", "https://cloud"], "is neither a name nor an IP address"),
+        (["--host", "10.0.0.256"], "--host '10.0.0.256' is neither a name nor an IP address"),
+        (["--host", "10.0.1"], "is neither a name nor an IP address"),
+        (["--host", "cloud.1"], "is neither a name nor an IP address"),
+        (["--host", "fe80::1::2"], "is neither a name nor an IP address"),
+        (["--host", "10.0.0.1%eth0"], "is neither a name nor an IP address"),
         (["--client", "../alice"], "--client: '../alice' cannot be a caller's name"),
         (["--client", "anonymous"], "cannot be a caller's name"),
         (["--client", "server"], "--client server: that is the name of another file here"),

@@ -1,8 +1,10 @@
 """HOST:PORT in good forms and bad: one set of rules for whoever calls a server and whoever is one."""
 
+from typing import Optional
+
 import pytest
 
-from sft.client.address import split_address
+from sft.client.address import for_grpc, ip_of, spelled_address, split_address
 from sft.client.credentials import ClientOptions, read_credentials
 from sft.errors import UsageError
 
@@ -15,6 +17,8 @@ GOOD = [
     ("[2001:db8::7]:50051", "2001:db8::7", 50051),
     ("[::ffff:10.0.0.7]:50051", "::ffff:10.0.0.7", 50051),
     ("[fe80::1%eth0]:50051", "fe80::1%eth0", 50051),
+    ("[fe80::1%can0]:50051", "fe80::1%can0", 50051),
+    ("[fe80::1%12]:50051", "fe80::1%12", 50051),
 ]
 BAD = [
     "",
@@ -61,6 +65,7 @@ BAD = [
 @pytest.mark.parametrize(("address", "host", "port"), GOOD)
 def test_addresses(address: str, host: str, port: int, listens: bool) -> None:
     assert split_address(address, "--server", listens) == (host, port)
+    assert spelled_address(host, port) == address
 
 
 @pytest.mark.parametrize("listens", [False, True])
@@ -84,3 +89,26 @@ def test_port_0_is_for_who_listens() -> None:
 def test_a_client_s_server_is_named_as_the_user_spelled_it(dashes: str, name: str) -> None:
     with pytest.raises(UsageError, match=f"^{name} must be HOST:PORT, .*, not 'somewhere'$"):
         read_credentials(ClientOptions(server="somewhere"), dashes, {})
+
+
+def test_an_interface_is_no_escape_for_grpc() -> None:
+    """Which reads %ca, as in %can0, as the byte 0xCA."""
+    assert for_grpc("[fe80::1%can0]:50051") == "[fe80::1%25can0]:50051"
+    assert for_grpc("cloud.example:50051") == "cloud.example:50051"
+
+
+@pytest.mark.parametrize(
+    ("host", "ip"),
+    [
+        ("10.0.0.7", "10.0.0.7"),
+        ("::1", "::1"),
+        ("[::1]", "::1"),
+        ("fe80::1%eth0", "fe80::1"),
+        ("10.0.0.256", None),
+        ("10.0.0.7%eth0", None),
+        ("cloud.example", None),
+        ("cafe", None),
+    ],
+)
+def test_which_hosts_are_ip_addresses(host: str, ip: Optional[str]) -> None:
+    assert (None if ip_of(host) is None else str(ip_of(host))) == ip
