@@ -84,8 +84,8 @@ def test_a_session(status, sessions, clock):
 
 
 def test_nobody_sees_the_sessions_of_others_but_who_may(status, sessions):
-    put(sessions, ANNA)
-    put(sessions, BEN)
+    put(sessions, ANNA, model_name="tiny")
+    put(sessions, BEN, model_name="tiny")
     assert [session.owner for session in status.status(ANNA).sessions] == ["anna"]
     assert status.status(ANNA).open_sessions == 2
     assert status.status(Identity("carl")).sessions == []

@@ -287,16 +287,17 @@ def test_a_store_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatc
 
 
 def test_no_bucket_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    files = FsspecFiles("memory://bucket")
+    bucket = f"bucket-{secrets.token_hex(4)}"
+    files = FsspecFiles(f"memory://{bucket}")
     made: list[str] = []
     monkeypatch.setattr(type(files._fs), "makedirs", lambda self, path, exist_ok: made.append(path))
     for files._scheme in ("s3", "gs", "abfs", "memory"):
         files._make_parent(files._path("a/b"))
-    assert made == ["/bucket/a"]
+    assert made == [f"/{bucket}/a"]
     files._scheme = "s3"
-    with pytest.raises(StorageError, match="there is no bucket"):
+    with pytest.raises(StorageError, match=f"there is no bucket {bucket}"):
         files.try_out()
-    assert made == ["/bucket/a"]
+    assert made == [f"/{bucket}/a"]
 
 
 def test_the_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
