@@ -99,7 +99,6 @@ def _run(scratch: Path, group: MemoryGroup, seconds: float, memory_limit: int, n
         over.set()
         thread.join()
         lives = server.poll() is None
-        alone = train(stub, edge, threading.Event(), len(beside.seconds)) if lives and not failed else Ran()
         peak, resident = group.peak_bytes(), _most_resident(server) if lives else 0
     for name, counts in got.items():
         print(f"{name}: " + (" ".join((ATTACKS[name].__doc__ or "").split())))
@@ -114,6 +113,9 @@ def _run(scratch: Path, group: MemoryGroup, seconds: float, memory_limit: int, n
     if failed or not beside.seconds:
         print(f"good session: ended with {failed or 'nothing'}")
         return 1
+    # On another server: what attackers have opened is theirs for a while yet.
+    with _serving(scratch, group, memory_limit, tokens) as (_, address):
+        alone = train(SplitTrainingStub(_channel(address, good_token)), edge, threading.Event(), len(beside.seconds))
     ratio = beside.median / quiet.median
     same = beside.bits == alone.bits
     print(f"good session: {len(beside.seconds)} steps, {beside.skipped} times one was begun anew for want of memory;")
@@ -131,7 +133,7 @@ def _serving(
 ) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     command = [sys.executable, "-m", "sft_cloud", "serve", "--port=0", "--device=cpu", "--threads=1"]
     command += [f"--state-dir={scratch / 'state'}", f"--tokens={tokens}", f"--memory-limit={memory_limit}"]
-    with (scratch / "log").open("wb") as log:
+    with (scratch / "log").open("ab") as log:
         child = subprocess.Popen(group.command(command), stdout=subprocess.PIPE, stderr=log)
     try:
         assert child.stdout is not None
