@@ -1,6 +1,6 @@
 """The edge's end of one session, and the way there: the only room that sees gRPC."""
 
-from sft_edge.link.download import FLOATS, checked_state, checked_weights, could_be_state
+from sft_edge.link.download import NUMBERS, checked_state, checked_weights, could_be_state
 from sft_edge.link.grpc_transport import GrpcTransport, transport_of
 from sft_edge.link.link import Blob, Link, PendingReply
 from sft_edge.link.reliable_stream import TRANSIENT
@@ -9,7 +9,7 @@ from sft_edge.link.retries import RetryPolicy, retry_policy_of
 from sft_edge.link.transport import Transport
 
 __all__ = [
-    "FLOATS",
+    "NUMBERS",
     "TRANSIENT",
     "Blob",
     "GrpcTransport",

@@ -11,7 +11,8 @@ from sft.optim.state import MAX_SCALARS_BYTES, SCALARS
 from sft.printable import said
 
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-FLOATS = ("F64", "F32", "F16", "BF16")
+NUMBERS = tuple(_BYTES)
+"""Types of a script's tensors: what its norms count is in integers."""
 
 _HEADER_BYTES_BESIDE, _HEADER_BYTES_A_TENSOR = 4096, 512
 _MOST_STATES = 8

@@ -12,7 +12,7 @@ from sft.errors import ProtocolError, UsageError
 from sft.optim.spec import OptimizerSpec, make_optimizer
 from sft.optim.state import checked_state as checked_optimizer_state
 from sft.tensors.stream import in_memory, safetensors_chunks, safetensors_size, sha256_of
-from sft_edge.link import FLOATS, Blob, checked_state, checked_weights, could_be_state
+from sft_edge.link import NUMBERS, Blob, checked_state, checked_weights, could_be_state
 from sft_edge.script.crossing import LinkCross
 from sft_edge.script.gradients import PARAMETER_NAME
 
@@ -121,7 +121,7 @@ class CloudState:
         chunks = self._cross.link.weights(optimizer_state)
         if optimizer_state:
             return dict(load(b"".join(checked_state(chunks, self._shapes))))
-        return dict(load(b"".join(checked_weights(chunks, self._shapes, FLOATS))))
+        return dict(load(b"".join(checked_weights(chunks, self._shapes, NUMBERS))))
 
     def _upload(self, tensors: Mapping[str, Tensor], optimizer_state: bool) -> None:
         self._cross.drop_waiting()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sft.errors import ProtocolError
 from sft.tensors.stream import in_memory, safetensors_chunks
-from sft_edge.link.download import FLOATS, checked_state, checked_weights
+from sft_edge.link.download import NUMBERS, checked_state, checked_weights
 
 TENSORS = {"a.weight": torch.ones(3, 2), "a.bias": torch.arange(3.0)}
 SHAPES = {name: tuple(tensor.shape) for name, tensor in TENSORS.items()}
@@ -42,7 +42,7 @@ def test_what_is_right_passes_byte_by_byte(size: int) -> None:
         assert passed.keys() == tensors.keys()
         assert all(passed[name].equal(tensor) for name, tensor in tensors.items())
     halves = {name: tensor.half() for name, tensor in TENSORS.items()}
-    assert b"".join(checked_weights([file_of(halves)], SHAPES, FLOATS)) == file_of(halves)
+    assert b"".join(checked_weights([file_of(halves)], SHAPES, NUMBERS)) == file_of(halves)
 
 
 BAD: List[Any] = [
