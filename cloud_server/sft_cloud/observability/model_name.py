@@ -13,4 +13,4 @@ def model_name(request: pb.OpenSessionRequest) -> str:
     """
     if request.model_name or request.cut.layer_name:
         return request.model_name or request.cut.layer_name
-    return str(json.loads(request.config_json).get("model_type", ""))
+    return str(json.loads(request.config_json or "{}").get("model_type", ""))

@@ -18,6 +18,7 @@ CONFIG = json.dumps({"model_type": "llama", "vocab_size": 10})
         (pb.OpenSessionRequest(config_json=CONFIG, resume_from=[pb.CheckpointId(step=3)]), "llama"),
         (pb.OpenSessionRequest(cut=pb.Cut(layer_name="blocks.3.ffn")), "blocks.3.ffn"),
         (pb.OpenSessionRequest(cut=pb.Cut(layer_name="blocks.3.ffn"), config_json="{"), "blocks.3.ffn"),
+        (pb.OpenSessionRequest(), ""),
     ],
 )
 def test_a_session_has_the_name_that_the_edge_gives_or_says_what_it_is(request_, name):

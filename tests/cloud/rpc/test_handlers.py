@@ -52,13 +52,17 @@ def test_around_each_kind(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_bytes_of_each_kind(kind):
-    handler = raw(handler_of(kind), lambda requests, context: b"one", lambda requests, context: iter([b"many"]))
+    handler = raw(handler_of(kind), lambda requests, context: b"one", lambda requests, context: iter([[b"many"]]))
     assert handler.request_streaming
     assert handler.response_streaming is kind.endswith("stream")
-    assert handler.request_deserializer is handler.response_serializer is None
-    answer = handler.stream_stream or handler.stream_unary
-    answers = answer(None, None)
-    assert answers == b"one" if handler.stream_unary else list(answers) == [b"many"]
+    assert handler.request_deserializer is None
+    if handler.response_streaming:
+        answers = list(handler.stream_stream(None, None))
+        assert list(map(handler.response_serializer, answers)) == [b"many"]
+        assert answers == [[]]  # what was sent is kept by nobody
+    else:
+        assert handler.response_serializer is None
+        assert handler.stream_unary(None, None) == b"one"
 
 
 def test_what_is_done_at_once_needs_no_thread_of_the_servers():
