@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 from torch.overrides import TorchFunctionMode
@@ -21,6 +22,8 @@ T = TypeVar("T")
 
 SLICE_SECONDS = 0.001
 """After so long who builds looks whether others train."""
+
+LONGEST_SLICE_SECONDS = 0.05
 
 REST = 4.0
 """How long it then pauses, as a multiple of what it took: training keeps four fifths."""
@@ -74,11 +77,11 @@ class Paced(TorchFunctionMode):
         self._run = run
         self._others_train = others_train
         self._sleep = sleep
-        self._began = time.perf_counter()
+        self._began = time.thread_time()  # and not what others took of the processor meanwhile
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # A library that builds a model asks torch for each of its parameters.
-        took = time.perf_counter() - self._began
+        took = time.thread_time() - self._began
         if took >= SLICE_SECONDS:
             self._rest(took)
         return function(*args, **(kwargs or {}))
@@ -89,11 +92,11 @@ class Paced(TorchFunctionMode):
 
         def timed() -> T:
             nonlocal took
-            began = time.perf_counter()
+            began = time.thread_time()
             try:
                 return work()
             finally:
-                took = time.perf_counter() - began
+                took = time.thread_time() - began
 
         result = self._run(timed)
         self._rest(took)
@@ -102,26 +105,28 @@ class Paced(TorchFunctionMode):
     def _rest(self, took: float) -> None:
         if self._others_train():
             self._sleep(REST * took)
-        self._began = time.perf_counter()
+        self._began = time.thread_time()
 
 
 def in_pieces(run: Run, pieces: Generator[None, None, T]) -> T:
     """What a generator returns that does its work between its yields, where `run` runs it.
 
-    In between others have their turn there.
+    In between others have their turn there. The longer these take, the longer is a piece: a session is not opened for
+    ever because others compute large batches.
     """
 
-    def work() -> tuple[bool, Any]:
+    def work(asked: float) -> tuple[bool, Any]:
         began = time.perf_counter()
+        seconds = min(max(SLICE_SECONDS, (began - asked) / REST), LONGEST_SLICE_SECONDS)
         while True:
             try:
                 next(pieces)
             except StopIteration as end:
                 return True, end.value
-            if time.perf_counter() - began >= SLICE_SECONDS:
+            if time.perf_counter() - began >= seconds:
                 return False, None
 
     while True:
-        is_done, result = run(work)
+        is_done, result = run(partial(work, time.perf_counter()))
         if is_done:
             return result  # type: ignore[no-any-return]

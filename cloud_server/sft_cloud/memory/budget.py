@@ -88,11 +88,13 @@ class MemoryBudget:
         self.process_bytes = process_bytes
         self.host = host
         self._measure = measure
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # here and below: a session that is collected meanwhile gives back, too
         self._given_back = threading.Condition(self._lock)
         self._held = dict.fromkeys(Kind, 0)
         self._refused = dict.fromkeys(Kind, 0)
         self._trimmed_at = -_TRIM_SECONDS
+        self._largest: dict[int, int] = {}
+        self._room = self.charge(Kind.SESSIONS, 0)
 
     @property
     def limit_bytes(self) -> int:
@@ -130,6 +132,23 @@ class MemoryBudget:
             budget._wait(_WAIT_SECONDS)
         charge.resize(size)
         return charge
+
+    def hold_room(self, owner: int, size: int) -> None:
+        """Holds room for a batch of the session `owner` until `leave_room`. Raises NoMemoryError.
+
+        One batch is computed at a time, so the room is for all sessions, as large as the largest batch that one of them
+        has had. Nobody's holdings can take it, and a session that goes on as it began finds it.
+        """
+        with self._lock:
+            if size > self._largest.get(owner, 0):
+                self._room.resize(max(size, *self._largest.values(), 0))
+                self._largest[owner] = size
+
+    def leave_room(self, owner: int) -> None:
+        """The session is over."""
+        with self._lock:
+            if self._largest.pop(owner, 0):
+                self._room.resize(max(self._largest.values(), default=0))
 
     def left_bytes(self, size: int = 0) -> int:
         """What is left for a holding of `size` in all."""
@@ -189,7 +208,7 @@ class Charge:
         self._budget = budget
         self._kind = kind
         self._what = what
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._size = 0
         self._is_over = False
 

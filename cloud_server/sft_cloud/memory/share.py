@@ -19,6 +19,7 @@ class MemoryShare:
         self._fixed = self._begins_with = fixed_bytes
         self._answers = self._budget.charge(Kind.ANSWERS, 0)
         self._held = [0]  # shared with `_give_back`, which must not hold on to the share
+        self._waited = 0
         most = self._budget.most_bytes(fixed_bytes)
         if fixed_bytes > most:
             self._budget.count_refusal(Kind.SESSIONS)
@@ -63,23 +64,26 @@ class MemoryShare:
                 f"whose sessions may take {format_bytes(most)} together: send smaller batches"
             )
 
-    def hold(self, size: int, answers: int) -> None:
-        """From now on the session takes so much beside what it began with, and so much for answers.
+    def hold(self, size: int, answers: int = 0, batch: int = 0) -> None:
+        """From now on the session takes `size` beside what it began with, and so much for answers; computing takes
+        `batch` besides, for which there is one room for all sessions.
 
-        Raises MemoryError if that is not there.
+        What it had of both before it has again, whatever others take. Raises MemoryError if the rest is not there.
         """
         try:
             self._answers.resize(answers)
+            self._budget.hold_room(id(self._held), batch)
         except NoMemoryError as error:
             raise MemoryError(str(error)) from error
-        if not self._resize(self._fixed + size):
+        if not self._resize(self._fixed + max(size, self._waited)):
             held = format_bytes(self._budget.held_bytes)
             raise MemoryError(f"{format_bytes(size)} are wanted beside the {held} that are taken; try again later")
 
-    def settle(self, size: int, answers: int) -> None:
+    def settle(self, size: int, answers: int = 0) -> None:
         """As `hold`, for what is taken already."""
         self._answers.settle(answers)
-        self._resize(self._fixed + size, forced=True)
+        self._waited = max(self._waited, size)
+        self._resize(self._fixed + self._waited, forced=True)
 
     def _resize(self, size: int, forced: bool = False) -> bool:
         # A session that trains small batches is small, however large its weights: others cannot keep these out.
@@ -92,5 +96,6 @@ class MemoryShare:
 
 
 def _give_back(budget: MemoryBudget, held: list[int]) -> None:
+    budget.leave_room(id(held))
     budget.add(Kind.SESSIONS, -held[0], 0)
     held[0] = 0

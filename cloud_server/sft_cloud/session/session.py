@@ -235,10 +235,12 @@ class Session:
         has_labels = forward.HasField("labels")
         waits = 0 if commits else self._micro_batches.waiting_bytes(message.weights)
         graph = self._half.training_bytes(forward.activation) + self._cast_bytes(forward.autocast)
-        needed = waits + graph
-        if has_labels and not forward.loss_scale:
-            needed += self._micro_batches.gradient_bytes()
-        self._memory.check(needed)
+        batch = graph if has_labels else 0  # without labels the graph waits
+        if not has_labels:
+            waits += graph
+        elif not forward.loss_scale:
+            waits += self._micro_batches.gradient_bytes()
+        self._memory.check(waits + batch)
         answers = self._answer_bytes(forward.activation, not has_labels or forward.want_logits, has_labels)
         given = self._half.decode(forward.activation)
         labels = self._half.decode_labels(forward.labels, given) if has_labels else {}
@@ -248,7 +250,7 @@ class Session:
             self._micro_batches.check_room(message.weights)
 
         def work(answer: pb.CloudMessage) -> None:
-            self._memory.hold(needed, answers)
+            self._memory.hold(waits, answers, batch)
             given.a.requires_grad_(not forward.frozen_edge)
             self._half.train(not forward.eval_mode)
             with (
@@ -302,11 +304,11 @@ class Session:
 
     def _check_evaluate(self, message: pb.EdgeMessage) -> Work:
         _check_autocast(message.evaluate.autocast)
-        needed = self._micro_batches.waiting_bytes(message.weights)
-        needed += self._half.training_bytes(message.evaluate.activation) // _EVALUATION_TAKES
-        needed += self._cast_bytes(message.evaluate.autocast)
-        self._memory.check(needed)
-        self._hold_now(needed, self._answer_bytes(message.evaluate.activation, logits=True))
+        waits = self._micro_batches.waiting_bytes(message.weights)
+        batch = self._half.training_bytes(message.evaluate.activation) // _EVALUATION_TAKES
+        batch += self._cast_bytes(message.evaluate.autocast)
+        self._memory.check(waits + batch)
+        self._hold_now(waits, self._answer_bytes(message.evaluate.activation, logits=True), batch)
         given = self._half.decode(message.evaluate.activation)
         self._half.check_outputs(message.evaluate.activation)
 
@@ -334,9 +336,9 @@ class Session:
 
         return work
 
-    def _hold_now(self, size: int, answers: int = 0) -> None:
+    def _hold_now(self, size: int, answers: int = 0, batch: int = 0) -> None:
         try:
-            self._memory.hold(size, answers)
+            self._memory.hold(size, answers, batch)
         except MemoryError as error:
             raise NoMemoryError(f"there is no memory for this now: {error}") from error
 

@@ -58,6 +58,25 @@ def test_what_shrinks_fits_even_where_too_much_is_held():
     assert budget.held_bytes == 900
 
 
+def test_one_room_is_for_the_batches_of_all():
+    budget = MemoryBudget(1000)
+    first, second = MemoryShare(budget, 100), MemoryShare(budget, 100)
+    first.hold(0, batch=300)
+    second.hold(0, batch=200)
+    assert budget.held_bytes == 500
+    others = MemoryShare(budget, 500)
+    first.hold(0, batch=300)
+    second.hold(0, batch=300)
+    with pytest.raises(MemoryError):
+        second.hold(0, batch=301)
+    others.release()
+    second.hold(0, batch=301)
+    second.release()
+    assert budget.held_bytes == 400
+    first.release()
+    assert budget.held_bytes == 0
+
+
 def test_without_a_budget_everything_fits():
     share = MemoryShare()
     share.check(1 << 60)

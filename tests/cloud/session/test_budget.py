@@ -81,43 +81,52 @@ def test_a_few_bytes_cannot_ask_for_much(session, edge, budget):
 
 
 def test_a_step_for_which_others_leave_no_memory_is_skipped(session, edge, budget):
-    session.handle(edge.forward(0, 0))
     size = session._half.training_bytes(edge.activation(0, 1))
     other = others_hold(budget, budget.total_bytes - budget.held_bytes - size // 2)
-    assert "out of memory" in session.handle(edge.forward(0, 1)).step_skipped.reason
+    assert "out of memory" in session.handle(edge.forward(0, 0)).step_skipped.reason
     assert gradients_of(session) == {}
     other.release()
     assert session.handle(edge.forward(0, 0)).HasField("result")
 
 
+@pytest.mark.parametrize("way", ["forward", "unlabelled"])
+def test_what_a_session_had_before_others_cannot_take(session, edge, budget, way):
+    session.handle(getattr(edge, way)(0, 0))
+    session.handle(weigh(0, (0, DROPPED)) if way == "unlabelled" else edge.commit(0))
+    others_hold(budget, budget.left_bytes(2 * MiB))
+    assert not session.handle(getattr(edge, way)(session.next_step, session._forwards)).HasField("step_skipped")
+
+
 def test_an_evaluation_for_which_there_is_no_memory_now_leaves_the_session_as_it_was(session, edge, budget):
-    session.handle(edge.forward(0, 0))
     other = others_hold(budget, budget.total_bytes - budget.held_bytes)
     with pytest.raises(ServerFullError, match="no memory for this now"):
         session.handle(edge.evaluate())
     other.release()
+    session.handle(edge.forward(0, 0))
     session.handle(edge.evaluate())
     assert session.handle(edge.commit(0)).committed.next_step == 1
 
 
 @pytest.mark.parametrize("way", ["graphs", "gradients kept aside"])
-def test_what_waits_counts_until_it_is_let_go(session, edge, budget, way):
+def test_what_waits_counts_and_stays_its_session_s(session, edge, budget, way):
     begins_with = budget.held()[Kind.SESSIONS]
 
     def forward(micro_batch):
         return edge.unlabelled(0, micro_batch) if way == "graphs" else edge.forward(0, micro_batch, loss_scale=0.0)
 
     session.handle(forward(0))
-    one = budget.held()[Kind.SESSIONS] - begins_with
+    with_one, one = budget.held()[Kind.SESSIONS], session._micro_batches.waiting_bytes()
     assert one > 0
     session.handle(forward(1))
-    assert budget.held()[Kind.SESSIONS] - begins_with == 2 * one
+    assert budget.held()[Kind.SESSIONS] - with_one == one
     budget.total_bytes = begins_with + 2 * one + one // 2
     with pytest.raises(ProtocolError, match="with what waits for a backward"):
         session.handle(forward(2))
     session.handle(weigh(0, (0, DROPPED), (1, DROPPED)))
     assert not session._micro_batches._sizes  # nothing stays of each, however long a step is
-    assert budget.held()[Kind.SESSIONS] == begins_with
+    budget.total_bytes, held = 1 << 30, budget.held()[Kind.SESSIONS]
+    session.handle(forward(2))  # in the place of what was let go
+    assert budget.held()[Kind.SESSIONS] == held
 
 
 def test_half_precision_counts_while_it_waits(session, edge, budget):
@@ -132,7 +141,6 @@ def test_settings_that_have_the_optimizer_keep_more_are_charged(make_edge, budge
     edge = make_edge(optimizer_name="SGD")
     spec = check_request(edge.request())
     session = make_session(spec, build(spec, CPU), [*edge.weights, *edge.factors], CPU, budget=budget)
-    begins_with = budget.held()[Kind.SESSIONS]
     trained = sum(parameter.numel() for parameter in session.half.parameters())
 
     def step(step, **settings):
@@ -144,6 +152,7 @@ def test_settings_that_have_the_optimizer_keep_more_are_charged(make_edge, budge
         return budget.held()[Kind.SESSIONS] - begins_with
 
     session.handle(edge.forward(0))
+    begins_with = budget.held()[Kind.SESSIONS]
     assert step(0, weight_decay=0.5) == 0
     others = others_hold(budget, budget.total_bytes)
     with pytest.raises(NoMemoryError, match="new settings take"):
@@ -157,7 +166,7 @@ def test_answers_that_are_remembered_count_and_the_newest_with_its_copies(sessio
     assert budget.held()[Kind.ANSWERS] == 5000 + 4 * answer.ByteSize()
     assert session.handle(edge.forward(0, 1), remembered_bytes=1 << 40).HasField("step_skipped")
     with pytest.raises(ServerFullError, match="no memory for this now"):
-        session.handle(edge.evaluate(), remembered_bytes=1 << 40)
+        session.handle(edge.evaluate(), remembered_bytes=1 << 41)
     session.handle(edge.forward(0, 0))
     answer = session.handle(edge.commit(0), remembered_bytes=1 << 31)  # what is there is counted, be it too much
     assert budget.held()[Kind.ANSWERS] == (1 << 31) + 4 * answer.ByteSize()
