@@ -31,9 +31,6 @@ def run(prog: str, commands: Mapping[str, Command], argv: Optional[Sequence[str]
     _open_streams()
     # Or gRPC's own notes, of each handshake that fails, would stand between our lines.
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-    for stream in ("stdout", "stderr"):
-        if getattr(sys, stream) is None:  # closed, as of some services: nobody listens, and that is no error
-            setattr(sys, stream, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  # for as long as we run
     if getattr(sys.stdout, "errors", None) == "strict":  # as stderr does: a name that cannot be shown is no error
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     arguments = list(sys.argv[1:] if argv is None else argv)

@@ -91,7 +91,8 @@ def values_of(options: ModelOptions) -> Dict[str, Any]:
 
 def _find_config(model: str) -> Path:
     path = find_model(model) / "config.json"
-    if is_hub_id(model) and Path(model) == path.parent and not any(path.parent.glob("*.json")):
+    is_none = not any((path.parent / name).is_file() for name in ("config.json", "adapter_config.json"))
+    if is_none and is_hub_id(model) and Path(model) == path.parent:
         raise CheckpointError(
             f"{path}: no such file; the folder {model} is taken for the model and hides what the hub has under this "
             "name: rename it, or run elsewhere"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 from pathlib import Path
 from typing import Any, Dict
 
@@ -29,6 +30,13 @@ def read_tokenizer(directory: Path) -> Any:
     names = sorted(tokenizer.vocab_files_names.values())
     if not any((directory / name).is_file() for name in names):  # newer releases make an empty one up
         raise CheckpointError(f"{directory}: no tokenizer can be read from here (it holds no {' or '.join(names)})")
+    longest = tokenizer.model_max_length
+    if isinstance(longest, bool) or not isinstance(longest, (int, float)) or not longest >= 1:
+        raise CheckpointError(
+            f"{directory / 'tokenizer_config.json'}: model_max_length must be a number of tokens, not {longest!r:.80}"
+        )
+    if math.isfinite(longest):
+        tokenizer.model_max_length = int(longest)
     return tokenizer
 
 

@@ -132,7 +132,8 @@ def read_csv(path: Path) -> Iterator[Record]:
                 passed.row()
                 yield _record(values, columns, place)
     except csv.Error as error:
-        raise DataError(f"{path}:{number}: not a CSV row: {error}") from error
+        says = "a line ends in a carriage return alone; save it with line feeds" if "new-line" in str(error) else error
+        raise DataError(f"{path}:{number}: not a CSV row: {says}") from error
     passed.tell()
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 import re
+from contextlib import suppress
 from typing import List, Optional, Sequence, Tuple
 
 from sft_edge.tasks.files import Record, clean_text, column_of, shown
@@ -24,14 +26,15 @@ _HUGE = 1e300
 
 
 def label_of(record: Record) -> object:
-    """The value of the label column; a list that a table spells as text is one, as in JSON lines. Raises DataError."""
+    """The value of the label column; a list that a table spells as text is one, as in JSON lines: whether as JSON does
+    or as Python, and pandas with it. Raises DataError."""
     value = column_of(record, "label")
     if isinstance(value, str) and value.strip().startswith("["):
-        try:
-            content = json.loads(value)
-        except (ValueError, RecursionError):
-            return value
-        return content if isinstance(content, list) else value
+        for read in (json.loads, ast.literal_eval):
+            with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+                content = read(value.strip())
+                if isinstance(content, list):
+                    return content
     return value
 
 

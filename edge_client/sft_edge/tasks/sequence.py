@@ -134,8 +134,10 @@ def texts_of(record: Record, fields: Sequence[str]) -> Tuple[str, ...]:
 
 
 def _text(value: object) -> object:
-    """A number is its digits, as in a table that has no other types."""
-    return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+    """A number is its digits, as in a table that has no other types; what is none has no text."""
+    if isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value)):
+        return value
+    return str(value) if isinstance(value, (int, float)) else value
 
 
 _LARGEST = float(torch.finfo(torch.float32).max)

@@ -84,7 +84,7 @@ class TextTask(SequenceTask):
         if len(names) < (2 if problem_type == SINGLE_LABEL else 1):
             raise DataError(f"{path}: all rows have the same label {shown(names)}; there is nothing to learn")
         task = cls(data_dir, problem_type, names)
-        known = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+        known = ", ".join(name[:40] for name in names[:10]) + (", ..." if len(names) > 10 else "")
         several = ", of which a row has any number" if problem_type == MULTI_LABEL else ""
         task.inferred = f"{path}: {seen + ': ' if seen else ''}{len(names)} classes{several}, in this order: {known}"
         if "number" in seen:

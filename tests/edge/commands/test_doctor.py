@@ -368,22 +368,8 @@ def test_the_command_says_that_nothing_stops_a_run(examine: Callable[..., Any]) 
     assert (code, told.err) == (0, "")
     lines = told.out.splitlines()
     assert lines[0] == "ok       address     127.0.0.1 is 127.0.0.1"
-    assert [line.split()[1] for line in lines[:-1]] == (
-        [
-            "address",
-            "connection",
-            "encryption",
-            "access",
-            "versions",
-            "clock",
-            "room",
-            "delay",
-            "bandwidth",
-            "model",
-            "step",
-            "idle",
-        ]
-    )
+    looked_at = "address connection encryption access versions clock room delay bandwidth model step idle"
+    assert [line.split()[1] for line in lines[:-1]] == looked_at.split()
     assert lines[-1] == "nothing here would stop a run"
 
 

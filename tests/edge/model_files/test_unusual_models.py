@@ -76,6 +76,8 @@ def pickled(model: Path) -> None:
         (lambda m: (m / "model.safetensors").write_text(POINTER), r"model.safetensors: a Git LFS pointer"),
         (lambda m: (m / "tokenizer.json").write_text(POINTER), r"tokenizer.json: a Git LFS pointer"),
         (lambda m: edit(m / "config.json", model_type=None), r"it says no model_type"),
+        (lambda m: edit(m / "tokenizer_config.json", model_max_length=-1), r"model_max_length must be .*, not -1"),
+        (lambda m: edit(m / "tokenizer_config.json", model_max_length="16"), r"model_max_length must be .*, not '16'"),
     ],
 )
 def test_what_is_said(
@@ -92,6 +94,7 @@ def test_what_is_said(
 def test_a_folder_that_hides_a_model_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bert-base-uncased").mkdir()
+    (tmp_path / "bert-base-uncased" / "all_results.json").write_text("{}")
     with pytest.raises(CheckpointError, match="the folder bert-base-uncased is taken for the model and hides"):
         opened(Path("bert-base-uncased"))
 

@@ -63,6 +63,7 @@ def test_jsonl_keeps_json_values(tmp_path: Path) -> None:
         ("a.csv", b"text,label\none,1\nx,y,z\n", 3, "3 fields"),
         ("a.csv", b'text,label\none,1\n"never closed,1\n', 3, "not a CSV row: unexpected end of data"),
         ("a.csv", b'text,label\n"one"x,1\n', 2, "not a CSV row"),
+        ("a.csv", b"text,label\rone,1\rtwo,2\r", 1, "a carriage return alone; save it with line feeds"),
         ("a.tsv", "text\tlabel\none\t1\n".encode("utf-16"), 1, "UTF-16, not UTF-8 text; save it as UTF-8"),
         ("a.csv", b"text,label,text\n", 1, "names a column twice: 'text'"),
         ("a.csv", b"text,label\non\0e,1\n", 2, "a NUL character"),

@@ -107,3 +107,15 @@ def test_what_was_inferred_is_said(tmp_path: Path) -> None:
     assert said(make_task("text", tmp_path)) == (
         "the labels are lists: 3 classes, of which a row has any number, in this order: a, b, c"
     )
+    write(tmp_path, ".csv", ["x", "y" * 1000])
+    assert said(make_task("text", tmp_path)).endswith(f"in this order: x, {'y' * 40}")
+
+
+def test_lists_as_pandas_spells_them(tmp_path: Path) -> None:
+    path = write(tmp_path, ".csv", ["['a', \"b's\"]", "[]", "['a']", '["c"]'])
+    task = make_task("text", tmp_path)
+    assert (task.problem_type, task.label_names) == ("multi_label_classification", ["a", "b's", "c"])
+    assert [row.label for row in task.read("train")] == [(1.0, 1.0, 0.0), (0.0,) * 3, (1.0, 0.0, 0.0), (0.0, 0.0, 1.0)]
+    for label in ("[sic]", "[1](x)", "[" * 100_000, "[__import__('os').getcwd()]"):  # names like others, and never run
+        path.write_text(f"text,label\na,{label}\nb,x\n")
+        assert make_task("text", tmp_path).label_names == [label, "x"]

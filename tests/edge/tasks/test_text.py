@@ -126,6 +126,11 @@ def test_a_trained_model_rebuilds_its_task_without_the_train_file(tmp_path: Path
         ("train.jsonl", '{"text": "a", "label": "x"}\n{"text": "b", "label": null}\n', "train.jsonl:2: label is empty"),
         ("train.jsonl", '{"text": "a", "label": "x"}\n{"text": "b", "label": {}}\n', "train.jsonl:2: label must be"),
         ("train.jsonl", '{"text": "a", "label": 1}\n{"text": "b", "label": NaN}\n', "train.jsonl:2: label is empty"),
+        (
+            "train.jsonl",
+            '{"text": "a", "label": 1}\n{"text": NaN, "label": 2}\n',
+            "train.jsonl:2: text must be text, not nan",
+        ),
         ("train.tsv", "text\tlabel\na\t1\nb\tNA\n", "train.tsv:3: label 'NA' is none, where other rows have whole"),
         (
             "train.jsonl",
