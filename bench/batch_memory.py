@@ -44,7 +44,13 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         for family, sizes in SIZES.items():
             directory = make_tiny_model(Path(scratch) / family, family, layers=6, **sizes)
-            config = AutoConfig.from_pretrained(directory, num_labels=2, problem_type="single_label_classification")
+            config = AutoConfig.from_pretrained(
+                directory,
+                num_labels=2,
+                problem_type="single_label_classification",
+                trust_remote_code=False,
+                local_files_only=True,
+            )
             for sequences, length in SHAPES:
                 edge = TinyEdge(directory, config, cut=Cut("sft", 1, 8), lengths=(length,) * sequences)
                 charged, taken = measured(edge)

@@ -77,7 +77,12 @@ def make_models(directory: Path) -> Models:
         if not (directory / name).is_dir():
             make_tiny_model(directory / name, family, layers=layers, **values)
         return AutoConfig.from_pretrained(
-            directory / name, num_labels=3, problem_type="single_label_classification", **values
+            directory / name,
+            num_labels=3,
+            problem_type="single_label_classification",
+            trust_remote_code=False,
+            local_files_only=True,
+            **values,
         )
 
     wide = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536}

@@ -39,7 +39,13 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
         model = make_tiny_model(root / "tiny", "bert", layers=3)
-        config = AutoConfig.from_pretrained(model, num_labels=3, problem_type="single_label_classification")
+        config = AutoConfig.from_pretrained(
+            model,
+            num_labels=3,
+            problem_type="single_label_classification",
+            trust_remote_code=False,
+            local_files_only=True,
+        )
         edge = TinyEdge(model, config)
         flags = [f"--threads={options.threads}", "--insecure", "--idle-timeout=1m"]
         with serving(root / "server", flags) as server:
