@@ -52,11 +52,12 @@ class Assembly:
         return data
 
     def _add(self, part: pb.Part) -> None:
-        size = len(part.data)
-        if not 0 < size <= min(PART_BYTES, self._total - self._bytes):
+        size, left = len(part.data), self._total - self._bytes
+        # All but the last are full: small ones would each take more than their bytes, and would be waited for one by
+        # one.
+        if size != min(PART_BYTES, left):
             raise ProtocolError(
-                f"a part of {size} bytes came, where a message has {self._total - self._bytes} left and a part at most "
-                f"{PART_BYTES}"
+                f"a part of {size} bytes came, where a message has {left} left: each part but the last has {PART_BYTES}"
             )
         self._charge.resize(self._bytes + size)
         self._parts.append(part.data)

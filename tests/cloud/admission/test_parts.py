@@ -55,6 +55,8 @@ def test_half_of_a_message_is_charged_and_ended_like_any_stall(start_server, raw
         ([part(total=MAX_MESSAGE_BYTES + 1)], "is said to have 268435457 bytes"),
         ([part()], "is said to have 0 bytes"),
         ([part(0, SIZE)], "a part of 0 bytes came"),
+        ([part(PART_BYTES - 1, SIZE)], "each part but the last has 1048576"),
+        ([part(total=SIZE), part(), part(99)], "a part of 99 bytes came"),
         ([part(PART_BYTES + 1, SIZE)], "a part of 1048577 bytes came"),
         ([part(total=SIZE), part(), part(101)], "a part of 101 bytes came, where a message has 100 left"),
         ([part(total=SIZE), part(total=SIZE)], "the message before this one has 1048576 of its 2097252 bytes"),

@@ -26,6 +26,18 @@ def test_a_block_holds_what_it_charges():
     assert budget.refused() == {**dict.fromkeys(Kind, 0), Kind.MESSAGES: 1}
 
 
+def test_an_owner_may_be_found_gone_on_a_thread_that_has_the_budget_in_hand():
+    class Owner:
+        pass
+
+    budget, owner = MemoryBudget(1000), Owner()
+    MemoryShare(budget, 100).release_with(owner)
+    budget.charge(Kind.MESSAGES, 200).release_with(owner)
+    with budget._lock:  # where a collection of garbage begins
+        del owner
+    assert budget.held_bytes == 0
+
+
 def test_what_comes_in_parts_is_charged_in_parts_and_given_back_once():
     budget = MemoryBudget(1000)
     charge = budget.charge(Kind.MESSAGES, 100)
