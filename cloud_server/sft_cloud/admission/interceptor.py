@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import grpc
@@ -155,7 +155,7 @@ class _Admitted:
                 return
             call.count(len(data))
             charge.resize(COPIES * len(data))
-            message = self._parsed(data)
+            message = self._parsed(data, call)
             del data  # here and below: a stream that idles must not keep a quarter of a gigabyte
             if isinstance(message, pb.EdgeMessage) and message.HasField("part"):
                 message = self._whole(message.part, charge, received, context, call)
@@ -179,16 +179,17 @@ class _Admitted:
             if data is None:
                 raise ProtocolError("the stream ended in the middle of a message")
             call.count(len(data))
-            whole.add(self._parsed(data))
-        message: pb.EdgeMessage = self._parsed(whole.joined(), MAX_MESSAGE_BYTES)
+            whole.add(self._parsed(data, call))
+        message: pb.EdgeMessage = self._parsed(whole.joined(), call, MAX_MESSAGE_BYTES)
         return message
 
-    def _parsed(self, data: bytes, max_bytes: int | None = None) -> Any:
+    def _parsed(self, data: bytes, call: _Call, max_bytes: int | None = None) -> Any:
         most = self._max_bytes if max_bytes is None else max_bytes
         if len(data) > most:
             raise ProtocolError(f"a message of {len(data)} bytes came; this method takes at most {most} in one")
         if self._descriptor is not None:
-            check_wire(data, self._descriptor)
+            with call.check_of_form():
+                check_wire(data, self._descriptor)
         try:
             return self._handler.request_deserializer(data)
         except DecodeError:
@@ -231,6 +232,10 @@ class _Call:
             ends = [] if self._left else self._ends
         for end in ends:
             end()
+
+    def check_of_form(self) -> AbstractContextManager[None]:
+        """For the block in which a message is looked through."""
+        return self._admission._quotas.check_of_form(self._caller)
 
     def count(self, size: int, refuses: bool = True) -> None:
         self._admission._quotas.count_bytes(self._caller, size, refuses)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from sft_cloud.errors import QuotaError
@@ -15,6 +16,13 @@ SPARE_CALLS = 4
 
 BURST_SECONDS = 3.0
 """Over so long `steps_per_second` is a mean: after a pause so many seconds' worth of steps may come at once."""
+
+LONG_CHECK_SECONDS = 0.002
+"""Of computing: longer looks at the form of a message cost its caller a pause."""
+
+CHECK_REST = 9.0
+"""How long that is, as a multiple of what the look took: a caller has a tenth of the time, in which others' sessions
+wait for Python."""
 
 _DAY_SECONDS = 86_400
 _FORGOTTEN_SECONDS = 2 * _DAY_SECONDS
@@ -62,6 +70,7 @@ class _Usage:
     steps: TokenBucket | None = None
     seen_at: float = 0.0
     lock: threading.Lock = field(default_factory=threading.Lock)
+    checks: threading.Lock = field(default_factory=threading.Lock)
 
 
 class Quotas:
@@ -74,10 +83,12 @@ class Quotas:
         max_calls: int,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
+        sleep: Callable[[float], object] = time.sleep,
     ) -> None:
         """`max_sessions` and `max_calls` at a time of the server; `clock`: seconds from any start;
         `wall_clock`: seconds since 1970, UTC.
         """
+        self._sleep = sleep
         self._max_sessions = max_sessions
         self._opens_per_minute = opens_per_minute
         self._free_calls = max_calls
@@ -123,6 +134,20 @@ class Quotas:
                     f"{wait:.0f} seconds"
                 )
             usage.opens.take(1, now)
+
+    @contextmanager
+    def check_of_form(self, caller: Identity) -> Iterator[None]:
+        """For the block in which a message is looked through, which is Python's work: one at a time of each caller, and
+        the caller rests after what took long. Not less when the call is over, or who hangs up at once would go on.
+        """
+        with self._usage(caller).checks:
+            began = time.thread_time()
+            try:
+                yield
+            finally:
+                took = time.thread_time() - began
+                if took >= LONG_CHECK_SECONDS:
+                    self._sleep(CHECK_REST * took)
 
     def count_bytes(self, caller: Identity, size: int, refuses: bool = True) -> None:
         """Bytes that came from a caller or go to it. Raises QuotaError when the day's are used up, if it `refuses`."""

@@ -74,9 +74,9 @@ def test_a_stream_that_idles_keeps_no_message(server, connect, edge, monkeypatch
     came, messages, answers = [], [], []
     parsed, serialized = _Admitted._parsed, _Admitted._serialized
 
-    def parse(admitted, data):
+    def parse(admitted, data, call):
         came.append(data)
-        messages.append(parsed(admitted, data))
+        messages.append(parsed(admitted, data, call))
         return messages[-1]
 
     def serialize(admitted, response):

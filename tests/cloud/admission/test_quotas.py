@@ -1,11 +1,13 @@
 """What one caller may take, by clocks that stand until they are moved."""
 
+import threading
+import time
 from contextlib import suppress
 
 import pytest
 
 from sft.errors import AccessError
-from sft_cloud.admission.quotas import SPARE_CALLS, Quotas
+from sft_cloud.admission.quotas import CHECK_REST, LONG_CHECK_SECONDS, SPARE_CALLS, Quotas
 from sft_cloud.errors import QuotaError
 from sft_cloud.identity import Identity, Limits
 
@@ -173,3 +175,24 @@ def test_the_width_of_what_crosses():
     with pytest.raises(AccessError, match="9 wide; your token is for at most 8"):
         limits.check_rank(9)
     Limits().check_rank(10**6)
+
+
+def test_a_long_look_at_a_message_is_paid_for_by_its_caller_alone():
+    rests, resting = [], threading.Event()
+
+    def sleep(seconds):
+        rests.append(seconds)
+        with quotas.check_of_form(caller("bob")):  # others are looked at meanwhile
+            resting.set()
+
+    quotas = Quotas(max_sessions=4, opens_per_minute=3, max_calls=40, sleep=sleep)
+    with quotas.check_of_form(caller()):
+        pass
+    assert not rests
+    with suppress(ValueError), quotas.check_of_form(caller()):
+        began = time.thread_time()
+        while time.thread_time() - began < LONG_CHECK_SECONDS:
+            pass
+        raise ValueError
+    assert resting.is_set()
+    assert rests[0] >= CHECK_REST * LONG_CHECK_SECONDS
