@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sft.errors import CheckpointError
+from sft.files.names import is_utf8
 from sft.files.pointer import is_lfs_pointer, lfs_advice
 from sft.tensors.stream import StoredTensor
 
@@ -163,6 +164,11 @@ class _open:
         self._path = path
 
     def __enter__(self) -> Any:
+        if not is_utf8(self._path):
+            raise CheckpointError(
+                f"{self._path}: its name is not UTF-8, or not in this locale, and safetensors opens no other; rename "
+                "what is named so, or go into it and name the model from there"
+            )
         try:
             self._file: Any = safe_open(str(self._path), framework="pt")
             return self._file.__enter__()  # type: ignore[no-untyped-call]

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Literal, Optional
 
 from sft.cli.durations import Duration
-from sft.cli.options import above_zero, at_least
+from sft.cli.options import above_zero, at_least, flag
 from sft.errors import UsageError
+from sft_edge.options.train import check_name
 
 
 @dataclass
@@ -66,6 +67,11 @@ class PredictOptions:
             raise UsageError("exactly one of --text and --file must be given")
         if self.text_pair is not None and self.text is None:
             raise UsageError("--text-pair needs --text")
+        for name in ("text", "text_pair"):
+            if any("\ud800" <= character <= "\udfff" for character in getattr(self, name) or ""):
+                raise UsageError(
+                    f"{flag(name)} is no text in this locale; put it into a file of UTF-8, and give --file"
+                )
 
 
 @dataclass
@@ -222,6 +228,7 @@ class DemoOptions:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "split_layer", "split_rank", "max_train_samples")
+        check_name("--output-dir", self.output_dir)
 
 
 @dataclass
@@ -244,6 +251,7 @@ class ExportOptions:
     """write the report as JSON"""
 
     def __post_init__(self) -> None:
+        check_name("--to", self.to)
         if self.dense and self.factored:
             raise UsageError("only one of --dense and --factored may be given")
         if os.path.lexists(str(self.to)) and not self.to.is_dir():  # a link to nothing is no directory either

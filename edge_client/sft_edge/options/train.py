@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple, Optional, get_type_hints
 from sft.cli.devices import check_device
 from sft.cli.options import above_zero, at_least
 from sft.errors import CutError, UsageError
+from sft.files.names import is_utf8
 from sft.files.room import nearest_existing
 from sft_edge.options.link import LinkOptions
 from sft_edge.options.lora import LoraOptions
@@ -277,11 +278,8 @@ def check_output_dir(output_dir: Path, overwrite: bool, resumes: bool = False) -
 
 def check_name(option: str, path: Path) -> None:
     """Raises UsageError for a name that packages which know UTF-8 alone, as tokenizers is one, could not write to."""
-    try:
-        if os.fsencode(path) == str(path).encode("utf-8"):
-            return
-    except UnicodeEncodeError:
-        pass
+    if is_utf8(path):
+        return
     encoding = sys.getfilesystemencoding()
     how = "choose another" if encoding == "utf-8" else f"choose another, or a UTF-8 locale; this one has {encoding}"
     raise UsageError(f"{option} {str(path)!a}: its name is not UTF-8, which what writes there needs; {how}")

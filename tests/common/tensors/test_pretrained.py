@@ -162,3 +162,9 @@ def test_find_model(tmp_path, directory):
 def test_shapes_cover_every_parameter(directory):
     net = net_2_of(directory)
     assert len(shapes(net)) == len(list(net.parameters()))
+
+
+def test_a_directory_whose_name_is_not_utf8(directory):
+    latin = directory.rename(directory.parent / "caf\udce9")
+    with pytest.raises(CheckpointError, match="its name is not UTF-8"):
+        PretrainedWeights(latin)

@@ -312,7 +312,7 @@ def test_a_stream_that_something_on_the_way_cuts_after_so_many_bytes() -> None:
 def test_an_idle_stream_that_something_on_the_way_cuts() -> None:
     cloud = ExaminedCloud()
     with serving(cloud) as address, TcpProxy(address) as proxy, asking(proxy.address) as inquiry:
-        cutter = threading.Thread(target=lambda: cloud.asked.wait(SECONDS) and proxy.cut())
+        cutter = threading.Thread(target=lambda: cloud.asked.wait(SECONDS) and inquiry.status() and proxy.cut())
         cutter.start()
         found = look_at_stream(inquiry, Duration("20s"), None)  # which would fail the test if it passed
         cutter.join(SECONDS)
@@ -328,7 +328,8 @@ def test_a_way_that_forgets_the_connection_without_a_word() -> None:
 
         def swallow() -> None:
             cloud.asked.wait(SECONDS)
-            proxy.up.swallow = True  # the answer may be on its way still
+            inquiry.status()  # comes back by the same connection after the stream's answer
+            proxy.up.swallow = proxy.down.swallow = True
 
         swallower = threading.Thread(target=swallow)
         swallower.start()

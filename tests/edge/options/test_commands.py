@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import List
 
 import pytest
 
@@ -286,3 +287,18 @@ def test_an_output_dir_without_permission_is_refused(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(UsageError, match="no permission to write"):
         TrainingOptions(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["predict", "--model", "m", "--text", "caf\udce9"], "--text is no text in this locale; .*--file"),
+        (["export", "--model", "m", "--to", "caf\udce9"], r"--to 'caf\\udce9': its name is not UTF-8"),
+        (["demo", "--output-dir", "caf\udce9"], r"--output-dir 'caf\\udce9': its name is not UTF-8"),
+    ],
+)
+def test_what_is_not_utf8_is_said_before_anything_begins(
+    capsys: pytest.CaptureFixture[str], arguments: List[str], says: str
+) -> None:
+    assert main(arguments) == 2
+    assert re.search(says, capsys.readouterr().err)
