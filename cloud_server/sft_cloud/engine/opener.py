@@ -64,7 +64,11 @@ class TransformersOpener:
 
     def open(self, request: pb.OpenSessionRequest, owner: Identity, run: Run) -> Session | list[str]:
         """See Opener."""
-        spec = check_request(request)
+        with self._turns.of(owner.name):
+            try:
+                spec = check_request(request)
+            finally:
+                torch.empty(0)  # a call of torch is where who builds may rest, also after what turned out to be nothing
         with self.budget.charge(Kind.BUILDS, objects_bytes(spec)):
             return self._open(request, owner, spec, run)
 

@@ -31,6 +31,10 @@ _PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_clas
 
 _MAX_CONFIG_BYTES = 1 << 20
 _MAX_BLOCKS, _MAX_LABELS, _MAX_POSITIONS = 256, 1 << 16, 1 << 17
+_MAX_SETTINGS = 1000
+"""Of a configuration; the library takes a second for a hundred times as many."""
+_MAX_GROUPS = 1024
+"""Of an optimizer, as for torch each costs as much as all before it: thirty times as many take minutes."""
 
 _LIBRARY_ERRORS = (
     ArithmeticError,
@@ -95,6 +99,9 @@ def check_request(request: pb.OpenSessionRequest) -> SessionSpec:
         raise ProtocolError("factors_sha256 must name a blob for mode sft, and be empty for mode sl")
     for sha256 in filter(None, (request.weights_sha256, request.factors_sha256)):
         check_sha256(sha256)
+    groups = len(request.optimizer.groups)
+    if groups > _MAX_GROUPS:
+        raise ProtocolError(f"the optimizer has {groups} groups of parameters; at most {_MAX_GROUPS} are accepted")
     if request.lora_json and "lora" in missing_features():
         raise PreconditionError(
             "the cloud lacks peft, so it trains no adapters: whoever runs it has to install 'split-fine-tuning[peft]' "
@@ -124,6 +131,8 @@ def _parse_config(text: str, head: str) -> PretrainedConfig:
         raise ProtocolError(f"config_json has {len(text)} characters; at most {_MAX_CONFIG_BYTES} are accepted")
     with blames_config():
         values: dict[str, Any] = dict(json.loads(text))
+        if len(values) > _MAX_SETTINGS:
+            raise ProtocolError(f"config_json has {len(values)} settings; at most {_MAX_SETTINGS} are accepted")
         values.pop("sinusoidal_pos_embds", None)  # older releases compute that table, which net_2 has not, by number
         # Before the library makes a list of so many names or blocks.
         _check_limit("num_labels", int(values.get("num_labels", 1)), _MAX_LABELS)

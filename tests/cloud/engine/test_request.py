@@ -71,6 +71,8 @@ def test_model_names_that_could_be_paths(edge, name):
         ({"config_json": '{"model_type": "unheard-of"}'}, "models of type 'unheard-of' cannot be cut"),
         ({"config_json": '{"model_type": "t5"}'}, "models of type 't5' cannot be cut"),
         ({"config_json": " " * (2 << 20)}, "at most 1048576 are accepted"),
+        ({"config_json": json.dumps(dict.fromkeys(map(str, range(1001)), 0))}, "has 1001 settings; at most 1000"),
+        ({"optimizer": pb.Optimizer(groups=[pb.ParameterGroup()] * 1025)}, "1025 groups of parameters; at most"),
     ],
     ids=lambda value: str(value)[:60],
 )

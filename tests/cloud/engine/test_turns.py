@@ -1,10 +1,12 @@
 """Models are built one at a time, callers in turn, and training goes on meanwhile."""
 
+import json
 import threading
 
 import pytest
 import torch
 
+from sft.errors import ProtocolError
 from sft_cloud.engine.build import build, session_in_pieces
 from sft_cloud.engine.opener import TransformersOpener
 from sft_cloud.engine.request import check_request
@@ -48,6 +50,15 @@ def test_who_builds_pauses_while_others_train(edge, others_train):
         paced.run(lambda: None)
     assert (built > 0, len(pauses) > built) == (others_train, others_train)
     assert all(pause >= REST * SLICE_SECONDS for pause in pauses[:built])
+
+
+def test_who_asks_for_nothing_that_can_be_built_pauses_too(edge, tmp_path):
+    opener, pauses = TransformersOpener(CPU, BlobStore(tmp_path), WeightsFinder(tmp_path)), []
+    values = {**json.loads(edge.request().config_json), "num_labels": 4000, "max_position_embeddings": 1 << 40}
+    paced = Paced(at_once, lambda: True, lambda _: pauses.append(opener._turns._is_taken))
+    with paced, pytest.raises(ProtocolError, match="max_position_embeddings"):
+        opener.open(edge.request(config_json=json.dumps(values)), ANONYMOUS, paced.run)
+    assert pauses[-1:] == [True]  # with its turn: one caller's many requests pause one after the other
 
 
 def test_others_have_the_device_between_the_pieces_of_a_session(edge):
