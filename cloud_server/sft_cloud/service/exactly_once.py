@@ -100,6 +100,8 @@ def _checksum(message: pb.EdgeMessage) -> int:
     for field, value in message.ListFields():
         if field.name not in _OF_THE_SENDING:
             for part in value if isinstance(value, Sequence) else [value]:
-                data = part.SerializeToString() if isinstance(part, Message) else repr(part).encode()
+                # A map has no order.
+                is_message = isinstance(part, Message)
+                data = part.SerializeToString(deterministic=True) if is_message else repr(part).encode()
                 checksum = zlib.crc32(data, zlib.crc32(b"%d %d " % (field.number, len(data)), checksum))
     return checksum
