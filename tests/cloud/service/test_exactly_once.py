@@ -143,11 +143,11 @@ def test_a_step_that_is_undone_is_answered_so_again(cloud, edge, monkeypatch):
 
 
 def test_a_message_is_the_same_in_whichever_order_its_settings_come():
-    numbered, names = ExactlyOnce(), [f"setting {number}" for number in range(12)]
+    numbered, names = ExactlyOnce(), [f"name{number}" for number in range(12)]
     for order in (names, names[::-1]):
         message = pb.EdgeMessage(number=1)
         arguments = message.commit.group_arguments.add().arguments
         for name in order:
             arguments[name].flag = True
-        _, repeated = numbered.apply(message, pb.CloudMessage)
+        _, repeated = numbered.apply(pb.EdgeMessage.FromString(message.SerializeToString()), pb.CloudMessage)
     assert repeated
