@@ -107,7 +107,8 @@ def explained(error: Exception) -> SFTError:
             return SFTError(f"{where}: {reason}")
         return StorageError(f"cannot write {where}: {reason}; free some space and run again")
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's: it is not imported here
-        return SFTError(f"out of memory ({says[:200]}); smaller batches and shorter sequences take less")
+        detail = f" ({says[:200]})" if says else ""
+        return SFTError(f"out of memory{detail}; smaller batches and shorter sequences take less")
     kind = type(error).__name__
     return UnexpectedError(f"{kind}: {says[:300]}; this is a bug: please report it, with the traceback above this line")
 

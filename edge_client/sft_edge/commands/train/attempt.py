@@ -77,7 +77,7 @@ class Attempt:
             return self.loop.evaluate()
         except (Stopped, SessionLostError, *TRANSIENT):
             raise
-        except (KeyboardInterrupt, Exception) as error:
+        except (KeyboardInterrupt, SystemExit, Exception) as error:
             told = self._rescue(error)
             if told is None:
                 raise
