@@ -35,7 +35,7 @@ def read_tokenizer(directory: Path) -> Any:
         raise CheckpointError(
             f"{directory / 'tokenizer_config.json'}: model_max_length must be a number of tokens, not {longest!r:.80}"
         )
-    if math.isfinite(longest):
+    if isinstance(longest, float) and math.isfinite(longest):
         tokenizer.model_max_length = int(longest)
     return tokenizer
 
