@@ -151,8 +151,8 @@ class MemoryBudget:
                 self._room.resize(max(self._largest.values(), default=0))
 
     def left_bytes(self, size: int = 0) -> int:
-        """What is left for a holding of `size` in all."""
-        return max(0, self.most_bytes(size) - self.held_bytes)
+        """What is left for a holding of `size` in all, in the books and in truth."""
+        return max(0, min(self.most_bytes(size) - self.held_bytes, self.limit_bytes - self._measure()))
 
     def add(self, kind: Kind, size: int, whole: int, forced: bool = False) -> bool:
         """Takes `size` bytes more, or fewer, for a holding that then has `whole`; whether they were there, which they

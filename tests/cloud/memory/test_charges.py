@@ -26,6 +26,12 @@ def test_a_block_holds_what_it_charges():
     assert budget.refused() == {**dict.fromkeys(Kind, 0), Kind.MESSAGES: 1}
 
 
+def test_what_is_said_to_be_left_is_what_the_process_has_left():
+    budget = MemoryBudget(800 * MiB, 100 * MiB, lambda: 850 * MiB)
+    with pytest.raises(NoMemoryError, match=r"would take 62\.9 MB, but 52\.4 MB of the server's memory are left"):
+        budget.charge(Kind.MESSAGES, 60 * MiB)
+
+
 def test_an_owner_may_be_found_gone_on_a_thread_that_has_the_budget_in_hand():
     class Owner:
         pass
