@@ -183,7 +183,9 @@ def test_a_token_that_is_revoked_during_a_run_ends_it(
     shows: dict,
     tokens: Path,
     at_step: Callable[[int, Callable[[], object]], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("sft_edge.link.retries.RENEWAL_SECONDS", 0.5)
     at_step(2, lambda: TokenFile(tokens).revoke(lambda token: token.name == "alice"))
     code, line = failing(server=start(**everything), **shows)
     assert code == 5

@@ -23,7 +23,8 @@ def save_tiny(
     **overrides: object,
 ) -> Path:
     """Three blocks; `description` and `overrides` go to the description and to the configuration."""
-    config = tiny_config(family, **{"layers": 3, "num_labels": 2, **overrides})
+    # More tokens than the tokenizer has: some classes of the library add those of their own to it.
+    config = tiny_config(family, **{"layers": 3, "num_labels": 2, "vocab_size": 200, **overrides})
     net = build_whole(config, head, cut)
     fill(net, [], seed=0)
     values = {"task": "sst2", "head": head, "problem_type": None, "label_names": None, "max_seq_length": 64}
