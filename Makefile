@@ -12,7 +12,7 @@ PROTO_PYTHON ?= $(PYTHON)
 PROTO := proto/sft/v1/split_training.proto
 # The wire as all who speak this version of the protocol know it; RELEASING.md says when it is written anew.
 RELEASED := proto/released/$(shell sed -n 's/^PROTOCOL_VERSION = \(.*\)/protocol-\1.binpb/p' common/sft/wire/protocol.py)
-# Tests that take longer than about ten seconds run only with SLOW=1.
+# Tests that take longer than about five seconds run only with SLOW=1.
 SLOW ?= 0
 # A process for each core, which takes about a gigabyte; who has nothing left to do takes over from another. Where no
 # bytecode may be written each of the hundred processes that the tests start would compile everything anew.

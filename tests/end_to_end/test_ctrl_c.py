@@ -133,6 +133,7 @@ def test_ctrl_c_in_the_last_evaluation(
     assert same_bits(weights_of(tmp_path / "out"), first_steps(3, job, model=model))
 
 
+@pytest.mark.slow
 def test_ctrl_c_for_a_process(
     job: Job, model: Path, cloud: str, first_steps: Callable[..., dict[str, torch.Tensor]], tmp_path: Path
 ) -> None:

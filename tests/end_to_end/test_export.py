@@ -92,6 +92,7 @@ def test_labels_and_scores_are_those_of_predict(
     assert len({prediction["score"] for prediction in predicted}) == len(TEXTS)
 
 
+@pytest.mark.slow
 def test_a_run_that_kept_the_residual_needs_no_code(
     train: Callable[..., Path], lively: Path, elsewhere: Callable[..., Any], tmp_path: Path
 ) -> None:

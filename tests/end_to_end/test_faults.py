@@ -68,6 +68,7 @@ def test_a_server_that_is_killed(
     assert read_json(tmp_path / "out" / "trainer_state.json")["global_step"] == 3
 
 
+@pytest.mark.slow
 def test_a_server_that_freezes_for_a_while(
     job: Job,
     model: Path,

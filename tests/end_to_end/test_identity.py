@@ -193,6 +193,7 @@ def test_a_token_that_is_revoked_during_a_run_ends_it(
     assert "revoked" in line
 
 
+@pytest.mark.slow
 def test_no_secret_reaches_a_log_or_a_result(
     certificates: Certificates, tokens: Path, alice: Path, job: Job, model: Path, tmp_path: Path
 ) -> None:

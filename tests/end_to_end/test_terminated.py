@@ -114,6 +114,7 @@ def test_a_server_with_an_edge_that_does_not_save(
     edge.send_signal(signal.SIGCONT)
 
 
+@pytest.mark.slow
 def test_a_whole_group_of_processes(job: Job, model: Path, tmp_path: Path) -> None:
     """As a service manager or a container's end has it: those that load data get the signal, too."""
     options = {**STEADY, "model": model, "mode": "local", "output_dir": tmp_path / "out", "dataloader_num_workers": 2}

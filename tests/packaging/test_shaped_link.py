@@ -88,6 +88,7 @@ def test_emulation_refuses_a_rate_that_tc_does_not_know(tmp_path: Path) -> None:
     assert namespaces_of(emulation) == []
 
 
+@pytest.mark.slow
 def test_interrupted_emulation_leaves_no_namespace(tmp_path: Path) -> None:
     with emulate("--rate=1gbit", f"--output-dir={tmp_path}") as emulation:
         assert emulation.stdout is not None

@@ -10,7 +10,6 @@ import json
 from typing import Any, Dict, Mapping
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
-from transformers.activations import ACT2FN
 
 from sft.errors import UnsupportedModelError
 
@@ -32,13 +31,12 @@ _NEVER_READ = ("dtype", "torch_dtype", "summary_")
 """What settings begin with that no head here reads, whatever a family declares."""
 
 _WORDS = {
-    *ACT2FN,
     *("regression", "single_label_classification", "multi_label_classification"),
     *("absolute", "relative_key", "relative_key_query", "p2c", "c2p", "p2p", "layer_norm", "none"),
     *("full_attention", "sliding_attention", "chunked_attention"),
     *("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional"),
 }
-"""That settings may have for values, those of rotary positions included."""
+"""That settings may have for values, those of rotary positions included, beside names of activations."""
 
 _ROTARY = {
     *("rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "partial_rotary_factor"),
@@ -81,9 +79,15 @@ def told_settings(config: Mapping[str, Any]) -> Dict[str, Any]:
     return told
 
 
+def _is_activation(word: str) -> bool:
+    from transformers.activations import ACT2FN  # takes seconds, and most of a server's start
+
+    return word in ACT2FN
+
+
 def _is_plain(value: Any) -> bool:
     if isinstance(value, str):
-        return all(word in _WORDS for word in value.split("|"))
+        return all(word in _WORDS or _is_activation(word) for word in value.split("|"))
     if isinstance(value, (list, tuple)):
         return all(map(_is_plain, value))
     if isinstance(value, Mapping):

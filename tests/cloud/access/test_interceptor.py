@@ -209,6 +209,7 @@ def test_a_stranger_is_refused_before_its_message_is_there(calls, path):
     assert refusal(lambda: call(never(), timeout=SECONDS)) == STRANGER
 
 
+@pytest.mark.slow
 def test_a_strangers_health_check_is_answered_before_its_message_is_there(calls, alice):
     """Else strangers could hold every thread, and those who hold a token would find none."""
     check = calls().channel.stream_stream(HEALTH_CHECK)

@@ -202,7 +202,7 @@ def test_a_server_has_so_much_for_all_sessions(start_server, connect, edge):
     assert "try again when another session has ended" in details
     server.sessions.close(server.sessions.entries()[0].session_id, "done")
     gc.collect()
-    assert memory.held_bytes == 0
+    assert memory.held()[Kind.SESSIONS] == 0
     assert stub.OpenSession(edge.request()).session_id
 
 

@@ -80,6 +80,7 @@ def test_the_command(tmp_path: Path, export: Run) -> None:
     assert "trust_remote_code=True" in (to / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_report_as_json(tmp_path: Path, export: Run) -> None:
     save_tiny(tmp_path / "model", cut=CUT)
     (tmp_path / "to").mkdir()

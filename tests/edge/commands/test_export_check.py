@@ -111,6 +111,7 @@ raise ImportError(f"not there: {missing}")
 """
 
 
+@pytest.mark.slow
 def test_this_package_cannot_be_imported_there(exported: Path) -> None:
     code = exported / "modeling_sft.py"
     code.write_text(code.read_text() + TRIES_TO_IMPORT)

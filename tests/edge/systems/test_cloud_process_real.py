@@ -62,6 +62,7 @@ def test_its_own_error_is_quoted(tmp_path: Path) -> None:
         CloudProcess([*flags(tmp_path), "--max-sessions", "0"])
 
 
+@pytest.mark.slow
 def test_it_does_not_outlive_a_parent_that_is_killed(tmp_path: Path) -> None:
     command = [sys.executable, "-c", PARENT, *flags(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, universal_newlines=True) as parent:

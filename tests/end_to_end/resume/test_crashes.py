@@ -100,6 +100,7 @@ def test_without_checkpoints_a_lost_session_ends_the_run(
     assert steps_in(out) == []
 
 
+@pytest.mark.slow
 def test_a_cloud_of_its_own_that_is_killed(
     run: Callable[..., int],
     whole: Callable[..., Outcome],
