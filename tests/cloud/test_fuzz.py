@@ -11,7 +11,7 @@ from sft_cloud.options import LimitOptions
 KINDS = ("OpenSessionRequest", "UploadBlobRequest", "EdgeMessage, first", "DownloadWeightsRequest", "ProbeRequest")
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_almost_sound_messages(start_server, connect, edge, seed):
     server = start_server(
         max_sessions=16, limits=LimitOptions(opens_per_minute=10_000, memory_limit=process_bytes() + (64 << 20))

@@ -153,6 +153,7 @@ def closings() -> Iterator[Closings]:
     log.setLevel(level)
 
 
+@pytest.mark.slow
 def test_an_edge_that_is_killed_in_the_middle_of_a_step(
     job: Job,
     model: Path,

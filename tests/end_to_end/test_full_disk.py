@@ -156,6 +156,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_no_room_anywhere(job: Job, model: Path, tmp_path: Path) -> None:
     """A limit on the size of files, which temporary ones do not escape either."""
     (tmp_path / "tmp").mkdir()

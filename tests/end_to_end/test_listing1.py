@@ -122,6 +122,7 @@ def test_two_processes_end_with_the_weights_of_one_machine(tmp_path: Path) -> No
     assert "blocks.1.fc2.weight" not in upper
 
 
+@pytest.mark.slow
 def test_the_cloud_takes_the_last_step_of_a_script_that_just_ends() -> None:
     """Nothing is asked of the cloud after the last `optim.step()`, not even a `close()` is in Listing 1."""
     model = classifier()

@@ -152,6 +152,7 @@ def test_strangers_tenants_and_the_certificate(metrics: PrometheusMetrics, edge:
     assert value("certificate_expires_unix_seconds") > time.time()
 
 
+@pytest.mark.slow
 def test_the_command_says_where_they_are(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "sft_cloud", "serve", "--port", "0", "--device", "cpu", "--metrics-port", "0"]
     command += ["--state-dir", str(tmp_path), "--exit-with-stdin"]

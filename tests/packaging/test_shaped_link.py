@@ -79,6 +79,7 @@ def test_the_container_does_not_start_with_a_limit_that_cannot_be_set(namespace:
     assert "started" not in done.stdout
 
 
+@pytest.mark.slow
 def test_emulation_refuses_a_rate_that_tc_does_not_know(tmp_path: Path) -> None:
     with emulate("--rate=20apples", f"--output-dir={tmp_path}") as emulation:
         _, errors = emulation.communicate()

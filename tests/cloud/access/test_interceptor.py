@@ -209,9 +209,9 @@ def test_a_stranger_is_refused_before_its_message_is_there(calls, path):
     assert refusal(lambda: call(never(), timeout=SECONDS)) == STRANGER
 
 
-@pytest.mark.slow
-def test_a_strangers_health_check_is_answered_before_its_message_is_there(calls, alice):
+def test_a_strangers_health_check_is_answered_before_its_message_is_there(calls, alice, monkeypatch):
     """Else strangers could hold every thread, and those who hold a token would find none."""
+    monkeypatch.setattr("sft_cloud.service.health.READ_SECONDS", 0.05)
     check = calls().channel.stream_stream(HEALTH_CHECK)
     serving = health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING).SerializeToString()
     for _ in range(CALLS_AT_A_TIME):

@@ -121,6 +121,7 @@ def test_this_package_cannot_be_imported_there(exported: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_base_model_that_is_another_is_noticed(exported: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(str(exported), str(other))
@@ -144,6 +145,7 @@ def test_a_model_that_is_none(tmp_path: Path) -> None:
         ask_elsewhere([question(tmp_path)])
 
 
+@pytest.mark.slow
 def test_a_process_that_dies(exported: Path) -> None:
     code = exported / "modeling_sft.py"
     code.write_text(f"{code.read_text()}\nimport os\nos.kill(os.getpid(), 9)\n")

@@ -111,7 +111,11 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [*OPTIONS[:6], *(pytest.param(one, marks=pytest.mark.slow) for one in OPTIONS[6:])],
+    ids=str,
+)
 def test_from_every_step_to_the_end(tmp_path: Path, options: Dict[str, Any]) -> None:
     data = sst2(tmp_path / "data", train_rows=ROWS).data_dir
     whole = Run(data, tmp_path / "whole", **options)

@@ -14,7 +14,7 @@ from sft_edge.systems.split import SplitSystem
 
 
 @pytest.mark.parametrize("point", POINTS)
-@pytest.mark.parametrize("limit", [1, None])
+@pytest.mark.parametrize("limit", [1, pytest.param(None, marks=pytest.mark.slow)])
 def test_the_edge_dies_in_the_middle_of_a_save(
     run: Callable[..., int],
     whole: Callable[..., Outcome],

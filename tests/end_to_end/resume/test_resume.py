@@ -25,7 +25,14 @@ KINDS: list[dict[str, object]] = [
 ]
 
 
-@pytest.mark.parametrize("options", KINDS, ids=str)
+QUICK = (2, 3, 4, 6)
+"""Of the kinds; the others are tried with the slow tests."""
+
+
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param(one, id=str(one), marks=[] if i in QUICK else [pytest.mark.slow]) for i, one in enumerate(KINDS)],
+)
 def test_an_edge_that_is_cut_off_and_started_again(
     run: Callable[..., int],
     whole: Callable[..., Outcome],
