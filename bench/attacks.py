@@ -231,12 +231,12 @@ def sizes(table: Table, tls: Server, certificates: Certificates, edge: TinyEdge)
     )
 
     def batch() -> object:
-        B, S = 2048, 128
+        B, S = 8192, 128
         packed = pb.Tensor(data_type=1, shape=[B, edge.width], data=bytes(4 * B * edge.width))
         activation = pb.Activation(packed=packed, lengths=[1] * B, padded_length=S)
         return trained(stub, edge, edge.forward(0, activation=activation, labels=None, loss_scale=0.0))
 
-    table.add("a batch of 2,048 tokens padded to 262,144", "INVALID_ARGUMENT", batch)
+    table.add("a batch of 8,192 tokens padded to 1,048,576", "INVALID_ARGUMENT", batch)
 
     def shape() -> object:
         packed = pb.Tensor(data_type=1, shape=[2**32 - 1] * 100_000)
