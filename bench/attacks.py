@@ -67,6 +67,7 @@ def attack(scratch: Path, chosen: list[str]) -> int:
     edge = tiny_edge(scratch / "tiny")
     certificates = make_certificates(scratch)
     server_flags = [f"--tls-cert={certificates.server.cert}", f"--tls-key={certificates.server.key}"]
+    server_flags.append("--session-timeout=10s")  # what attackers leave behind is theirs no longer than that
     mutual_flags = [*server_flags, f"--tls-client-ca={certificates.ca}"]
     with serving(scratch / "tls", server_flags) as tls, serving(scratch / "mutual", mutual_flags) as mutual:
         good_token = make_token(tls.tokens, "good")

@@ -25,7 +25,7 @@ from sft.v1.split_training_pb2_grpc import SplitTrainingStub
 
 MOMENT = 12.0
 """Seconds of each attack on memory."""
-_CALM = 15.0
+_CALM = 40.0
 """In which memory goes back."""
 SPARE = 64 << 20
 """Bytes beyond the limit that do not count: pages that the allocator has not given back yet."""
@@ -270,6 +270,6 @@ def quotas(table: Table, tls: Server, certificates: Certificates, edge: TinyEdge
 
 def _resident(server: Server) -> int:
     for line in Path(f"/proc/{server.child.pid}/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
+        if line.startswith("RssAnon:"):  # what the limit is of
             return 1024 * int(line.split()[1])
     raise grpc.RpcError("the server has died")
