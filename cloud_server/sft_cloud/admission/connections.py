@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from sft_cloud.admission.sockets import Connection, Incoming, Peer, end, peer_of
+from sft_cloud.admission.sockets import Connection, Incoming, Peer, are_known, end, peer_of
 
 STRANGER_SECONDS = 20.0
 """How long a connection may go without a caller: gRPC gives a handshake as long."""
@@ -93,6 +93,11 @@ class ConnectionGuard:
     def watch(self, port: int) -> None:
         """From now on `look` looks at the connections to this port."""
         self._incoming = Incoming(port)
+        if not are_known():
+            _log.warning(
+                "strangers may hold connections as long as they like: this system does not show them to the server "
+                "as Linux does; let a firewall, or a proxy, limit connections"
+            )
 
     def admitted(self, peer: str, name: str) -> Callable[[], None]:
         """A call of a known caller begins on a connection; what is returned ends it."""

@@ -31,6 +31,11 @@ class Connection(NamedTuple):
     peer: Peer
 
 
+def are_known() -> bool:
+    """Whether the system tells a process its own open files, as Linux does."""
+    return bool(_listed(_OPEN_FILES))
+
+
 class Incoming:
     """Connections to one port of this process. Not for several threads at once."""
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 from sft.errors import CutError, ProtocolError, UsageError
 from sft.graphs.cut import GraphCut, cut
@@ -55,6 +59,8 @@ class GraphHalf:
         self._cut = graph_cut
         self._tensors = tensors
         self._data_type = data_type
+        self._largest = 0  # numbers of the largest activation so far
+        self._bytes_per_number = 0.0  # that it took
 
     @property
     def device(self) -> torch.device:
@@ -82,8 +88,9 @@ class GraphHalf:
         return in_memory(self._tensors)
 
     def training_bytes(self, activation: pb.Activation) -> int:
-        """See UpperHalf: what the script's own module does with it is not known."""
-        return 0
+        """See UpperHalf: in proportion to the largest so far. What a script's module does is known once it has run."""
+        numbers = math.prod(activation.packed.shape[: MAX_DIMENSIONS + 1])
+        return int(self._bytes_per_number * max(0, numbers))
 
     def cast_bytes(self) -> int:
         """See UpperHalf."""
@@ -104,7 +111,12 @@ class GraphHalf:
 
     def outputs(self, given: Given) -> Tensor:
         """See UpperHalf. Raises ProtocolError when the model gives something that does not cross."""
-        y: Any = self._cut.run_net_2(given.a)
+        is_largest = torch.is_grad_enabled() and given.a.numel() > self._largest
+        with _Made(self.parameters()) if is_largest else contextlib.nullcontext() as made:
+            y: Any = self._cut.run_net_2(given.a)
+        if made is not None:
+            self._largest = given.a.numel()
+            self._bytes_per_number = made.total_bytes / self._largest
         if not isinstance(y, Tensor) or not y.is_floating_point():
             kind = f"a tensor of {y.dtype}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
             raise ProtocolError(f"the model's output is {kind}; one floating-point tensor can cross")
@@ -137,3 +149,26 @@ class GraphHalf:
     def loss(self, outputs: Tensor, labels: dict[str, Tensor], given: Given) -> Tensor:
         """Refused."""
         raise ProtocolError("the loss of a script's module is computed on the edge")
+
+
+class _Made(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the memory of all tensors that are made meanwhile: what a graph holds of them, and of a step besides."""
+
+    def __init__(self, known: Iterator[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._known = {tensor.untyped_storage().data_ptr() for tensor in known}
+        self._sizes: dict[int, int] = {}
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self._sizes.values())
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        for tensor in tree_flatten(made)[0]:
+            if isinstance(tensor, Tensor) and tensor.layout == torch.strided:
+                memory = tensor.untyped_storage()
+                if memory.data_ptr() not in self._known:
+                    # What was let go of is counted once with what has its place now.
+                    self._sizes[memory.data_ptr()] = max(memory.nbytes(), self._sizes.get(memory.data_ptr(), 0))
+        return made

@@ -204,7 +204,7 @@ def _parser(dataclass_types: Sequence[type], prog: str, description: Optional[st
     for cls in dataclass_types:
         group = parser.add_argument_group(" ".join((cls.__doc__ or "").split("\n\n")[0].split()).rstrip("."))
         for option in options_of(cls):
-            shape: Dict[str, Any] = {"nargs": "+"} if option.many else {}
+            shape: Dict[str, Any] = {"nargs": "+", "action": "extend"} if option.many else {}
             if option.type is bool:
                 shape = {"nargs": "?", "const": "true"}
             elif option.alone is not None:

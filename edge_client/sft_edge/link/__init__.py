@@ -5,7 +5,7 @@ from sft_edge.link.grpc_transport import GrpcTransport, transport_of
 from sft_edge.link.link import Blob, Link, PendingReply
 from sft_edge.link.reliable_stream import TRANSIENT
 from sft_edge.link.request import model_fields, session_request
-from sft_edge.link.retries import RetryPolicy, retry_policy_of
+from sft_edge.link.retries import Retries, RetryPolicy, Wake, retry_policy_of
 from sft_edge.link.transport import Transport
 
 __all__ = [
@@ -15,8 +15,10 @@ __all__ = [
     "GrpcTransport",
     "Link",
     "PendingReply",
+    "Retries",
     "RetryPolicy",
     "Transport",
+    "Wake",
     "checked_state",
     "checked_weights",
     "could_be_state",

@@ -11,7 +11,7 @@ from sft.errors import UsageError
 
 NOT_COMPILED = (
     "a model that is cut cannot be compiled: give SFTOptimizer the model as it was before torch.compile, and leave out "
-    "torch_compile; the cloud's half is not affected"
+    "torch_compile"
 )
 
 _WRAPPERS: Dict[str, str] = {

@@ -183,3 +183,13 @@ def test_a_server_knows_its_callers_connections_from_those_of_strangers(server, 
         while stranger.recv(4096):
             pass
     assert (server.connections.held, server.connections.ended) == (1, 1)
+
+
+def test_a_system_that_shows_no_connections_is_told_of(guard, port, monkeypatch, caplog):
+    guard.watch(port.number)
+    assert not caplog.records
+    monkeypatch.setattr("sft_cloud.admission.sockets._OPEN_FILES", "/proc/of/nobody")
+    guard.watch(port.number)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    guard.look()  # and finds nobody
+    assert guard.held == 0

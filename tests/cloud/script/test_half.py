@@ -92,6 +92,20 @@ def test_gradients_travel_in_the_type_of_the_wire(model: nn.Module) -> None:
     assert half.encode_outputs(half.outputs(given), given).data_type == pb.DATA_TYPE_FLOAT32
 
 
+def test_what_a_batch_takes_is_known_once_one_has_run(half: UpperHalf) -> None:
+    small, large = activation(B, R), activation(100 * B, R)
+    assert half.training_bytes(large) == 0
+    given = half.decode(small)
+    with torch.no_grad():
+        half.outputs(given)
+    assert half.training_bytes(large) == 0, "nothing is kept of an evaluation"
+    half.train(True)
+    half.outputs(given)
+    kept = 4 * B * (8 + 8 + 8 + 5)  # FFN-3's, the dropout's and its mask's, the last layer's
+    assert kept <= half.training_bytes(small) <= 3 * kept
+    assert half.training_bytes(large) == 100 * half.training_bytes(small)
+
+
 def test_an_output_that_is_too_large(monkeypatch: pytest.MonkeyPatch, half: UpperHalf) -> None:
     monkeypatch.setattr("sft_cloud.script.graph_host.MAX_MESSAGE_BYTES", 4 * B * 5 - 1)
     with pytest.raises(ProtocolError, match=r"the output of shape \[2, 5\] is too large"):

@@ -77,9 +77,9 @@ def test_defaults_and_flags_fill_every_dataclass():
 
 
 def test_flags_have_the_types_of_their_fields():
-    argv = "--fuel gas --cylinders 6 --idle-speed 5e-5 --starter crank --turbo --manual a/b --gears 1 2.5"
+    argv = "--fuel gas --cylinders 6 --idle-speed 5e-5 --starter crank --turbo --manual a/b --gears 1 2.5 --gears 3"
     engine, _ = parse_car(*argv.split(), "--tuning", '{"boost": 1.5}')
-    assert engine == Engine("gas", 6, 5e-5, "crank", True, Path("a/b"), [1.0, 2.5], {"boost": 1.5})
+    assert engine == Engine("gas", 6, 5e-5, "crank", True, Path("a/b"), [1.0, 2.5, 3.0], {"boost": 1.5})
 
 
 @pytest.mark.parametrize("word", ["--seat_count=3", "--seat-count=3"])

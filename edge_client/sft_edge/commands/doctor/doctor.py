@@ -13,8 +13,9 @@ from sft_edge.commands.doctor.finding import Finding, text_of
 from sft_edge.commands.doctor.model import look_at_model, step_bytes
 from sft_edge.commands.doctor.path import PathCheck
 from sft_edge.commands.doctor.server import estimate, look_at_instances, look_at_server, look_at_stream, measure
+from sft_edge.commands.doctor.wait import wait_for_room
 from sft_edge.files import json_text
-from sft_edge.link import GrpcTransport
+from sft_edge.link import transport_of
 from sft_edge.options import DoctorOptions, LinkOptions
 
 ANSWER_SECONDS = 60.0
@@ -44,12 +45,14 @@ def diagnose(options: DoctorOptions, link: LinkOptions) -> Iterator[Finding]:
     """
     if link.server is None:
         raise UsageError("--server HOST:PORT must be given: it is what is looked at")
+    if link.wait:
+        wait_for_room(link.server, link)
     path = PathCheck(*split_address(link.server, "--server"), link.credentials, link.connect_timeout)
     reachable = path.run(time.time())
     yield from path.findings
     if not reachable:
         return
-    transport = GrpcTransport(link.server, link.connect_timeout, credentials=link.credentials)
+    transport = transport_of(link.server, link)
     try:
         inquiry = transport.inquiry(ANSWER_SECONDS)
         findings, status = look_at_server(inquiry, time.time())

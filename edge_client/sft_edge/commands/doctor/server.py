@@ -54,7 +54,7 @@ def look_at_server(inquiry: Inquiry, now: float) -> Tuple[List[Finding], Optiona
         ], None
     except LinkError as error:
         return [failed("server", str(error), "see the server's log")], None
-    findings = [_access(status, now), _versions(status), *_features(status), *_clock(inquiry), _room(status)]
+    findings = [_access(status, now), _versions(status), *_features(status), *_clock(inquiry), room_of(status)]
     return findings, status
 
 
@@ -124,7 +124,8 @@ def _clock(inquiry: Inquiry) -> List[Finding]:
     return [warning("clock", found, advice)]
 
 
-def _room(status: pb.StatusResponse) -> Finding:
+def room_of(status: pb.StatusResponse) -> Finding:
+    """Whether it takes another session of ours."""
     uptime, timeout = Duration(round(status.uptime_seconds)), Duration(status.session_timeout_seconds)
     found = (
         f"{status.open_sessions} of {status.max_sessions} sessions on {status.device}, up for {uptime}; "
