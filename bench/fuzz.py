@@ -93,7 +93,8 @@ def against_a_server(messages: int, seed: int, scratch: Path) -> bool:
     log = scratch / "server.log"
     command = [sys.executable, "-m", "sft_cloud", "serve", "--port=0", "--device=cpu", "--threads=1"]
     command += [f"--state-dir={scratch / 'state'}", "--max-sessions=32", "--session-timeout=5s", "--stall-timeout=10s"]
-    command += [f"--memory-limit={MEMORY_LIMIT}", "--opens-per-minute=1000000", "--log-level=warning"]
+    command += [f"--memory-limit={MEMORY_LIMIT}", "--opens-per-minute=1000000"]
+    command += ["--calls-per-second=1000000", "--log-level=warning"]
     command += [f"--max-upload-bytes={64 << 20}", f"--audit-log={scratch / 'audit.jsonl'}"]
     with log.open("wb") as stderr:
         server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr)

@@ -26,19 +26,9 @@ class HalfSent:
         self._received = b""
         self.ended = ""
         """Why the call has ended, as far as a look at frames tells."""
-        self._socket.sendall(_PREFACE + _frame(_SETTINGS, 0, b""))
-        pairs = {
-            ":method": "POST",
-            ":scheme": "http" if tls is None else "https",
-            ":path": method,
-            ":authority": host,
-            "content-type": "application/grpc",
-            "te": "trailers",
-        }
-        if token is not None:
-            pairs["authorization"] = f"Bearer {token}"
-        block = b"".join(b"\0" + _text(name) + _text(value) for name, value in pairs.items())
-        self._socket.sendall(_frame(_HEADERS, 1, block, flags=4))
+        self._socket.sendall(preface())
+        block = headers(method, host, token, tls is not None)
+        self._socket.sendall(frame(_HEADERS, 1, block, flags=4))
 
     def message(self, content: bytes, seconds: float = 30.0) -> int:
         """A whole one; how much of it was taken within that time."""
@@ -59,7 +49,7 @@ class HalfSent:
                 continue
             try:
                 self._socket.settimeout(seconds)
-                self._socket.sendall(_frame(_DATA, 1, content[sent : sent + room]))
+                self._socket.sendall(frame(_DATA, 1, content[sent : sent + room]))
             except OSError as error:
                 self.ended = type(error).__name__
                 break
@@ -103,9 +93,9 @@ class HalfSent:
                 for start in range(0, size, 6):
                     if int.from_bytes(payload[start : start + 2], "big") == 4:  # SETTINGS_INITIAL_WINDOW_SIZE
                         self._windows[1] += int.from_bytes(payload[start + 2 : start + 6], "big") - 65535
-                self._socket.sendall(_frame(_SETTINGS, 0, b"", flags=_ACK))
+                self._socket.sendall(frame(_SETTINGS, 0, b"", flags=_ACK))
             elif kind == _PING and not flags & _ACK:
-                self._socket.sendall(_frame(_PING, 0, payload, flags=_ACK))
+                self._socket.sendall(frame(_PING, 0, payload, flags=_ACK))
             elif kind == _WINDOW and stream in self._windows:
                 self._windows[stream] += int.from_bytes(payload, "big") & 0x7FFFFFFF
             elif kind == _RESET or (kind == _HEADERS and flags & 1):
@@ -114,7 +104,28 @@ class HalfSent:
                 self.ended = "the connection was ended"
 
 
-def _frame(kind: int, stream: int, payload: bytes, flags: int = 0) -> bytes:
+def preface() -> bytes:
+    """How a client begins a connection."""
+    return _PREFACE + frame(_SETTINGS, 0, b"")
+
+
+def headers(method: str, host: str, token: str | None, encrypted: bool = False) -> bytes:
+    """Those of a call, as a block for a frame."""
+    pairs = {
+        ":method": "POST",
+        ":scheme": "https" if encrypted else "http",
+        ":path": method,
+        ":authority": host,
+        "content-type": "application/grpc",
+        "te": "trailers",
+    }
+    if token is not None:
+        pairs["authorization"] = f"Bearer {token}"
+    return b"".join(b"\0" + _text(name) + _text(value) for name, value in pairs.items())
+
+
+def frame(kind: int, stream: int, payload: bytes, flags: int = 0) -> bytes:
+    """One, of HTTP/2."""
     return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
 
 

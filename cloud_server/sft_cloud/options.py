@@ -154,6 +154,9 @@ class LimitOptions:
     opens_per_minute: int = 120
     """requests to open a session that one caller may make in a minute"""
 
+    calls_per_second: int = 100
+    """calls that one caller may begin in a second, as a mean over three; more of them wait, and too many are refused"""
+
     max_upload_bytes: int | None = None
     """bytes of uploads kept for one caller whose token says nothing of it, and as many of checkpoints (default: what
     the disk holds)"""
@@ -171,7 +174,7 @@ class LimitOptions:
     def __post_init__(self) -> None:
         """Raises UsageError."""
         above_zero(self, "idle_timeout", "stall_timeout")
-        at_least(self, 1, "opens_per_minute", "max_upload_bytes", "memory_limit")
+        at_least(self, 1, "opens_per_minute", "calls_per_second", "max_upload_bytes", "memory_limit")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 import grpc
@@ -26,7 +25,16 @@ from sft.errors import SFTError, UsageError
 from sft.v1 import split_training_pb2_grpc as pb_grpc
 from sft.wire.protocol import SERVER_OPTIONS, SERVICE
 from sft_cloud.access import Access
-from sft_cloud.admission import AdmissionInterceptor, ConnectionGuard, Deadlines, Quotas, open_files_limit, room
+from sft_cloud.admission import (
+    AdmissionInterceptor,
+    ConnectionGuard,
+    Deadlines,
+    Pace,
+    Quotas,
+    Reception,
+    open_files_limit,
+    room,
+)
 from sft_cloud.engine import Opener, make_opener, start_engine, uploads
 from sft_cloud.observability import NOBODY, AuditLog, Observer, observing, open_observer
 from sft_cloud.options import LimitOptions, MetricsOptions, ServeOptions
@@ -88,10 +96,14 @@ class CloudServer:
         self.connections = ConnectionGuard(room(open_files_limit()))
         self.quotas = Quotas(options.max_sessions, limits.opens_per_minute, options.max_calls)
         self.deadlines = Deadlines(limits.stall_timeout, limits.idle_timeout)
-        self.admission = AdmissionInterceptor(self.connections, self.quotas, self.deadlines, audit, self.memory)
+        self.pace = Pace(limits.calls_per_second)
+        self.admission = AdmissionInterceptor(
+            self.connections, self.quotas, self.deadlines, audit, self.memory, self.pace
+        )
         self.calls = CallInterceptor(access.identify)
         # Calls of known callers take a thread each; how many there may be the quotas say, on one of those to spare.
-        self._executor = ThreadPoolExecutor(options.max_calls + SPARE_THREADS, thread_name_prefix="call")
+        threads = options.max_calls + SPARE_THREADS
+        self._executor = Reception(threads, self.pace, self.connections, access.identify)
         self._server = grpc.server(
             self._executor,
             interceptors=[
@@ -117,13 +129,12 @@ class CloudServer:
         self.engine = start_engine(options, opener)
 
         def closed(entry: Entry, reason: str) -> None:
-            try:
-                self.engine.close(entry.session_id)
-            finally:
-                log_closed(entry, reason, self.sessions.age(entry))
-                audit.write("closed", entry.owner.name, "-", session=entry.label, reason=reason)
-                observer.metrics.closed(entry.owner.name)
-                on_close(entry, reason)
+            with ExitStack() as told:  # the last first, and each whatever another raises
+                told.callback(on_close, entry, reason)
+                told.callback(observer.metrics.closed, entry.owner.name)
+                told.callback(audit.write, "closed", entry.owner.name, "-", session=entry.label, reason=reason)
+                told.callback(log_closed, entry, reason, self.sessions.age(entry))
+                told.callback(self.engine.close, entry.session_id)
 
         self.sessions = Registry(options.max_sessions, options.session_timeout, closed)
         observer.metrics.watch_sessions(
@@ -135,7 +146,9 @@ class CloudServer:
         observer.metrics.watch_connections(lambda: self.connections.held, lambda: self.connections.ended)
         if access.credentials is not None:
             observer.metrics.watch_certificate(access.certificate_expires)
-        self.service = SplitTrainingService(self.engine, uploads(options, limits), self.sessions, observer, self.memory)
+        self.service = SplitTrainingService(
+            self.engine, uploads(options, limits), self.sessions, observer, self.memory, self.pace.rest
+        )
         pb_grpc.add_SplitTrainingServicer_to_server(self.service, self._server)
         self._health = Health(("", SERVICE), self.deadlines)
         self._health.add_to(self._server)

@@ -14,7 +14,10 @@ KINDS = ("OpenSessionRequest", "UploadBlobRequest", "EdgeMessage, first", "Downl
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_almost_sound_messages(start_server, connect, edge, seed):
     server = start_server(
-        max_sessions=16, limits=LimitOptions(opens_per_minute=10_000, memory_limit=process_bytes() + (64 << 20))
+        max_sessions=16,
+        limits=LimitOptions(
+            opens_per_minute=10_000, calls_per_second=10_000, memory_limit=process_bytes() + (64 << 20)
+        ),
     )
     stub = connect(server.address)
     alone = good_run(stub, edge, 3)

@@ -3,13 +3,17 @@
 from sft_cloud.admission.connections import ConnectionGuard, open_files_limit, room
 from sft_cloud.admission.deadlines import Deadlines
 from sft_cloud.admission.interceptor import AdmissionInterceptor
+from sft_cloud.admission.pace import Pace
 from sft_cloud.admission.quotas import Quotas
+from sft_cloud.admission.reception import Reception
 
 __all__ = [
     "AdmissionInterceptor",
     "ConnectionGuard",
     "Deadlines",
+    "Pace",
     "Quotas",
+    "Reception",
     "open_files_limit",
     "room",
 ]

@@ -86,6 +86,7 @@ class ConnectionGuard:
         self._lock = threading.Lock()
         self._callers: dict[Peer, _Caller] = {}
         self._refused: Counter[Peer] = Counter()
+        self._hung_up: set[Peer] = set()
         self._came: dict[int, float] = {}
         self._seen: dict[Peer, Connection] = {}
         self._hurry = threading.Event()
@@ -132,6 +133,19 @@ class ConnectionGuard:
             else:
                 self.ended += end(seen)
 
+    def hang_up(self, peer: str) -> None:
+        """On a caller who asks far more often than it may, whatever else it has running there."""
+        at = peer_of(peer)
+        with self._lock:
+            if at is None:
+                return
+            seen = self._seen.get(at)
+            if seen is None:  # it has come since the last look
+                self._hung_up.add(at)
+                self.hurry()
+            else:
+                end(seen)
+
     def run(self, stop: threading.Event) -> None:
         """Looks again and again until `stop`, which is noticed after `hurry`, in a thread of the caller's."""
         while not stop.wait(_HURRY_SECONDS):
@@ -153,12 +167,17 @@ class ConnectionGuard:
         if self._incoming is None:
             return
         now = self._clock()
+        with self._lock:  # first, or who has just come would not be found
+            hung_up, self._hung_up = self._hung_up, set()
         connections = self._incoming.all()
         self._came = {one.number: self._came.get(one.number, now) for one in connections}
         self._seen = {one.peer: one for one in connections}
         with self._lock:
             callers = dict(self._callers)
             refused = dict(self._refused)
+        for one in connections:
+            if one.peer in hung_up:
+                end(one)
         strangers = [one for one in connections if one.peer not in callers]
         overdue = {
             one
@@ -166,7 +185,14 @@ class ConnectionGuard:
             if now - self._came[one.number] >= STRANGER_SECONDS or refused.get(one.peer, 0) > MAX_REFUSED
         }
         left = [one for one in strangers if one not in overdue]
-        overdue.update(_too_many(left, len(left) - self.room.strangers, _network, lambda one: self._came[one.number]))
+        overdue.update(
+            _too_many(
+                left,
+                len(left) - self.room.strangers,
+                lambda one: network(one.peer[0]),
+                lambda one: self._came[one.number],
+            )
+        )
         idle = [one for one in connections if one.peer in callers and not callers[one.peer].running]
         spare = len(connections) - len(overdue) - self.room.held
         overdue.update(_too_many(idle, spare, lambda one: callers[one.peer].name, lambda one: callers[one.peer].since))
@@ -215,7 +241,6 @@ def _too_many(
     return [one for *_, one in sorted(ranked)[-too_many:]]
 
 
-def _network(connection: Connection) -> str:
+def network(address: str) -> str:
     """Whose it counts as: an IPv6 address is one of many of its owner's."""
-    address = connection.peer[0]
     return str(ipaddress.ip_network(f"{address}/64", strict=False)) if ":" in address else address

@@ -22,6 +22,7 @@ from sft_cloud.access import OPEN_METHODS
 from sft_cloud.admission.assembly import COPIES, Assembly
 from sft_cloud.admission.connections import ConnectionGuard
 from sft_cloud.admission.deadlines import Deadlines
+from sft_cloud.admission.pace import Pace
 from sft_cloud.admission.quotas import Quotas
 from sft_cloud.admission.wire_check import check_wire
 from sft_cloud.memory import Charge, Kind, MemoryBudget
@@ -39,6 +40,10 @@ _MAX_BYTES = {
 }
 
 
+SMALL_PART_BYTES = 1 << 16
+"""Of an upload: an edge's have a megabyte each but for the last, and smaller ones cost as much time."""
+
+
 class AdmissionInterceptor(grpc.ServerInterceptor):
     """Stands in front of all services of a server."""
 
@@ -49,6 +54,7 @@ class AdmissionInterceptor(grpc.ServerInterceptor):
         deadlines: Deadlines,
         audit: AuditLog,
         budget: MemoryBudget,
+        pace: Pace,
         wait: Callable[[threading.Event, float], object] = threading.Event.wait,
     ) -> None:
         """`wait`: for an event, at most so many seconds."""
@@ -57,6 +63,7 @@ class AdmissionInterceptor(grpc.ServerInterceptor):
         self._deadlines = deadlines
         self._audit = audit
         self._budget = budget
+        self._pace = pace
         self._wait = wait
 
     def intercept_service(
@@ -67,10 +74,17 @@ class AdmissionInterceptor(grpc.ServerInterceptor):
         """See grpc.ServerInterceptor."""
         handler = continuation(handler_call_details)
         method = str(handler_call_details.method)
-        if handler is None or method in OPEN_METHODS:  # whose handlers see to strangers themselves
+        if method in OPEN_METHODS:  # whose handlers see to strangers themselves
             return handler
+        if handler is None:
+            # gRPC would say so, too, but at once, however often somebody asks.
+            handler = grpc.stream_unary_rpc_method_handler(_no_such_method, bytes, bytes)
         admitted = _Admitted(self, method, handler)
         return raw(handler, admitted.one_answer, admitted.many_answers)
+
+
+def _no_such_method(_: object, context: Call) -> None:
+    context.abort(grpc.StatusCode.UNIMPLEMENTED, "there is no such method on this server")
 
 
 class _Admitted:
@@ -123,6 +137,7 @@ class _Admitted:
             call = _Call(admission, record, context)
             try:
                 call.ends_with(admission._connections.admitted(context.peer(), record.who))
+                admission._pace.check()
                 call.ends_with(admission._quotas.call(context.caller))
                 yield call
             finally:
@@ -154,6 +169,8 @@ class _Admitted:
             if data is None:
                 return
             call.count(len(data))
+            if reason == "no next part" and len(data) < SMALL_PART_BYTES:
+                call.rest(len(data))
             charge.resize(COPIES * len(data))
             message = self._parsed(data, call)
             del data  # here and below: a stream that idles must not keep a quarter of a gigabyte
@@ -236,6 +253,10 @@ class _Call:
     def check_of_form(self) -> AbstractContextManager[None]:
         """For the block in which a message is looked through."""
         return self._admission._quotas.check_of_form(self._caller)
+
+    def rest(self, size: int) -> None:
+        """After a message that was hardly worth it."""
+        self._admission._pace.rest(self._caller.name, size)
 
     def count(self, size: int, refuses: bool = True) -> None:
         self._admission._quotas.count_bytes(self._caller, size, refuses)

@@ -7,7 +7,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 
 from sft.errors import ProtocolError, ServerUnavailableError, SessionLostError, SFTError, StorageError
@@ -45,11 +45,14 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
         sessions: Registry,
         observer: Observer = NOBODY,
         memory: MemoryBudget | None = None,
+        rest: Callable[[str, int], object] = lambda name, size: None,
     ) -> None:
-        """`store` takes uploads; `observer` is told what happens; `memory` is what downloads are charged to. Whoever
-        closes one of `sessions` closes it in the `engine`, too.
+        """`store` takes uploads; `observer` is told what happens; `memory` is what downloads are charged to; `rest` is
+        called after a message of a caller that was no work for the engine, and of how many bytes it was with its
+        answer, and may wait. Whoever closes one of `sessions` closes it in the `engine`, too.
         """
         self._memory = MemoryBudget() if memory is None else memory
+        self._rest = rest
         self._engine = engine
         self._store = store
         self._observer = observer
@@ -143,8 +146,11 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
                 if message.WhichOneof("body") == "close":
                     self._end(session_id, caller, stream, DONE)
                     return
-                yield self._answer(session_id, caller, stream, message)
-                del message  # a stream that idles must not keep it
+                answer, repeated = self._answer(session_id, caller, stream, message)
+                if repeated or message.WhichOneof("body") == "keep_checkpoints":
+                    self._rest(caller.name, message.ByteSize() + answer.ByteSize())
+                yield answer
+                del answer, message  # a stream that idles must not keep it
         except Exception as error:
             if ends_session(error):
                 reason = str(error) if isinstance(error, SFTError) else "internal error"
@@ -192,7 +198,9 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
         while message is not None:
             if message.WhichOneof("body") != "probe":
                 raise PreconditionError("a stream that begins with a probe has no session")
-            yield pb.CloudMessage(probed=self._status.probe(message.probe))
+            answer = pb.CloudMessage(probed=self._status.probe(message.probe))
+            self._rest(context.caller.name, message.ByteSize() + answer.ByteSize())
+            yield answer
             message = self._wait_for_message(request_iterator, context)
 
     def _wait_for_message(self, request_iterator: Iterator[pb.EdgeMessage], context: Call) -> pb.EdgeMessage | None:
@@ -214,11 +222,14 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
             attached = pb.Attached(next_step=entry.next_step, last_number=entry.messages.last_number)
         del entry
         yield pb.CloudMessage(attached=attached, stopping=self.stopping.is_set())
-        yield from answers
+        for answer in answers:
+            self._rest(caller.name, answer.ByteSize())
+            yield answer
 
     def _answer(
         self, session_id: str, caller: Identity, stream: StreamHandle, message: pb.EdgeMessage
-    ) -> pb.CloudMessage:
+    ) -> tuple[pb.CloudMessage, bool]:
+        """And whether it came from memory."""
         arrived = time.monotonic()
         entry = self.sessions.get(session_id, caller)  # looked up each time, see `Train`
 
@@ -244,7 +255,7 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
             entry.bytes_received += received
             entry.bytes_sent += sent
             watch.answered(answer, (received, sent), entry.next_step - before, repeated)
-        return answer
+        return answer, repeated
 
     def _handle(self, entry: Entry, message: pb.EdgeMessage, watch: Watch) -> pb.CloudMessage:
         handled = self._engine.handle(entry.session_id, message, entry.messages.held_bytes)
