@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,8 @@ SPARED_SECONDS = 60.0
 DONE = "the edge is done"
 """Why a session ends that its edge has ended."""
 
+
+_log = logging.getLogger(__name__)
 
 _IS_BEING_OPENED = "this session is being opened; ask again"
 
@@ -224,7 +227,11 @@ class Registry:
         ]
 
     def _closed(self, entry: Entry, reason: str) -> None:
-        self._on_close(entry, reason)
+        """Whoever is told of it keeps neither the place nor those that end with it."""
+        try:
+            self._on_close(entry, reason)
+        except Exception:
+            _log.exception("something went wrong when a session ended", extra={"fields": {"session": entry.label}})
         if entry.stream is not None:
             entry.stream.cancel()
 

@@ -229,3 +229,25 @@ def test_a_run_that_begins_anew_ends_its_older_session(registry, closed):
     assert closed == [(first.session_id, "its run goes on in another session")]
     assert registry.get(other.session_id, BOB) is other
     assert registry.get(second.session_id, ANN) is second
+
+
+def test_a_session_that_cannot_be_told_of_gives_its_place_back(clock):
+    told, streams = [], [Stream(), Stream()]
+
+    def fails(entry, reason):
+        told.append(reason)
+        raise ValueError("told in vain")
+
+    registry = Registry(2, 600.0, fails, clock)
+    entries = [add(registry, run_id="r") if number else add(registry, run_id="q") for number in range(2)]
+    for entry, stream in zip(entries, streams, strict=True):
+        registry.attach(entry.session_id, ANN, stream)
+    registry.close(entries[0].session_id, "done")
+    add(registry, run_id="r")  # a run that begins anew
+    assert [len(told), *(stream.cancelled for stream in streams)] == [2, 1, 1]
+    for entry in registry.entries():
+        registry.detach(entry, entry.stream)
+    clock.now += 601
+    registry.reap()
+    assert len(registry) == 0
+    add(registry)
