@@ -6,6 +6,7 @@ from sft_cloud.engine.opener import Opener, TransformersOpener
 from sft_cloud.engine.request import check_request, check_version, missing_features
 from sft_cloud.engine.saved_session import Checkpoints
 from sft_cloud.engine.start import make_budget, make_opener, start_engine, uploads
+from sft_cloud.engine.turns import Gone
 from sft_cloud.engine.weights import WeightsFinder
 from sft_cloud.engine.worker import Run
 
@@ -14,6 +15,7 @@ __all__ = [
     "Checkpoints",
     "Contents",
     "Engine",
+    "Gone",
     "Handled",
     "InProcessEngine",
     "Opener",

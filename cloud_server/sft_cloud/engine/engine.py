@@ -63,8 +63,8 @@ class Engine(Protocol):
         """Where sessions compute, for people."""
 
     def open(self, session_id: str, request: pb.OpenSessionRequest, owner: Identity) -> pb.OpenSessionResponse:
-        """Makes a session as the request of `owner` wants it, and says its id and next step; or makes none, and says
-        which blobs are missing: always so for a request that only checks.
+        """Makes a session by an id that no other call has, as the request of `owner` wants it, and says its next step;
+        or makes none, and says which blobs are missing: always so for a request that only checks.
 
         Every field is checked, since anybody may have written it: raises PreconditionError for an edge of another
         protocol version and other SFTErrors for fields that make no sense.
@@ -95,6 +95,9 @@ class Engine(Protocol):
 
     def keep(self, session_id: str, steps: Sequence[int]) -> None:
         """Deletes the checkpoints of the other steps of a session's run. Raises StorageError."""
+
+    def give_up(self, session_id: str) -> None:
+        """Whoever has `open` called has gone: what still waits for its turn raises ServerUnavailableError there."""
 
     def close(self, session_id: str) -> None:
         """Ends a session and frees what it holds; of one that is worked on, when that is done. Twice does nothing, nor

@@ -11,7 +11,7 @@ from sft.tensors.stream import StoredTensor, safetensors_header, tensor_part
 from sft.v1 import split_training_pb2 as pb
 from sft_cloud.engine.engine import PIECE_BYTES, Contents, Handled
 from sft_cloud.engine.opener import Opener
-from sft_cloud.engine.turns import Paced
+from sft_cloud.engine.turns import Gone, Paced
 from sft_cloud.engine.worker import DeviceWorker
 from sft_cloud.errors import PreconditionError
 from sft_cloud.identity import Identity
@@ -47,12 +47,17 @@ class InProcessEngine:
         self._checkpoints = opener.checkpoints
         self._worker = DeviceWorker(opener.device, capacity, threads)
         self._sessions: dict[str, _Live] = {}
+        self._opening: dict[str, Gone] = {}
         self._trains, self._trained_at = False, -_TRAINING_SECONDS
 
     def open(self, session_id: str, request: pb.OpenSessionRequest, owner: Identity) -> pb.OpenSessionResponse:
         """See Engine."""
-        with Paced(self._worker.run, self._is_training) as paced:
-            opened = self._opener.open(request, owner, paced.run)
+        gone = self._opening[session_id] = Gone()
+        try:
+            with Paced(self._worker.run, self._is_training) as paced:
+                opened = self._opener.open(request, owner, paced.run, gone)
+        finally:
+            del self._opening[session_id]
         if request.only_check or not isinstance(opened, Session):
             return pb.OpenSessionResponse(missing_blobs=[] if isinstance(opened, Session) else opened)
         self._sessions[session_id] = _Live(opened, request, owner, {})
@@ -119,6 +124,12 @@ class InProcessEngine:
         live = self._find(session_id)
         if self._checkpoints is not None:
             self._checkpoints.keep(live.session, live.request, live.owner, steps)
+
+    def give_up(self, session_id: str) -> None:
+        """See Engine."""
+        gone = self._opening.get(session_id)
+        if gone is not None:
+            gone.goes()
 
     def close(self, session_id: str) -> None:
         """See Engine."""

@@ -10,7 +10,7 @@ from sft.v1 import split_training_pb2 as pb
 from sft_cloud.engine.build import Built, adapt, build, objects_bytes, session_in_pieces
 from sft_cloud.engine.request import SessionSpec, check_request
 from sft_cloud.engine.saved_session import Checkpoints, restore
-from sft_cloud.engine.turns import Turns, in_pieces
+from sft_cloud.engine.turns import Gone, Turns, in_pieces
 from sft_cloud.engine.weights import WeightsFinder
 from sft_cloud.engine.worker import Run
 from sft_cloud.errors import PreconditionError
@@ -35,9 +35,12 @@ class Opener(Protocol):
     def checkpoints(self) -> Checkpoints | None:
         """Where they are saved; None where they are not."""
 
-    def open(self, request: pb.OpenSessionRequest, owner: Identity, run: Run) -> Session | list[str]:
+    def open(
+        self, request: pb.OpenSessionRequest, owner: Identity, run: Run, gone: Gone | None = None
+    ) -> Session | list[str]:
         """A session as the request of `owner` wants it, or the hashes of the blobs of `owner` that are missing;
-        always these, be they none, for a request that only checks. The device is touched in `run`.
+        always these, be they none, for a request that only checks. The device is touched in `run`; once the caller has
+        `gone` nothing more is begun.
 
         Every field is checked here; raises as `Engine.open` does.
         """
@@ -62,34 +65,37 @@ class TransformersOpener:
         self.checkpoints = checkpoints
         self.budget = MemoryBudget() if budget is None else budget
 
-    def open(self, request: pb.OpenSessionRequest, owner: Identity, run: Run) -> Session | list[str]:
+    def open(
+        self, request: pb.OpenSessionRequest, owner: Identity, run: Run, gone: Gone | None = None
+    ) -> Session | list[str]:
         """See Opener."""
-        with self._turns.of(owner.name):
+        gone = Gone() if gone is None else gone
+        with self._turns.of(owner.name, gone):
             try:
                 spec = check_request(request)
             finally:
                 torch.empty(0)  # a call of torch is where who builds may rest, also after what turned out to be nothing
         with self.budget.charge(Kind.BUILDS, objects_bytes(spec)):
-            return self._open(request, owner, spec, run)
+            return self._open(request, owner, spec, run, gone)
 
     def _open(
-        self, request: pb.OpenSessionRequest, owner: Identity, spec: SessionSpec, run: Run
+        self, request: pb.OpenSessionRequest, owner: Identity, spec: SessionSpec, run: Run, gone: Gone
     ) -> Session | list[str]:
         store = self._store.of(owner)
-        with self._turns.of(owner.name):
+        with self._turns.of(owner.name, gone):
             built = build(spec, self.device)
         owner.limits.check_rank(built.net_2.width)
         if request.resume_from:
-            return self._resume(request, owner, spec, built, run)
+            return self._resume(request, owner, spec, built, run, gone)
         tensors, missing = self._weights.find(spec, built.net_2, store)
         if missing or request.only_check:
             return missing
-        with self._turns.of(owner.name):
+        with self._turns.of(owner.name, gone):
             adapt(spec, built)
             return in_pieces(run, session_in_pieces(spec, built, tensors, self.device, store.find, self.budget))
 
     def _resume(
-        self, request: pb.OpenSessionRequest, owner: Identity, spec: SessionSpec, built: Built, run: Run
+        self, request: pb.OpenSessionRequest, owner: Identity, spec: SessionSpec, built: Built, run: Run, gone: Gone
     ) -> Session | list[str]:
         if self.checkpoints is None:
             raise PreconditionError("this server keeps no checkpoints")
@@ -98,7 +104,7 @@ class TransformersOpener:
                 return []
 
             store = self._store.of(owner)
-            with self._turns.of(owner.name):
+            with self._turns.of(owner.name, gone):
                 adapt(spec, built)
                 # Filled from the seed: whatever that gives is replaced, to the last parameter.
                 made = session_in_pieces(spec, built, [], self.device, store.find, self.budget)

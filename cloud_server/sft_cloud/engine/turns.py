@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from torch.overrides import TorchFunctionMode
 
+from sft.errors import ServerUnavailableError
 from sft_cloud.engine.worker import Run
 
 T = TypeVar("T")
@@ -29,6 +30,35 @@ REST = 4.0
 """How long it then pauses, as a multiple of what it took: training keeps four fifths."""
 
 
+class Gone:
+    """Whether whoever asked has gone, and nobody wants what comes of it. Safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._has_gone = False
+        self._wakes: threading.Event | None = None
+
+    def goes(self) -> None:
+        """From now on."""
+        with self._lock:
+            self._has_gone = True
+            if self._wakes is not None:
+                self._wakes.set()
+
+    def wait(self, event: threading.Event) -> None:
+        """For an event, or until whoever asked has gone. For one thread at a time."""
+        with self._lock:
+            self._wakes = event
+            if self._has_gone:
+                event.set()
+        event.wait()
+
+    def check(self) -> None:
+        """Raises ServerUnavailableError, which nobody hears."""
+        if self._has_gone:
+            raise ServerUnavailableError("whoever asked for this session has gone")
+
+
 class Turns:
     """One at a time. Safe to use from several threads."""
 
@@ -38,8 +68,12 @@ class Turns:
         self._waiting: dict[str, deque[threading.Event]] = {}  # by caller; whose turn is next is first
 
     @contextmanager
-    def of(self, caller: str) -> Iterator[None]:
-        """Waits until it is the turn of the caller, who has it for the block."""
+    def of(self, caller: str, gone: Gone | None = None) -> Iterator[None]:
+        """Waits until it is the turn of the caller, who has it for the block.
+
+        Raises ServerUnavailableError where it has gone: it stands in nobody's way then.
+        """
+        gone = Gone() if gone is None else gone
         mine = threading.Event()
         with self._lock:
             if self._is_taken:
@@ -47,11 +81,25 @@ class Turns:
             else:
                 self._is_taken = True
                 mine.set()
-        mine.wait()
+        gone.wait(mine)
+        if self._left(caller, mine):
+            gone.check()
         try:
+            gone.check()
             yield
         finally:
             self._pass_on()
+
+    def _left(self, caller: str, mine: threading.Event) -> bool:
+        """Takes out of the line who has gone before its turn came; whether it was there."""
+        with self._lock:
+            waiting = self._waiting.get(caller, deque())
+            if mine not in waiting:
+                return False
+            waiting.remove(mine)
+            if not waiting:
+                del self._waiting[caller]
+            return True
 
     def _pass_on(self) -> None:
         with self._lock:

@@ -11,7 +11,7 @@ from sft.errors import ProtocolError, ServerFullError
 from sft.tensors.stream import in_memory, sha256_of
 from sft.v1 import split_training_pb2 as pb
 from sft.wire.codec.elements import DATA_TYPES
-from sft_cloud.engine import Run, check_version
+from sft_cloud.engine import Gone, Run, check_version
 from sft_cloud.errors import PreconditionError
 from sft_cloud.identity import Identity
 from sft_cloud.memory import MemoryBudget, MemoryShare
@@ -45,7 +45,9 @@ class ScriptOpener:
         self._is_over = is_over
         self._session: Session | None = None
 
-    def open(self, request: pb.OpenSessionRequest, owner: Identity, run: Run) -> Session | list[str]:
+    def open(
+        self, request: pb.OpenSessionRequest, owner: Identity, run: Run, gone: Gone | None = None
+    ) -> Session | list[str]:
         """See Opener. The model has the edge's weights from then on.
 
         Raises ServerFullError once an edge has begun: what the model has learned from it is not overwritten.

@@ -78,7 +78,7 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
         caller = context.caller
         self._check_draining()
         if request.only_check:
-            response.missing_blobs.extend(self._missing_blobs(request, caller))
+            response.missing_blobs.extend(self._missing_blobs(request, context))
             return response
         if self.stopping.is_set():
             raise ServerUnavailableError("the server is about to stop")
@@ -87,11 +87,11 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
             started = time.monotonic()
             # Nobody loses a session to a request that then turns out to be none.
             if self.sessions.ends_others(request, caller):
-                response.missing_blobs.extend(self._missing_blobs(request, caller))
+                response.missing_blobs.extend(self._missing_blobs(request, context))
                 if response.missing_blobs:
                     return response
             with self.sessions.place(request, caller) as put:
-                session_id = secrets.token_urlsafe(24)
+                session_id = self._drawn(context)
                 try:
                     opened = self._engine.open(session_id, request, caller)
                     if not opened.session_id:
@@ -185,12 +185,19 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
         """See the .proto."""
         return self._status.probe(request)
 
-    def _missing_blobs(self, request: pb.OpenSessionRequest, caller: Identity) -> Sequence[str]:
+    def _drawn(self, context: Call) -> str:
+        """An id for a session to be opened, which is given up with the call as long as it only waits."""
+        session_id = secrets.token_urlsafe(24)
+        if not context.add_callback(lambda: self._engine.give_up(session_id)):
+            raise ServerUnavailableError("the call is over")
+        return session_id
+
+    def _missing_blobs(self, request: pb.OpenSessionRequest, context: Call) -> Sequence[str]:
         """Checks a request as far as it can be without a session."""
         checked = pb.OpenSessionRequest()
         checked.CopyFrom(request)
         checked.only_check = True
-        return self._engine.open("", checked, caller).missing_blobs
+        return self._engine.open(self._drawn(context), checked, context.caller).missing_blobs
 
     def _probes(
         self, message: pb.EdgeMessage | None, request_iterator: Iterator[pb.EdgeMessage], context: Call

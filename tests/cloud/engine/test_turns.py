@@ -2,15 +2,16 @@
 
 import json
 import threading
+import time
 
 import pytest
 import torch
 
-from sft.errors import ProtocolError
+from sft.errors import ProtocolError, ServerUnavailableError
 from sft_cloud.engine.build import build, session_in_pieces
 from sft_cloud.engine.opener import TransformersOpener
 from sft_cloud.engine.request import check_request
-from sft_cloud.engine.turns import REST, SLICE_SECONDS, Paced, Turns, in_pieces
+from sft_cloud.engine.turns import REST, SLICE_SECONDS, Gone, Paced, Turns, in_pieces
 from sft_cloud.engine.weights import WeightsFinder
 from sft_cloud.engine.worker import DeviceWorker, at_once
 from sft_cloud.identity import ANONYMOUS
@@ -39,6 +40,50 @@ def test_callers_have_their_turn_one_after_the_other():
     assert order == ["many", "few", "many", "many"]
     with turns.of("last"):
         pass
+
+
+def in_line(turns):
+    with turns._lock:
+        return sum(map(len, turns._waiting.values()))
+
+
+def test_who_has_gone_stands_in_nobody_s_way():
+    turns, gone, came = Turns(), Gone(), []
+
+    def take(caller, gone=None):
+        try:
+            with turns.of(caller, gone):
+                came.append(caller)
+        except ServerUnavailableError:
+            came.append(f"{caller} has gone")
+
+    with turns.of("first"):
+        threads = [threading.Thread(target=take, args=("same", gone)), threading.Thread(target=take, args=("same",))]
+        for number, thread in enumerate(threads):
+            thread.start()
+            while in_line(turns) <= number:
+                pass
+        gone.goes()
+        threads[0].join(SECONDS)
+        assert (came, in_line(turns)) == (["same has gone"], 1)
+    threads[1].join(SECONDS)
+    take("last", gone)
+    with turns.of("last"):
+        assert came[1:] == ["same", "last has gone"]
+
+
+def test_a_request_whose_call_was_cancelled_waits_no_more(server, connect, edge):
+    stub, turns = connect(server.address), server.engine._opener._turns
+    with turns.of("first"):
+        for only_check in (True, False):
+            call = stub.OpenSession.future(edge.request(only_check=only_check), timeout=SECONDS)
+            while not in_line(turns):
+                pass
+            call.cancel()
+            until = time.monotonic() + SECONDS
+            while in_line(turns):
+                assert time.monotonic() < until
+    assert set(stub.OpenSession(edge.request(), timeout=SECONDS).missing_blobs) == set(edge.blobs())
 
 
 @pytest.mark.parametrize("others_train", [True, False])

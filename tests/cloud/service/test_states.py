@@ -75,7 +75,7 @@ def test_another_opener_serves_what_it_likes(edge, connect, open_session, tmp_pa
     class Opener:
         device, checkpoints = torch.device("cpu"), None
 
-        def open(self, request, owner, run):
+        def open(self, request, owner, run, gone):
             if request.cut.layer_name != "blocks.5.mlp.fc2":
                 return ["f" * 64]
             return open_session(edge)
