@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from typing import NamedTuple
+
+import torch
 
 from sft.errors import SessionLostError
 from sft.tensors.stream import StoredTensor, safetensors_header, tensor_part
 from sft.v1 import split_training_pb2 as pb
 from sft_cloud.engine.engine import PIECE_BYTES, Contents, Handled
 from sft_cloud.engine.opener import Opener
-from sft_cloud.engine.turns import Gone, Paced
+from sft_cloud.engine.turns import Gone, Paced, in_pieces
 from sft_cloud.engine.worker import DeviceWorker
 from sft_cloud.errors import PreconditionError
 from sft_cloud.identity import Identity
@@ -66,29 +68,45 @@ class InProcessEngine:
     def handle(self, session_id: str, message: pb.EdgeMessage, remembered_bytes: int) -> Handled:
         """See Engine."""
         asked = time.perf_counter()
+        loads = message.HasField("load_state")
 
-        def work() -> Handled:
+        def pieces() -> Generator[None, None, Handled]:
             live, began = self._find(session_id), time.perf_counter()
             live.listed.clear()
-            self._trains = True
+            self._trains = not loads
             session = live.session
             # Neither the error nor what holds it may be a variable here: its traceback would hold them in a circle.
             try:
-                answer = session.handle(message, remembered_bytes)
+                answer = yield from session.handle_in_pieces(message, remembered_bytes, blob)
                 return Handled(answer, None, session.next_step, began - asked, time.perf_counter() - began)
             except Exception as error:
                 nothing = pb.CloudMessage()
                 return Handled(nothing, error, session.next_step, began - asked, time.perf_counter() - began)
             finally:
-                self._trains, self._trained_at = False, time.monotonic()
+                if not loads:
+                    self._trains, self._trained_at = False, time.monotonic()
 
-        return self._worker.run(work)
+        if not loads:
+            blob = None
+            return in_pieces(self._worker.run, pieces())
+        # Of any size, and all of it at once: it is read here, and loaded as weights are that a session begins with.
+        with Paced(self._worker.run, self._is_training) as paced:
+            session = self._find(session_id).session
+            try:
+                blob = session.read_blob(message)
+            except Exception as error:
+                return Handled(pb.CloudMessage(), error, session.next_step, 0.0, 0.0)
+            finally:
+                del session
+                torch.empty(0)  # where it may rest
+            return in_pieces(paced.run, pieces())
 
     def contents(self, session_id: str, optimizer_state: bool) -> Contents:
         """See Engine."""
 
         def work() -> Contents:
             live = self._find(session_id)
+            _check_whole(live.session)
             stored = _listed(live, optimizer_state)
             return Contents(
                 live.session.version, [len(safetensors_header(stored)), *(tensor.size() for tensor in stored)]
@@ -101,6 +119,7 @@ class InProcessEngine:
 
         def work() -> bytes:
             live = self._find(session_id)
+            _check_whole(live.session)
             if live.session.version != version:
                 raise PreconditionError(
                     "the session trained on while its weights were read; download them between two steps"
@@ -147,6 +166,11 @@ class InProcessEngine:
         if live is None:
             raise SessionLostError("there is no such session on this server; it has ended, or was never opened")
         return live
+
+
+def _check_whole(session: Session) -> None:
+    if session.is_loading:
+        raise PreconditionError("the session's weights are being replaced; download them between two steps")
 
 
 def _listed(live: _Live, optimizer_state: bool) -> list[StoredTensor]:

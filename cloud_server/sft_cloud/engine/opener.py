@@ -9,7 +9,7 @@ import torch
 from sft.v1 import split_training_pb2 as pb
 from sft_cloud.engine.build import Built, adapt, build, objects_bytes, session_in_pieces
 from sft_cloud.engine.request import SessionSpec, check_request
-from sft_cloud.engine.saved_session import Checkpoints, restore
+from sft_cloud.engine.saved_session import Checkpoints, restore_in_pieces
 from sft_cloud.engine.turns import Gone, Turns, in_pieces
 from sft_cloud.engine.weights import WeightsFinder
 from sft_cloud.engine.worker import Run
@@ -109,5 +109,5 @@ class TransformersOpener:
                 # Filled from the seed: whatever that gives is replaced, to the last parameter.
                 made = session_in_pieces(spec, built, [], self.device, store.find, self.budget)
                 session = in_pieces(run, made)
-                run(lambda: restore(session, files))
+                in_pieces(run, restore_in_pieces(session, files))
                 return session

@@ -8,19 +8,21 @@ from one message to the next.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from sft.errors import CheckpointError, ProtocolError, StorageError
-from sft.models.weights import load_parameters
-from sft.optim.state import checked_state, copied_state, group_settings, set_group_settings, stored_state
+from sft.models.weights import load_in_pieces
+from sft.optim.state import checked_state, group_settings, set_group_settings, state_in_pieces, stored_state
 from sft.tensors.stream import StoredTensor, copied, in_memory, safetensors_chunks, safetensors_size
 from sft.v1 import split_training_pb2 as pb
 from sft_cloud.engine.same_run import SESSION, check_same_run
+from sft_cloud.engine.turns import in_pieces
 from sft_cloud.engine.worker import Run, at_once
 from sft_cloud.errors import PreconditionError
 from sft_cloud.identity import Identity
@@ -109,16 +111,25 @@ def parts_of(session: Session, request: pb.OpenSessionRequest, run: Run = at_onc
 
 
 def restore(session: Session, files: Mapping[str, Path]) -> None:
-    """Puts back what `parts_of` wrote, into a session that has not begun.
+    """As `restore_in_pieces`, in one piece."""
+    in_pieces(at_once, restore_in_pieces(session, files))
+
+
+def restore_in_pieces(session: Session, files: Mapping[str, Path]) -> Generator[None, None, None]:
+    """Puts back what `parts_of` wrote, into a session that has not begun; others may compute where it yields.
 
     Raises CheckpointError and ProtocolError where the files are of another model. The session is then worth nothing.
     """
     optimizer = session.optimizer
     try:
         parameters = session.half.all_parameters()
-        load_parameters(parameters, load_file(files[NET_2]))
+        yield from load_in_pieces(parameters, load_file(files[NET_2]))
         state = checked_state(optimizer, parameters, load_file(files[OPTIMIZER]))
-        optimizer.load_state_dict(copied_state(state))
+        yield
+        copied_state: dict[str, Any] = {}
+        yield from state_in_pieces(state, copied_state)
+        optimizer.load_state_dict(copied_state)
+        yield
         settings = json.loads(files[SETTINGS].read_bytes())
         set_group_settings(optimizer, settings["groups"])
         session.next_step = int(settings["next_step"])

@@ -19,7 +19,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import torch
@@ -34,13 +34,14 @@ from sft.v1 import split_training_pb2 as pb
 from sft_cloud.errors import NoMemoryError, PreconditionError, is_out_of_memory
 from sft_cloud.memory import MemoryShare
 from sft_cloud.session.commit import apply_group_arguments, check_commit, groups_after, take_step
-from sft_cloud.session.load_state import StateLoader
+from sft_cloud.session.load_state import Blob, StateLoader
 from sft_cloud.session.memory import check_room_for_step, optimizer_bytes
 from sft_cloud.session.micro_batches import MicroBatches
 from sft_cloud.session.upper_half import UpperHalf
 
-Work = Callable[[pb.CloudMessage], None]
-"""What is left to do for a body that was checked: fills in the answer."""
+Work = Callable[[pb.CloudMessage], Iterator[None] | None]
+"""What is left to do for a body that was checked: fills in the answer. Others may compute where it yields, if it does.
+"""
 
 _AUTOCAST = {pb.DATA_TYPE_BFLOAT16: torch.bfloat16, pb.DATA_TYPE_FLOAT16: torch.float16}
 
@@ -81,6 +82,8 @@ class Session:
         """The first step that is not committed."""
         self.version = 0
         """Counts the changes of weights and of the optimizer's state."""
+        self.is_loading = False
+        """Whether a part of its weights, or of its optimizer's state, is new, and a part is not."""
         self.has_begun = False
         """Whether a message was applied."""
         self._half = self.half = half
@@ -95,7 +98,24 @@ class Session:
         self._keeps_gradients = False  # there are some of the step before
 
     def handle(self, message: pb.EdgeMessage, remembered_bytes: int = 0) -> pb.CloudMessage:
-        """Does what a message asks and returns the answer. `remembered_bytes`: of earlier answers that are kept.
+        """As `handle_in_pieces`, in one piece."""
+        pieces = self.handle_in_pieces(message, remembered_bytes)
+        while True:
+            try:
+                next(pieces)
+            except StopIteration as end:
+                answer: pb.CloudMessage = end.value
+                return answer
+
+    def read_blob(self, message: pb.EdgeMessage) -> Blob | None:
+        """Of a message that loads one, for `handle_in_pieces`; in any thread. Raises ProtocolError."""
+        return self._loader.read(message.load_state) if message.HasField("load_state") else None
+
+    def handle_in_pieces(
+        self, message: pb.EdgeMessage, remembered_bytes: int = 0, blob: Blob | None = None
+    ) -> Generator[None, None, pb.CloudMessage]:
+        """Does what a message asks and returns the answer. `remembered_bytes`: of earlier answers that are kept;
+        `blob`: what the message loads, where it was read already. Other sessions may compute where it yields.
 
         That to a `save_checkpoint` says only that there is a whole step to save: who calls this saves it, since a disk
         takes longer than anybody else should wait for the device.
@@ -116,11 +136,13 @@ class Session:
         try:
             # All of the message is checked before any of it is done.
             self._check_rides(message, commits)
-            work = self._check_body(message, body, commits)
+            work = self._check_body(message, body, commits, blob)
             self.state, self.has_begun = State.FAILED, True
             self._ride(message, commits)
             try:
-                work(answer)
+                pieces = work(answer)
+                if pieces is not None:
+                    yield from pieces
             except Exception as error:
                 if body not in ("forward", "backward") or not is_out_of_memory(error):
                     raise
@@ -199,7 +221,7 @@ class Session:
 
     # The body.
 
-    def _check_body(self, message: pb.EdgeMessage, body: str, commits: bool) -> Work:
+    def _check_body(self, message: pb.EdgeMessage, body: str, commits: bool, blob: Blob | None) -> Work:
         """What is left to do for the body, once what rides on the message is done."""
         if body == "evaluate":
             return self._check_evaluate(message)
@@ -216,7 +238,7 @@ class Session:
             return self._check_backward(message, commits)
         if body == "save_checkpoint":
             return self._check_save(commits)
-        return self._check_load_state(message, commits)
+        return self._check_load_state(message, commits, blob)
 
     def _check_nothing(self, message: pb.EdgeMessage, commits: bool) -> Work:
         if not (message.HasField("commit") or message.weights or message.HasField("gradient_scale")):
@@ -320,17 +342,20 @@ class Session:
 
         return work
 
-    def _check_load_state(self, message: pb.EdgeMessage, commits: bool) -> Work:
+    def _check_load_state(self, message: pb.EdgeMessage, commits: bool, blob: Blob | None) -> Work:
         if not commits:
             self._micro_batches.check_nothing_waits(message.weights)
-        load, made = self._loader.check(message.load_state)
+        blob = self._loader.read(message.load_state) if blob is None else blob
+        load, made = self._loader.check(message.load_state, blob)
         if message.load_state.optimizer_state:
             # With other settings than now, it may hold more.
             self._memory.grow(made - state_bytes(self._optimizer))
             self._hold_now(made)
 
-        def work(answer: pb.CloudMessage) -> None:
-            load()
+        def work(answer: pb.CloudMessage) -> Iterator[None]:
+            self.is_loading = True
+            yield from load()
+            self.is_loading = False
             self.version += 1
             self._answer_committed(answer)
 

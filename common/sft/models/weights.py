@@ -94,6 +94,12 @@ def pretrained_tensors(net: Net, checkpoint: Optional[PretrainedWeights]) -> Lis
 
 def load_parameters(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]) -> None:
     """Replaces the values of parameters, all of them. Raises CheckpointError unless names and shapes are the same."""
+    for _ in load_in_pieces(parameters, tensors):
+        pass
+
+
+def load_in_pieces(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """As `load_parameters`, one by one: others may compute where it yields."""
     odd = sorted(tensors.keys() ^ parameters.keys())
     if odd:
         raise CheckpointError(f"'{odd[0][:200]}' {'is missing' if odd[0] in parameters else 'does not belong there'}")
@@ -101,9 +107,15 @@ def load_parameters(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str
         if tensors[name].shape != parameter.shape or tensors[name].dtype != parameter.dtype:
             theirs, ours = (f"{x.dtype} {list(x.shape)}" for x in (tensors[name], parameter))
             raise CheckpointError(f"'{name}' is {theirs}, not {ours}")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
+    yield from copied_in_pieces(parameters, tensors)
+
+
+def copied_in_pieces(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """The values into parameters of the same names and shapes, one by one, and nothing else."""
+    for name, parameter in parameters.items():
+        with torch.no_grad():  # not where it yields
             parameter.copy_(tensors[name])
+        yield
 
 
 def live_tensors(model: Any, net: Net) -> List[StoredTensor]:

@@ -111,11 +111,21 @@ def state_bytes(optimizer: torch.optim.Optimizer, groups: Optional[Sequence[Mapp
 
 def copied_state(state_dict: Dict[str, Any]) -> Dict[str, Any]:
     """What `checked_state` gave, with memory of its own in the place of a file's."""
-    state = {
-        index: {key: value.clone() if isinstance(value, Tensor) else value for key, value in of_parameter.items()}
-        for index, of_parameter in state_dict["state"].items()
-    }
-    return {**state_dict, "state": state}
+    copy_of: Dict[str, Any] = {}
+    for _ in state_in_pieces(state_dict, copy_of):
+        pass
+    return copy_of
+
+
+def state_in_pieces(state_dict: Dict[str, Any], copy_of: Dict[str, Any]) -> Iterator[None]:
+    """As `copied_state`, into an empty dictionary, parameter by parameter: others may compute where it yields."""
+    state: Dict[int, Dict[str, Any]] = {}
+    copy_of.update({**state_dict, "state": state})
+    for index, of_parameter in state_dict["state"].items():
+        state[index] = {
+            key: value.clone() if isinstance(value, Tensor) else value for key, value in of_parameter.items()
+        }
+        yield
 
 
 def group_settings(optimizer: torch.optim.Optimizer) -> List[Dict[str, Any]]:
