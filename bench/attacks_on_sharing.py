@@ -16,7 +16,7 @@ from pathlib import Path
 import grpc
 from attack_tools import SECONDS, Held, Server, Table, channel, opened, serving, status
 from half_sent import HalfSent
-from memory_attacks import ATTACKS, Tally, Target, make_models
+from memory_attacks import ATTACKS, Tally, Target, make_models, trains
 from support.tiny_edge import TinyEdge, attach  # attack_tools has added tests/ to the path
 from support.tls import Certificates, make_token
 
@@ -24,7 +24,9 @@ from sft.v1 import split_training_pb2 as pb
 from sft.v1.split_training_pb2_grpc import SplitTrainingStub
 
 MOMENT = 12.0
-"""Seconds of each attack on memory."""
+"""Seconds of each attack on memory, beside another that trains."""
+_AT_FIRST = 3.0
+"""Of them, before that one comes: attackers have by then what they get."""
 _CALM = 40.0
 """In which memory goes back."""
 SPARE = 64 << 20
@@ -37,6 +39,7 @@ def memory(table: Table, tls: Server, certificates: Certificates, memory_limit: 
     trusted.set_alpn_protocols(["h2"])
     with tempfile.TemporaryDirectory() as scratch:
         models = make_models(Path(scratch))
+        another = channel(tls, certificates, make_token(tls.tokens, "another"))
         for name, attack in ATTACKS.items():
             token = make_token(tls.tokens, name.replace(" ", "-"))
             target = Target(
@@ -45,19 +48,28 @@ def memory(table: Table, tls: Server, certificates: Certificates, memory_limit: 
             )
 
             def held(attack: Callable[..., None] = attack, target: Target = target) -> object:
-                over, most = threading.Event(), _resident(tls)
+                over, most, beside = threading.Event(), _resident(tls), Tally()
                 thread = threading.Thread(target=attack, args=(target, models, Tally(), over), daemon=True)
                 thread.start()
+
+                def train() -> None:
+                    while not over.wait(_AT_FIRST):
+                        beside.add(lambda: trains(another, models))
+
+                trainer = threading.Thread(target=train, daemon=True)
+                trainer.start()
                 deadline = time.monotonic() + MOMENT
-                while time.monotonic() < deadline:
+                while time.monotonic() < deadline or not beside.counts:
                     most = max(most, _resident(tls))
                     time.sleep(0.1)
                 over.set()
-                thread.join(SECONDS)
+                for one in (thread, trainer):
+                    one.join(SECONDS)
                 kept = "within" if most < memory_limit + SPARE else "BEYOND"
-                return f"{kept} the limit of {memory_limit >> 20} MiB: at most {most >> 20} MiB"
+                return f"{', '.join(beside.counts)}; {kept} the limit of {memory_limit >> 20} MiB: {most >> 20} MiB"
 
-            table.add(f"{name}: {' '.join((attack.__doc__ or '').split())[4:]}", "let in: within", held)
+            what = " ".join((attack.__doc__ or "").split()).removeprefix(f"{name[:2]}: ")
+            table.add(f"{name}: {what}", "let in: another trains soon; within", held)
 
     def gone() -> object:
         deadline = time.monotonic() + _CALM

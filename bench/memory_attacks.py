@@ -8,10 +8,12 @@ from __future__ import annotations
 import json
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,6 +70,8 @@ class Models(NamedTuple):
     """Its net_2 takes some 30 MiB, and a graph of it in half precision half as much."""
     talker: TinyEdge
     """A row of logits for each of its tokens is 120 kB."""
+    quarter: TinyEdge
+    """Its session takes some 90 MiB: a quarter of what a server with 640 MiB has for its callers."""
 
 
 def make_models(directory: Path) -> Models:
@@ -93,7 +97,23 @@ def make_models(directory: Path) -> Models:
         TinyEdge(
             directory / "talker", config("talker", "llama", 2, **long), TOKENS, Cut("sft", 1, 4), lengths=(512,) * 2
         ),
+        TinyEdge(directory / "quarter", config("quarter", "bert", 4, **wide), cut=Cut("sft", 1, 4)),
     )
+
+
+def trains(channel: grpc.Channel, models: Models) -> str:
+    """What a tenant that wants no more than its part gets, beside any of these."""
+    stub, edge = SplitTrainingStub(channel), models.quarter
+    began = time.monotonic()
+    stream = Stream(stub, attach(open_session(stub, edge)))
+    next(stream.call)
+    for step in range(3):
+        if stream.ask(edge.forward(step)).HasField("step_skipped"):
+            stream.end()
+            return "another's step was SKIPPED"
+        stream.ask(edge.commit(step))
+    stream.end()
+    return f"another trains {'soon' if time.monotonic() - began < 20 else 'LATE'}"
 
 
 def padded(target: Target, models: Models, tally: Tally, over: threading.Event) -> None:
@@ -214,10 +234,32 @@ def unread(target: Target, models: Models, tally: Tally, over: threading.Event) 
             list(stub.Train(iter(messages), timeout=60))
 
 
+def sessions(target: Target, models: Models, tally: Tally, over: threading.Event) -> None:
+    """As many sessions as there is memory for, of two sizes, each with a graph that waits, kept."""
+    stub = SplitTrainingStub(target.connect())
+    while not over.wait(PAUSE_SECONDS):
+        held: list[Stream] = []
+
+        def opened(edge: TinyEdge, held: list[Stream] = held) -> str:
+            held.append(Stream(stub, attach(open_session(stub, edge))))
+            next(held[-1].call)
+            held[-1].ask(edge.unlabelled(0))
+            return "opened"
+
+        for edge in (models.wide, models.talker):
+            while len(held) < 16 and not over.is_set() and tally.add(partial(opened, edge)):
+                pass
+        over.wait(HOLD_SECONDS)
+        for stream in held:
+            with suppress(grpc.RpcError):
+                stream.end()
+
+
 ATTACKS: dict[str, Callable[[Target, Models, Tally, threading.Event], None]] = {
     "A1 padded": padded,
     "A2 waiting": waiting,
     "A3 unacknowledged": unacknowledged,
     "A4 half-sent": half_sent,
     "A5 unread": unread,
+    "sessions": sessions,
 }

@@ -26,6 +26,10 @@ class NoMemoryError(ServerFullError):
     """The memory for sessions is taken, or too little for this one."""
 
 
+class TooLargeError(ProtocolError):
+    """What was asked for could never fit; the session is as it was."""
+
+
 class StreamTakenError(SFTError):
     """Another stream has the session now."""
 

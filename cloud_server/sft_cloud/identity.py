@@ -30,6 +30,9 @@ class Limits:
     max_upload_bytes: int | None = None
     """Of all blobs that the server keeps for it, and as many of checkpoints."""
 
+    max_memory: int | None = None
+    """Bytes of the server's memory, for all that the caller holds at a time."""
+
     def sessions_of(self, of_server: int) -> int:
         """How many sessions a caller with these limits may have at a time, on a server that holds so many."""
         return of_server if self.max_sessions is None else min(self.max_sessions, of_server)

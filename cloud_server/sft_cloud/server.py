@@ -143,6 +143,8 @@ class CloudServer:
         )
         observer.metrics.watch_memory(self.memory)
         observer.metrics.watch_tenants(access.names)
+        # Of certificates nobody knows how many there are.
+        self.memory.shared_if(lambda: len(set(access.names())) != 1)
         observer.metrics.watch_connections(lambda: self.connections.held, lambda: self.connections.ended)
         if access.credentials is not None:
             observer.metrics.watch_certificate(access.certificate_expires)

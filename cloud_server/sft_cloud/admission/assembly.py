@@ -6,6 +6,7 @@ from sft.errors import ProtocolError
 from sft.printable import format_bytes
 from sft.v1 import split_training_pb2 as pb
 from sft.wire.protocol import MAX_MESSAGE_BYTES, PART_BYTES
+from sft_cloud.errors import TooLargeError
 from sft_cloud.memory import Charge
 
 COPIES = 2
@@ -16,7 +17,8 @@ class Assembly:
     """One message. Not for several threads at once."""
 
     def __init__(self, first: pb.Part, charge: Charge, most_bytes: int) -> None:
-        """`charge`: of nothing yet; `most_bytes`: that the server could ever have for it. Raises ProtocolError."""
+        """`charge`: of nothing yet; `most_bytes`: that the server could ever have for it. Raises ProtocolError,
+        TooLargeError."""
         self._total = first.total_bytes
         self._charge = charge
         self._parts: list[bytes] = []
@@ -27,7 +29,7 @@ class Assembly:
                 f"{MAX_MESSAGE_BYTES}"
             )
         if COPIES * self._total > most_bytes:
-            raise ProtocolError(
+            raise TooLargeError(
                 f"a message of {format_bytes(self._total)} takes twice as much of the server's memory, of which one "
                 f"may take {format_bytes(most_bytes)}: send smaller batches"
             )

@@ -15,6 +15,9 @@ from typing import NamedTuple
 
 _SLOWEST_BYTES_PER_SECOND = 8192.0
 
+SLOWEST_PACE = 32_768.0
+"""Bytes a second that a message in parts has to come with, as a mean: a quarter of what a link of 1 Mb/s carries."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -51,6 +54,24 @@ class Deadlines:
         over = self.stalling(reason, cancel, size)
         try:
             yield
+        finally:
+            over()
+
+    @contextmanager
+    def keeps_pace(self, reason: str, cancel: Callable[[], object]) -> Iterator[Callable[[int], None]]:
+        """For the block in which something comes that memory is held for: it has the time of a stall, and with every
+        part that came, which the function given is told of in bytes, as long as the slowest may take for that."""
+        began, came, over = self._clock(), 0, self._begin(self._stall_seconds, reason, cancel)
+
+        def part_came(size: int) -> None:
+            nonlocal came, over
+            came += size
+            over()
+            until = began + self._stall_seconds + came / SLOWEST_PACE
+            over = self._begin(until - self._clock(), reason, cancel)
+
+        try:
+            yield part_came
         finally:
             over()
 

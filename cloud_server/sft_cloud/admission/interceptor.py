@@ -159,7 +159,7 @@ class _Admitted:
 
     def _messages(self, received: Iterator[bytes], context: Call, call: _Call) -> Iterator[Any]:
         deadlines, reason = self._admission._deadlines, "no first message"
-        charge = self._admission._budget.charge(Kind.MESSAGES, 0)
+        charge = self._admission._budget.charge(Kind.MESSAGES, 0, context.caller)
         call.ends_with(charge.release)
         while True:
             may_idle = self._method == TRAIN and reason != "no first message"
@@ -187,16 +187,19 @@ class _Admitted:
         self, first: pb.Part, charge: Charge, received: Iterator[bytes], context: Call, call: _Call
     ) -> pb.EdgeMessage:
         """The message that comes in parts, of which this is the first. Charged as long as it is held."""
-        budget = self._admission._budget
-        whole = Assembly(first, charge, (budget.host or budget).most_bytes(PART_BYTES + 1))
+        budget, deadlines = self._admission._budget, self._admission._deadlines
+        size = COPIES * first.total_bytes
+        whole = Assembly(first, charge, (budget.host or budget).most_bytes(size, context.caller))
         del first
-        while not whole.is_whole:
-            with self._admission._deadlines.stalls("no next part", context.cancel):
-                data = next(received, None)
-            if data is None:
-                raise ProtocolError("the stream ended in the middle of a message")
-            call.count(len(data))
-            whole.add(self._parsed(data, call))
+        with deadlines.keeps_pace("a message comes too slowly", context.cancel) as came:
+            while not whole.is_whole:
+                with deadlines.stalls("no next part", context.cancel):
+                    data = next(received, None)
+                if data is None:
+                    raise ProtocolError("the stream ended in the middle of a message")
+                came(len(data))
+                call.count(len(data))
+                whole.add(self._parsed(data, call))
         message: pb.EdgeMessage = self._parsed(whole.joined(), call, MAX_MESSAGE_BYTES)
         return message
 

@@ -54,6 +54,9 @@ class CreateOptions:
     max_upload_bytes: int | None = None
     """of all blobs that the server keeps for the name, and as many of checkpoints"""
 
+    max_memory: int | None = None
+    """bytes of the server's memory, for all that the name holds at a time; without it, what leaves others theirs"""
+
     sees_all: bool = False
     """sees the sessions of others in `sft-cloud status`"""
 
@@ -64,6 +67,7 @@ class CreateOptions:
         except ValueError as error:
             raise UsageError(f"--name: {error}") from error
         at_least(self, 0, "expires", "max_sessions", "max_split_rank", "max_bytes_per_day", "max_upload_bytes")
+        at_least(self, 1, "max_memory")
         above_zero(self, "steps_per_second")
         if self.expires > MAX_LIFETIME:
             raise UsageError(f"--expires must be {MAX_LIFETIME} (a hundred years) or less; 0s is for ever")

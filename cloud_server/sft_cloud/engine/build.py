@@ -20,6 +20,7 @@ from sft_cloud.engine.request import SessionSpec, blames_config
 from sft_cloud.engine.turns import in_pieces
 from sft_cloud.engine.worker import at_once
 from sft_cloud.errors import NoMemoryError
+from sft_cloud.identity import ANONYMOUS, Identity
 from sft_cloud.memory import Kind, MemoryBudget, MemoryShare
 from sft_cloud.session import (
     BatchMemory,
@@ -111,10 +112,11 @@ def make_session(
     device: torch.device,
     find_blob: Callable[[str], Path | None] = lambda sha256: None,
     budget: MemoryBudget | None = None,
+    owner: Identity = ANONYMOUS,
 ) -> Session:
     """As `adapt` and `session_in_pieces`, in one piece."""
     adapt(spec, built)
-    return in_pieces(at_once, session_in_pieces(spec, built, tensors, device, find_blob, budget))
+    return in_pieces(at_once, session_in_pieces(spec, built, tensors, device, find_blob, budget, owner))
 
 
 def session_in_pieces(
@@ -124,6 +126,7 @@ def session_in_pieces(
     device: torch.device,
     find_blob: Callable[[str], Path | None],
     budget: MemoryBudget | None,
+    owner: Identity = ANONYMOUS,
 ) -> Generator[None, None, Session]:
     """Fills what `build` and `adapt` gave for the spec with `tensors` and the seed's draws, and makes its optimizer.
 
@@ -132,9 +135,9 @@ def session_in_pieces(
     Raises ProtocolError and UsageError, and NoMemoryError where it does not fit into the `budget` beside the others.
     """
     budget = MemoryBudget() if budget is None else budget
-    share = MemoryShare(budget, built.needed_bytes)
+    share = MemoryShare(budget, built.needed_bytes, owner)
     try:
-        with budget.charge(Kind.BUILDS, _passing_bytes(spec, built.net_2)):
+        with budget.charge(Kind.BUILDS, _passing_bytes(spec, built.net_2), owner):
             session = yield from _make_session(spec, built.net_2, tensors, device, find_blob, share)
     except BaseException:
         share.release()

@@ -76,6 +76,11 @@ class Engine(Protocol):
         The answer to a `save_checkpoint` says only that there is a whole step to save; see `save`.
         """
 
+    def keep_answers(self, session_id: str, size: int) -> None:
+        """What a session holds for its answers from now on, those that are remembered and the one on its way; less
+        than before once that one has been sent. Raises NoMemoryError where more is not there.
+        """
+
     def contents(self, session_id: str, optimizer_state: bool) -> Contents:
         """What a download of net_2, or of its optimizer's state, would read now."""
 

@@ -101,6 +101,10 @@ class InProcessEngine:
                 torch.empty(0)  # where it may rest
             return in_pieces(paced.run, pieces())
 
+    def keep_answers(self, session_id: str, size: int) -> None:
+        """See Engine."""
+        self._find(session_id).session.keep_answers(size)
+
     def contents(self, session_id: str, optimizer_state: bool) -> Contents:
         """See Engine."""
 

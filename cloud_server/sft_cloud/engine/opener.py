@@ -75,7 +75,7 @@ class TransformersOpener:
                 spec = check_request(request)
             finally:
                 torch.empty(0)  # a call of torch is where who builds may rest, also after what turned out to be nothing
-        with self.budget.charge(Kind.BUILDS, objects_bytes(spec)):
+        with self.budget.charge(Kind.BUILDS, objects_bytes(spec), owner):
             return self._open(request, owner, spec, run, gone)
 
     def _open(
@@ -92,7 +92,7 @@ class TransformersOpener:
             return missing
         with self._turns.of(owner.name, gone):
             adapt(spec, built)
-            return in_pieces(run, session_in_pieces(spec, built, tensors, self.device, store.find, self.budget))
+            return in_pieces(run, session_in_pieces(spec, built, tensors, self.device, store.find, self.budget, owner))
 
     def _resume(
         self, request: pb.OpenSessionRequest, owner: Identity, spec: SessionSpec, built: Built, run: Run, gone: Gone
@@ -107,7 +107,7 @@ class TransformersOpener:
             with self._turns.of(owner.name, gone):
                 adapt(spec, built)
                 # Filled from the seed: whatever that gives is replaced, to the last parameter.
-                made = session_in_pieces(spec, built, [], self.device, store.find, self.budget)
+                made = session_in_pieces(spec, built, [], self.device, store.find, self.budget, owner)
                 session = in_pieces(run, made)
                 in_pieces(run, restore_in_pieces(session, files))
                 return session

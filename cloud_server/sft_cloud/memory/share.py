@@ -2,53 +2,48 @@
 
 from __future__ import annotations
 
-import weakref
-
-from sft.errors import ProtocolError
 from sft.printable import format_bytes
 from sft_cloud.errors import NoMemoryError
-from sft_cloud.memory.budget import Kind, MemoryBudget
+from sft_cloud.identity import ANONYMOUS, Identity
+from sft_cloud.memory.books import Kind
+from sft_cloud.memory.budget import MemoryBudget
 
 
 class MemoryShare:
-    """Not for several threads at once, but for its release."""
+    """Not for several threads at once, but for its release, and what of answers is kept."""
 
-    def __init__(self, budget: MemoryBudget | None = None, fixed_bytes: int = 0) -> None:
-        """Takes what the session holds before its first batch. Raises NoMemoryError. Without a budget, all fits."""
+    def __init__(self, budget: MemoryBudget | None = None, fixed_bytes: int = 0, caller: Identity = ANONYMOUS) -> None:
+        """Takes what the session of `caller` holds before its first batch. Raises NoMemoryError. Without a budget, all
+        fits."""
         self._budget = MemoryBudget() if budget is None else budget
         self._fixed = self._begins_with = fixed_bytes
-        self._answers = self._budget.charge(Kind.ANSWERS, 0)
-        self._held = [0]  # shared with `_give_back`, which must not hold on to the share
         self._waited = 0
-        most = self._budget.most_bytes(fixed_bytes)
-        if fixed_bytes > most:
-            self._budget.count_refusal(Kind.SESSIONS)
-            raise NoMemoryError(
-                f"this session would take {format_bytes(fixed_bytes)}, but all sessions of this server together may "
-                f"take {format_bytes(most)}; choose a smaller model, a higher --split-layer, or "
-                "LoRA"
+        self._answers = self._budget.charge(Kind.ANSWERS, 0, caller)
+        self._held = _Held(self._budget, caller)
+        if not self._held.resize(fixed_bytes):
+            why = self._budget.why_not(
+                fixed_bytes,
+                fixed_bytes,
+                caller,
+                "choose a smaller model, a higher --split-layer, or LoRA",
+                "try again when another session has ended",
             )
-        if not self._resize(fixed_bytes):
-            raise NoMemoryError(
-                f"this session would take {format_bytes(fixed_bytes)}, but "
-                f"{format_bytes(self._budget.left_bytes(fixed_bytes))} of the server's memory are left; try again "
-                "when another session has ended"
-            )
+            raise NoMemoryError(f"this session would take {format_bytes(fixed_bytes)}{why}")
 
     def release(self) -> None:
         """Gives everything back."""
         self._answers.release()
-        _give_back(self._budget, self._held)
+        self._held.give_back()
 
     def release_with(self, owner: object) -> None:
         """Gives everything back when `owner` is no more."""
         self._answers.release_with(owner)
-        weakref.finalize(owner, _give_back, self._budget, self._held)
+        self._budget.collect_with(owner, self._held.give_back)
 
     def grow(self, size: int) -> None:
         """The session holds so much more than it began with, if it does not so already. Raises NoMemoryError."""
         fixed = max(self._fixed, self._begins_with + size)
-        if not self._resize(self._held[0] + fixed - self._fixed):
+        if not self._held.resize(self._held.size + fixed - self._fixed):
             raise NoMemoryError(
                 f"the optimizer's new settings take {format_bytes(fixed - self._fixed)} more, which are not there now; "
                 "try again later"
@@ -56,12 +51,13 @@ class MemoryShare:
         self._fixed = fixed
 
     def check(self, size: int) -> None:
-        """Raises ProtocolError when so much could never fit, however few others there are."""
-        most = self._budget.most_bytes(self._fixed + size)
-        if self._fixed + size > most:
-            raise ProtocolError(
+        """Raises NoMemoryError when so much could never fit, however few others there are."""
+        whole = self._fixed + size
+        if whole > self._budget.most_bytes(whole, self._held.caller):
+            why = self._budget.why_not(whole, whole, self._held.caller, "send smaller batches")
+            raise NoMemoryError(
                 f"this batch, with what waits for a backward(), would take about {format_bytes(size)} on the cloud, "
-                f"whose sessions may take {format_bytes(most)} together: send smaller batches"
+                f"and its session then {format_bytes(whole)}{why}"
             )
 
     def hold(self, size: int, answers: int = 0, batch: int = 0) -> None:
@@ -72,30 +68,54 @@ class MemoryShare:
         """
         try:
             self._answers.resize(answers)
-            self._budget.hold_room(id(self._held), batch)
         except NoMemoryError as error:
             raise MemoryError(str(error)) from error
-        if not self._resize(self._fixed + max(size, self._waited)):
-            held = format_bytes(self._budget.held_bytes)
-            raise MemoryError(f"{format_bytes(size)} are wanted beside the {held} that are taken; try again later")
+        waits = max(size, self._waited)
+        if not self._held.has_room(batch):
+            raise MemoryError(self._held.refusal("this batch", batch))
+        if not self._held.resize(self._fixed + waits):
+            raise MemoryError(self._held.refusal("what waits for a backward()", waits - self._waited))
 
     def settle(self, size: int, answers: int = 0) -> None:
         """As `hold`, for what is taken already."""
         self._answers.settle(answers)
         self._waited = max(self._waited, size)
-        self._resize(self._fixed + self._waited, forced=True)
+        self._held.resize(self._fixed + self._waited, forced=True)
 
-    def _resize(self, size: int, forced: bool = False) -> bool:
+    def keep_answers(self, size: int) -> None:
+        """What is held for answers from now on. In any thread. Raises NoMemoryError where more is not there."""
+        self._answers.resize(size)
+
+
+class _Held:
+    """Of the sessions' memory, by one. What of a share outlives its session."""
+
+    def __init__(self, budget: MemoryBudget, caller: Identity) -> None:
+        self.caller = caller
+        self.size = 0
+        self._budget = budget
+
+    def resize(self, size: int, forced: bool = False) -> bool:
         # A session that trains small batches is small, however large its weights: others cannot keep these out.
-        fits = self._budget.add(Kind.SESSIONS, size - self._held[0], size - self._held[0], forced)
+        more = size - self.size
+        self._budget.settle_collected()
+        fits = self._budget.add(Kind.SESSIONS, more, more, self.caller, forced)
         if fits:
-            self._held[0] = size
+            self.size = size
         else:
             self._budget.count_refusal(Kind.SESSIONS)
         return fits
 
+    def has_room(self, batch: int) -> bool:
+        fits = self._budget.hold_room(id(self), batch, self.caller)
+        if not fits:
+            self._budget.count_refusal(Kind.SESSIONS)
+        return fits
 
-def _give_back(budget: MemoryBudget, held: list[int]) -> None:
-    budget.leave_room(id(held))
-    budget.add(Kind.SESSIONS, -held[0], 0)
-    held[0] = 0
+    def refusal(self, what: str, size: int) -> str:
+        return f"{what} would take {format_bytes(size)}{self._budget.why_not(size, size, self.caller)}"
+
+    def give_back(self) -> None:
+        self._budget.leave_room(id(self), self.caller)
+        self._budget.add(Kind.SESSIONS, -self.size, 0, self.caller)
+        self.size = 0

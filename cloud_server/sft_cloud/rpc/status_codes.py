@@ -2,7 +2,8 @@
 
     what happened                                                       status code
     ProtocolError, UsageError, CutError, CheckpointError,               INVALID_ARGUMENT
-      UnsupportedModelError, TrainingError: the request makes no sense
+      UnsupportedModelError, TrainingError: the request makes no sense;
+      TooLargeError: it could never fit
     PreconditionError: another protocol version, a message out of       FAILED_PRECONDITION
       order
     GapError: a message before this one got lost; StreamTakenError:     ABORTED
@@ -42,6 +43,7 @@ from sft_cloud.errors import (
     NoSuchServiceError,
     PreconditionError,
     StreamTakenError,
+    TooLargeError,
     UnauthenticatedError,
     is_out_of_memory,
 )
@@ -89,7 +91,7 @@ def one_line(error: Exception) -> str:
 
 def ends_session(error: BaseException) -> bool:
     """Whether a session is of no more use after this error; otherwise its edge may come back to it."""
-    goes_on = (GapError, AccessError, ServerFullError, ServerUnavailableError, StreamTakenError)
+    goes_on = (GapError, AccessError, ServerFullError, ServerUnavailableError, StreamTakenError, TooLargeError)
     return isinstance(error, Exception) and not isinstance(error, (grpc.RpcError, *goes_on))
 
 

@@ -72,7 +72,9 @@ class ScriptOpener:
         def begin() -> Session:
             self._check_free()  # once more: messages are handled on this thread, too, so none comes in between
             self._load(tensors)
-            self._session = Session(half, self._optimizer, request.seed, store.find, MemoryShare(self.budget))
+            self._session = Session(
+                half, self._optimizer, request.seed, store.find, MemoryShare(self.budget, caller=owner)
+            )
             return self._session
 
         return run(begin)

@@ -29,6 +29,9 @@ from sft_cloud.storage import BlobStore
 _DOWNLOAD_BYTES = PIECE_BYTES + 4 * CHUNK_BYTES
 """What a download holds: a piece of it, and a chunk as a message, as bytes and on its way."""
 
+_COPIES_ON_WAY = 2
+"""Of an answer that is sent again: as bytes, and on the way to the edge."""
+
 _ROOM_SECONDS = 30.0
 """How long one waits for that: a trained model should not be lost because others read theirs slowly."""
 
@@ -151,12 +154,14 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
                     self._rest(caller.name, message.ByteSize() + answer.ByteSize())
                 yield answer
                 del answer, message  # a stream that idles must not keep it
+                self._sent(session_id, caller, stream)
         except Exception as error:
             if ends_session(error):
                 reason = str(error) if isinstance(error, SFTError) else "internal error"
                 self._end(session_id, caller, stream, reason)
             raise
         finally:
+            self._sent(session_id, caller, stream)
             self._detach(session_id, caller, stream)
 
     def DownloadWeights(
@@ -165,7 +170,7 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
         """See the .proto. Piece by piece, so the engine is never held for long, but all of one step."""
         caller = context.caller
         session_id = self.sessions.get(request.session_id, caller).session_id
-        with self._memory.charge(Kind.DOWNLOADS, _DOWNLOAD_BYTES, wait_seconds=_ROOM_SECONDS):
+        with self._memory.charge(Kind.DOWNLOADS, _DOWNLOAD_BYTES, caller, wait_seconds=_ROOM_SECONDS):
             version, sizes = self._engine.contents(session_id, request.optimizer_state)
             skip = request.offset
             for index, size in enumerate(sizes):
@@ -226,12 +231,26 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
         with entry.lock:  # what the stream before this one had begun is finished
             _check_has(entry, stream)
             answers = entry.messages.answers_after(answered)
+            on_way = _COPIES_ON_WAY * max((answer.ByteSize() for answer in answers), default=0)
+            self._engine.keep_answers(session_id, entry.messages.held_bytes + on_way)
             attached = pb.Attached(next_step=entry.next_step, last_number=entry.messages.last_number)
         del entry
         yield pb.CloudMessage(attached=attached, stopping=self.stopping.is_set())
         for answer in answers:
             self._rest(caller.name, answer.ByteSize())
             yield answer
+        self._sent(session_id, caller, stream)
+
+    def _sent(self, session_id: str, caller: Identity, stream: StreamHandle) -> None:
+        """What there is of the newest answer from now on is what is remembered."""
+        with suppress(SessionLostError):
+            entry = self.sessions.get(session_id, caller)
+            # Whoever works on it says so itself, and nobody may wait here: this may be the end of a call.
+            if entry.stream in (stream, None) and entry.lock.acquire(blocking=False):
+                try:
+                    self._engine.keep_answers(session_id, entry.messages.held_bytes)
+                finally:
+                    entry.lock.release()
 
     def _answer(
         self, session_id: str, caller: Identity, stream: StreamHandle, message: pb.EdgeMessage
@@ -259,6 +278,8 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
             answer, repeated = entry.messages.apply(message, work)
             answer.stopping = self.stopping.is_set()
             received, sent = message.ByteSize(), answer.ByteSize()
+            if repeated:
+                self._engine.keep_answers(session_id, entry.messages.held_bytes + _COPIES_ON_WAY * sent)
             entry.bytes_received += received
             entry.bytes_sent += sent
             watch.answered(answer, (received, sent), entry.next_step - before, repeated)

@@ -87,4 +87,5 @@ def _limits(limits: Limits) -> pb.CallerLimits:
         steps_per_second=limits.steps_per_second or 0.0,
         max_bytes_per_day=limits.max_bytes_per_day or 0,
         max_upload_bytes=limits.max_upload_bytes or 0,
+        max_memory=limits.max_memory or 0,
     )

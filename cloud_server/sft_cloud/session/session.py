@@ -48,8 +48,8 @@ _AUTOCAST = {pb.DATA_TYPE_BFLOAT16: torch.bfloat16, pb.DATA_TYPE_FLOAT16: torch.
 
 _NO_MEMORY = "the cloud's device is out of memory; try smaller batches or another cut"
 
-_COPIES_OF_ANSWER = 4
-"""Packed, as bytes, in the message, and on the way to the edge: until the next message says what is remembered."""
+COPIES_OF_ANSWER = 4
+"""Packed, as bytes, in the message, and on the way to the edge: until it has been sent."""
 
 _EVALUATION_TAKES = 4
 """Of the memory of training, at most this part: nothing is kept for a backward pass."""
@@ -149,10 +149,15 @@ class Session:
                 self._undo_step()
                 answer.step_skipped.reason = _NO_MEMORY
         finally:
-            answers = remembered_bytes + _COPIES_OF_ANSWER * answer.ByteSize()
+            answers = remembered_bytes + COPIES_OF_ANSWER * answer.ByteSize()
             self._memory.settle(self._micro_batches.waiting_bytes(), answers)
         self.state = State.ACCUMULATING if self._forwards else State.READY
         return answer
+
+    def keep_answers(self, size: int) -> None:
+        """What is held for its answers from now on, those that are remembered and the one on its way. In any thread.
+        Raises NoMemoryError where more is not there."""
+        self._memory.keep_answers(size)
 
     def stored_parameters(self) -> list[StoredTensor]:
         """Net_2's parameters under whole-model names, sorted; reading one gives it as it is, not a copy."""
@@ -262,7 +267,10 @@ class Session:
             waits += graph
         elif not forward.loss_scale:
             waits += self._micro_batches.gradient_bytes()
-        self._memory.check(waits + batch)
+        try:
+            self._memory.check(waits + batch)
+        except NoMemoryError as error:
+            return self._skips(str(error))
         answers = self._answer_bytes(forward.activation, not has_labels or forward.want_logits, has_labels)
         given = self._half.decode(forward.activation)
         labels = self._half.decode_labels(forward.labels, given) if has_labels else {}
@@ -303,7 +311,7 @@ class Session:
             raise PreconditionError("the commit on this message drops the micro-batch that its Backward is for")
         gradient = self._micro_batches.check_backward(message.micro_batch, message.weights, message.backward.gradient)
         size = self._micro_batches.gradient_answer_bytes(message.micro_batch)
-        answers = self._remembered_bytes + _COPIES_OF_ANSWER * size
+        answers = self._remembered_bytes + COPIES_OF_ANSWER * size
 
         def work(answer: pb.CloudMessage) -> None:
             self._memory.hold(self._micro_batches.waiting_bytes(), answers)
@@ -329,7 +337,10 @@ class Session:
         waits = self._micro_batches.waiting_bytes(message.weights)
         batch = self._half.training_bytes(message.evaluate.activation) // _EVALUATION_TAKES
         batch += self._cast_bytes(message.evaluate.autocast)
-        self._memory.check(waits + batch)
+        try:
+            self._memory.check(waits + batch)
+        except NoMemoryError as error:
+            return self._skips(str(error), undoes=False)
         self._hold_now(waits, self._answer_bytes(message.evaluate.activation, logits=True), batch)
         given = self._half.decode(message.evaluate.activation)
         self._half.check_outputs(message.evaluate.activation)
@@ -361,6 +372,16 @@ class Session:
 
         return work
 
+    def _skips(self, reason: str, undoes: bool = True) -> Work:
+        """For what could never fit: the session is none the worse for it."""
+
+        def work(answer: pb.CloudMessage) -> None:
+            if undoes:
+                self._undo_step()
+            answer.step_skipped.reason = reason
+
+        return work
+
     def _hold_now(self, size: int, answers: int = 0, batch: int = 0) -> None:
         try:
             self._memory.hold(size, answers, batch)
@@ -375,7 +396,7 @@ class Session:
         size = self._half.logits_bytes(activation) if logits else 0
         if gradient:
             size += 2 * len(activation.packed.data)  # it may have come in half precision
-        return self._remembered_bytes + _COPIES_OF_ANSWER * size
+        return self._remembered_bytes + COPIES_OF_ANSWER * size
 
     def _answer_committed(self, answer: pb.CloudMessage) -> None:
         answer.committed.next_step = self.next_step

@@ -544,20 +544,22 @@ class StatusResponse(_message.Message):
     def __init__(self, package_version: _Optional[str] = ..., protocol_version: _Optional[int] = ..., device: _Optional[str] = ..., unix_seconds: _Optional[float] = ..., uptime_seconds: _Optional[float] = ..., caller: _Optional[str] = ..., sessions: _Optional[_Iterable[_Union[SessionStatus, _Mapping]]] = ..., max_sessions: _Optional[int] = ..., open_sessions: _Optional[int] = ..., session_timeout_seconds: _Optional[float] = ..., token_expires_unix_seconds: _Optional[float] = ..., stopping: bool = ..., limits: _Optional[_Union[CallerLimits, _Mapping]] = ..., missing_features: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class CallerLimits(_message.Message):
-    __slots__ = ("max_sessions", "max_split_rank", "models", "steps_per_second", "max_bytes_per_day", "max_upload_bytes")
+    __slots__ = ("max_sessions", "max_split_rank", "models", "steps_per_second", "max_bytes_per_day", "max_upload_bytes", "max_memory")
     MAX_SESSIONS_FIELD_NUMBER: _ClassVar[int]
     MAX_SPLIT_RANK_FIELD_NUMBER: _ClassVar[int]
     MODELS_FIELD_NUMBER: _ClassVar[int]
     STEPS_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
     MAX_BYTES_PER_DAY_FIELD_NUMBER: _ClassVar[int]
     MAX_UPLOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_MEMORY_FIELD_NUMBER: _ClassVar[int]
     max_sessions: int
     max_split_rank: int
     models: _containers.RepeatedScalarFieldContainer[str]
     steps_per_second: float
     max_bytes_per_day: int
     max_upload_bytes: int
-    def __init__(self, max_sessions: _Optional[int] = ..., max_split_rank: _Optional[int] = ..., models: _Optional[_Iterable[str]] = ..., steps_per_second: _Optional[float] = ..., max_bytes_per_day: _Optional[int] = ..., max_upload_bytes: _Optional[int] = ...) -> None: ...
+    max_memory: int
+    def __init__(self, max_sessions: _Optional[int] = ..., max_split_rank: _Optional[int] = ..., models: _Optional[_Iterable[str]] = ..., steps_per_second: _Optional[float] = ..., max_bytes_per_day: _Optional[int] = ..., max_upload_bytes: _Optional[int] = ..., max_memory: _Optional[int] = ...) -> None: ...
 
 class ProbeRequest(_message.Message):
     __slots__ = ("data", "reply_bytes")

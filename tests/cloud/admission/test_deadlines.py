@@ -50,6 +50,23 @@ def test_a_wait_that_fails_is_over_too(watch, clock):
     watch.look()
 
 
+@pytest.mark.parametrize(("seconds", "parts"), [(59.0, 1), (8.4, 60)])
+def test_what_comes_in_parts_has_to_keep_its_pace(watch, clock, seconds, parts):
+    """A part a minute is no pace; a link of 1 Mb/s has one."""
+    ended = []
+    with watch.keeps_pace("too slow", lambda: ended.append(clock.now)) as came:
+        for _ in range(60):
+            clock.now += seconds
+            watch.look()
+            if ended:
+                break
+            came(1 << 20)
+    assert ended == ([] if parts == 60 else [100.0 + (parts + 1) * seconds])
+    clock.now += 10_000
+    watch.look()
+    assert len(ended) == (parts != 60)
+
+
 def test_large_messages_have_longer(watch, clock):
     ended = []
     with watch.stalls("answers are not read", lambda: ended.append(1), size=8192 * 40):

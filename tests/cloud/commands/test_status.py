@@ -94,9 +94,11 @@ def test_nobody_sees_the_sessions_of_others_but_who_may(status, sessions):
 
 
 def test_the_caller_s_limits_and_the_end_of_its_token(status):
-    limits = Limits(max_sessions=2, models=("bert-*",), steps_per_second=1.5, max_bytes_per_day=10)
+    limits = Limits(max_sessions=2, models=("bert-*",), steps_per_second=1.5, max_bytes_per_day=10, max_memory=9)
     said = status.status(Identity("anna", limits, expires_unix_seconds=1_900_000_000.0))
-    expected = pb.CallerLimits(max_sessions=2, models=["bert-*"], steps_per_second=1.5, max_bytes_per_day=10)
+    expected = pb.CallerLimits(
+        max_sessions=2, models=["bert-*"], steps_per_second=1.5, max_bytes_per_day=10, max_memory=9
+    )
     assert said.limits == expected
     assert said.token_expires_unix_seconds == 1_900_000_000.0
 

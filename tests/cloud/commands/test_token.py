@@ -29,7 +29,8 @@ def file(tmp_path):
 
 def test_a_token_is_made_with_every_limit_and_printed_alone(run, file):
     flags = ["--max-sessions=2", "--max-split-rank=16", "--steps-per-second=0.5", "--max-bytes-per-day=1000000"]
-    flags += ["--max-upload-bytes=0", "--models", "bert-*", "gpt2", "--sees-all", "--expires=1d12h"]
+    flags += ["--max-upload-bytes=0", "--max-memory=5000", "--models", "bert-*", "gpt2", "--sees-all"]
+    flags += ["--expires=1d12h"]
     code, out, err = run("create", "--name", "alice", *flags)
     assert (code, len(out.splitlines())) == (0, 1)
     (token,) = file.read().values()
@@ -38,6 +39,7 @@ def test_a_token_is_made_with_every_limit_and_printed_alone(run, file):
     limits = token.limits
     assert (limits.max_sessions, limits.max_split_rank, limits.steps_per_second) == (2, 16, 0.5)
     assert (limits.max_bytes_per_day, limits.max_upload_bytes, limits.models) == (10**6, 0, ("bert-*", "gpt2"))
+    assert limits.max_memory == 5000
     assert err.startswith(f"token {token.id} of alice, good until ")
     assert out.strip() not in err
 

@@ -59,8 +59,8 @@ def test_what_comes_in_parts_is_charged_in_parts_and_given_back_once():
 
 
 def test_what_could_never_fit_is_told_so():
-    with pytest.raises(NoMemoryError, match=r"the logits would take 1 kB .* make it smaller"):
-        MemoryBudget(1000).charge(Kind.ANSWERS, 1001, "the logits")
+    with pytest.raises(NoMemoryError, match=r"the answer would take 1 kB .* make it smaller"):
+        MemoryBudget(1000).charge(Kind.ANSWERS, 1001)
 
 
 def test_a_charge_ends_with_its_owner():

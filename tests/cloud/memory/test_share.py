@@ -4,7 +4,8 @@ import gc
 
 import pytest
 
-from sft.errors import ProtocolError, ServerFullError
+from sft.errors import ServerFullError
+from sft_cloud.errors import NoMemoryError
 from sft_cloud.memory import MemoryBudget, MemoryShare
 
 
@@ -34,7 +35,7 @@ def test_a_session_that_could_never_fit_is_told_so():
 def test_a_batch_that_could_never_fit_is_told_so():
     share = MemoryShare(MemoryBudget(1000), 400)
     share.check(600)
-    with pytest.raises(ProtocolError, match="send smaller batches"):
+    with pytest.raises(NoMemoryError, match="send smaller batches"):
         share.check(601)
 
 

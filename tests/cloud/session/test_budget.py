@@ -2,6 +2,7 @@
 
 import gc
 import hashlib
+import re
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from support.calls import open_session as open_over_the_wire
 from support.calls import refusal
 from support.session_parts import DROPPED, gradients_of, weigh
 
-from sft.errors import ProtocolError, ServerFullError
+from sft.errors import ServerFullError
 from sft.tensors.stream import safetensors_chunks
 from sft.v1 import split_training_pb2 as pb
 from sft_cloud.engine.build import build, make_session
@@ -67,17 +68,31 @@ def test_a_batch_that_could_never_fit_is_refused_before_it_is_decoded(session, e
     leave(budget, 1000)
     monkeypatch.setattr(session._half, "decode", None)
     for message in (edge.forward(0), edge.unlabelled(0), edge.evaluate()):
-        with pytest.raises(ProtocolError, match="send smaller batches"):
-            session.handle(message)
+        assert "send smaller batches" in session.handle(message).step_skipped.reason
     assert session.next_step == 0
+
+
+def test_after_a_batch_that_could_never_fit_the_session_goes_on(session, edge, budget):
+    first = session.handle(edge.forward(0, 0))
+    total, budget.total_bytes = budget.total_bytes, 0
+    session.handle(edge.evaluate())
+    assert session._forwards == 1  # an evaluation undoes nothing
+    assert "send smaller" in session.handle(edge.forward(0, 1)).step_skipped.reason
+    assert gradients_of(session) == {}
+    budget.total_bytes = total
+    assert session.handle(edge.forward(0, 0)) == first
+    budget.total_bytes = 0
+    # What rides on such a message is done.
+    assert session.handle(edge.forward(1, commit=edge.commit_part(0))).HasField("step_skipped")
+    assert session.next_step == 1
 
 
 def test_a_few_bytes_cannot_ask_for_much(session, edge, budget):
     leave(budget, 10 << 20)
     packed = pb.Tensor(data_type=1, shape=[2000, edge.width], data=bytes(4 * 2000 * edge.width))
     activation = pb.Activation(packed=packed, lengths=[1] * 2000, padded_length=128)
-    with pytest.raises(ProtocolError, match=r"would take about (\d{3} M|[\d.]+ G)B"):
-        session.handle(edge.forward(0, activation=activation))
+    reason = session.handle(edge.forward(0, activation=activation)).step_skipped.reason
+    assert re.search(r"would take about (\d{3} M|[\d.]+ G)B", reason)
 
 
 def test_a_step_for_which_others_leave_no_memory_is_skipped(session, edge, budget):
@@ -120,11 +135,13 @@ def test_what_waits_counts_and_stays_its_session_s(session, edge, budget, way):
     session.handle(forward(1))
     assert budget.held()[Kind.SESSIONS] - with_one == one
     budget.total_bytes = begins_with + 2 * one + one // 2
-    with pytest.raises(ProtocolError, match="with what waits for a backward"):
-        session.handle(forward(2))
+    assert "with what waits for a backward" in session.handle(forward(2)).step_skipped.reason
+    budget.total_bytes = 1 << 30
+    session.handle(forward(0))
+    session.handle(forward(1))
     session.handle(weigh(0, (0, DROPPED), (1, DROPPED)))
     assert not session._micro_batches._sizes  # nothing stays of each, however long a step is
-    budget.total_bytes, held = 1 << 30, budget.held()[Kind.SESSIONS]
+    held = budget.held()[Kind.SESSIONS]
     session.handle(forward(2))  # in the place of what was let go
     assert budget.held()[Kind.SESSIONS] == held
 

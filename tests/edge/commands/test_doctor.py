@@ -110,9 +110,11 @@ def test_a_cloud_in_good_health() -> None:
 
 
 def test_what_a_token_allows() -> None:
-    limits = pb.CallerLimits(max_split_rank=16, models=["bert-*", "gpt2"], max_bytes_per_day=5_000_000_000)
+    limits = pb.CallerLimits(
+        max_split_rank=16, models=["bert-*", "x"], max_bytes_per_day=5 * 10**9, max_memory=9 * 10**6
+    )
     assert found_of(ExaminedCloud(limits=limits))["access"].found == (
-        "the server knows us as anna, who may use ranks up to 16, models like bert-* or gpt2, 5 GB a day"
+        "the server knows us as anna, who may use ranks up to 16, models like bert-* or x, 5 GB a day, 9 MB of memory"
     )
 
 

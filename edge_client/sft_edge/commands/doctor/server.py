@@ -88,6 +88,8 @@ def _limits(limits: pb.CallerLimits) -> str:
         told.append(f"{format_bytes(limits.max_bytes_per_day)} a day")
     if limits.max_upload_bytes:
         told.append(f"{format_bytes(limits.max_upload_bytes)} of uploads")
+    if limits.max_memory:
+        told.append(f"{format_bytes(limits.max_memory)} of memory")
     return ", ".join(told)
 
 
