@@ -38,11 +38,14 @@ def test_an_answer_that_was_sent_is_held_once(server, stub, edge, train):
         yield attach(session_id)
         yield message
         seen.append(held(server))
+        yield message
 
     answers = train(messages())
     next(answers)
     answer = next(answers)
     assert held(server) >= 4 * (answer.ByteSize() - 20)  # before it had its number, and its seconds
+    assert next(answers) == answer  # from memory
+    assert held(server) == 3 * answer.ByteSize()
     assert list(answers) == []
     assert seen == [held(server)] == [answer.ByteSize()]
 
