@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import signal
 from pathlib import Path
+from typing import Iterator
 
 import pytest
 
@@ -26,6 +28,16 @@ def pytest_configure(config: pytest.Config) -> None:
 
     os.environ["OMP_NUM_THREADS"] = "1"  # what the processes that tests start inherit
     torch.set_num_threads(1)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """What the imports leave stays until the end: the garbage collector would look at all of it again and again."""
+    gc.disable()
+    yield
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")
