@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -105,6 +107,23 @@ def at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], obje
                     left.pop()()
 
             monkeypatch.setattr(system, "update", update)
+
+    return install
+
+
+@pytest.fixture
+def at_call(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """`at_call(4, module, "function", act)` calls `act` in front of the fourth call of that function."""
+
+    def install(call: int, module: Any, place: str, act: Callable[[], object]) -> None:
+        real, calls = getattr(module, place), itertools.count(1)
+
+        def acting(*arguments):
+            if next(calls) == call:
+                act()
+            return real(*arguments)
+
+        monkeypatch.setattr(module, place, acting)
 
     return install
 

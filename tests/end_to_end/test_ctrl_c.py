@@ -60,19 +60,12 @@ def test_ctrl_c_anywhere_in_a_step(
     model: Path,
     first_steps: Callable[..., dict[str, torch.Tensor]],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    at_call: Callable[..., None],
     module: Any,
     place: str,
 ) -> None:
     """After the commit was handed to the link, before a micro-batch is sent, and after it was answered."""
-    real, calls = getattr(module, place), iter(range(1, 1000))
-
-    def interrupted(*arguments):
-        if next(calls) == 4:
-            interrupt()
-        return real(*arguments)
-
-    monkeypatch.setattr(module, place, interrupted)
+    at_call(4, module, place, interrupt)
     assert failing()[0] == 130
     steps = read_json(tmp_path / "out" / "trainer_state.json")["global_step"]
     assert steps == (4 if place == "scale_gradients" else 3)

@@ -32,24 +32,18 @@ def test_anywhere(
     model: Path,
     first_steps: Callable[..., dict[str, torch.Tensor]],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    at_call: Callable[..., None],
     module: Any,
     place: str,
     steps: int,
 ) -> None:
     """Before the commit, before a micro-batch is sent, after it was answered; and in the evaluation at the end."""
-    real, fired, calls = getattr(module, place), [], iter(range(1, 1000))
 
-    def failing_once(*arguments):
-        if next(calls) == (1 if place == "decode_logits" else 4):
-            fired.append(place)
-            raise IndexError("of nobody's making")
-        return real(*arguments)
+    def fail() -> None:
+        raise IndexError("of nobody's making")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(module, place, failing_once)
-        code, line = failing(max_steps=5)
-    assert fired == [place]
+    at_call(1 if place == "decode_logits" else 4, module, place, fail)
+    code, line = failing(max_steps=5)
     assert code == 1
     assert "IndexError: of nobody's making" in line
     assert line.endswith(f"the model as of step {steps} is in {tmp_path / 'out'}")
