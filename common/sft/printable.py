@@ -19,7 +19,8 @@ def printable(text: str) -> str:
 
 def told_by(error: BaseException, limit: int = 300) -> str:
     """What a library's error says, in one line: its first line alone is often no more than a title."""
-    return printable(str(error))[:limit] or type(error).__name__
+    text = f"there is no {error}" if isinstance(error, KeyError) and error.args else str(error)
+    return printable(text)[:limit] or type(error).__name__
 
 
 def said(text: str) -> str:

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from sft.printable import MAX_SECONDS, MAX_TEXT, finite, format_bytes, format_seconds, printable, tidied
+from sft.printable import MAX_SECONDS, MAX_TEXT, finite, format_bytes, format_seconds, printable, tidied, told_by
 from sft.v1 import split_training_pb2 as pb
 
 
@@ -24,6 +24,12 @@ from sft.v1 import split_training_pb2 as pb
 )
 def test_texts(text: str, shown: str) -> None:
     assert printable(text) == shown
+
+
+def test_what_a_library_says_is_said_so_that_it_can_be_understood() -> None:
+    assert told_by(ValueError("no\n\tsense")) == printable("no\n\tsense")
+    assert told_by(KeyError("gelu_9")) == "there is no 'gelu_9'"
+    assert told_by(KeyError()) == "KeyError"
 
 
 def test_numbers() -> None:

@@ -142,6 +142,9 @@ def in_process_cloud() -> Transport:
     return CloudInProcess()
 
 
+TWO_STACKS = "SFT_TEST_CLOUD" in os.environ
+"""Edge and cloud round differently."""
+
 EPS = 1e-3
 """Of Adam and its like: a gradient of nothing but rounding, as that of a key's bias, must not become a whole step."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any, Dict, Optional
 
 import torch
@@ -53,7 +54,10 @@ def check_wrappers(model: nn.Module) -> None:
 def check_eager() -> None:
     """Raises UsageError where a cut model's forward is being compiled, by whatever has wrapped it since."""
     compiler: Any = torch.compiler
-    is_compiling = getattr(compiler, "is_compiling", None)  # older releases do not tell
+    # Older releases say it elsewhere, which takes seconds to import, and is there when something is being compiled.
+    is_compiling = getattr(compiler, "is_compiling", None) or getattr(
+        sys.modules.get("torch._dynamo"), "is_compiling", None
+    )
     if is_compiling is not None and is_compiling():
         compiler.disable(_refuse)()  # a compiler would take the error of a traced call for a reason to go on uncompiled
 

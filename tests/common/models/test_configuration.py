@@ -22,7 +22,7 @@ def test_a_default_is_written_down() -> None:
     assert json.loads(config_text(BertConfig()))["hidden_size"] == 768
 
 
-@pytest.mark.parametrize("model_type", sorted(_FAMILIES))
+@pytest.mark.parametrize("model_type", sorted(CONFIG_MAPPING.keys() & _FAMILIES.keys()))  # old releases know fewer
 def test_nothing_that_is_for_people_leaves_and_the_model_is_the_same(model_type: str) -> None:
     config = CONFIG_MAPPING[model_type](
         id2label={0: "secret-1", 1: "secret-2", 2: "secret-3"},

@@ -6,7 +6,7 @@ from typing import Any, Callable, Dict, List
 
 import pytest
 import torch
-from support.script import EPS, adamw, assert_same_training, batches, sgd, tiny_model
+from support.script import EPS, TWO_STACKS, adamw, assert_same_training, batches, sgd, tiny_model
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -284,7 +284,8 @@ def test_autocast(travels: bool) -> None:
             loss.backward()
             optimizer.step()
 
-    assert_same_training(script, sgd, tolerance=1e-3)  # one rounding to bfloat16 is 4e-3 of a gradient
+    # One rounding to bfloat16 is 4e-3 of a gradient.
+    assert_same_training(script, sgd, tolerance=2e-3 if TWO_STACKS else 1e-3)
 
 
 @pytest.mark.parametrize("frozen", ["encoder.layer.0", "encoder.layer.1.output", "encoder.layer.2", "bert."])

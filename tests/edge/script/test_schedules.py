@@ -7,7 +7,7 @@ from typing import Any, Dict, List, Tuple
 
 import pytest
 import torch
-from support.script import assert_same_training, batches, tiny_model, wrap
+from support.script import EPS, TWO_STACKS, assert_same_training, batches, tiny_model, wrap
 
 from sft.errors import UsageError
 
@@ -21,12 +21,12 @@ SCHEDULES: List[Tuple[str, Settings, List[Settings]]] = [
     (S, {"momentum": 0.9, "nesterov": True}, [{"momentum": 0.0}, {}, {"momentum": 0.9}]),
     (S, {"momentum": 0.9, "dampening": 0.5}, [{"dampening": 0}, {"nesterov": True}, {"nesterov": False}]),
     (S, {"weight_decay": 0}, [{"weight_decay": 0.1}, {"maximize": True}, {"weight_decay": 0.0, "maximize": False}]),
-    ("Adam", {}, [{"betas": (0.5, 0.9)}, {"eps": 1e-4}, {"betas": [0.8, 0.99], "weight_decay": 0.1}]),
-    ("AdamW", {"amsgrad": True}, [{"amsgrad": False}, {"amsgrad": True}, {"eps": 1e-3}]),
-    ("NAdam", {}, [{"momentum_decay": 1e-3}, {"betas": (0.5, 0.9)}, {}]),
-    ("RMSprop", {"centered": True}, [{"centered": False}, {"centered": True}, {"alpha": 0.5}]),
-    ("RMSprop", {"momentum": 0.5}, [{"momentum": 0.0}, {"momentum": 0.9}, {}]),
-    ("Adagrad", {}, [{"lr_decay": 0.1}, {"eps": 1e-3}, {}]),
+    ("Adam", {"eps": EPS}, [{"betas": (0.5, 0.9)}, {"eps": 1e-2}, {"betas": [0.8, 0.99], "weight_decay": 0.1}]),
+    ("AdamW", {"amsgrad": True, "eps": EPS}, [{"amsgrad": False}, {"amsgrad": True}, {"eps": 1e-2}]),
+    ("NAdam", {"eps": EPS}, [{"momentum_decay": 1e-3}, {"betas": (0.5, 0.9)}, {}]),
+    ("RMSprop", {"centered": True, "eps": 1e-2}, [{"centered": False}, {"centered": True}, {"alpha": 0.5}]),
+    ("RMSprop", {"momentum": 0.5, "eps": 1e-2}, [{"momentum": 0.0}, {"momentum": 0.9}, {}]),
+    ("Adagrad", {"eps": EPS}, [{"lr_decay": 0.1}, {"eps": 1e-2}, {}]),
     ("Adadelta", {}, [{"rho": 0.5}, {"eps": 1e-3}, {}]),
     ("ASGD", {}, [{"lambd": 1e-3}, {"alpha": 0.5}, {"weight_decay": 0.1}]),
     ("Rprop", {}, [{"etas": (0.4, 1.1)}, {"step_sizes": (1e-5, 10.0)}, {}]),
@@ -42,6 +42,8 @@ def test_a_schedule_over_settings_of_sgd(name: str, begins: Settings, changes: L
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "begins", "changes"), SCHEDULES[6:], ids=lambda value: str(value)[:60])
 def test_a_schedule_over_settings_of_others(name: str, begins: Settings, changes: List[Settings]) -> None:
+    if name == "Rprop" and TWO_STACKS:
+        pytest.skip("Rprop goes by signs, also of gradients that are nothing but rounding")
     check(name, begins, changes, "own")
 
 
