@@ -270,6 +270,8 @@ def quotas(table: Table, tls: Server, certificates: Certificates, edge: TinyEdge
     table.add("six calls at a time, of five", "RESOURCE_EXHAUSTED", calls)
     for held in holds:
         held.end()
+    small = caller("small", max_memory=100_000)
+    table.add("a session of 230 kB, of 100 kB of memory", "RESOURCE_EXHAUSTED", lambda: opened(small, edge))
     ranked = caller("ranked", max_split_rank=2)
     table.add("rank 4, of at most 2", "PERMISSION_DENIED", lambda: ranked.OpenSession(edge.request(), timeout=10))
     picky = caller("picky", models=("bert-*",))

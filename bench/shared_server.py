@@ -1,4 +1,4 @@
-"""A server that tenants share, in the memory of a small container, while five of them want all of it.
+"""A server that tenants share, in the memory of a small container, while six of them want all of it.
 
     python bench/shared_server.py                  # five minutes; needs root, for a control group
     python bench/shared_server.py --seconds 30 --only A2,A5

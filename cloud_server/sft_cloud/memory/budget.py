@@ -215,7 +215,7 @@ class MemoryBudget:
                 f" beside the {format_bytes(holds)} that you hold, and your token is for {format_bytes(limit)} of the "
                 "server's memory (--max-memory): end something of yours"
             )
-        if more <= left:
+        if more <= left and limit is None and self._is_shared():
             return (
                 f" beside the {format_bytes(holds)} that you hold, and the {format_bytes(left)} of the server's memory "
                 "that are left are kept for others: end something of yours, or try again later"

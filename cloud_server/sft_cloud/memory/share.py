@@ -64,17 +64,14 @@ class MemoryShare:
         """From now on the session takes `size` beside what it began with, and so much for answers; computing takes
         `batch` besides, for which there is one room for all sessions.
 
-        What it had of both before it has again, whatever others take. Raises MemoryError if the rest is not there.
+        What it had of both before it has again, whatever others take. Raises NoMemoryError if the rest is not there.
         """
-        try:
-            self._answers.resize(answers)
-        except NoMemoryError as error:
-            raise MemoryError(str(error)) from error
+        self._answers.resize(answers)
         waits = max(size, self._waited)
         if not self._held.has_room(batch):
-            raise MemoryError(self._held.refusal("this batch", batch))
+            raise NoMemoryError(self._held.refusal("this batch", batch))
         if not self._held.resize(self._fixed + waits):
-            raise MemoryError(self._held.refusal("what waits for a backward()", waits - self._waited))
+            raise NoMemoryError(self._held.refusal("what waits for a backward()", waits - self._waited))
 
     def settle(self, size: int, answers: int = 0) -> None:
         """As `hold`, for what is taken already."""

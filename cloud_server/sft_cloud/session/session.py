@@ -144,10 +144,11 @@ class Session:
                 if pieces is not None:
                     yield from pieces
             except Exception as error:
-                if body not in ("forward", "backward") or not is_out_of_memory(error):
+                refused = isinstance(error, NoMemoryError)
+                if body not in ("forward", "backward") or not (refused or is_out_of_memory(error)):
                     raise
                 self._undo_step()
-                answer.step_skipped.reason = _NO_MEMORY
+                answer.step_skipped.reason = f"the cloud is out of memory: {error}" if refused else _NO_MEMORY
         finally:
             answers = remembered_bytes + COPIES_OF_ANSWER * answer.ByteSize()
             self._memory.settle(self._micro_batches.waiting_bytes(), answers)
@@ -385,7 +386,7 @@ class Session:
     def _hold_now(self, size: int, answers: int = 0, batch: int = 0) -> None:
         try:
             self._memory.hold(size, answers, batch)
-        except MemoryError as error:
+        except NoMemoryError as error:
             raise NoMemoryError(f"there is no memory for this now: {error}") from error
 
     def _cast_bytes(self, autocast: pb.DataType) -> int:

@@ -40,6 +40,8 @@ def test_half_of_a_message_is_charged_and_ended_like_any_stall(start_server, raw
     server = start_server()
     call = raw(server.address, "Train", never(part(total=SIZE), part()))
     server.deadlines._waits.come("no next part", so_far=2)
+    reasons = {wait.reason for wait in server.deadlines._waits.values()}
+    assert reasons == {"no next part", "a message comes too slowly"}
     assert server.memory.held()[Kind.MESSAGES] == 2 * PART_BYTES
     server.deadlines._clock = lambda: time.monotonic() + 61
     server.deadlines.look()

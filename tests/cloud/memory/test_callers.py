@@ -33,10 +33,7 @@ def grows(**what):
             shares[budget, caller] = MemoryShare(budget, PIECE, caller), dict.fromkeys(what, 0)
         share, sizes = shares[budget, caller]
         sizes.update({name: sizes[name] + PIECE for name in what})
-        try:
-            share.hold(sizes.get("size", 0), sizes.get("answers", 0), sizes.get("batch", 0))
-        except MemoryError as error:
-            raise NoMemoryError(str(error)) from error
+        share.hold(sizes.get("size", 0), sizes.get("answers", 0), sizes.get("batch", 0))
         return share
 
     return take

@@ -20,7 +20,7 @@ def test_sessions_share_what_there_is():
     with pytest.raises(ServerFullError, match="try again when another session has ended"):
         MemoryShare(budget, 200)
     first.hold(100, 0)
-    with pytest.raises(MemoryError):
+    with pytest.raises(NoMemoryError):
         first.hold(101, 0)
     first.hold(50, 0)
     assert budget.held_bytes == 950
@@ -68,7 +68,7 @@ def test_one_room_is_for_the_batches_of_all():
     others = MemoryShare(budget, 500)
     first.hold(0, batch=300)
     second.hold(0, batch=300)
-    with pytest.raises(MemoryError):
+    with pytest.raises(NoMemoryError):
         second.hold(0, batch=301)
     others.release()
     second.hold(0, batch=301)
