@@ -61,7 +61,13 @@ class SplitOptions:
     """For `residual="low-rank"`: a few batches as the model takes them, to which the low rank is fitted."""
 
     wire_dtype: str = "float32"
-    """Type of activations and gradients on the wire: `float32`, `bfloat16` or `float16`."""
+    """Type of tensors on the wire, where `codec` says nothing of them: `float32`, `bfloat16` or `float16`."""
+
+    codec: Optional[str] = None
+    """How activations are written on the wire: one of those, or `int8` or `int4` with a scale for every 64 elements."""
+
+    gradient_codec: Optional[str] = None
+    """How their gradients are, which come back; None is as `codec`. `int8` and `int4` round them by chance."""
 
     connect_timeout_seconds: float = 20.0
     """How long to look for the server."""
@@ -179,6 +185,8 @@ class SFTOptimizer(torch.optim.Optimizer):
         residual: str = "none",
         calibration: Optional[Iterable[Dict[str, torch.Tensor]]] = None,
         wire_dtype: str = "float32",
+        codec: Optional[str] = None,
+        gradient_codec: Optional[str] = None,
         connect_timeout_seconds: float = 20.0,
         reply_timeout_seconds: float = 600.0,
         reconnect_timeout_seconds: float = 1800.0,

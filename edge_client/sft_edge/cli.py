@@ -62,7 +62,7 @@ def export(prog: str, argv: List[str]) -> int:
 def verify(prog: str, argv: List[str]) -> int:
     """show that split training computes what one process computes"""
     options = parse((VerifyOptions, OptimizerOptions, LinkOptions), argv, prog, verify.__doc__)
-    from sft_edge.commands.verify import verify_and_report
+    from sft_edge.commands.verify.verify import verify_and_report
 
     verify_and_report(*options)
     return 0

@@ -64,6 +64,15 @@ def test_half_the_bytes(cloud: str, wire_dtype: str) -> None:
         assert_same(model.state_dict(), reference, tolerance=5e-3)
 
 
+def test_codecs(cloud: str) -> None:
+    model = tiny_model()
+    reference = one_machine(model, Cut("sft", 2, 4))
+    train(reference, sgd(reference), False)
+    with wrap(model, sgd(model), server=cloud, codec="int4", gradient_codec="int8") as optimizer:
+        train(model, optimizer, False)
+        assert_same(model.state_dict(), reference, tolerance=2e-2)
+
+
 def test_labels_that_stay_are_in_no_message(cloud: str) -> None:
     model, wire = tiny_model(num_labels=1), Wire(GrpcTransport(cloud))
     label = -7351.28125  # exactly a float32, and like no number that training comes by

@@ -10,6 +10,7 @@ import pytest
 from support.jobs import error_line, flags
 from support.tiny import FAMILIES, make_tiny_model, tiny_config
 
+from sft.wire.codec.elements import codecs_named
 from sft_cloud.session.session import Session
 from sft_edge.cli import main
 from sft_edge.systems.split import SplitSystem
@@ -45,6 +46,8 @@ def verify(cloud: str, model: Path, capsys: pytest.CaptureFixture[str]) -> Calla
     [
         {},
         {"mode": "sl"},
+        {"codec": "int8"},
+        {"codec": "int4", "gradient_codec": "int8", "mode": "sl", "gradient_accumulation_steps": 2},
         {"problem_type": "regression"},
         {"problem_type": "multi_label_classification"},
         {"head": "question-answering"},
@@ -116,6 +119,23 @@ def test_decoders(
     code, report, _ = verify(**options, labels=labels, steps=3, gradient_accumulation_steps=2)
     assert (code, report["max_parameter_difference"]) == (0, 0.0)
     assert report["max_loss_difference"] == pytest.approx(0.0, abs=1e-7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bert"])
+@pytest.mark.parametrize("mode", ["sft", "sl"])
+@pytest.mark.parametrize("codec", ["bfloat16", "float16", "int8", "int4"])
+def test_codecs(
+    verify: Callable[..., tuple[int, dict, str]], tmp_path: Path, family: str, mode: str, codec: str
+) -> None:
+    """One process that writes and reads likewise what is cut there."""
+    tiny_config(family, layers=3).save_pretrained(tmp_path)
+    options = {"model": None, "from_config": tmp_path / "config.json", "mode": mode, "codec": codec}
+    head = "sequence-classification" if family == "bert" else "causal-lm"
+    code, report, _ = verify(**options, head=head, steps=3, gradient_accumulation_steps=2)
+    assert (code, report["max_parameter_difference"]) == (0, 0.0)
+    code, plain, _ = verify(**{**options, "codec": "float32"}, head=head, steps=3, gradient_accumulation_steps=2)
+    assert plain["last_loss"] != report["last_loss"]
 
 
 def test_what_both_halves_hold_is_downloaded_once(verify: Callable[..., tuple[int, dict, str]], tmp_path: Path) -> None:
@@ -224,10 +244,10 @@ def test_half_precision_is_found_out(
     verify: Callable[..., tuple[int, dict, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What float32 on the wire promises, sixteen bits do not hold."""
-    from sft_edge.commands import verify as verify_module
+    from sft_edge.commands.verify import verify as verify_module
 
     def halve_for_half_precision(*arguments, halve=verify_module.halve, **named):
-        return halve(*arguments, wire_dtype="bfloat16", **named)
+        return halve(*arguments[:-1], codecs_named("bfloat16"), **named)
 
     monkeypatch.setattr(verify_module, "halve", halve_for_half_precision)
     code, report, _ = verify()

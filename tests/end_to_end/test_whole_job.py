@@ -265,6 +265,15 @@ def test_half_the_bytes(job: Job, model: Path, train: Callable[..., Path], wire_
     assert half["train_loss"] == pytest.approx(full["train_loss"], abs=0.01)
 
 
+def test_codecs(job: Job, model: Path, train: Callable[..., Path]) -> None:
+    """Of rank 4: a byte for the scale, and half a byte or a byte for each element."""
+    full = read_json(train(job, model=model, max_steps=3) / "all_results.json")
+    coded = read_json(train(job, model=model, max_steps=3, codec="int4", gradient_codec="int8") / "all_results.json")
+    assert 16 * coded["wire_payload_bytes_sent"] == 3 * full["wire_payload_bytes_sent"]
+    assert 16 * coded["wire_payload_bytes_received"] == 5 * full["wire_payload_bytes_received"]
+    assert coded["train_loss"] == pytest.approx(full["train_loss"], abs=0.05)
+
+
 def test_evaluation_in_between_and_tensorboard(
     job: Job, model: Path, train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,6 +13,7 @@ from support.proxy import TcpProxy
 
 from sft.v1 import split_training_pb2 as pb
 from sft.v1.split_training_pb2_grpc import SplitTrainingServicer, add_SplitTrainingServicer_to_server
+from sft.wire.codec.rows import CODES
 from sft.wire.protocol import SERVER_OPTIONS
 from sft_edge.link.grpc_transport import GrpcTransport
 
@@ -44,6 +45,7 @@ class ScriptedCloud(SplitTrainingServicer):
         self.weights = WEIGHTS
         """What a download gives, in parts."""
         self.requests: List[pb.OpenSessionRequest] = []
+        self.codecs = list(CODES)
         self.ended_properly = threading.Event()
         """A stream was ended by the edge, in order."""
         self.ended = threading.Event()
@@ -59,8 +61,8 @@ class ScriptedCloud(SplitTrainingServicer):
             context.abort(*self.open_error)
         missing = [sha256 for sha256 in self.wanted if sha256 not in self.blobs]
         if missing:
-            return pb.OpenSessionResponse(missing_blobs=missing)
-        return pb.OpenSessionResponse(session_id="s1", device="cpu")
+            return pb.OpenSessionResponse(missing_blobs=missing, codecs=self.codecs)
+        return pb.OpenSessionResponse(session_id="s1", device="cpu", codecs=self.codecs)
 
     def UploadBlob(
         self, request_iterator: Iterator[pb.UploadBlobRequest], context: grpc.ServicerContext

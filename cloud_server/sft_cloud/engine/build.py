@@ -169,7 +169,7 @@ def _make_session(
         parameter.requires_grad_(parameter.requires_grad and name in trained)
     yield
     merges = not any(is_adapter(tensor.name) for tensor in tensors)
-    half = TransformersUpperHalf(net_2, spec.config, spec.data_type, merges, _batch_memory(spec, net_2))
+    half = TransformersUpperHalf(net_2, spec.config, spec.codecs.gradient, merges, _batch_memory(spec, net_2))
     return Session(half, optimizer, spec.seed, find_blob, share)
 
 

@@ -21,7 +21,7 @@ from sft.optim.spec import OptimizerSpec, spec_from_proto
 from sft.tensors.manifest import is_run_id
 from sft.v1 import split_training_pb2 as pb
 from sft.version import __version__
-from sft.wire.codec.elements import DATA_TYPES
+from sft.wire.codec.elements import Codecs, codecs_of
 from sft.wire.cut import cut_from_proto, head_from_proto
 from sft.wire.protocol import PROTOCOL_VERSION
 from sft_cloud.errors import PreconditionError, is_out_of_memory
@@ -64,7 +64,7 @@ class SessionSpec:
     factors_sha256: str
     """Empty for `sl`."""
     optimizer: OptimizerSpec
-    data_type: pb.DataType
+    codecs: Codecs
     lora: LoraSpec | None
     """None where net_2 is trained whole."""
 
@@ -90,8 +90,7 @@ def check_request(request: pb.OpenSessionRequest) -> SessionSpec:
     if not re.fullmatch(r"([\w.-]+(/[\w.-]+)?)?", request.model_name, re.ASCII) or ".." in request.model_name:
         raise ProtocolError(f"model_name {request.model_name[:80]!r} is neither a hub id nor the name of a directory")
     head, cut = head_from_proto(request.head), cut_from_proto(request.cut)
-    if request.wire_data_type not in DATA_TYPES.values():
-        raise ProtocolError(f"unknown wire_data_type {int(request.wire_data_type)}")
+    codecs = codecs_of(request)
     if request.run_id and not is_run_id(request.run_id):
         raise ProtocolError("run_id must be 32 lower-case hexadecimal digits")
     # A run that goes on has its weights on the cloud.
@@ -116,7 +115,7 @@ def check_request(request: pb.OpenSessionRequest) -> SessionSpec:
         weights_sha256=request.weights_sha256,
         factors_sha256=request.factors_sha256,
         optimizer=spec_from_proto(request.optimizer),
-        data_type=request.wire_data_type,
+        codecs=codecs,
         lora=lora_from_json(request.lora_json) if request.lora_json else None,
     )
 

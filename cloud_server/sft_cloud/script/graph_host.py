@@ -16,7 +16,7 @@ from sft.errors import CutError, ProtocolError, UsageError
 from sft.graphs.cut import GraphCut, cut
 from sft.tensors.stream import StoredTensor, in_memory
 from sft.v1 import split_training_pb2 as pb
-from sft.wire.codec.elements import MAX_DIMENSIONS, decode_tensor, encode_tensor
+from sft.wire.codec.elements import MAX_DIMENSIONS, codecs_of, decode_tensor, encode_tensor
 from sft.wire.cut import layer_cut_to_proto
 from sft.wire.protocol import MAX_MESSAGE_BYTES
 from sft_cloud.script.hosted_model import HostedModel, check_same_cut
@@ -48,17 +48,17 @@ class GraphHost(HostedModel):
     def make_half(self, request: pb.OpenSessionRequest) -> UpperHalf:
         """See HostedModel."""
         check_same_cut(request, layer_cut_to_proto(self.layer_name, self._cut.split_rank))
-        return GraphHalf(self._cut, {**self.tensors, **self.factors}, request.wire_data_type)
+        return GraphHalf(self._cut, {**self.tensors, **self.factors}, codecs_of(request).gradient)
 
 
 class GraphHalf:
     """Net_2 of a module, as a session takes it."""
 
-    def __init__(self, graph_cut: GraphCut, tensors: dict[str, Tensor], data_type: pb.DataType) -> None:
+    def __init__(self, graph_cut: GraphCut, tensors: dict[str, Tensor], gradient_codec: pb.DataType) -> None:
         """`graph_cut` of a model that is net_2 already; `tensors` that a download holds."""
         self._cut = graph_cut
         self._tensors = tensors
-        self._data_type = data_type
+        self._gradient_codec = gradient_codec
         self._largest = 0  # numbers of the largest activation so far
         self._bytes_per_number = 0.0  # that it took
 
@@ -133,7 +133,7 @@ class GraphHalf:
 
     def encode_gradient(self, gradient: Tensor, given: Given) -> pb.Tensor:
         """See UpperHalf."""
-        return encode_tensor(gradient, self._data_type)
+        return encode_tensor(gradient, self._gradient_codec, given.rounding)
 
     def decode_output_gradient(self, message: pb.Tensor, outputs: Tensor, given: Given) -> Tensor:
         """See UpperHalf."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from sft.errors import ProtocolError, ServerFullError
 from sft.tensors.stream import in_memory, sha256_of
 from sft.v1 import split_training_pb2 as pb
-from sft.wire.codec.elements import DATA_TYPES
+from sft.wire.codec.elements import codecs_of
 from sft_cloud.engine import Gone, Run, check_version
 from sft_cloud.errors import PreconditionError
 from sft_cloud.identity import Identity
@@ -56,8 +56,7 @@ class ScriptOpener:
         if request.resume_from:
             raise PreconditionError("a script's cloud keeps no checkpoints; save the optimizer's state_dict instead")
         self._check_free()
-        if request.wire_data_type not in DATA_TYPES.values():
-            raise ProtocolError(f"unknown wire_data_type {int(request.wire_data_type)}")
+        codecs_of(request)
         store = self._store.of(owner)
         half = run(lambda: self._hosted.make_half(request))
         self._check_groups(request.optimizer)

@@ -31,6 +31,8 @@ from sft.optim.spec import set_learning_rates
 from sft.optim.state import live_state, state_bytes
 from sft.tensors.stream import StoredTensor
 from sft.v1 import split_training_pb2 as pb
+from sft.wire.codec.elements import MAX_DIMENSIONS
+from sft.wire.codec.rows import rounding_of
 from sft_cloud.errors import NoMemoryError, PreconditionError, is_out_of_memory
 from sft_cloud.memory import MemoryShare
 from sft_cloud.session.commit import apply_group_arguments, check_commit, groups_after, take_step
@@ -273,7 +275,8 @@ class Session:
         except NoMemoryError as error:
             return self._skips(str(error))
         answers = self._answer_bytes(forward.activation, not has_labels or forward.want_logits, has_labels)
-        given = self._half.decode(forward.activation)
+        rounding = rounding_of(self._seed, message.step, message.micro_batch)
+        given = self._half.decode(forward.activation)._replace(rounding=rounding)
         labels = self._half.decode_labels(forward.labels, given) if has_labels else {}
         if not has_labels or forward.want_logits:
             self._half.check_outputs(forward.activation)
@@ -396,7 +399,7 @@ class Session:
         """What answers take with one of these to it, while it is made and sent."""
         size = self._half.logits_bytes(activation) if logits else 0
         if gradient:
-            size += 2 * len(activation.packed.data)  # it may have come in half precision
+            size += 4 * math.prod(activation.packed.shape[:MAX_DIMENSIONS])
         return self._remembered_bytes + COPIES_OF_ANSWER * size
 
     def _answer_committed(self, answer: pb.CloudMessage) -> None:

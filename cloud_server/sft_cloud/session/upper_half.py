@@ -41,6 +41,9 @@ class Given(NamedTuple):
     lengths: list[int]
     """Tokens of each sequence; empty for a model of a script."""
 
+    rounding: int = 0
+    """The seed of what is drawn where its gradient is rounded by chance."""
+
 
 class UpperHalf(Protocol):
     """A net_2. It checks what it finds in messages, before anything is computed."""
@@ -105,18 +108,18 @@ class TransformersUpperHalf:
         self,
         net_2: Net2,
         config: PretrainedConfig,
-        data_type: pb.DataType,
+        gradient_codec: pb.DataType,
         merges: bool = True,
         batch_memory: BatchMemory = UNKNOWN,
     ) -> None:
-        """`net_2` filled and on its device; `data_type` of activations and gradients on the wire.
+        """`net_2` filled and on its device; `gradient_codec`: how gradients by the activation are written.
 
         `merges`: whether adapters are merged in what is downloaded; `batch_memory`: as `sft_cloud.session.memory`
         measured it.
         """
         self.net_2 = net_2
         self._config = config
-        self._data_type = data_type
+        self._gradient_codec = gradient_codec
         self._merges = merges
         self._batch_memory = batch_memory
 
@@ -188,7 +191,7 @@ class TransformersUpperHalf:
 
     def encode_gradient(self, gradient: Tensor, given: Given) -> pb.Tensor:
         """See UpperHalf."""
-        return encode_tensor(pack(gradient, given.lengths), self._data_type)
+        return encode_tensor(pack(gradient, given.lengths), self._gradient_codec, given.rounding)
 
     def decode_output_gradient(self, message: pb.Tensor, outputs: Tensor, given: Given) -> Tensor:
         """See UpperHalf."""

@@ -148,6 +148,15 @@ def matrix_of(w: Any) -> Tensor:
     return turned
 
 
+def last_of_edge(net: Whole, cut: Cut) -> nn.Module:
+    """Of a model in one piece that `build_whole` has cut: the module whose output would cross the wire."""
+    if cut.mode == "sft":
+        (layer,) = [module for module in net.modules() if isinstance(module, SplitLayer)]
+        return layer.get_submodule("ffn1")
+    block: nn.Module = blocks_of(net.model.base_model, net.family)[cut.split_layer - 1]
+    return block
+
+
 def blocks_of(base: Any, family: Family) -> Any:
     """The list of a base model's blocks."""
     return base.get_submodule(family.blocks)

@@ -12,6 +12,8 @@ class DataType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     DATA_TYPE_FLOAT32: _ClassVar[DataType]
     DATA_TYPE_BFLOAT16: _ClassVar[DataType]
     DATA_TYPE_FLOAT16: _ClassVar[DataType]
+    DATA_TYPE_INT8: _ClassVar[DataType]
+    DATA_TYPE_INT4: _ClassVar[DataType]
 
 class Head(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -35,6 +37,8 @@ DATA_TYPE_UNSPECIFIED: DataType
 DATA_TYPE_FLOAT32: DataType
 DATA_TYPE_BFLOAT16: DataType
 DATA_TYPE_FLOAT16: DataType
+DATA_TYPE_INT8: DataType
+DATA_TYPE_INT4: DataType
 HEAD_UNSPECIFIED: Head
 HEAD_SEQUENCE_CLASSIFICATION: Head
 HEAD_QUESTION_ANSWERING: Head
@@ -113,7 +117,7 @@ class Optimizer(_message.Message):
     def __init__(self, name: _Optional[str] = ..., groups: _Optional[_Iterable[_Union[ParameterGroup, _Mapping]]] = ...) -> None: ...
 
 class OpenSessionRequest(_message.Message):
-    __slots__ = ("protocol_version", "package_version", "model_name", "config_json", "head", "cut", "seed", "weights_sha256", "factors_sha256", "optimizer", "wire_data_type", "lora_json", "request_id", "run_id", "resume_from", "only_check")
+    __slots__ = ("protocol_version", "package_version", "model_name", "config_json", "head", "cut", "seed", "weights_sha256", "factors_sha256", "optimizer", "wire_data_type", "lora_json", "request_id", "run_id", "resume_from", "only_check", "activation_codec", "gradient_codec")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     PACKAGE_VERSION_FIELD_NUMBER: _ClassVar[int]
     MODEL_NAME_FIELD_NUMBER: _ClassVar[int]
@@ -130,6 +134,8 @@ class OpenSessionRequest(_message.Message):
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     RESUME_FROM_FIELD_NUMBER: _ClassVar[int]
     ONLY_CHECK_FIELD_NUMBER: _ClassVar[int]
+    ACTIVATION_CODEC_FIELD_NUMBER: _ClassVar[int]
+    GRADIENT_CODEC_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     package_version: str
     model_name: str
@@ -146,7 +152,9 @@ class OpenSessionRequest(_message.Message):
     run_id: str
     resume_from: _containers.RepeatedCompositeFieldContainer[CheckpointId]
     only_check: bool
-    def __init__(self, protocol_version: _Optional[int] = ..., package_version: _Optional[str] = ..., model_name: _Optional[str] = ..., config_json: _Optional[str] = ..., head: _Optional[_Union[Head, str]] = ..., cut: _Optional[_Union[Cut, _Mapping]] = ..., seed: _Optional[int] = ..., weights_sha256: _Optional[str] = ..., factors_sha256: _Optional[str] = ..., optimizer: _Optional[_Union[Optimizer, _Mapping]] = ..., wire_data_type: _Optional[_Union[DataType, str]] = ..., lora_json: _Optional[str] = ..., request_id: _Optional[str] = ..., run_id: _Optional[str] = ..., resume_from: _Optional[_Iterable[_Union[CheckpointId, _Mapping]]] = ..., only_check: bool = ...) -> None: ...
+    activation_codec: DataType
+    gradient_codec: DataType
+    def __init__(self, protocol_version: _Optional[int] = ..., package_version: _Optional[str] = ..., model_name: _Optional[str] = ..., config_json: _Optional[str] = ..., head: _Optional[_Union[Head, str]] = ..., cut: _Optional[_Union[Cut, _Mapping]] = ..., seed: _Optional[int] = ..., weights_sha256: _Optional[str] = ..., factors_sha256: _Optional[str] = ..., optimizer: _Optional[_Union[Optimizer, _Mapping]] = ..., wire_data_type: _Optional[_Union[DataType, str]] = ..., lora_json: _Optional[str] = ..., request_id: _Optional[str] = ..., run_id: _Optional[str] = ..., resume_from: _Optional[_Iterable[_Union[CheckpointId, _Mapping]]] = ..., only_check: bool = ..., activation_codec: _Optional[_Union[DataType, str]] = ..., gradient_codec: _Optional[_Union[DataType, str]] = ...) -> None: ...
 
 class CheckpointId(_message.Message):
     __slots__ = ("step", "sha256")
@@ -157,20 +165,22 @@ class CheckpointId(_message.Message):
     def __init__(self, step: _Optional[int] = ..., sha256: _Optional[str] = ...) -> None: ...
 
 class OpenSessionResponse(_message.Message):
-    __slots__ = ("session_id", "missing_blobs", "package_version", "device", "next_step", "session_timeout_seconds")
+    __slots__ = ("session_id", "missing_blobs", "package_version", "device", "next_step", "session_timeout_seconds", "codecs")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     MISSING_BLOBS_FIELD_NUMBER: _ClassVar[int]
     PACKAGE_VERSION_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     NEXT_STEP_FIELD_NUMBER: _ClassVar[int]
     SESSION_TIMEOUT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    CODECS_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     missing_blobs: _containers.RepeatedScalarFieldContainer[str]
     package_version: str
     device: str
     next_step: int
     session_timeout_seconds: float
-    def __init__(self, session_id: _Optional[str] = ..., missing_blobs: _Optional[_Iterable[str]] = ..., package_version: _Optional[str] = ..., device: _Optional[str] = ..., next_step: _Optional[int] = ..., session_timeout_seconds: _Optional[float] = ...) -> None: ...
+    codecs: _containers.RepeatedScalarFieldContainer[DataType]
+    def __init__(self, session_id: _Optional[str] = ..., missing_blobs: _Optional[_Iterable[str]] = ..., package_version: _Optional[str] = ..., device: _Optional[str] = ..., next_step: _Optional[int] = ..., session_timeout_seconds: _Optional[float] = ..., codecs: _Optional[_Iterable[_Union[DataType, str]]] = ...) -> None: ...
 
 class UploadBlobRequest(_message.Message):
     __slots__ = ("sha256", "total_bytes", "data")

@@ -9,9 +9,20 @@ from __future__ import annotations
 import re
 from typing import Collection
 
-from sft.errors import ProtocolError
+from sft.errors import ProtocolError, UsageError
 from sft.printable import MAX_SECONDS, said
 from sft.v1 import split_training_pb2 as pb
+from sft.wire.codec.rows import name_of
+
+
+def check_codecs(response: pb.OpenSessionResponse, request: pb.OpenSessionRequest) -> None:
+    """Raises UsageError where a codec was asked for that the cloud does not know, as a release before codecs."""
+    for option, codec in (("codec", request.activation_codec), ("gradient codec", request.gradient_codec)):
+        if codec and codec not in response.codecs:
+            raise UsageError(
+                f"the cloud (release {said(response.package_version[:20])}) does not know the {option} "
+                f"{name_of(codec)}; leave it out, or have the cloud updated"
+            )
 
 
 def check_missing(response: pb.OpenSessionResponse, offered: Collection[str]) -> None:

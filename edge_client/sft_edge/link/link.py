@@ -10,7 +10,7 @@ from sft.errors import ProtocolError, ServerFullError, ServerUnavailableError, S
 from sft.printable import said
 from sft.v1 import split_training_pb2 as pb
 from sft.wire.ledger import Traffic
-from sft_edge.link.answers import check_missing, check_opened
+from sft_edge.link.answers import check_codecs, check_missing, check_opened
 from sft_edge.link.reliable_stream import BREAK_TIMEOUT_SECONDS, TRANSIENT, Counts, ReliableStream
 from sft_edge.link.replies import Blob, PendingReply, Reply
 from sft_edge.link.retries import Retries, RetryPolicy
@@ -108,6 +108,7 @@ class Link:
     def _open(self) -> pb.OpenSessionResponse:
         response = self._transport.open_session(self._request)
         self._let_in = True
+        check_codecs(response, self._request)
         check_missing(response, self._blobs)
         if response.missing_blobs:
             for sha256 in dict.fromkeys(response.missing_blobs):

@@ -12,7 +12,7 @@ from sft.optim.spec import OptimizerSpec, spec_to_proto
 from sft.tensors.stream import StoredTensor, safetensors_chunks, safetensors_size, sha256_of
 from sft.v1 import split_training_pb2 as pb
 from sft.version import __version__
-from sft.wire.codec.elements import DATA_TYPES
+from sft.wire.codec.elements import Codecs
 from sft.wire.cut import cut_to_proto, head_to_proto
 from sft.wire.protocol import PROTOCOL_VERSION
 from sft_edge.link.link import Blob
@@ -22,7 +22,7 @@ def session_request(
     model: Mapping[str, Any],
     optimizer: OptimizerSpec,
     seed: int,
-    wire_dtype: str,
+    codecs: Codecs,
     weights: List[StoredTensor],
     factors: List[StoredTensor],
     run_id: str = "",
@@ -42,7 +42,9 @@ def session_request(
         weights_sha256=_offer(weights, blobs),
         factors_sha256=_offer(factors, blobs),
         optimizer=spec_to_proto(optimizer),
-        wire_data_type=DATA_TYPES[wire_dtype],
+        wire_data_type=codecs.outputs,
+        activation_codec=_beside(codecs.activation, codecs),
+        gradient_codec=_beside(codecs.gradient, codecs),
         run_id=run_id,
         resume_from=resume_from,
         **model,
@@ -68,3 +70,8 @@ def _offer(tensors: List[StoredTensor], blobs: Dict[str, Blob]) -> str:
     sha256 = sha256_of(tensors)
     blobs[sha256] = Blob(safetensors_size(tensors), lambda: safetensors_chunks(tensors))
     return sha256
+
+
+def _beside(codec: pb.DataType, codecs: Codecs) -> pb.DataType:
+    """What needs no word is not said: so a run that began before there were codecs is the same run."""
+    return codec if codec != codecs.outputs else pb.DATA_TYPE_UNSPECIFIED

@@ -93,6 +93,12 @@ class VerifyOptions:
     freeze_edge: bool = False
     """train the cloud's half only"""
 
+    codec: Literal["float32", "bfloat16", "float16", "int8", "int4"] = "float32"
+    """how activations are written on the wire; one process then writes and reads them likewise"""
+
+    gradient_codec: Optional[Literal["float32", "bfloat16", "float16", "int8", "int4"]] = None
+    """how their gradients are; by default as --codec"""
+
     head: Literal["sequence-classification", "question-answering", "causal-lm"] = "sequence-classification"
     """what the model predicts; causal-lm needs --model or --from-config of a decoder, such as GPT-2"""
 
@@ -166,7 +172,13 @@ class DoctorOptions:
     """what the model predicts"""
 
     wire_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """type of activations and gradients on the wire"""
+    """type of tensors on the wire, where --codec says nothing of them"""
+
+    codec: Optional[Literal["float32", "bfloat16", "float16", "int8", "int4"]] = None
+    """how activations are written on the wire; int8 and int4 have a scale for every 64 elements of a token"""
+
+    gradient_codec: Optional[Literal["float32", "bfloat16", "float16", "int8", "int4"]] = None
+    """how their gradients are, which come back; by default as --codec. int8 and int4 round them up or down by chance"""
 
     per_device_train_batch_size: int = 32
     """sequences in a micro-batch"""

@@ -74,7 +74,13 @@ class CutOptions:
     """train the cloud's half only: no backward pass on the edge, and no gradient comes down; sft and sl only"""
 
     wire_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """type of activations and gradients on the wire"""
+    """type of tensors on the wire, where --codec says nothing of them"""
+
+    codec: Optional[Literal["float32", "bfloat16", "float16", "int8", "int4"]] = None
+    """how activations are written on the wire; int8 and int4 have a scale for every 64 elements of a token"""
+
+    gradient_codec: Optional[Literal["float32", "bfloat16", "float16", "int8", "int4"]] = None
+    """how their gradients are, which come back; by default as --codec. int8 and int4 round them up or down by chance"""
 
     def __post_init__(self) -> None:
         if self.residual == "full" and self.mode != "local":
@@ -88,6 +94,11 @@ class CutOptions:
             raise UsageError("--freeze-edge needs --mode sft or sl: one process has no edge")
         if self.wire_dtype != "float32" and self.mode == "local":
             raise UsageError(f"--wire-dtype {self.wire_dtype} needs --mode sft or sl: one process has no wire")
+        for option, codec in (("--codec", self.codec), ("--gradient-codec", self.gradient_codec)):
+            if codec is not None and self.mode == "local":
+                raise UsageError(f"{option} {codec} needs --mode sft or sl: one process has no wire")
+        if self.gradient_codec is not None and self.freeze_edge:
+            raise UsageError("--gradient-codec says nothing with --freeze-edge, where no gradient comes: leave it out")
         if self.split_layer is None and self.is_cut:
             raise UsageError("--split-layer must be given (a block counted from 1), or --mode local")
         if self.split_layer is not None and self.split_layer < 1:

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from sft.errors import CloudMemoryError, NonFiniteLossError, SessionLostError, UsageError
 from sft.v1 import split_training_pb2 as pb
-from sft.wire.codec.elements import decode_tensor, encode_tensor
+from sft.wire.codec.elements import Codecs, decode_tensor, encode_tensor
 from sft.wire.protocol import MAX_WAITING
 from sft_edge.link import Link, PendingReply
 from sft_edge.script.autocast import autocast_type
@@ -31,8 +31,8 @@ _Turn = Tuple[int, int]  # step, and how often a step had been undone
 class LinkCross(Cross):
     """Crosses a link that is open."""
 
-    def __init__(self, link: Link, data_type: pb.DataType, device: torch.device) -> None:
-        """`data_type` on the wire; `device` of the script's model."""
+    def __init__(self, link: Link, codecs: Codecs, device: torch.device) -> None:
+        """`codecs` of the session; `device` of the script's model."""
         self.link = link
         self.gradients = CloudGradients(link, device)
         self.step = 0
@@ -41,7 +41,7 @@ class LinkCross(Cross):
         """How many of that step were sent."""
         self.is_closed = False
         """Whether the script has ended the session."""
-        self._data_type = data_type
+        self._codecs = codecs
         self._backwards = 0
         self._evaluations = 0
         self._waiting: Set[int] = set()  # micro-batches of that step of which the cloud keeps something
@@ -144,7 +144,7 @@ class LinkCross(Cross):
     def _evaluate(self, activation: Activation) -> Tensor:
         self.catch_up()
         self._evaluations += 1
-        message, device = activation.encoded(self._data_type), activation.packed.device
+        message, device = activation.encoded(self._codecs.activation), activation.packed.device
         reply = self.link.evaluate(self.step, self._evaluations, message, autocast_type(device)).result()
         return decode_tensor(reply.message.evaluation.logits, device)
 
@@ -167,7 +167,7 @@ class LinkCross(Cross):
             self.step,
             micro_batch,
             activation,
-            self._data_type,
+            self._codecs,
             labels,
             loss_scale=0.0,
             wait=self._wait,
@@ -201,7 +201,7 @@ class LinkCross(Cross):
 
     def encode_gradient(self, gradient: Tensor) -> pb.Tensor:
         """For the wire."""
-        return encode_tensor(gradient, self._data_type)
+        return encode_tensor(gradient, self._codecs.outputs)
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise UsageError("a model that is cut cannot be copied or pickled: it holds a session; use its state_dict()")

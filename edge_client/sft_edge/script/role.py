@@ -19,7 +19,7 @@ from sft.optim.script import has_stepped
 from sft.optim.spec import GroupSpec, OptimizerSpec, check_change, spec_to_proto
 from sft.optimizer import Role, SplitOptions
 from sft.v1 import split_training_pb2 as pb
-from sft.wire.codec.elements import DATA_TYPES
+from sft.wire.codec.elements import Codecs, codecs_named
 from sft_edge.link import GrpcTransport, Link, RetryPolicy, session_request
 from sft_edge.script.adapters import without_peft
 from sft_edge.script.crossing import LinkCross
@@ -38,7 +38,7 @@ class EdgeRole(Role):
 
     def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module, options: SplitOptions) -> None:
         """Opens the session and then cuts the model. Raises UsageError, CutError, UnsupportedModelError, LinkError."""
-        _check(options)
+        codecs = _check(options)
         if hasattr(model, PARAMETER_NAME):
             raise UsageError("this model is cut already; load it again to cut it again")
         check_wrappers(model)
@@ -50,7 +50,7 @@ class EdgeRole(Role):
             cut_model.request_fields(),
             spec,
             torch.initial_seed() if options.seed is None else options.seed,
-            options.wire_dtype,
+            codecs,
             cut_model.cloud_tensors,
             cut_model.cloud_factors,
         )
@@ -68,7 +68,7 @@ class EdgeRole(Role):
         link = Link(transport, request, blobs, policy, _tell)
         link.open()  # from here on nothing is left that could be wrong
         try:
-            self._cross = LinkCross(link, request.wire_data_type, next(model.parameters()).device)
+            self._cross = LinkCross(link, codecs, next(model.parameters()).device)
             parameters = cut_model.install(self._cross)
             model.register_parameter(PARAMETER_NAME, self._cross.gradients.parameter)
             groups.swap(parameters, self._cross.gradients.parameter)
@@ -185,11 +185,9 @@ def _close(role: weakref.ReferenceType[EdgeRole]) -> None:
         still.close()
 
 
-def _check(options: SplitOptions) -> None:
+def _check(options: SplitOptions) -> Codecs:
     if options.server is None and options.transport is None:
         raise UsageError("role 'edge' needs the cloud's address: server='HOST:PORT'")
-    if options.wire_dtype not in DATA_TYPES:
-        raise UsageError(f"wire_dtype must be {', '.join(DATA_TYPES)}, not {options.wire_dtype!r}")
     if options.seed is not None and not 0 <= options.seed < 1 << 64:
         raise UsageError(f"seed must be from 0 to 2**64 - 1, not {options.seed}")
     for name in ("connect_timeout_seconds", "reply_timeout_seconds"):
@@ -200,6 +198,7 @@ def _check(options: SplitOptions) -> None:
             raise UsageError(f"{name} must be 0 or more, not {getattr(options, name)}")
     if options.calibration is not None and options.residual != "low-rank":
         raise UsageError("calibration is for residual='low-rank'; leave it out")
+    return codecs_named(options.wire_dtype, options.codec, options.gradient_codec)
 
 
 def _cut_model(model: nn.Module, options: SplitOptions) -> CutModel:

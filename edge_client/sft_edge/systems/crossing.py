@@ -11,15 +11,15 @@ than in backward(): it sends them with `loss_scale` 0, has the cloud keep the gr
 
 from __future__ import annotations
 
-import math
 from typing import Callable, NamedTuple, Optional, Sequence
 
 from torch import Tensor
 
 from sft.errors import ProtocolError, UsageError
 from sft.v1 import split_training_pb2 as pb
-from sft.wire.codec.elements import decode_tensor
+from sft.wire.codec.elements import Codecs, decode_tensor, encoded_size
 from sft.wire.codec.messages import encode_activation
+from sft.wire.codec.rows import name_of
 from sft.wire.protocol import MAX_MESSAGE_BYTES, MAX_PADDED_TOKENS
 from sft_edge.link import Link, PendingReply
 
@@ -36,18 +36,18 @@ class Activation(NamedTuple):
     lengths: Sequence[int] = ()
     padded_length: int = 0
 
-    def encoded(self, data_type: pb.DataType) -> pb.Activation:
+    def encoded(self, codec: pb.DataType) -> pb.Activation:
         """For the wire. Raises UsageError for more than the cloud would take, which would end the session."""
         tokens = len(self.lengths) * self.padded_length
         if tokens > MAX_PADDED_TOKENS:
             raise UsageError(f"a batch of {tokens} padded tokens is too large; at most {MAX_PADDED_TOKENS} go at once")
-        check_size("activation", self.packed.shape, data_type)
-        return encode_activation(self.packed, data_type, self.lengths, self.padded_length)
+        check_size("activation", self.packed.shape, codec)
+        return encode_activation(self.packed, codec, self.lengths, self.padded_length)
 
 
 def check_size(what: str, shape: Sequence[int], data_type: pb.DataType) -> None:
     """Raises UsageError for a tensor that does not go into a message."""
-    size = math.prod(shape) * (4 if data_type == pb.DATA_TYPE_FLOAT32 else 2)
+    size = encoded_size(shape, data_type)
     if size > MAX_MESSAGE_BYTES - _BESIDE_BYTES:
         raise UsageError(
             f"the {what} of this batch takes {size} bytes, a message at most {MAX_MESSAGE_BYTES - _BESIDE_BYTES}: "
@@ -68,7 +68,7 @@ class Crossing:
         step: int,
         micro_batch: int,
         activation: Activation,
-        data_type: pb.DataType,
+        codecs: Codecs,
         labels: Optional[pb.Labels],
         loss_scale: float,
         wait: Callable[[PendingReply], pb.CloudMessage],
@@ -77,7 +77,7 @@ class Crossing:
         want_logits: bool = False,
         autocast: pb.DataType = pb.DATA_TYPE_UNSPECIFIED,
     ) -> None:
-        """`data_type`: on the wire. `labels` are None where they stay here.
+        """`codecs`: of the session. `labels` are None where they stay here.
 
         `loss_scale`: what the loss is multiplied by before backward, 0 where `weigh` says it later; of no account
         without labels. `wait` waits for an answer, and keeps account of it. Where the activation needs no gradient none
@@ -86,13 +86,14 @@ class Crossing:
         self.micro_batch = micro_batch
         self.labels_travel = labels is not None
         self._link, self._step, self._wait = link, step, wait
+        self._gradient_codec = codecs.gradient
         packed = activation.packed
         self._shape, self._device, self._is_frozen = packed.shape, packed.device, not packed.requires_grad
         self._answer = pb.CloudMessage()
         self._pending: Optional[PendingReply] = link.forward(
             step,
             micro_batch,
-            activation.encoded(data_type),
+            activation.encoded(codecs.activation),
             labels,
             loss_scale if self.labels_travel else 0.0,
             eval_mode=eval_mode,
@@ -132,7 +133,11 @@ class Crossing:
         """By the activation, of its shape, float32, on its device; None where none was wanted."""
         if self._is_frozen:
             return None
-        gradient = decode_tensor(self.wait().result.packed_gradient, self._device)
+        message = self.wait().result.packed_gradient
+        if message.data_type != self._gradient_codec:
+            theirs, ours = name_of(message.data_type), name_of(self._gradient_codec)
+            raise ProtocolError(f"the cloud sent a gradient in {theirs}; {ours} was agreed on")
+        gradient = decode_tensor(message, self._device)
         if gradient.shape != self._shape:
             raise ProtocolError(f"the cloud sent a gradient of shape {list(gradient.shape)}")
         return gradient

@@ -15,6 +15,7 @@ from sft.models.weights import factor_tensors, fill, pretrained_tensors, shapes
 from sft.optim.spec import OptimizerSpec, decay_groups, make_optimizer
 from sft.tensors.stream import StoredTensor
 from sft.v1 import split_training_pb2 as pb
+from sft.wire.codec.elements import IN_FULL, Codecs
 from sft_edge.link import Blob, model_fields, session_request
 from sft_edge.model_files import Source
 from sft_edge.options import OptimizerOptions
@@ -60,7 +61,7 @@ def halve(
     cut: Cut,
     optimizer: OptimizerSpec,
     seed: int,
-    wire_dtype: str = "float32",
+    codecs: Codecs = IN_FULL,
     *,
     freeze_edge: bool = False,
     calibration: Sequence[Batch] = (),
@@ -97,7 +98,7 @@ def halve(
         model_fields(source.told_name, config, head, cut, "" if lora.cloud is None else lora_to_json(lora.cloud)),
         optimizer.restricted_to(net_2.whole_names.values()),
         seed,
-        wire_dtype,
+        codecs,
         weights,
         for_cloud,
         run_id,

@@ -14,6 +14,7 @@ from sft.models.lora import add_lora
 from sft.models.weights import fill
 from sft.optim.spec import make_optimizer
 from sft.v1 import split_training_pb2 as pb
+from sft.wire.codec.elements import codecs_named
 from sft_edge.link import Link, retry_policy_of, transport_of
 from sft_edge.model_files import Source
 from sft_edge.options import CutOptions, LinkOptions, RunOptions
@@ -84,7 +85,7 @@ def open_system(
             cut,
             optimizer_spec(options.optimizer, whole),
             options.training.seed,
-            options.cut.wire_dtype,
+            codecs_named(options.cut.wire_dtype, options.cut.codec, options.cut.gradient_codec),
             freeze_edge=options.cut.freeze_edge,
             calibration=calibration,
             lora=lora,

@@ -17,6 +17,7 @@ from sft.models.seeding import seeded
 from sft.optim.gradients import scale_gradients, squared_gradient_norm
 from sft.tensors.stream import Shard, safetensors_chunks
 from sft.v1 import split_training_pb2 as pb
+from sft.wire.codec.elements import Codecs, codecs_of
 from sft.wire.codec.messages import decode_logits, encode_labels, encode_logits, outputs_of
 from sft.wire.codec.packing import pack, unpack
 from sft.wire.ledger import Ledger, Traffic, plain_split_bytes
@@ -39,13 +40,13 @@ class SplitSystem(System):
         link: Link,
         cloud_shapes: Mapping[str, Tuple[int, ...]],
         seed: int,
-        data_type: pb.DataType,
+        codecs: Codecs,
         labels: str = "cloud",
         first_step: int = 0,
     ) -> None:
         """`net_1` filled, `link` open; `cloud_shapes` are those of net_2's parameters, under whole-model names.
 
-        `data_type` is that of activations and gradients on the wire. `labels`: `cloud` where they travel with the
+        `codecs`: how tensors are written on the wire. `labels`: `cloud` where they travel with the
         activation, `local` where they stay here. Without a parameter of net_1 that is trained there is no backward pass
         here. `first_step` is the cloud's next.
         """
@@ -55,7 +56,7 @@ class SplitSystem(System):
         self.ledger = Ledger()
         self._cloud_shapes = cloud_shapes
         self._seed = seed
-        self._data_type = data_type
+        self._codecs = codecs
         self._first_step = first_step
         self._labels_stay = labels == "local"
         self._frozen = not any(parameter.requires_grad for parameter in net_1.parameters())
@@ -79,7 +80,7 @@ class SplitSystem(System):
                 step,
                 micro_batch,
                 _activation(a_BSR, batch),
-                self._data_type,
+                self._codecs,
                 labels,
                 loss_scale=loss_scale,
                 wait=self._answer,
@@ -109,7 +110,7 @@ class SplitSystem(System):
             config, head = self.net_1.model.config, self.net_1.head
             loss = head_loss(head, config.problem_type, logits, labels, batch.lengths)
             (gradient,) = torch.autograd.grad(loss * loss_scale, logits)
-            message = encode_logits(gradient, batch.lengths, head, self._data_type)
+            message = encode_logits(gradient, batch.lengths, head, self._codecs.outputs)
         crossing.go_back(message)
         return float(loss.item())
 
@@ -155,7 +156,7 @@ class SplitSystem(System):
         for index, batch in enumerate(batches):
             with torch.no_grad():
                 a_BSR = self.net_1(batch.inputs, batch.lengths)
-            activation = _activation(a_BSR, batch).encoded(self._data_type)
+            activation = _activation(a_BSR, batch).encoded(self._codecs.activation)
             on_their_way.append((batch, a_BSR.shape[1], self.link.evaluate(step, index, activation)))
             if len(on_their_way) > _EVALUATIONS_AHEAD:
                 yield self._evaluated(*on_their_way.popleft())
@@ -221,7 +222,7 @@ def open_split_system(
         link,
         start.cloud_shapes,
         start.request.seed,
-        start.request.wire_data_type,
+        codecs_of(start.request),
         labels,
         next_step,
     )

@@ -161,6 +161,8 @@ def test_the_newest_step_that_both_have(stub, other_host, edge: TinyEdge) -> Non
 OTHER_REQUESTS = {
     "seed": {"seed": 8},
     "wire_data_type": {"wire_data_type": pb.DATA_TYPE_BFLOAT16},
+    "activation_codec": {"activation_codec": pb.DATA_TYPE_INT8},
+    "gradient_codec": {"gradient_codec": pb.DATA_TYPE_INT8},
     "cut": {"cut": pb.Cut(mode=pb.MODE_SFT, split_layer=2, split_rank=3, residual=pb.RESIDUAL_NONE)},
     "head": {"head": pb.HEAD_CAUSAL_LM},
 }

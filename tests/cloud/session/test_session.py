@@ -119,6 +119,20 @@ def test_activations_travel_in_the_session_data_type(edge, open_session, monkeyp
     assert gradient.data_type == pb.DATA_TYPE_BFLOAT16
 
 
+def test_a_gradient_in_a_codec_is_that_gradient_about(make_edge, open_session):
+    """Its rounding is the session's and the micro-batch's own, whatever came before."""
+    edge = make_edge()
+    full = decode_tensor(open_session(edge).handle(edge.forward(0)).result.packed_gradient, CPU)
+    request = edge.request(gradient_codec=pb.DATA_TYPE_INT8)
+    edge.request = lambda: request
+    first, again = (open_session(edge).handle(edge.forward(0)).result.packed_gradient for _ in range(2))
+    assert first == again
+    assert first.data_type == pb.DATA_TYPE_INT8
+    coded = decode_tensor(first, CPU)
+    assert not torch.equal(coded, full)
+    assert ((coded - full).abs() <= full.abs().amax(1, keepdim=True) * 2**0.25 / 127 * 1.001).all()
+
+
 def test_learning_rates_travel_with_the_commit(open_session, edge):
     still, moved = open_session(edge), open_session(edge)
     before = weights_of(still)

@@ -4,7 +4,7 @@ from transformers import AutoConfig
 
 from sft.errors import ProtocolError
 from sft.v1 import split_training_pb2 as pb
-from sft.wire.codec.elements import DATA_TYPES, decode_tensor, encode_tensor
+from sft.wire.codec.elements import decode_tensor, encode_tensor
 from sft.wire.codec.messages import (
     decode_activation,
     decode_labels,
@@ -15,6 +15,7 @@ from sft.wire.codec.messages import (
     outputs_of,
 )
 from sft.wire.codec.packing import pack, unpack
+from sft.wire.codec.rows import NAMES
 
 CPU = torch.device("cpu")
 LENGTHS = [3, 1, 2]
@@ -34,7 +35,7 @@ def test_float32_keeps_the_bits():
 @pytest.mark.parametrize("name", ["bfloat16", "float16"])
 def test_half_types_take_half_the_bytes(name):
     x = torch.randn(3, 4)
-    message = encode_tensor(x, DATA_TYPES[name])
+    message = encode_tensor(x, NAMES[name])
     assert len(message.data) == 24
     assert torch.equal(decode_tensor(message, CPU), x.to(getattr(torch, name)).float())
 

@@ -63,6 +63,8 @@ MATTERS: Dict[str, Any] = {
     "residual": "low-rank",
     "freeze_edge": True,
     "wire_dtype": "bfloat16",
+    "codec": "int8",
+    "gradient_codec": "int8",
     "task": "mrpc",
     "problem_type": "regression",
     "max_train_samples": 3,
@@ -124,6 +126,7 @@ def test_other_rows_and_another_model(data_dir: Path) -> None:
 
 def test_an_option_of_another_release(data_dir: Path) -> None:
     now = of(data_dir)
+    check_same_run(now, {name: value for name, value in now.items() if name != "--codec"}, Path("out"))
     with pytest.raises(UsageError, match=re.escape("out was trained with --colour red, now it is None")):
         check_same_run(now, {**now, "--colour": "red"}, Path("out"))
     with pytest.raises(UsageError, match=re.escape("out was trained with --seed None, now it is 42")):

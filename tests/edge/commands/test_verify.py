@@ -14,8 +14,8 @@ from support.tiny import make_tiny_model, tiny_config
 
 from sft.errors import VerificationError
 from sft_edge.cli import main
-from sft_edge.commands import verify as verify_module
-from sft_edge.commands.verify import Report, verify_and_report
+from sft_edge.commands.verify import verify as verify_module
+from sft_edge.commands.verify.verify import Report, verify_and_report
 from sft_edge.options.commands import VerifyOptions
 from sft_edge.options.link import LinkOptions
 from sft_edge.options.optimizer import OptimizerOptions

@@ -10,7 +10,7 @@ from typing import Any, Iterator
 import pytest
 from support.scripted_cloud import TIMEOUT_SECONDS, WEIGHTS, ScriptedCloud, serving
 
-from sft.errors import SessionLostError
+from sft.errors import SessionLostError, UsageError
 from sft.v1 import split_training_pb2 as pb
 from sft.wire.ledger import Traffic, framed_size
 from sft_edge.link.grpc_transport import GrpcTransport
@@ -50,6 +50,17 @@ def test_open_gives_the_response_and_sends_the_request(link: Link, cloud: Script
     first, second = cloud.requests
     assert (first.seed, len(first.request_id)) == (3, 32)
     assert first == second, "the same request, whose answer may have been lost"
+
+
+def test_a_codec_that_the_cloud_lacks(cloud: ScriptedCloud) -> None:
+    """A release before codecs takes no notice of what it is asked for: floats would come back."""
+    cloud.codecs = []
+    for asked, says in (
+        (pb.OpenSessionRequest(activation_codec=pb.DATA_TYPE_INT4), "does not know the codec int4; leave it out"),
+        (pb.OpenSessionRequest(gradient_codec=pb.DATA_TYPE_INT8), "does not know the gradient codec int8"),
+    ):
+        with serving(cloud) as address, pytest.raises(UsageError, match=says):
+            Link(GrpcTransport(address), asked, {}).open()
 
 
 def test_micro_batches_are_sent_ahead_and_every_answer_finds_its_question(link: Link, cloud: ScriptedCloud) -> None:

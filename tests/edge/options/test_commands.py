@@ -38,6 +38,8 @@ FROZEN = """
 --residual none
 --freeze-edge false
 --wire-dtype float32
+--codec
+--gradient-codec
 --task required
 --data-dir
 --problem-type
@@ -158,6 +160,14 @@ def test_every_mode_takes_the_same_flags(mode):
         (lambda: CutOptions("sl", 3, residual="full"), "--residual full needs --mode local"),
         (lambda: CutOptions("sl", 3, residual="low-rank"), "--residual low-rank needs --mode sft or local"),
         (lambda: CutOptions("local", freeze_edge=True), "--freeze-edge needs --mode sft or sl"),
+        (
+            lambda: CutOptions("local", codec="int8"),
+            "--codec int8 needs --mode sft or sl: one process",
+        ),
+        (
+            lambda: CutOptions("sft", 3, freeze_edge=True, gradient_codec="int8"),
+            "--gradient-codec says nothing with --freeze-edge",
+        ),
         (
             lambda: CutOptions("local", wire_dtype="bfloat16"),
             "--wire-dtype bfloat16 needs --mode sft or sl: one process",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sft.errors import ProtocolError
 from sft.v1 import split_training_pb2 as pb
-from sft.wire.codec.elements import decode_tensor, encode_tensor
+from sft.wire.codec.elements import IN_FULL, decode_tensor, encode_tensor
 from sft_edge.link.grpc_transport import GrpcTransport
 from sft_edge.link.link import Link, PendingReply
 from sft_edge.systems.crossing import Activation, Crossing
@@ -31,9 +31,7 @@ class Rig:
     def begin(self, micro_batch: int, labels: Any = LABELS, trained: bool = True, scale: float = 0.5) -> Crossing:
         a_TR = torch.full(SHAPE, float(micro_batch)).requires_grad_(trained)
         activation = Activation(a_TR, [1, 2], 2)
-        return Crossing(
-            self.link, 7, micro_batch, activation, pb.DATA_TYPE_FLOAT32, labels, loss_scale=scale, wait=self._wait
-        )
+        return Crossing(self.link, 7, micro_batch, activation, IN_FULL, labels, loss_scale=scale, wait=self._wait)
 
     def _wait(self, pending: PendingReply) -> pb.CloudMessage:
         message = pending.result().message
@@ -101,6 +99,17 @@ def test_a_gradient_of_another_shape(rig: Rig) -> None:
 
     rig.cloud.change_answer = widened
     with pytest.raises(ProtocolError, match=r"a gradient of shape \[3, 5\]"):
+        rig.begin(0).gradient()
+
+
+def test_a_gradient_in_another_codec(rig: Rig) -> None:
+    def shortened(answer: pb.CloudMessage) -> pb.CloudMessage:
+        if answer.HasField("result"):
+            answer.result.packed_gradient.CopyFrom(encode_tensor(torch.zeros(SHAPE), pb.DATA_TYPE_INT4))
+        return answer
+
+    rig.cloud.change_answer = shortened
+    with pytest.raises(ProtocolError, match="a gradient in int4; float32 was agreed on"):
         rig.begin(0).gradient()
 
 

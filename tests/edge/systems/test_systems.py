@@ -19,7 +19,7 @@ from sft.models.weights import fill, pretrained_tensors
 from sft.optim.spec import OptimizerSpec, decay_groups, make_optimizer
 from sft.tensors.stream import in_memory, safetensors_chunks
 from sft.v1 import split_training_pb2 as pb
-from sft.wire.codec.elements import decode_tensor, encode_tensor
+from sft.wire.codec.elements import FLOATS, codecs_named, decode_tensor, encode_tensor
 from sft.wire.codec.messages import decode_activation
 from sft.wire.ledger import framed_size
 from sft.wire.protocol import PROTOCOL_VERSION
@@ -167,7 +167,7 @@ class Rig:
 def split(
     source: Source,
     mode: str = "sft",
-    wire_dtype: str = "float32",
+    codec: str = "float32",
     labels: str = "cloud",
     freeze_edge: bool = False,
     **arguments: object,
@@ -177,7 +177,15 @@ def split(
     cloud.change_answer = _with_norm
     spec = OptimizerSpec("SGD", decay_groups(build_whole(source.config, HEAD, cut), {"lr": 0.1, **arguments}))
     with serving(cloud) as address:
-        start = halve(source, HEAD, cut, spec, 11, wire_dtype, freeze_edge=freeze_edge)
+        start = halve(
+            source,
+            HEAD,
+            cut,
+            spec,
+            11,
+            codecs_named(codec if codec in FLOATS else "float32", codec),
+            freeze_edge=freeze_edge,
+        )
         system = open_split_system(start, CPU, GrpcTransport(address), labels=labels)
         with system.link:
             yield Rig(system, cloud)
@@ -308,22 +316,25 @@ def test_evaluation_is_not_asked_far_ahead(source: Source) -> None:
         assert len(list(logits)) == 7
 
 
-@pytest.mark.parametrize(("wire_dtype", "size"), [("float32", 4), ("bfloat16", 2), ("float16", 2)])
-def test_the_ledger_counts_what_travelled(source: Source, wire_dtype: str, size: int) -> None:
-    with split(source, wire_dtype=wire_dtype) as rig:
+@pytest.mark.parametrize(
+    ("codec", "size"), [("float32", 16), ("bfloat16", 8), ("float16", 8), ("int8", 1 + 4), ("int4", 1 + 2)]
+)
+def test_the_ledger_counts_what_travelled(source: Source, codec: str, size: int) -> None:
+    """`size`: of a row of rank 4."""
+    with split(source, codec=codec) as rig:
         rig.system.forward_backward(batch(5, 2, 3), 0, 0, 0.5)
         rig.system.forward_backward(batch(4, 4), 0, 1, 0.5)
         rig.system.update(0, 1.0)
         (record,) = rig.system.ledger
         sent = rig.messages("forward")
         assert record.samples == 5
-        assert record.traffic.payload_bytes_sent == record.traffic.payload_bytes_received == (10 + 8) * 4 * size
+        assert record.traffic.payload_bytes_sent == record.traffic.payload_bytes_received == (10 + 8) * size
         assert record.traffic.bytes_sent == sum(framed_size(message.ByteSize()) for message in sent)
         assert record.plain_bytes == 2 * (3 * 5 + 2 * 4) * 32 * 4
         assert record.cloud == 0.5, "a quarter of a second each, the cloud says"
         assert record.uplink_wait == 0.0
         packed = sent[0].forward.activation.packed
-        assert len(packed.data) == 10 * 4 * size
+        assert len(packed.data) == 10 * size
         assert decode_tensor(packed, CPU).dtype == torch.float32
 
 

@@ -16,7 +16,7 @@ KINDS: list[dict[str, object]] = [
     {"mode": "sl"},
     {},
     {"labels": "local"},
-    {"wire_dtype": "bfloat16", "gradient_accumulation_steps": 2},
+    {"codec": "int8", "gradient_codec": "int4", "gradient_accumulation_steps": 2},
     {"lora_r": 2, "lora_dropout": 0.1, "lora_half": "both"},
     {"freeze_edge": True},
     {"residual": "low-rank", "optim": "SGD", "optim_args": "momentum=0.9"},

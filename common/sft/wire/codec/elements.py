@@ -1,54 +1,97 @@
-"""A tensor as the bytes of its elements, and back."""
+"""A tensor as the bytes of its rows, and back."""
 
 from __future__ import annotations
 
 import math
-from typing import Dict, Sequence, Tuple
+from typing import NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
 
-from sft.errors import ProtocolError
+from sft.errors import ProtocolError, UsageError
 from sft.v1 import split_training_pb2 as pb
+from sft.wire.codec.rows import CODES, NAMES
 
-DATA_TYPES: Dict[str, pb.DataType] = {
-    "float32": pb.DATA_TYPE_FLOAT32,
-    "bfloat16": pb.DATA_TYPE_BFLOAT16,
-    "float16": pb.DATA_TYPE_FLOAT16,
-}
-"""Names as options spell them."""
-
-_TORCH = {
-    pb.DATA_TYPE_FLOAT32: torch.float32,
-    pb.DATA_TYPE_BFLOAT16: torch.bfloat16,
-    pb.DATA_TYPE_FLOAT16: torch.float16,
-}
+FLOATS = ("float32", "bfloat16", "float16")
+"""Of the codecs' names those that `wire_data_type` may have: for all tensors."""
 
 MAX_DIMENSIONS = 16
 """Of a tensor on the wire: the product of more sizes than that is not even computed."""
 
 
-def encode_tensor(x: Tensor, data_type: pb.DataType = pb.DATA_TYPE_FLOAT32) -> pb.Tensor:
-    """Any float tensor, converted to the wire's type."""
-    flat = x.detach().to("cpu", _TORCH[data_type]).contiguous().reshape(-1)
-    data = flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
-    return pb.Tensor(data_type=data_type, shape=list(x.shape), data=data)
+class Codecs(NamedTuple):
+    """How a session's tensors are written, as its request says."""
+
+    activation: pb.DataType
+    gradient: pb.DataType
+    """By the activation."""
+    outputs: pb.DataType
+    """For the gradient by the outputs, where labels stay on the edge. Outputs themselves are float32."""
+
+
+IN_FULL = Codecs(pb.DATA_TYPE_FLOAT32, pb.DATA_TYPE_FLOAT32, pb.DATA_TYPE_FLOAT32)
+
+
+def codecs_named(wire_dtype: str, codec: Optional[str] = None, gradient_codec: Optional[str] = None) -> Codecs:
+    """What the options of these names mean; None is what the one before says. Raises UsageError for other names."""
+    codec = codec or wire_dtype
+    for option, name, names in (
+        ("wire_dtype", wire_dtype, FLOATS),
+        ("codec", codec, tuple(NAMES)),
+        ("gradient_codec", gradient_codec or codec, tuple(NAMES)),
+    ):
+        if name not in names:
+            raise UsageError(f"{option} must be one of {', '.join(names)}, not {name!r}")
+    return Codecs(NAMES[codec], NAMES[gradient_codec or codec], NAMES[wire_dtype])
+
+
+def codecs_of(request: pb.OpenSessionRequest) -> Codecs:
+    """Raises ProtocolError for what is no codec of ours."""
+    plain = request.wire_data_type
+    if plain not in [NAMES[name] for name in FLOATS]:
+        raise ProtocolError(f"unknown wire_data_type {int(plain)}")
+    codecs = Codecs(request.activation_codec or plain, request.gradient_codec or plain, plain)
+    for which, codec in (("activation", codecs.activation), ("gradient", codecs.gradient)):
+        if codec not in CODES:
+            raise ProtocolError(f"unknown {which}_codec {int(codec)}")
+    return codecs
+
+
+def encode_tensor(
+    x: Tensor, data_type: pb.DataType = pb.DATA_TYPE_FLOAT32, rounding: Optional[int] = None
+) -> pb.Tensor:
+    """Any float tensor, as the wire has it. `rounding` as `RowCode.encode` has it."""
+    width = _width(x.shape)
+    if not x.numel():
+        return pb.Tensor(data_type=data_type, shape=list(x.shape))
+    rows_TX = CODES[data_type].encode(x.detach().float().reshape(-1, width), rounding)
+    return pb.Tensor(data_type=data_type, shape=list(x.shape), data=rows_TX.cpu().numpy().tobytes())
 
 
 def decode_tensor(message: pb.Tensor, device: torch.device) -> Tensor:
     """Back to float32, on `device`. Raises ProtocolError when type, shape and length do not fit together."""
-    dtype = _TORCH.get(message.data_type)
-    if dtype is None:
+    code = CODES.get(message.data_type)
+    if code is None:
         raise ProtocolError(f"tensor of unknown element type {int(message.data_type)}")
     if len(message.shape) > MAX_DIMENSIONS:
         raise ProtocolError(f"tensor of {len(message.shape)} dimensions; at most {MAX_DIMENSIONS} are accepted")
-    size = math.prod(message.shape) * (4 if dtype == torch.float32 else 2)
+    size = encoded_size(message.shape, message.data_type)
     if size != len(message.data):
         raise ProtocolError(f"tensor of shape {list(message.shape)} needs {size} bytes, {len(message.data)} came")
     if not size:
         return torch.zeros(_without_elements(message.shape), device=device)
-    x = torch.frombuffer(bytearray(message.data), dtype=dtype).reshape(tuple(message.shape))
-    return x.to(device, torch.float32)
+    width = _width(message.shape)
+    rows_TX = torch.frombuffer(bytearray(message.data), dtype=torch.uint8).reshape(-1, code.row_bytes(width))
+    return code.decode(rows_TX.to(device), width).reshape(tuple(message.shape))
+
+
+def encoded_size(shape: Sequence[int], data_type: pb.DataType) -> int:
+    """Bytes of such a tensor."""
+    return math.prod(shape[:-1]) * CODES[data_type].row_bytes(_width(shape))
+
+
+def _width(shape: Sequence[int]) -> int:
+    return shape[-1] if len(shape) else 1
 
 
 def _without_elements(shape: Sequence[int]) -> Tuple[int, ...]:

@@ -7,6 +7,7 @@ from typing import List, Optional, Tuple
 from sft.errors import LinkError, ServerFullError, SFTError
 from sft.models import Cut, build_whole
 from sft.printable import format_bytes
+from sft.wire.codec.elements import Codecs, codecs_named, encoded_size
 from sft_edge.commands.doctor.finding import Finding, failed, ok, skipped, warning
 from sft_edge.commands.doctor.server import Way
 from sft_edge.link import Transport
@@ -16,8 +17,6 @@ from sft_edge.systems import halve, optimizer_spec
 
 _LONG_SECONDS = 600.0
 """An upload that takes longer is worth a warning."""
-
-_ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def look_at_model(options: DoctorOptions, transport: Transport, way: Optional[Way]) -> List[Finding]:
@@ -38,7 +37,7 @@ def _look(options: DoctorOptions, transport: Transport, way: Optional[Way]) -> F
     source, cut = _source(options), _cut(options)
     whole = build_whole(source.config, options.head, cut)
     spec = optimizer_spec(OptimizerOptions(), whole)
-    start = halve(source, options.head, cut, spec, options.seed, options.wire_dtype)
+    start = halve(source, options.head, cut, spec, options.seed, _codecs(options))
     request, blobs, weights_sha256 = start.request, start.blobs, start.request.weights_sha256
     request.only_check = True
     response = transport.open_session(request)
@@ -65,8 +64,12 @@ def step_bytes(options: DoctorOptions) -> Optional[Tuple[int, int]]:
             return None
         width = int(_source(options).config.hidden_size)
     tokens = options.per_device_train_batch_size * options.max_seq_length
-    size = tokens * width * _ELEMENT_BYTES[options.wire_dtype]
-    return size, size
+    codecs = _codecs(options)
+    return encoded_size((tokens, width), codecs.activation), encoded_size((tokens, width), codecs.gradient)
+
+
+def _codecs(options: DoctorOptions) -> Codecs:
+    return codecs_named(options.wire_dtype, options.codec, options.gradient_codec)
 
 
 def _upload(found: str, missing_bytes: int, way: Optional[Way]) -> Finding:

@@ -20,16 +20,16 @@ from transformers import BertConfig, PretrainedConfig
 
 from sft.batch import IGNORED, Batch, attention_mask
 from sft.errors import UsageError, VerificationError
-from sft.models import Cut, build_net_1, build_whole, max_positions
+from sft.models import Cut, max_positions
 from sft.models.seeding import derive_seed
-from sft.models.weights import fill
-from sft.optim.gradients import clip_scale, squared_norm
-from sft.optim.spec import make_optimizer
+from sft.optim.gradients import clip_scale
+from sft.wire.codec.elements import codecs_named
+from sft_edge.commands.verify.one_process import OneProcess
 from sft_edge.files import json_text
 from sft_edge.link import retry_policy_of, transport_of
 from sft_edge.model_files import Source, open_model
 from sft_edge.options import LinkOptions, OptimizerOptions, VerifyOptions
-from sft_edge.systems import CloudProcess, System, halve, open_split_system, optimizer_spec, whole_tensors
+from sft_edge.systems import CloudProcess, System, halve, open_split_system
 
 _CPU = torch.device("cpu")
 
@@ -81,7 +81,8 @@ def verify(options: VerifyOptions, optimizer: OptimizerOptions, link: LinkOption
     source = _source(options)
     rank = options.split_rank if options.mode == "sft" else 0
     cut = Cut(options.mode, options.split_layer, rank, options.residual)
-    reference = _OneProcess(source, options, cut, optimizer)
+    calibration = _calibration(options, source.config)
+    reference = OneProcess(source, options, cut, optimizer, calibration)
     with ExitStack() as stack:
         address = link.server or stack.enter_context(CloudProcess(["--device", "cpu", "--threads", "1"])).address
         start = halve(
@@ -90,8 +91,9 @@ def verify(options: VerifyOptions, optimizer: OptimizerOptions, link: LinkOption
             cut,
             reference.optimizer_spec,
             options.seed,
+            codecs_named("float32", options.codec, options.gradient_codec),
             freeze_edge=options.freeze_edge,
-            calibration=_calibration(options, source.config),
+            calibration=calibration,
         )
         transport, policy = transport_of(address, link), retry_policy_of(link)
         system = open_split_system(start, _CPU, transport, policy, labels=link.labels)
@@ -100,7 +102,7 @@ def verify(options: VerifyOptions, optimizer: OptimizerOptions, link: LinkOption
 
 
 def _compare(
-    options: VerifyOptions, cut: Cut, optimizer: OptimizerOptions, reference: _OneProcess, system: System
+    options: VerifyOptions, cut: Cut, optimizer: OptimizerOptions, reference: OneProcess, system: System
 ) -> Report:
     scheduler = optimizer.scheduler(system.optimizer, options.steps)
     worst_loss = worst_parameter = 0.0
@@ -131,52 +133,6 @@ def _compare(
         first_loss=losses[0],
         last_loss=losses[-1],
     )
-
-
-class _OneProcess:
-    """The reference."""
-
-    def __init__(self, source: Source, options: VerifyOptions, cut: Cut, optimizer: OptimizerOptions) -> None:
-        self.config = source.config
-        self._net = build_whole(source.config, options.head, cut)
-        if options.freeze_edge:
-            of_edge = build_net_1(source.config, options.head, cut).whole_names.values()
-            for name, parameter in self._net.whole_parameters().items():
-                parameter.requires_grad_(parameter.requires_grad and name not in of_edge)
-        calibration = _calibration(options, source.config)
-        fill(self._net, whole_tensors(self._net, source, cut, options.seed, calibration), options.seed)
-        self.optimizer_spec = optimizer_spec(optimizer, self._net)
-        self._optimizer = make_optimizer(self.optimizer_spec, self._net.whole_parameters())
-        self._scheduler = optimizer.scheduler(self._optimizer, options.steps)
-        self._max_grad_norm = optimizer.max_grad_norm
-
-    def step(self, batches: List[Batch]) -> float:
-        self._net.train()
-        self._optimizer.zero_grad()
-        total = 0.0
-        for batch in batches:
-            loss = self._net(*batch).loss / len(batches)
-            loss.backward()
-            total += loss.item()
-        if self._max_grad_norm > 0:
-            self._clip()
-        self._optimizer.step()
-        self._scheduler.step()
-        return total
-
-    def _clip(self) -> None:
-        """As torch's clip_grad_norm_, but for the sum of squares, which is added in double precision.
-
-        Added in single precision it depends on the order, so on where the model is cut. One last bit is enough for Adam
-        to go another way: it divides gradients that are nothing but rounding (those of the keys' biases) by themselves.
-        """
-        gradients = [parameter.grad for parameter in self._net.parameters() if parameter.grad is not None]
-        norm = math.sqrt(squared_norm(gradients))
-        for gradient in gradients:
-            gradient.mul_(min(1.0, self._max_grad_norm / (norm + 1e-6)))
-
-    def parameters(self) -> Dict[str, Tensor]:
-        return {name: parameter.detach() for name, parameter in self._net.whole_parameters().items()}
 
 
 def _split_step(system: System, batches: List[Batch], step: int, max_grad_norm: float) -> float:

@@ -1,0 +1,166 @@
+"""How the rows of a tensor are written: each in so many bytes of its own, whatever the others are.
+
+So the bytes of a row can be kept, and sent with other rows another time. Floats are written as they are. In `int8` and
+`int4` every 64 elements of a row have a scale, a byte, and an element is a whole number of steps of it:
+
+    x ~ scale / L * q,   q in -L..L,   L = 127 or 7
+
+Scales are powers of 2^(1/4), from 2^-42.25 to 2^21: no more than 19% above the largest magnitude of their elements.
+What is larger than all scales, infinite or no number comes out as no number, with the elements beside it, as float16
+has infinity there: a loss that is none is seen, one that is slightly wrong would not be.
+
+Shape suffixes: T rows, W elements of a row, G groups of 64 elements, E elements of a group, X bytes of a row.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Dict, Optional, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from sft.models.seeding import derive_seed
+from sft.v1 import split_training_pb2 as pb
+
+GROUP = 64
+"""Elements that have a scale in common."""
+
+_ZERO, _NO_NUMBER = 0, 255
+_ONE = 170  # the scale that is 1
+_STEPS_OF_TWO = 4
+
+
+class RowCode(Protocol):
+    """One way of writing rows. It keeps nothing from one to the next."""
+
+    def row_bytes(self, width: int) -> int:
+        """X, of a row of so many elements."""
+
+    def encode(self, x_TW: Tensor, rounding: Optional[int] = None) -> Tensor:
+        """Float32 to (T, X) uint8, on the same device. `rounding`: a seed, to round up or down by chance, so that the
+        mean is right, instead of to the nearest; of no account where nothing is rounded by us.
+        """
+
+    def decode(self, rows_TX: Tensor, width: int) -> Tensor:
+        """(T, X) uint8 to (T, W) float32, on the same device. Any bytes have a meaning."""
+
+
+class Floats:
+    """Elements of a type of torch's, little-endian."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._element_bytes = torch.empty(0, dtype=dtype).element_size()
+
+    def row_bytes(self, width: int) -> int:
+        """See RowCode."""
+        return self._element_bytes * width
+
+    def encode(self, x_TW: Tensor, rounding: Optional[int] = None) -> Tensor:
+        """See RowCode. Always to the nearest."""
+        return x_TW.to(self._dtype).contiguous().view(torch.uint8)
+
+    def decode(self, rows_TX: Tensor, width: int) -> Tensor:
+        """See RowCode."""
+        return rows_TX.view(self._dtype).to(torch.float32)
+
+
+class Quantised:
+    """Whole numbers of 8 or 4 bits, behind the scales of their groups; of two numbers in a byte the first is low."""
+
+    def __init__(self, bits: int) -> None:
+        self._bits = bits
+        self._most = 2 ** (bits - 1) - 1
+
+    def row_bytes(self, width: int) -> int:
+        """See RowCode."""
+        return math.ceil(width / GROUP) + math.ceil(width * self._bits / 8)
+
+    def encode(self, x_TW: Tensor, rounding: Optional[int] = None) -> Tensor:
+        """See RowCode."""
+        T, W = x_TW.shape
+        x_TGE = _padded(x_TW, -W % GROUP).reshape(T, -1, GROUP)
+        scales_TG = _scale_of(x_TGE.abs().amax(dim=-1))
+        q_TGE = x_TGE * (self._most / _values(x_TW.device)[scales_TG.long()])[..., None]
+        q_TW = q_TGE.reshape(T, -1)[:, :W]
+        if rounding is None:
+            q_TW = q_TW.round()
+        else:
+            generator = torch.Generator().manual_seed(rounding)
+            q_TW = (q_TW + torch.rand(T, W, generator=generator).to(q_TW.device)).floor()
+        q_TW = q_TW.nan_to_num(0.0, 0.0, 0.0).clamp(-self._most, self._most).to(torch.int8)
+        return torch.cat([scales_TG, self._packed(q_TW)], dim=1)
+
+    def decode(self, rows_TX: Tensor, width: int) -> Tensor:
+        """See RowCode."""
+        T, G = rows_TX.shape[0], math.ceil(width / GROUP)
+        steps_TG = _values(rows_TX.device)[rows_TX[:, :G].long()] / self._most
+        q_TW = self._unpacked(rows_TX[:, G:])[:, :width].float()
+        x_TGE = _padded(q_TW, -width % GROUP).reshape(T, G, GROUP) * steps_TG[..., None]
+        x_TW: Tensor = x_TGE.reshape(T, -1)[:, :width]
+        return x_TW
+
+    def _packed(self, q_TW: Tensor) -> Tensor:
+        if self._bits == 8:
+            return q_TW.view(torch.uint8)
+        nibbles = _padded(q_TW + 8, q_TW.shape[1] % 2).to(torch.uint8)
+        return nibbles[:, ::2] | (nibbles[:, 1::2] << 4)
+
+    def _unpacked(self, rows_TX: Tensor) -> Tensor:
+        if self._bits == 8:
+            return rows_TX.contiguous().view(torch.int8)
+        both = torch.stack([rows_TX & 15, rows_TX >> 4], dim=-1)
+        return both.reshape(rows_TX.shape[0], -1).to(torch.int8) - 8
+
+
+CODES: Dict[pb.DataType, RowCode] = {
+    pb.DATA_TYPE_FLOAT32: Floats(torch.float32),
+    pb.DATA_TYPE_BFLOAT16: Floats(torch.bfloat16),
+    pb.DATA_TYPE_FLOAT16: Floats(torch.float16),
+    pb.DATA_TYPE_INT8: Quantised(8),
+    pb.DATA_TYPE_INT4: Quantised(4),
+}
+
+
+def name_of(data_type: pb.DataType) -> str:
+    """As options spell it; a number for one that is not ours."""
+    if data_type not in CODES:
+        return str(int(data_type))
+    return pb.DataType.Name(data_type)[len("DATA_TYPE_") :].lower()
+
+
+NAMES: Dict[str, pb.DataType] = {name_of(data_type): data_type for data_type in CODES}
+"""As options spell them."""
+
+
+def rounding_of(seed: int, step: int, micro_batch: int) -> int:
+    """The `rounding` of a gradient on its way down: of a session's seed, as its dropout is."""
+    return derive_seed(seed, "gradient", step, micro_batch)
+
+
+def _padded(x_TW: Tensor, more: int) -> Tensor:
+    """So many zeros at the end of each row."""
+    return nn.functional.pad(x_TW, (0, more)) if more else x_TW
+
+
+def _scale_of(peaks_TG: Tensor) -> Tensor:
+    """The number of the smallest scale that holds the largest of a group: uint8."""
+    scales = torch.searchsorted(_values(peaks_TG.device)[1:_NO_NUMBER], peaks_TG) + 1
+    scales[peaks_TG == 0] = _ZERO
+    scales[~torch.isfinite(peaks_TG)] = _NO_NUMBER
+    return scales.to(torch.uint8)
+
+
+@lru_cache(maxsize=None)
+def _values(device: torch.device) -> Tensor:
+    """What the numbers of scales stand for, (256,) float32."""
+    # Of whole powers of two and four constants, so that they are the same wherever they are computed.
+    quarters = (1.0, 1.189207115002721, 1.4142135623730951, 1.681792830507429)
+    values = []
+    for number in range(256):
+        twos, quarter = divmod(number - _ONE, _STEPS_OF_TWO)
+        values.append(math.ldexp(quarters[quarter], twos))
+    values[_ZERO], values[_NO_NUMBER] = 0.0, math.nan
+    return torch.tensor(values, dtype=torch.float32).to(device)

@@ -1,0 +1,1 @@
+"""`sft-edge verify`: the halves over a wire beside the model in one process."""
