@@ -141,7 +141,7 @@ def _script(model: Any, address: str) -> None:
     """Everything that a script may do."""
     made = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    with wrap(model, made, server=address, wire_dtype="bfloat16") as optimizer:
+    with wrap(model, made, server=address, wire_dtype="bfloat16", codec="int8", gradient_codec="int4") as optimizer:
         first, second = batches(2, base)
         model(**first).loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 0.01)

@@ -1,0 +1,96 @@
+"""What writing and reading takes, as a share of a step, and how near what comes back is: for every codec.
+
+    python bench/codec.py [--repeats 30]
+
+Rows of a batch of 32 sequences of 20 tokens, of the width of MiniLM (384), of BERT-base (768) and of the paper's ranks
+8 and 64: an activation is written and read, to the nearest, and a gradient, by chance. The step beside it, measured in
+the same run, is that of the model in one piece, forward and backward, of MiniLM's shape, or for 768 of BERT-base's with
+random weights. One thread; the median of the repeats. Runs on every Python and torch that the edge does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from transformers import BertConfig
+
+from sft.models import build_whole
+from sft.models.weights import fill
+from sft.wire.codec.elements import decode_tensor, encode_tensor
+from sft.wire.codec.rows import NAMES
+
+CPU = torch.device("cpu")
+SEQUENCES, TOKENS = 32, 20
+SHAPES = {
+    384: {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},
+    768: {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
+}
+"""By model width."""
+WIDTHS = {8: 384, 64: 384, 384: 384, 768: 768}
+"""On the wire, and of the model whose step is meant."""
+
+
+def main() -> int:
+    """Prints a row a codec and width."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--repeats", type=int, default=30, metavar="N", help="of every measurement (default: 30)")
+    repeats = parser.parse_args().repeats
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    print(f"Python {sys.version.split()[0]}, torch {torch.__version__}")
+    steps = {width: step_seconds(width, max(3, repeats // 10)) for width in SHAPES}
+    print(f"{'width':>5} {'codec':<10}{'bits an element':>16}{'error':>9}{'ms':>8}{'of a step':>11}")
+    for width, model in WIDTHS.items():
+        a_TR = torch.randn(SEQUENCES * TOKENS, width)
+        for name, codec in NAMES.items():
+            written = encode_tensor(a_TR, codec)
+            error = float((decode_tensor(written, CPU) - a_TR).norm() / a_TR.norm())
+
+            def crossings(a_TR: torch.Tensor = a_TR, codec: int = codec) -> None:
+                decode_tensor(encode_tensor(a_TR, codec), CPU)
+                decode_tensor(encode_tensor(a_TR, codec, rounding=1), CPU)
+
+            seconds = median_seconds(crossings, repeats)
+            bits = 8 * len(written.data) / a_TR.numel()
+            print(
+                f"{width:>5} {name:<10}{bits:>16.2f}{error:>9.4f}{1e3 * seconds:>8.2f}{seconds / steps[model]:>11.2%}"
+            )
+    return 0
+
+
+def step_seconds(width: int, repeats: int) -> float:
+    """Forward and backward of the model in one piece."""
+    config = BertConfig(vocab_size=1000, num_labels=2, problem_type="single_label_classification", **SHAPES[width])
+    net = build_whole(config, "sequence-classification")
+    fill(net, [], 0)
+    ids_BS = torch.randint(1000, (SEQUENCES, TOKENS))
+    labels: dict[str, torch.Tensor] = {"labels": torch.zeros(SEQUENCES, dtype=torch.int64)}
+
+    def step() -> None:
+        loss = net({"input_ids": ids_BS}, [TOKENS] * SEQUENCES, labels).loss
+        assert loss is not None
+        loss.backward()
+
+    seconds = median_seconds(step, repeats)
+    print(f"a step of width {width}: {1e3 * seconds:.0f} ms")
+    return seconds
+
+
+def median_seconds(work: Callable[[], None], repeats: int) -> float:
+    """Of so many, after one that does not count."""
+    work()
+    taken = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - began)
+    return statistics.median(taken)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
