@@ -32,6 +32,7 @@ from sft_cloud.admission import (
     Pace,
     Quotas,
     Reception,
+    Strangers,
     open_files_limit,
     room,
 )
@@ -104,6 +105,8 @@ class CloudServer:
         # Calls of known callers take a thread each; how many there may be the quotas say, on one of those to spare.
         threads = options.max_calls + SPARE_THREADS
         self._executor = Reception(threads, self.pace, self.connections, access.identify)
+        if access.interceptor is not None:
+            access.interceptor.refuse_on(Strangers(self._executor.later))
         self._server = grpc.server(
             self._executor,
             interceptors=[

@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NoReturn
 
 import grpc
@@ -42,6 +43,7 @@ class AuthenticationInterceptor(grpc.ServerInterceptor):
         self._lines = LogLimit(REFUSALS_PER_SECOND, clock)
         self._running: dict[Call, Identity] = {}
         self._lock = threading.Lock()
+        self._threads: ThreadPoolExecutor | None = None
 
     def intercept_service(
         self,
@@ -56,13 +58,19 @@ class AuthenticationInterceptor(grpc.ServerInterceptor):
         except UnauthenticatedError as error:
             refusal = error
             # As a stream, whatever the method is: then not even one message is read.
-            return grpc.stream_unary_rpc_method_handler(at_once(lambda _, call: self._refuse(call, refusal)))
+            return grpc.stream_unary_rpc_method_handler(
+                at_once(lambda _, call: self._refuse(call, refusal), self._threads)
+            )
         handler = continuation(handler_call_details)
         return handler and self._guarded(handler)
 
     def tell(self, on_refused: Callable[[str, str], None]) -> None:
         """Somebody else wants to know, too, who is refused and why."""
         self._on_refused.append(on_refused)
+
+    def refuse_on(self, threads: ThreadPoolExecutor) -> None:
+        """Refuses strangers there; at once otherwise."""
+        self._threads = threads
 
     def end_stale_calls(self) -> None:
         """Ends what runs for callers that would not be let in now, though it waits for them and nothing happens.

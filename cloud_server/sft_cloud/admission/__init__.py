@@ -5,7 +5,7 @@ from sft_cloud.admission.deadlines import Deadlines
 from sft_cloud.admission.interceptor import AdmissionInterceptor
 from sft_cloud.admission.pace import Pace
 from sft_cloud.admission.quotas import Quotas
-from sft_cloud.admission.reception import Reception
+from sft_cloud.admission.reception import Reception, Strangers
 
 __all__ = [
     "AdmissionInterceptor",
@@ -14,6 +14,7 @@ __all__ = [
     "Pace",
     "Quotas",
     "Reception",
+    "Strangers",
     "open_files_limit",
     "room",
 ]

@@ -14,10 +14,16 @@ from typing import Any
 from grpc._cython import cygrpc  # type: ignore[attr-defined]
 
 from sft_cloud.admission.connections import ConnectionGuard, network
-from sft_cloud.admission.pace import Pace, Turn
+from sft_cloud.admission.pace import REFUSAL_SECONDS, Pace, Turn
+from sft_cloud.admission.quotas import TokenBucket
 from sft_cloud.admission.sockets import peer_of
 from sft_cloud.errors import UnauthenticatedError
 from sft_cloud.rpc import Identify
+
+STRANGERS_PER_SECOND = 50.0
+"""Refused at once; of those who come beside them so many wait a second for it:"""
+
+MAX_STRANGERS = 64
 
 
 class Reception(ThreadPoolExecutor):
@@ -42,16 +48,16 @@ class Reception(ThreadPoolExecutor):
             return super().submit(work, *args, **kwargs)
         call = _Arrived(event)
         who = self._who(call)
-        turn = self._pace.call(who)
+        turn, done = self._pace.call(who), Future[Any]()
         if turn is None:
             # Each costs the server a little even so: who goes on so is left without a connection.
             self._connections.hang_up(call.peer())
             event.call.cancel()
-            return _done(None)
+            _finish(done, lambda: None)
+            return done
         if not turn.seconds:
             return super().submit(work, *args, **kwargs)
-        done: Future[Any] = Future()
-        self._later(turn.seconds, lambda: self._begin(done, who, turn, partial(work, *args, **kwargs)))
+        self.later(turn.seconds, lambda: self._begin(done, who, turn, partial(work, *args, **kwargs)))
         return done
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
@@ -72,26 +78,64 @@ class Reception(ThreadPoolExecutor):
     def _begin(self, done: Future[Any], who: Hashable, turn: Turn, work: Callable[[], Any]) -> None:
         def begun() -> None:
             self._pace.begin(who, turn)
-            try:
-                work()
-            finally:
-                done.set_result(None)
+            _finish(done, work)
 
         super().submit(begun)
 
-    def _later(self, seconds: float, work: Callable[[], None]) -> None:
+    def later(self, seconds: float, work: Callable[[], None]) -> None:
+        """Has it done then, on a thread on which nothing may wait."""
         with self._changed:
-            heapq.heappush(self._waiting, (time.monotonic() + seconds, next(self._numbers), work))
-            self._changed.notify()
+            waits = (time.monotonic() + seconds, next(self._numbers), work)
+            heapq.heappush(self._waiting, waits)
+            if self._waiting[0] is waits:  # otherwise that thread would be woken for nothing
+                self._changed.notify()
 
     def _run(self) -> None:
+        while (work := self._next()) is not None:
+            work()
+
+    def _next(self) -> Callable[[], None] | None:
+        """What is due, once it is; None in the end."""
         with self._changed:
             while not self._is_over:
                 seconds = self._waiting[0][0] - time.monotonic() if self._waiting else None
-                if seconds is None or seconds > 0:
-                    self._changed.wait(seconds)
-                else:
-                    heapq.heappop(self._waiting)[-1]()
+                if seconds is not None and seconds <= 0:
+                    return heapq.heappop(self._waiting)[-1]
+                self._changed.wait(seconds)
+        return None
+
+
+class Strangers(ThreadPoolExecutor):
+    """Where strangers are refused: at once, or a second later where many come, who then wait before they come again."""
+
+    def __init__(self, later: Callable[[float, Callable[[], None]], None]) -> None:
+        """`later`: see Reception."""
+        super().__init__(1)
+        self._later = later
+        self._lock = threading.Lock()
+        self._bucket = TokenBucket(STRANGERS_PER_SECOND, STRANGERS_PER_SECOND, time.monotonic())
+        self._waiting = 0
+
+    def submit(self, work: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """See Executor."""
+        with self._lock:
+            now = time.monotonic()
+            is_early = not self._bucket.seconds_until(1, now)
+            if is_early:
+                self._bucket.take(1, now)
+            waits = not is_early and self._waiting < MAX_STRANGERS
+            self._waiting += waits
+        done: Future[Any] = Future()
+        if waits:
+            self._later(REFUSAL_SECONDS, lambda: self._refuse(done, partial(work, *args, **kwargs)))
+        else:
+            _finish(done, partial(work, *args, **kwargs))
+        return done
+
+    def _refuse(self, done: Future[Any], work: Callable[[], Any]) -> None:
+        with self._lock:
+            self._waiting -= 1
+        _finish(done, work)
 
 
 class _Arrived:
@@ -111,7 +155,8 @@ class _Arrived:
         return bytes(self._event.call.peer()).decode()
 
 
-def _done(result: object) -> Future[Any]:
-    done: Future[Any] = Future()
-    done.set_result(result)
-    return done
+def _finish(done: Future[Any], work: Callable[[], Any]) -> None:
+    try:
+        done.set_result(work())
+    except Exception as error:
+        done.set_exception(error)

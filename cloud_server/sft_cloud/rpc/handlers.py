@@ -41,8 +41,11 @@ class _Here(ThreadPoolExecutor):
 _HERE = _Here(1)
 
 
-def at_once(behaviour: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """Has it run on the thread on which gRPC tells of the call: it takes none of those that known callers need.
+def at_once(
+    behaviour: Callable[[Any, Any], Any], threads: ThreadPoolExecutor | None = None
+) -> Callable[[Any, Any], Any]:
+    """Has it run on the thread on which gRPC tells of the call, or where `threads` has it run: it takes none of those
+    that known callers need.
 
     For what strangers can have done. It must neither wait nor read.
     """
@@ -50,7 +53,7 @@ def at_once(behaviour: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     def run(request: Any, context: Any) -> Any:
         return behaviour(request, context)
 
-    run.experimental_thread_pool = _HERE  # type: ignore[attr-defined]  # gRPC's name for it
+    run.experimental_thread_pool = _HERE if threads is None else threads  # type: ignore[attr-defined]  # gRPC's name for it
     return run
 
 
@@ -59,8 +62,9 @@ def remade(
 ) -> Handler:
     """A handler of the same kind that does one of the two instead."""
     kind, made_of = _kind(handler), many_answers if handler.response_streaming else one_answer
-    if hasattr(behaviour_of(handler), "experimental_thread_pool"):
-        made_of = at_once(made_of)
+    threads = getattr(behaviour_of(handler), "experimental_thread_pool", None)
+    if threads is not None:
+        made_of = at_once(made_of, threads)
     made: Handler = _KINDS[kind][1](
         made_of,
         request_deserializer=handler.request_deserializer,
