@@ -277,6 +277,10 @@ class _WithoutParameters(Undrawn):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is torch.empty:
             kwargs = {**(kwargs or {}), "device": "meta"}
+        if getattr(function, "__module__", None) == "transformers.initialization":  # of newer releases
+            tensor = args[0] if args else kwargs["tensor"]
+            if tensor.is_meta:  # where drawing takes longer than with memory
+                return tensor
         return super().__torch_function__(function, types, args, kwargs)
 
 
