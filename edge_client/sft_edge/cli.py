@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import List, Optional
 
+from sft.cli.imports import imports
 from sft.cli.options import parse
 from sft.cli.run import run
 from sft_edge.options import (
@@ -26,7 +27,8 @@ def train(prog: str, argv: List[str]) -> int:
     """fine-tune a model across this machine and a cloud"""
     options = RunOptions(*parse(TRAIN_OPTIONS, argv, prog, train.__doc__))
     check_together(options.cut, options.link)
-    from sft_edge.commands.train.train import TrainingRun
+    with imports():
+        from sft_edge.commands.train.train import TrainingRun
 
     TrainingRun(options).run()
     return 0
@@ -35,7 +37,8 @@ def train(prog: str, argv: List[str]) -> int:
 def evaluate(prog: str, argv: List[str]) -> int:
     """judge a trained model on a task's validation rows, without a cloud"""
     (options,) = parse((EvaluateOptions,), argv, prog, evaluate.__doc__)
-    from sft_edge.commands.evaluate import evaluate_saved
+    with imports():
+        from sft_edge.commands.evaluate import evaluate_saved
 
     evaluate_saved(options)
     return 0
@@ -44,7 +47,8 @@ def evaluate(prog: str, argv: List[str]) -> int:
 def predict(prog: str, argv: List[str]) -> int:
     """ask a trained model, without a cloud"""
     (options,) = parse((PredictOptions,), argv, prog, predict.__doc__)
-    from sft_edge.commands.predict import predict as print_predictions
+    with imports():
+        from sft_edge.commands.predict import predict as print_predictions
 
     print_predictions(options)
     return 0
@@ -53,7 +57,8 @@ def predict(prog: str, argv: List[str]) -> int:
 def export(prog: str, argv: List[str]) -> int:
     """make a trained model one that transformers opens without this package"""
     (options,) = parse((ExportOptions,), argv, prog, export.__doc__)
-    from sft_edge.commands.export.export import export as export_and_report
+    with imports():
+        from sft_edge.commands.export.export import export as export_and_report
 
     export_and_report(options)
     return 0
@@ -62,7 +67,8 @@ def export(prog: str, argv: List[str]) -> int:
 def verify(prog: str, argv: List[str]) -> int:
     """show that split training computes what one process computes"""
     options = parse((VerifyOptions, OptimizerOptions, LinkOptions), argv, prog, verify.__doc__)
-    from sft_edge.commands.verify.verify import verify_and_report
+    with imports():
+        from sft_edge.commands.verify.verify import verify_and_report
 
     verify_and_report(*options)
     return 0
@@ -71,7 +77,8 @@ def verify(prog: str, argv: List[str]) -> int:
 def doctor(prog: str, argv: List[str]) -> int:
     """look at a server and the way to it, and say what would stop a run"""
     options = parse((DoctorOptions, LinkOptions), argv, prog, doctor.__doc__)
-    from sft_edge.commands.doctor.doctor import doctor as examine
+    with imports():
+        from sft_edge.commands.doctor.doctor import doctor as examine
 
     return examine(*options)
 
@@ -79,7 +86,8 @@ def doctor(prog: str, argv: List[str]) -> int:
 def env(prog: str, argv: List[str]) -> int:
     """say what a bug report needs to know of this machine; no secrets"""
     (options,) = parse((EnvOptions,), argv, prog, env.__doc__)
-    from sft_edge.commands.env import env as describe
+    with imports():
+        from sft_edge.commands.env import env as describe
 
     describe(options)
     return 0
@@ -88,7 +96,8 @@ def env(prog: str, argv: List[str]) -> int:
 def demo(prog: str, argv: List[str]) -> int:
     """train the paper's three systems side by side on a synthetic text set"""
     (options,) = parse((DemoOptions,), argv, prog, demo.__doc__)
-    from sft_edge.commands.demo import demo as run_demo
+    with imports():
+        from sft_edge.commands.demo import demo as run_demo
 
     return run_demo(options)
 

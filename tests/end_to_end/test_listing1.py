@@ -97,6 +97,7 @@ def test_the_example_is_the_plain_script_plus_two_lines() -> None:
     assert added[2].startswith("optim = SFTOptimizer(optim, role=role, model=model, ")
 
 
+@pytest.mark.slow
 def test_two_processes_end_with_the_weights_of_one_machine(tmp_path: Path) -> None:
     """The very files of examples/, but for the port."""
     environment = {**os.environ, "PYTHONPATH": str(EXAMPLES), "OMP_NUM_THREADS": "1"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sft.cli.devices import check_device
+from sft.cli.imports import imports
 from sft.cli.options import parse
 from sft_cloud.options import LimitOptions, MetricsOptions, ServeOptions, ServerAccess
 
@@ -23,7 +24,8 @@ def serve_command(prog: str, argv: list[str]) -> int:
         audit.write("refused", "-", peer, code="UNAUTHENTICATED", reason=reason)
 
     access = make_access(access_options, options.host, on_refused=refused)
-    from sft_cloud.server import serve  # later still: torch takes seconds
+    with imports():
+        from sft_cloud.server import serve  # later still: torch takes seconds
 
     serve(options, limits, metrics_options, access, audit)
     return 0

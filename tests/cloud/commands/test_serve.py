@@ -116,7 +116,8 @@ def test_it_announces_itself_serves_and_ends_on_sigterm(start, channel, connect,
     assert session_id not in process.log.read_text()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_it_ends_though_an_edge_is_idle(start, connect, edge, number):
     process = start()
     stub = connect(process.address)

@@ -65,6 +65,7 @@ def a_process_for_each_content(answered: Dict[str, List[Answer]], monkeypatch: p
 # The command.
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path, export: Run) -> None:
     save_tiny(tmp_path / "model", cut=CUT)
     code, told, _ = export(to=tmp_path / "deep" / "to")
