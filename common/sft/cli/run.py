@@ -63,6 +63,7 @@ def run(prog: str, commands: Mapping[str, Command], argv: Optional[Sequence[str]
 
 
 def _run(prog: str, full_name: str, commands: Mapping[str, Command], arguments: List[str]) -> int:
+    _check_process()
     if not arguments or arguments[0] in ("-h", "--help"):
         (sys.stdout if arguments else sys.stderr).write(_overview(prog, commands) + "\n")
         return 0 if arguments else UsageError.exit_code
@@ -73,6 +74,16 @@ def _run(prog: str, full_name: str, commands: Mapping[str, Command], arguments: 
         known = ", ".join(commands)
         raise UsageError(f"there is no command {arguments[0]!r}; the commands are {known}")
     return commands[arguments[0]](full_name, arguments[1:])
+
+
+def _check_process() -> None:
+    """Raises UsageError where a library would end the process, with words that nobody understands."""
+    if sys.flags.optimize > 1:
+        raise UsageError("Python's -OO, or PYTHONOPTIMIZE=2, leaves out what transformers reads: run without it")
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise UsageError("the working folder is gone: change to one that is there") from None
 
 
 def _open_streams() -> None:

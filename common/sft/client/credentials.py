@@ -206,11 +206,11 @@ def _token_reader(file: Optional[Path], what: str, environment: Mapping[str, str
 
 def _read_token(file: Path, what: str) -> str:
     try:
-        return _check_token(file.read_text(encoding="ascii"), f"{what} {file}")
+        return _check_token(file.read_text(encoding="utf-8-sig"), f"{what} {file}")  # as Notepad writes it
     except OSError as error:
         raise UsageError(f"{what} {file}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise UsageError(f"{what} {file} holds no token") from error
+        raise UsageError(f"{what} {file} holds no token: it is no UTF-8 text") from error
 
 
 def _check_token(text: str, where: str) -> str:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Dict, List, Literal, Optional
 
 import pytest
@@ -364,3 +365,17 @@ def test_run_lists_the_commands(capsys):
 def test_run_tells_the_version(capsys):
     assert run("car", {"ride": ride}, ["--version"]) == 0
     assert capsys.readouterr().out == f"car {__version__}\n"
+
+
+def test_a_process_in_which_libraries_would_end_is_told_why(monkeypatch, capsys, tmp_path):
+    rides = {"ride": lambda name, argv: 0}
+    assert run("car", rides, ["ride"]) == 0
+    monkeypatch.setattr(sys, "flags", SimpleNamespace(optimize=2))
+    assert run("car", rides, []) == 2
+    assert "error: Python's -OO, or PYTHONOPTIMIZE=2, leaves out" in capsys.readouterr().err
+    monkeypatch.undo()
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert run("car", rides, ["ride"]) == 2
+    assert "error: the working folder is gone" in capsys.readouterr().err

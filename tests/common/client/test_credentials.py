@@ -92,7 +92,7 @@ def test_a_token_comes_from_its_file_or_else_from_the_environment(files: Dict[st
 
 def test_a_new_token_in_the_file_counts_for_the_next_call(files: Dict[str, Path]) -> None:
     credentials = read(THERE, token_file=files["token_file"])
-    files["token_file"].write_text("a_new_one")
+    files["token_file"].write_bytes(b"\xef\xbb\xbfa_new_one\r\n")  # as Notepad does
     new = (("authorization", "Bearer a_new_one"),)
     assert credentials.metadata() == new
     files["token_file"].write_text("")  # half written
