@@ -36,8 +36,8 @@ _FREE = {
 _LENGTH = ("--num-train-epochs", "--max-steps")
 """How long the run is to be may differ, which is told: learning rates are those of the length that is asked for now."""
 
-_NOT_SAID = str(None)
-"""What an option that a release did not have yet was."""
+_BEFORE = {"--codec": str(None), "--gradient-codec": str(None), "--activations": "resend"}
+"""What options would have been in checkpoints of releases that did not have them."""
 
 MODEL, ROWS = "--model", "the training rows, or their tokens"
 """What is compared beside options."""
@@ -66,7 +66,7 @@ def check_same_run(now: Mapping[str, str], then: Mapping[str, str], directory: P
     """Raises UsageError, which names the first option that is another than it was."""
     skipped = {*_LENGTH, MODEL if SETTINGS in then else SETTINGS}
     for name in (*now, *sorted(then.keys() - now.keys())):
-        theirs, ours = then.get(name, _NOT_SAID), now.get(name, _NOT_SAID)
+        theirs, ours = then.get(name, _BEFORE.get(name)), now.get(name)
         if theirs == ours or name in skipped:
             continue
         if name == SETTINGS:

@@ -73,6 +73,10 @@ class CutOptions:
     freeze_edge: bool = False
     """train the cloud's half only: no backward pass on the edge, and no gradient comes down; sft and sl only"""
 
+    activations: Literal["resend", "keep-on-edge"] = "resend"
+    """with --freeze-edge, where they are the same in every epoch: compute them again each time, or keep them in a file
+    in --output-dir after the first"""
+
     wire_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """type of tensors on the wire, where --codec says nothing of them"""
 
@@ -99,6 +103,10 @@ class CutOptions:
                 raise UsageError(f"{option} {codec} needs --mode sft or sl: one process has no wire")
         if self.gradient_codec is not None and self.freeze_edge:
             raise UsageError("--gradient-codec says nothing with --freeze-edge, where no gradient comes: leave it out")
+        if self.activations != "resend" and not self.freeze_edge:
+            raise UsageError(
+                f"--activations {self.activations} needs --freeze-edge: those of an edge that is trained change"
+            )
         if self.split_layer is None and self.is_cut:
             raise UsageError("--split-layer must be given (a block counted from 1), or --mode local")
         if self.split_layer is not None and self.split_layer < 1:

@@ -35,6 +35,8 @@ class Activation(NamedTuple):
 
     lengths: Sequence[int] = ()
     padded_length: int = 0
+    rows: Optional[bytes] = None
+    """Of `packed` as the wire has them, where they were kept: its elements are then of no account."""
 
     def encoded(self, codec: pb.DataType) -> pb.Activation:
         """For the wire. Raises UsageError for more than the cloud would take, which would end the session."""
@@ -42,7 +44,10 @@ class Activation(NamedTuple):
         if tokens > MAX_PADDED_TOKENS:
             raise UsageError(f"a batch of {tokens} padded tokens is too large; at most {MAX_PADDED_TOKENS} go at once")
         check_size("activation", self.packed.shape, codec)
-        return encode_activation(self.packed, codec, self.lengths, self.padded_length)
+        if self.rows is None:
+            return encode_activation(self.packed, codec, self.lengths, self.padded_length)
+        packed = pb.Tensor(data_type=codec, shape=list(self.packed.shape), data=self.rows)
+        return pb.Activation(packed=packed, lengths=self.lengths, padded_length=self.padded_length)
 
 
 def check_size(what: str, shape: Sequence[int], data_type: pb.DataType) -> None:

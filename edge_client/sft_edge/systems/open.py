@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Callable, Iterator, Optional, Sequence
@@ -52,13 +53,14 @@ def open_system(
     resume_from: Sequence[pb.CheckpointId] = (),
     checkpoint_store: Optional[Path] = None,
     on_link: Callable[[Link], None] = lambda link: None,
+    keep_in: Optional[Path] = None,
 ) -> Iterator[System]:
     """The system for the block; the session, and a cloud that was started for it, end with the block.
 
     `calibration`: what a low-rank residual is fitted to; `on_status` is told what a broken link is waiting for;
     `run_id`: whose checkpoints are saved, if any are; `resume_from`: those of which it may go on, see
     `halve`; `checkpoint_store`: where a cloud that is started for it keeps its halves; `on_link`
-    as `open_split_system` has it.
+    and `keep_in` as `open_split_system` has them.
 
     Raises what building, connecting and opening a session raise: CutError, CheckpointError, UsageError, LinkError.
     """
@@ -93,9 +95,11 @@ def open_system(
             resume_from=resume_from,
         )
         transport, policy = transport_of(address, options.link), retry_policy_of(options.link)
-        system = open_split_system(start, device, transport, policy, on_status, options.link.labels, on_link)
+        system = open_split_system(start, device, transport, policy, on_status, options.link.labels, on_link, keep_in)
         del start  # what the blobs read from may be half a model
-        with system.link:
+        with system.link, contextlib.ExitStack() as stack:
+            if system.kept is not None:
+                stack.callback(system.kept.close)
             yield system
 
 

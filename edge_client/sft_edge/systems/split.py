@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from pathlib import Path
 from typing import Callable, Deque, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import torch
@@ -24,6 +25,7 @@ from sft.wire.ledger import Ledger, Traffic, plain_split_bytes
 from sft_edge.link import Link, PendingReply, RetryPolicy, Transport, checked_weights
 from sft_edge.systems.crossing import Activation, Crossing
 from sft_edge.systems.halves import Halves
+from sft_edge.systems.kept import KeptActivations
 from sft_edge.systems.system import StepTimer, System
 
 _EVALUATIONS_AHEAD = 2
@@ -43,12 +45,13 @@ class SplitSystem(System):
         codecs: Codecs,
         labels: str = "cloud",
         first_step: int = 0,
+        kept: Optional[KeptActivations] = None,
     ) -> None:
         """`net_1` filled, `link` open; `cloud_shapes` are those of net_2's parameters, under whole-model names.
 
         `codecs`: how tensors are written on the wire. `labels`: `cloud` where they travel with the
         activation, `local` where they stay here. Without a parameter of net_1 that is trained there is no backward pass
-        here. `first_step` is the cloud's next.
+        here, and no dropout: `kept` keeps what it then makes of a batch. `first_step` is the cloud's next.
         """
         self.net_1 = net_1
         self.optimizer = optimizer
@@ -60,6 +63,7 @@ class SplitSystem(System):
         self._first_step = first_step
         self._labels_stay = labels == "local"
         self._frozen = not any(parameter.requires_grad for parameter in net_1.parameters())
+        self.kept = kept
         self._model_width = int(net_1.model.config.hidden_size)
         self._step = StepTimer()
         self._traffic = Traffic()
@@ -68,36 +72,56 @@ class SplitSystem(System):
 
     def forward_backward(self, batch: Batch, step: int, micro_batch: int, loss_scale: float) -> float:
         """Algorithm 1, lines 6 to 12."""
-        self.net_1.train()
         labels = None if self._labels_stay else encode_labels(batch.labels, batch.lengths)
+        padded_length = next(iter(batch.inputs.values())).shape[1]
         with self._step.phase("edge_forward"):
-            with seeded(self.net_1.device, self._seed, "net_1", step, micro_batch), torch.set_grad_enabled(
-                not self._frozen
-            ):
-                a_BSR = self.net_1(batch.inputs, batch.lengths)
+            a_BSR = None
+            if self.kept is None:
+                a_BSR = self._forward(batch, step, micro_batch)
+                activation = _activation(a_BSR, batch)
+            else:
+                activation = self.kept.activation(self.net_1, batch)
             crossing = Crossing(
                 self.link,
                 step,
                 micro_batch,
-                _activation(a_BSR, batch),
+                activation,
                 self._codecs,
                 labels,
                 loss_scale=loss_scale,
                 wait=self._answer,
             )
         if self._labels_stay:
-            loss = self._loss_here(crossing, batch, a_BSR.shape[1], loss_scale)
+            loss = self._loss_here(crossing, batch, padded_length, loss_scale)
         else:
             loss = crossing.loss()
         crossing.wait()
         with self._step.phase("edge_backward"):
             gradient_TR = crossing.gradient()
-            if gradient_TR is not None:
-                a_BSR.backward(unpack(gradient_TR, batch.lengths, a_BSR.shape[1]))
+            if gradient_TR is not None and a_BSR is not None:
+                torch.autograd.backward(a_BSR, unpack(gradient_TR, batch.lengths, padded_length))
         self._step.samples += len(batch.lengths)
-        self._plain_bytes += plain_split_bytes(len(batch.lengths), a_BSR.shape[1], self._model_width)
+        self._plain_bytes += plain_split_bytes(len(batch.lengths), padded_length, self._model_width)
         self._cloud_squared_norm = crossing.squared_norm
         return loss
+
+    def _forward(self, batch: Batch, step: int, micro_batch: int) -> Tensor:
+        self.net_1.train(not self._frozen)
+        with seeded(self.net_1.device, self._seed, "net_1", step, micro_batch), torch.set_grad_enabled(
+            not self._frozen
+        ):
+            a_BSR: Tensor = self.net_1(batch.inputs, batch.lengths)
+        return a_BSR
+
+    @property
+    def keeps_activations(self) -> bool:
+        """See System."""
+        return self.kept is not None
+
+    def prepare(self, batch: Batch) -> None:
+        """See System."""
+        if self.kept is not None:
+            self.kept.activation(self.net_1, batch)
 
     def _loss_here(self, crossing: Crossing, batch: Batch, padded_length: int, loss_scale: float) -> float:
         """Labels stay: logits have come, their gradient goes."""
@@ -205,24 +229,29 @@ def open_split_system(
     on_status: Callable[[str], None] = lambda text: None,
     labels: str = "cloud",
     on_link: Callable[[Link], None] = lambda link: None,
+    keep_in: Optional[Path] = None,
 ) -> SplitSystem:
     """Fills net_1 on `device`, and opens a session in which the cloud fills net_2. `start` is used up.
 
     The edge never holds net_2: what the cloud lacks of it is copied from the checkpoint one tensor at a time. `labels`
-    as SplitSystem has it; `on_link` gets the link before it is opened, which may take a while. Raises UsageError, and
-    what opening a link raises.
+    as SplitSystem has it; `on_link` gets the link before it is opened, which may take a while; `keep_in`: the file of a
+    frozen edge's activations. Raises UsageError, and what opening a link raises.
     """
     optimizer = start.start_edge(device)
     link = Link(transport, start.request, start.blobs, policy, on_status)
     on_link(link)
     next_step = link.open().next_step
+    codecs = codecs_of(start.request)
+    width = start.request.cut.split_rank or int(start.net_1.model.config.hidden_size)
+    kept = None if keep_in is None else KeptActivations(keep_in, width, codecs.activation, on_status)
     return SplitSystem(
         start.net_1,
         optimizer,
         link,
         start.cloud_shapes,
         start.request.seed,
-        codecs_of(start.request),
+        codecs,
         labels,
         next_step,
+        kept,
     )

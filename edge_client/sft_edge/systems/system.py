@@ -34,6 +34,15 @@ class System(ABC):
     def forward_backward(self, batch: Batch, step: int, micro_batch: int, loss_scale: float) -> float:
         """Adds the gradients of `loss_scale` times the batch's mean loss, on both halves; returns the loss unscaled."""
 
+    @property
+    def keeps_activations(self) -> bool:
+        """Whether what `forward_backward` computes of a batch once is kept for all epochs: see `prepare`."""
+        return False
+
+    def prepare(self, batch: Batch) -> None:
+        """Has what is kept of a batch be there, as if it had been trained on."""
+        del batch
+
     @abstractmethod
     def gradient_norm(self) -> float:
         """The norm of the gradients added so far, over both halves."""

@@ -95,6 +95,8 @@ class TrainingLoop:
         if self.state.global_step == self.state.max_steps:
             return
         first_epoch, done = self._position()
+        if self.state.global_step and self.system.keeps_activations:
+            self._prepare()
         for epoch in count(first_epoch):
             self._order.manual_seed(derive_seed(self._training.seed, "order", epoch))
             self._rows.skip, done = done * self._training.gradient_accumulation_steps, 0
@@ -168,6 +170,14 @@ class TrainingLoop:
         self._after_step(rate, norm)
         self._after(self)
         self._since = time.perf_counter()
+
+    def _prepare(self) -> None:
+        """What a run that goes on had kept of the first epoch is there again, in the same batches, if it was lost."""
+        self._order.manual_seed(derive_seed(self._training.seed, "order", 0))
+        self._rows.skip = 0
+        done = self.state.global_step * self._training.gradient_accumulation_steps
+        for batch in islice(self._loader, min(done, len(self._loader))):
+            self.system.prepare(batch)
 
     def _position(self) -> Tuple[int, int]:
         """The epoch that is being trained on and how many of its steps are done.

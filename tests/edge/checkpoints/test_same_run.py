@@ -62,6 +62,7 @@ MATTERS: Dict[str, Any] = {
     "split_rank": 9,
     "residual": "low-rank",
     "freeze_edge": True,
+    "activations": "keep-on-edge",
     "wire_dtype": "bfloat16",
     "codec": "int8",
     "gradient_codec": "int8",
@@ -108,7 +109,8 @@ def test_what_may_differ(data_dir: Path, name: str) -> None:
 @pytest.mark.parametrize("name", MATTERS)
 def test_what_may_not(data_dir: Path, name: str) -> None:
     beside = {"lr_scheduler_kwargs": {"lr_scheduler_type": "cosine"}}.get(name, {})
-    beside = {"optim_args": {"optim": "SGD"}, "residual": {"mode": "sft"}}.get(name, beside)
+    needs = {"optim_args": {"optim": "SGD"}, "residual": {"mode": "sft"}, "activations": {"freeze_edge": True}}
+    beside = needs.get(name, beside)
     then, now = of(data_dir, **beside), of(data_dir, **{**beside, name: MATTERS[name]})
     flag = "--" + name.replace("_", "-")
     with pytest.raises(UsageError, match=rf"^out/checkpoint-3 was trained with {flag} .*, now it is .*: give the same"):
@@ -126,7 +128,8 @@ def test_other_rows_and_another_model(data_dir: Path) -> None:
 
 def test_an_option_of_another_release(data_dir: Path) -> None:
     now = of(data_dir)
-    check_same_run(now, {name: value for name, value in now.items() if name != "--codec"}, Path("out"))
+    added = ("--codec", "--gradient-codec", "--activations")
+    check_same_run(now, {name: value for name, value in now.items() if name not in added}, Path("out"))
     with pytest.raises(UsageError, match=re.escape("out was trained with --colour red, now it is None")):
         check_same_run(now, {**now, "--colour": "red"}, Path("out"))
     with pytest.raises(UsageError, match=re.escape("out was trained with --seed None, now it is 42")):

@@ -37,6 +37,7 @@ FROZEN = """
 --split-rank 8
 --residual none
 --freeze-edge false
+--activations resend
 --wire-dtype float32
 --codec
 --gradient-codec
@@ -160,6 +161,7 @@ def test_every_mode_takes_the_same_flags(mode):
         (lambda: CutOptions("sl", 3, residual="full"), "--residual full needs --mode local"),
         (lambda: CutOptions("sl", 3, residual="low-rank"), "--residual low-rank needs --mode sft or local"),
         (lambda: CutOptions("local", freeze_edge=True), "--freeze-edge needs --mode sft or sl"),
+        (lambda: CutOptions("sft", 3, activations="keep-on-edge"), "--activations keep-on-edge needs --freeze-edge"),
         (
             lambda: CutOptions("local", codec="int8"),
             "--codec int8 needs --mode sft or sl: one process",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 from contextlib import ExitStack
@@ -18,7 +19,7 @@ from sft_edge.checkpoints import Checkpointing, Stopped, likeness
 from sft_edge.commands.train.attempt import Attempt
 from sft_edge.commands.train.job import Job, try_end
 from sft_edge.commands.train.start import open_start
-from sft_edge.files import check_room
+from sft_edge.files import check_room, storage_errors
 from sft_edge.link import Link, retry_policy_of
 from sft_edge.model_files import Source
 from sft_edge.options import RunOptions
@@ -29,6 +30,9 @@ from sft_edge.training import EvaluationSet, Progress, Recovery, TensorBoard, Tr
 
 CALIBRATION_ROWS = 256
 """How many of the first training rows a low-rank residual is fitted to."""
+
+ACTIVATIONS = "activations.bin"
+"""In the output directory: a frozen edge's, while the run is on."""
 
 CLOUD_STORE = "cloud-checkpoints"
 """Below the output directory: where a cloud of the run's own keeps its halves of checkpoints."""
@@ -110,7 +114,10 @@ class TrainingRun:
             try:
                 with ExitStack() as stack:
                     attempt = self._begin(stack, job, progress, checkpointing, terminated, after_step)
-                    return attempt.run()
+                    results = attempt.run()
+                with contextlib.suppress(OSError):
+                    (self.output_dir / ACTIVATIONS).unlink()
+                return results
             except LinkError as error:
                 steps = attempt.steps if attempt is not None else 0
                 checkpointing.check_lost(steps, error)
@@ -150,6 +157,7 @@ class TrainingRun:
                 resume_from=[pb.CheckpointId(step=c.step, sha256=c.manifest.other_half or "") for c in offered],
                 checkpoint_store=self.output_dir / CLOUD_STORE,
                 on_link=stops_waiting,
+                keep_in=self._kept_activations(begins=not offered),
             )
         )
         chosen = checkpointing.choose(system, offered)
@@ -170,6 +178,16 @@ class TrainingRun:
         )
         checkpointing.begin(system, loop, chosen)
         return Attempt(options, self.output_dir, job, system, loop, progress, checkpointing)
+
+    def _kept_activations(self, begins: bool) -> Optional[Path]:
+        """The file of a frozen edge's activations, if any are kept; a run that begins has none yet."""
+        if self.options.cut.activations != "keep-on-edge":
+            return None
+        path = self.output_dir / ACTIVATIONS
+        if begins:
+            with storage_errors(path), contextlib.suppress(FileNotFoundError):
+                path.unlink()
+        return path
 
     def _calibration(self, job: Job) -> List[Batch]:
         """The same for every system, so that all decompose alike."""

@@ -1,0 +1,130 @@
+"""Activations of a frozen edge on disk: a row's is the same in every epoch, so it is computed once.
+
+The file begins with what its content depends on (net_1 and the codec), then come records: the key of a sequence, which
+is a hash of its tokens, the bytes of its rows as the wire has them, and a checksum. A record that was not written to
+its end, as when the machine lost its power, is cut off when the file is opened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+import zlib
+from contextlib import suppress
+from pathlib import Path
+from typing import Callable, Dict, List, Optional, Sequence, Tuple
+
+from sft.batch import Batch
+from sft.errors import StorageError
+from sft_edge.files import storage_errors
+
+_KEY_BYTES = 16
+_HEAD = struct.Struct(f"<{_KEY_BYTES}sII")  # key, bytes of the rows, their CRC-32
+
+
+def keys_of(batch: Batch) -> List[bytes]:
+    """One for each sequence: of its tokens, whatever it is padded to and beside whichever it is."""
+    keys = []
+    columns = sorted(batch.inputs)
+    for index, length in enumerate(batch.lengths):
+        digest = hashlib.blake2b(digest_size=_KEY_BYTES)
+        for name in columns:
+            digest.update(f"{name} {length} ".encode())
+            digest.update(batch.inputs[name][index, :length].contiguous().numpy().tobytes())
+        keys.append(digest.digest())
+    return keys
+
+
+class ActivationCache:
+    """One file. Not for several threads or processes at once."""
+
+    def __init__(self, path: Path, content: str, on_status: Callable[[str], None] = lambda text: None) -> None:
+        """`content`: what the activations depend on, in a line; a file of another is begun anew. `on_status` is told
+        of that, and of a disk that takes no more. Raises StorageError.
+        """
+        self._path = path
+        self._on_status = on_status
+        self._places: Dict[bytes, Tuple[int, int, int]] = {}
+        self._is_full = False
+        head = f"sft activations 1 {content}\n".encode()
+        with storage_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(str(path), "a+b", buffering=0)  # noqa: SIM115  # closed by `close`
+            try:
+                self._open(head)
+            except BaseException:
+                self._file.close()
+                raise
+
+    def __len__(self) -> int:
+        """Sequences that are kept."""
+        return len(self._places)
+
+    def find(self, keys: Sequence[bytes]) -> Optional[List[bytes]]:
+        """The rows of each sequence; None where one of them is not here. Raises StorageError."""
+        if not all(key in self._places for key in keys):
+            return None
+        return [self._read(key) for key in keys]
+
+    def add(self, keys: Sequence[bytes], rows: Sequence[bytes]) -> None:
+        """Keeps those that are new. Where the disk takes no more, nothing is kept from then on."""
+        for key, data in zip(keys, rows):
+            if key in self._places or self._is_full:
+                continue
+            try:
+                self._append(key, data)
+            except OSError as error:
+                self._is_full = True
+                self._on_status(
+                    f"{self._path} takes no more activations ({error.strerror}): those of other rows are computed "
+                    "again in every epoch"
+                )
+
+    def close(self) -> None:
+        """The file stays."""
+        self._file.close()
+
+    def _open(self, head: bytes) -> None:
+        size = os.fstat(self._file.fileno()).st_size
+        if os.pread(self._file.fileno(), len(head), 0) != head:
+            if size:
+                self._on_status(f"{self._path} holds activations of another model or codec: they are computed anew")
+            self._file.truncate(0)
+            self._file.write(head)
+        else:
+            self._file.truncate(self._scan(len(head), size))
+        self._end = os.fstat(self._file.fileno()).st_size
+
+    def _scan(self, at: int, size: int) -> int:
+        """Finds the records, and where the last whole one ends."""
+        while at + _HEAD.size <= size:
+            key, length, checksum = _HEAD.unpack(os.pread(self._file.fileno(), _HEAD.size, at))
+            begin = at + _HEAD.size
+            if begin + length > size or zlib.crc32(os.pread(self._file.fileno(), length, begin)) != checksum:
+                break
+            self._places[key] = (begin, length, checksum)
+            at = begin + length
+        return at
+
+    def _append(self, key: bytes, data: bytes) -> None:
+        checksum = zlib.crc32(data)
+        record = _HEAD.pack(key, len(data), checksum) + data
+        try:
+            written = self._file.write(record)
+            if written != len(record):
+                raise OSError(28, "No space left on device")
+        except OSError:
+            with suppress(OSError):
+                self._file.truncate(self._end)
+            raise
+        self._places[key] = (self._end + _HEAD.size, len(data), checksum)
+        self._end += len(record)
+
+    def _read(self, key: bytes) -> bytes:
+        begin, length, checksum = self._places[key]
+        with storage_errors(self._path):
+            data = os.pread(self._file.fileno(), length, begin)
+        if zlib.crc32(data) != checksum:
+            raise StorageError(f"{self._path} is damaged: delete it, and go on with --resume-from-checkpoint")
+        return data
