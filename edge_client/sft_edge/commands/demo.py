@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 from pathlib import Path
 from typing import Any, Dict
@@ -15,6 +16,7 @@ from sft.cli.child import python_command
 from sft.errors import UsageError
 from sft.printable import format_bytes, format_seconds
 from sft_edge.options import DemoOptions
+from sft_edge.signals import terminations_noted
 from sft_edge.tasks import write_synthetic
 
 _MODES = {"local": "one process", "sl": "plain split learning", "sft": "split fine-tuning"}
@@ -91,6 +93,13 @@ def _run(options: DemoOptions, mode: str, data_dir: Path) -> Dict[str, Any]:
         "--output-dir": output_dir,
     }
     argv = [str(part) for flag in flags.items() for part in flag]
-    subprocess.run([*python_command("sft_edge.cli"), "train", *argv, "--overwrite-output-dir"], check=True)
+    command = [*python_command("sft_edge.cli"), "train", *argv, "--overwrite-output-dir"]
+    with terminations_noted() as asked, subprocess.Popen(command) as run:
+        asked.then = run.terminate  # or the run would go on, and nobody would know of it
+        if asked.is_set():
+            run.terminate()
+        code = run.wait()
+    if code or asked.is_set():  # a run that has saved a checkpoint ends well
+        raise subprocess.CalledProcessError(code or 128 + signal.SIGTERM, command)
     results: Dict[str, Any] = json.loads((output_dir / "all_results.json").read_text(encoding="utf-8"))
     return results
