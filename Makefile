@@ -44,24 +44,45 @@ else
 	$(PYTEST) -m "not slow"
 endif
 
-check: setup $(PROTO_BIN)/.installed  ## format, lint, types, import contracts, Python 3.8 in edge code, the wire, containers, alerts, generated code
-	$(BIN)/ruff format --check
-	$(BIN)/ruff check
-	$(BIN)/vermin --quiet --no-tips --violations --target=3.8- common edge_client
+# The quick one, then the longest: with `--jobs` they run side by side.
+CHECKS := check-style check-types check-generated check-security check-python38 check-rooms check-files check-alerts
+check: $(CHECKS)  ## format, lint, types, import contracts, Python 3.8 in edge code, the wire, containers, alerts, generated code
+
+.PHONY: $(CHECKS)
+$(CHECKS): setup
+
+check-types:
 	$(BIN)/mypy
-	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive common edge_client cloud_server
-	$(BIN)/lint-imports --no-logo
+
+check-generated: $(PROTO_BIN)/.installed
 	$(BIN)/buf lint
 	$(BIN)/buf breaking --against $(RELEASED)
-	$(BIN)/hadolint cloud_server/Dockerfile edge_client/Dockerfile edge_client/Dockerfile.jetson
-	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.compose-spec docker-compose.yml
-	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
-	@if command -v promtool >/dev/null; then \
-		promtool check rules docs/grafana/alerts.yml && promtool test rules docs/grafana/alerts_test.yml; \
-	else echo "alerts are not tried: promtool (apt install prometheus) is not on PATH" >&2; fi
 	rm -rf build/proto && mkdir -p build/proto
 	$(call generate,build/proto)
 	diff -rq -x __init__.py -x __pycache__ build/proto/sft/v1 common/sft/v1 || { echo "common/sft/v1 is out of date: run make proto" >&2; exit 1; }
+
+check-security:
+	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive common edge_client cloud_server
+
+check-python38:
+	$(BIN)/vermin --quiet --no-tips --violations --target=3.8- common edge_client
+
+check-rooms:
+	$(BIN)/lint-imports --no-logo
+
+check-style:
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+
+check-files:
+	$(BIN)/hadolint cloud_server/Dockerfile edge_client/Dockerfile edge_client/Dockerfile.jetson
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.compose-spec docker-compose.yml
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
+
+check-alerts:
+	@if command -v promtool >/dev/null; then \
+		promtool check rules docs/grafana/alerts.yml && promtool test rules docs/grafana/alerts_test.yml; \
+	else echo "alerts are not tried: promtool (apt install prometheus) is not on PATH" >&2; fi
 
 # The tag at HEAD, if there is one.
 release-check: TAG ?= $(shell git describe --tags --exact-match 2>/dev/null)
