@@ -50,15 +50,16 @@ class MemoryShare:
             )
         self._fixed = fixed
 
-    def check(self, size: int) -> None:
-        """Raises NoMemoryError when so much could never fit, however few others there are."""
+    def too_large(self, size: int) -> str:
+        """The sentence that says so where so much could never fit, however few others there are; else nothing."""
         whole = self._fixed + size
-        if whole > self._budget.most_bytes(whole, self._held.caller):
-            why = self._budget.why_not(whole, whole, self._held.caller, "send smaller batches")
-            raise NoMemoryError(
-                f"this batch, with what waits for a backward(), would take about {format_bytes(size)} on the cloud, "
-                f"and its session then {format_bytes(whole)}{why}"
-            )
+        if whole <= self._budget.most_bytes(whole, self._held.caller):
+            return ""
+        why = self._budget.why_not(whole, whole, self._held.caller, "send smaller batches")
+        return (
+            f"this batch, with what waits for a backward(), would take about {format_bytes(size)} on the cloud, "
+            f"and its session then {format_bytes(whole)}{why}"
+        )
 
     def hold(self, size: int, answers: int = 0, batch: int = 0) -> None:
         """From now on the session takes `size` beside what it began with, and so much for answers; computing takes

@@ -16,7 +16,6 @@ Each message comes here once; `sft_cloud.service.exactly_once` sees to that.
 
 from __future__ import annotations
 
-import contextlib
 import enum
 import math
 from collections.abc import Callable, Generator, Iterator
@@ -35,6 +34,7 @@ from sft.wire.codec.elements import MAX_DIMENSIONS
 from sft.wire.codec.rows import rounding_of
 from sft_cloud.errors import NoMemoryError, PreconditionError, is_out_of_memory
 from sft_cloud.memory import MemoryShare
+from sft_cloud.session.autocast import autocast_to, check_autocast
 from sft_cloud.session.commit import apply_group_arguments, check_commit, groups_after, take_step
 from sft_cloud.session.load_state import Blob, StateLoader
 from sft_cloud.session.memory import check_room_for_step, optimizer_bytes
@@ -45,12 +45,9 @@ Work = Callable[[pb.CloudMessage], Iterator[None] | None]
 """What is left to do for a body that was checked: fills in the answer. Others may compute where it yields, if it does.
 """
 
-_AUTOCAST = {pb.DATA_TYPE_BFLOAT16: torch.bfloat16, pb.DATA_TYPE_FLOAT16: torch.float16}
-
-
 _NO_MEMORY = "the cloud's device is out of memory; try smaller batches or another cut"
 
-COPIES_OF_ANSWER = 4
+_COPIES_OF_ANSWER = 4
 """Packed, as bytes, in the message, and on the way to the edge: until it has been sent."""
 
 _EVALUATION_TAKES = 4
@@ -152,7 +149,7 @@ class Session:
                 self._undo_step()
                 answer.step_skipped.reason = f"the cloud is out of memory: {error}" if refused else _NO_MEMORY
         finally:
-            answers = remembered_bytes + COPIES_OF_ANSWER * answer.ByteSize()
+            answers = remembered_bytes + _COPIES_OF_ANSWER * answer.ByteSize()
             self._memory.settle(self._micro_batches.waiting_bytes(), answers)
         self.state = State.ACCUMULATING if self._forwards else State.READY
         return answer
@@ -261,7 +258,7 @@ class Session:
             raise PreconditionError(f"micro-batch {message.micro_batch} came, but micro-batch {next_one} is next")
         if not (math.isfinite(forward.loss_scale) and forward.loss_scale >= 0):
             raise ProtocolError(f"loss_scale must be finite and not negative, not {forward.loss_scale}")
-        _check_autocast(forward.autocast)
+        check_autocast(forward.autocast)
         has_labels = forward.HasField("labels")
         waits = 0 if commits else self._micro_batches.waiting_bytes(message.weights)
         graph = self._half.training_bytes(forward.activation) + self._cast_bytes(forward.autocast)
@@ -270,10 +267,8 @@ class Session:
             waits += graph
         elif not forward.loss_scale:
             waits += self._micro_batches.gradient_bytes()
-        try:
-            self._memory.check(waits + batch)
-        except NoMemoryError as error:
-            return self._skips(str(error))
+        if too_large := self._memory.too_large(waits + batch):
+            return self._skips(too_large)
         answers = self._answer_bytes(forward.activation, not has_labels or forward.want_logits, has_labels)
         rounding = rounding_of(self._seed, message.step, message.micro_batch)
         given = self._half.decode(forward.activation)._replace(rounding=rounding)
@@ -289,7 +284,7 @@ class Session:
             self._half.train(not forward.eval_mode)
             with (
                 seeded(self._half.device, self._seed, "net_2", message.step, message.micro_batch),
-                self._precision(forward.autocast),
+                autocast_to(forward.autocast, self._half.device),
             ):
                 outputs = self._half.outputs(given)
                 loss = self._half.loss(outputs, labels, given) if has_labels else None
@@ -315,7 +310,7 @@ class Session:
             raise PreconditionError("the commit on this message drops the micro-batch that its Backward is for")
         gradient = self._micro_batches.check_backward(message.micro_batch, message.weights, message.backward.gradient)
         size = self._micro_batches.gradient_answer_bytes(message.micro_batch)
-        answers = self._remembered_bytes + COPIES_OF_ANSWER * size
+        answers = self._remembered_bytes + _COPIES_OF_ANSWER * size
 
         def work(answer: pb.CloudMessage) -> None:
             self._memory.hold(self._micro_batches.waiting_bytes(), answers)
@@ -337,21 +332,19 @@ class Session:
         return work
 
     def _check_evaluate(self, message: pb.EdgeMessage) -> Work:
-        _check_autocast(message.evaluate.autocast)
+        check_autocast(message.evaluate.autocast)
         waits = self._micro_batches.waiting_bytes(message.weights)
         batch = self._half.training_bytes(message.evaluate.activation) // _EVALUATION_TAKES
         batch += self._cast_bytes(message.evaluate.autocast)
-        try:
-            self._memory.check(waits + batch)
-        except NoMemoryError as error:
-            return self._skips(str(error), undoes=False)
+        if too_large := self._memory.too_large(waits + batch):
+            return self._skips(too_large, undoes=False)
         self._hold_now(waits, self._answer_bytes(message.evaluate.activation, logits=True), batch)
         given = self._half.decode(message.evaluate.activation)
         self._half.check_outputs(message.evaluate.activation)
 
         def work(answer: pb.CloudMessage) -> None:
             self._half.train(False)
-            with torch.no_grad(), self._precision(message.evaluate.autocast):
+            with torch.no_grad(), autocast_to(message.evaluate.autocast, self._half.device):
                 outputs = self._half.outputs(given)
             answer.evaluation.logits.CopyFrom(self._half.encode_outputs(outputs, given))
 
@@ -400,17 +393,8 @@ class Session:
         size = self._half.logits_bytes(activation) if logits else 0
         if gradient:
             size += 4 * math.prod(activation.packed.shape[:MAX_DIMENSIONS])
-        return self._remembered_bytes + COPIES_OF_ANSWER * size
+        return self._remembered_bytes + _COPIES_OF_ANSWER * size
 
     def _answer_committed(self, answer: pb.CloudMessage) -> None:
         answer.committed.next_step = self.next_step
         answer.committed.squared_gradient_norm = self._micro_batches.squared_norm()
-
-    def _precision(self, autocast: pb.DataType) -> contextlib.AbstractContextManager[object]:
-        """That the edge computes in."""
-        return torch.autocast(self._half.device.type, _AUTOCAST[autocast]) if autocast else contextlib.nullcontext()
-
-
-def _check_autocast(autocast: pb.DataType) -> None:
-    if autocast and autocast not in _AUTOCAST:
-        raise ProtocolError("autocast must be of type bfloat16 or float16")

@@ -34,9 +34,8 @@ def test_a_session_that_could_never_fit_is_told_so():
 
 def test_a_batch_that_could_never_fit_is_told_so():
     share = MemoryShare(MemoryBudget(1000), 400)
-    share.check(600)
-    with pytest.raises(NoMemoryError, match="send smaller batches"):
-        share.check(601)
+    assert not share.too_large(600)
+    assert "send smaller batches" in share.too_large(601)
 
 
 def test_everything_comes_back_with_its_owner():
@@ -80,6 +79,6 @@ def test_one_room_is_for_the_batches_of_all():
 
 def test_without_a_budget_everything_fits():
     share = MemoryShare()
-    share.check(1 << 60)
+    assert not share.too_large(1 << 60)
     share.hold(1 << 60, 0)
     share.release_with(Owner())
