@@ -19,7 +19,7 @@ from sft.models.weights import fill, pretrained_tensors
 from sft.optim.spec import OptimizerSpec, decay_groups, make_optimizer
 from sft.tensors.stream import in_memory, safetensors_chunks
 from sft.v1 import split_training_pb2 as pb
-from sft.wire.codec.elements import FLOATS, codecs_named, decode_tensor, encode_tensor
+from sft.wire.codec.elements import codecs_named, decode_tensor, encode_tensor
 from sft.wire.codec.messages import decode_activation
 from sft.wire.ledger import framed_size
 from sft.wire.protocol import PROTOCOL_VERSION
@@ -33,6 +33,7 @@ from sft_edge.systems.system import StepTimer
 
 CPU = torch.device("cpu")
 HEAD = "sequence-classification"
+ROW_BYTES = {"float32": 16, "bfloat16": 8, "float16": 8, "int8": 1 + 4, "int4": 1 + 2}
 OVERRIDES = {"num_labels": 2, "problem_type": "single_label_classification"}
 
 
@@ -177,15 +178,7 @@ def split(
     cloud.change_answer = _with_norm
     spec = OptimizerSpec("SGD", decay_groups(build_whole(source.config, HEAD, cut), {"lr": 0.1, **arguments}))
     with serving(cloud) as address:
-        start = halve(
-            source,
-            HEAD,
-            cut,
-            spec,
-            11,
-            codecs_named(codec if codec in FLOATS else "float32", codec),
-            freeze_edge=freeze_edge,
-        )
+        start = halve(source, HEAD, cut, spec, 11, codecs_named("float32", codec), freeze_edge=freeze_edge)
         system = open_split_system(start, CPU, GrpcTransport(address), labels=labels)
         with system.link:
             yield Rig(system, cloud)
@@ -316,11 +309,8 @@ def test_evaluation_is_not_asked_far_ahead(source: Source) -> None:
         assert len(list(logits)) == 7
 
 
-@pytest.mark.parametrize(
-    ("codec", "size"), [("float32", 16), ("bfloat16", 8), ("float16", 8), ("int8", 1 + 4), ("int4", 1 + 2)]
-)
+@pytest.mark.parametrize(("codec", "size"), ROW_BYTES.items())
 def test_the_ledger_counts_what_travelled(source: Source, codec: str, size: int) -> None:
-    """`size`: of a row of rank 4."""
     with split(source, codec=codec) as rig:
         rig.system.forward_backward(batch(5, 2, 3), 0, 0, 0.5)
         rig.system.forward_backward(batch(4, 4), 0, 1, 0.5)
