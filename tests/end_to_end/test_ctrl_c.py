@@ -84,12 +84,12 @@ def test_ctrl_c_while_the_cloud_works(
     at_work, go_on = threading.Event(), threading.Event()
     waits = iter(range(1000))
 
-    def handle(self, message, *more, handle=Session.handle):
+    def handle(self, message, *more, handle=Session.handle_in_pieces):
         if message.HasField("forward") and message.step == 3 and not at_work.is_set():
             assert message.HasField("commit")
             at_work.set()
             assert go_on.wait(SECONDS), "nobody waits for what is under way"
-        return handle(self, message, *more)
+        return (yield from handle(self, message, *more))
 
     def until_answered(self, until_answered=link_module.PendingReply.wait):
         wait = next(waits)
@@ -100,7 +100,7 @@ def test_ctrl_c_while_the_cloud_works(
             go_on.set()
         return until_answered(self)
 
-    monkeypatch.setattr(Session, "handle", handle)
+    monkeypatch.setattr(Session, "handle_in_pieces", handle)
     monkeypatch.setattr(link_module.PendingReply, "wait", until_answered)
     assert failing()[0] == 130
     assert read_json(tmp_path / "out" / "trainer_state.json")["global_step"] == 3

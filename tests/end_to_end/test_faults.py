@@ -169,13 +169,13 @@ def test_an_edge_that_is_killed_in_the_middle_of_a_step(
     monkeypatch.setattr(server.sessions, "session_timeout_seconds", 0.0)
     busy, killed = threading.Event(), threading.Event()
 
-    def handle(self, message, *more, handle=Session.handle):
+    def handle(self, message, *more, handle=Session.handle_in_pieces):
         if message.HasField("forward") and message.step == 3 and not busy.is_set():
             busy.set()
             assert killed.wait(SECONDS)
-        return handle(self, message, *more)
+        return (yield from handle(self, message, *more))
 
-    monkeypatch.setattr(Session, "handle", handle)
+    monkeypatch.setattr(Session, "handle_in_pieces", handle)
     options = job.flags(model=model, server=server.address, output_dir=tmp_path / "out", **STEADY)
     edge = subprocess.Popen([sys.executable, "-m", "sft_edge", "train", *options], stdout=subprocess.DEVNULL)
     assert busy.wait(SECONDS)
