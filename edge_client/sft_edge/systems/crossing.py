@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sft.errors import ProtocolError, UsageError
 from sft.v1 import split_training_pb2 as pb
-from sft.wire.codec.elements import Codecs, decode_tensor, encoded_size
+from sft.wire.codec.elements import Codecs, decode_tensor, encoded_size, shown
 from sft.wire.codec.messages import encode_activation
 from sft.wire.codec.rows import name_of
 from sft.wire.protocol import MAX_MESSAGE_BYTES, MAX_PADDED_TOKENS
@@ -142,10 +142,9 @@ class Crossing:
         if message.data_type != self._gradient_codec:
             theirs, ours = name_of(message.data_type), name_of(self._gradient_codec)
             raise ProtocolError(f"the cloud sent a gradient in {theirs}; {ours} was agreed on")
-        gradient = decode_tensor(message, self._device)
-        if gradient.shape != self._shape:
-            raise ProtocolError(f"the cloud sent a gradient of shape {list(gradient.shape)}")
-        return gradient
+        if list(message.shape) != list(self._shape):
+            raise ProtocolError(f"the cloud sent a gradient of shape {shown(message.shape)}")
+        return decode_tensor(message, self._device)
 
     @property
     def squared_norm(self) -> float:

@@ -53,7 +53,7 @@ def test_a_row_does_not_depend_on_the_others(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_was_read_is_written_alike(name: str) -> None:
-    """So an activation that was kept can be sent again."""
+    """A scale holds its largest element whatever is rounded: reading and writing again loses nothing more."""
     once = there_and_back(torch.randn(20, 65), name)
     assert torch.equal(there_and_back(once, name), once)
 
@@ -95,6 +95,13 @@ def test_chance_is_the_sessions() -> None:
     x = torch.randn(10, 64)
     first, again, other = (encode_tensor(x, pb.DATA_TYPE_INT8, rounding_of(7, 3, batch)).data for batch in (0, 0, 1))
     assert first == again != other
+
+
+def test_chance_does_not_depend_on_what_a_script_has_made_the_default_device() -> None:
+    x = torch.randn(10, 64)
+    expected = encode_tensor(x, pb.DATA_TYPE_INT8, 3).data
+    with torch.device("meta"):
+        assert encode_tensor(x, pb.DATA_TYPE_INT8, 3).data == expected
 
 
 @pytest.mark.parametrize("name", STEPS)

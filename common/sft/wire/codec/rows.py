@@ -88,8 +88,9 @@ class Quantised:
         if rounding is None:
             q_TW = q_TW.round()
         else:
-            generator = torch.Generator().manual_seed(rounding)
-            q_TW = (q_TW + torch.rand(T, W, generator=generator).to(q_TW.device)).floor()
+            # On the CPU wherever x is, and whatever a script has made the default: everywhere the same numbers.
+            generator = torch.Generator("cpu").manual_seed(rounding)
+            q_TW = (q_TW + torch.rand(T, W, generator=generator, device="cpu").to(q_TW.device)).floor()
         q_TW = q_TW.nan_to_num(0.0, 0.0, 0.0).clamp(-self._most, self._most).to(torch.int8)
         return torch.cat([scales_TG, self._packed(q_TW)], dim=1)
 
@@ -98,9 +99,9 @@ class Quantised:
         T, G = rows_TX.shape[0], math.ceil(width / GROUP)
         steps_TG = _values(rows_TX.device)[rows_TX[:, :G].long()] / self._most
         q_TW = self._unpacked(rows_TX[:, G:])[:, :width].float()
-        x_TGE = _padded(q_TW, -width % GROUP).reshape(T, G, GROUP) * steps_TG[..., None]
-        x_TW: Tensor = x_TGE.reshape(T, -1)[:, :width]
-        return x_TW
+        x_TGE = _padded(q_TW, -width % GROUP).reshape(T, G, GROUP)
+        x_TGE *= steps_TG[..., None]  # in place: a message of a code may stand for eight times its bytes
+        return x_TGE.reshape(T, -1)[:, :width]
 
     def _packed(self, q_TW: Tensor) -> Tensor:
         if self._bits == 8:
@@ -112,7 +113,7 @@ class Quantised:
         if self._bits == 8:
             return rows_TX.contiguous().view(torch.int8)
         both = torch.stack([rows_TX & 15, rows_TX >> 4], dim=-1)
-        return both.reshape(rows_TX.shape[0], -1).to(torch.int8) - 8
+        return both.reshape(rows_TX.shape[0], -1).to(torch.int8).sub_(8)
 
 
 CODES: Dict[pb.DataType, RowCode] = {
@@ -163,4 +164,4 @@ def _values(device: torch.device) -> Tensor:
         twos, quarter = divmod(number - _ONE, _STEPS_OF_TWO)
         values.append(math.ldexp(quarters[quarter], twos))
     values[_ZERO], values[_NO_NUMBER] = 0.0, math.nan
-    return torch.tensor(values, dtype=torch.float32).to(device)
+    return torch.tensor(values, dtype=torch.float32, device=device)
