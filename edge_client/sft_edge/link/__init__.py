@@ -1,5 +1,6 @@
 """The edge's end of one session, and the way there: the only room that sees gRPC."""
 
+from sft_edge.link.answers import check_codecs
 from sft_edge.link.download import NUMBERS, checked_state, checked_weights, could_be_state
 from sft_edge.link.grpc_transport import GrpcTransport, transport_of
 from sft_edge.link.link import Blob, Link, PendingReply
@@ -19,6 +20,7 @@ __all__ = [
     "RetryPolicy",
     "Transport",
     "Wake",
+    "check_codecs",
     "checked_state",
     "checked_weights",
     "could_be_state",

@@ -144,6 +144,8 @@ class VerifyOptions:
             raise UsageError("--head causal-lm needs --from-config or --model of a decoder, such as GPT-2")
         if self.residual != "none" and self.mode == "sl":
             raise UsageError(f"--residual {self.residual} needs --mode sft: --mode sl cuts between two blocks")
+        if self.gradient_codec is not None and self.freeze_edge:
+            raise UsageError("--gradient-codec says nothing with --freeze-edge, where no gradient comes: leave it out")
 
 
 @dataclass

@@ -13,6 +13,7 @@ from sft.cli.durations import Duration
 from sft.cli.options import parse
 from sft.errors import CutError, UsageError
 from sft_edge.cli import main
+from sft_edge.options.commands import VerifyOptions
 from sft_edge.options.link import LinkOptions
 from sft_edge.options.train import (
     TRAIN_OPTIONS,
@@ -168,6 +169,10 @@ def test_every_mode_takes_the_same_flags(mode):
         ),
         (
             lambda: CutOptions("sft", 3, freeze_edge=True, gradient_codec="int8"),
+            "--gradient-codec says nothing with --freeze-edge",
+        ),
+        (
+            lambda: VerifyOptions(freeze_edge=True, gradient_codec="int8"),
             "--gradient-codec says nothing with --freeze-edge",
         ),
         (

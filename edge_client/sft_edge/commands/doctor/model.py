@@ -10,7 +10,7 @@ from sft.printable import format_bytes
 from sft.wire.codec.elements import Codecs, codecs_named, encoded_size
 from sft_edge.commands.doctor.finding import Finding, failed, ok, skipped, warning
 from sft_edge.commands.doctor.server import Way
-from sft_edge.link import Transport
+from sft_edge.link import Transport, check_codecs
 from sft_edge.model_files import Source, open_model
 from sft_edge.options import DoctorOptions, OptimizerOptions
 from sft_edge.systems import halve, optimizer_spec
@@ -41,6 +41,7 @@ def _look(options: DoctorOptions, transport: Transport, way: Optional[Way]) -> F
     request, blobs, weights_sha256 = start.request, start.blobs, start.request.weights_sha256
     request.only_check = True
     response = transport.open_session(request)
+    check_codecs(response, request)
     unknown = [sha256 for sha256 in response.missing_blobs if sha256 not in blobs]
     if unknown:
         return failed("model", f"the server asks for {unknown[0][:16]}, which is not of this model", "see its log")
