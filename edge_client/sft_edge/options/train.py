@@ -71,7 +71,8 @@ class CutOptions:
     R holds it (fitted to the first training rows), or kept in full, which only --mode local can"""
 
     freeze_edge: bool = False
-    """train the cloud's half only: no backward pass on the edge, and no gradient comes down; sft and sl only"""
+    """train the cloud's half only: on the edge no backward pass and no dropout, and no gradient comes down; sft and sl
+    only"""
 
     activations: Literal["resend", "keep-on-edge"] = "resend"
     """with --freeze-edge, where they are the same in every epoch: compute them again each time, or keep them in a file

@@ -1,5 +1,6 @@
 """The paper's three systems behind one interface: where Algorithm 1 is on the edge."""
 
+from sft_edge.systems.cache import is_ours
 from sft_edge.systems.cloud_process import CloudProcess
 from sft_edge.systems.crossing import Activation, Crossing, check_size
 from sft_edge.systems.halves import Halves, halve, optimizer_spec, whole_tensors
@@ -16,6 +17,7 @@ __all__ = [
     "check_size",
     "cut_of",
     "halve",
+    "is_ours",
     "open_split_system",
     "open_system",
     "optimizer_spec",

@@ -19,7 +19,7 @@ from sft_edge.systems.crossing import Activation
 
 
 class KeptActivations:
-    """Of one net_1, in a file.
+    """Of one net_1 in one run, in a file.
 
     The last bits of a sequence's activation depend on the batch it is computed in. So what is kept is of the first
     batch that it was in, and that counts: a run that lost the file, and makes it anew in the same order, has the same
@@ -27,19 +27,29 @@ class KeptActivations:
     """
 
     def __init__(
-        self, path: Path, width: int, codec: pb.DataType, on_status: Callable[[str], None] = lambda text: None
+        self,
+        path: Path,
+        run_id: str,
+        width: int,
+        codec: pb.DataType,
+        on_status: Callable[[str], None] = lambda text: None,
+        leaves: int = 0,
     ) -> None:
-        """`width` of the activation; `codec`: as it is written on the wire, which is how it is kept."""
+        """`run_id`: another run has other batches; `width` of the activation; `codec`: as it is written on the wire,
+        which is how it is kept; `on_status` and `leaves` as ActivationCache has them.
+        """
         self._path = path
+        self._run_id = run_id
         self._width = width
         self._codec = codec
         self._on_status = on_status
+        self._leaves = leaves
         self._cache: Optional[ActivationCache] = None
 
     def activation(self, net_1: Net1, batch: Batch) -> Activation:
         """Of a batch, without dropout and gradient. `net_1` has its final weights. Raises StorageError."""
         if self._cache is None:
-            self._cache = ActivationCache(self._path, self._content(net_1), self._on_status)
+            self._cache = ActivationCache(self._path, self._content(net_1), self._on_status, self._leaves)
         keys = keys_of(batch)
         rows = self._cache.find(keys)
         if rows is None:
@@ -69,4 +79,4 @@ class KeptActivations:
         for name, parameter in sorted(net_1.whole_parameters().items()):
             digest.update(name.encode())
             digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-        return f"{name_of(self._codec)} {self._width} {digest.hexdigest()}"
+        return f"{self._run_id} {name_of(self._codec)} {self._width} {digest.hexdigest()}"

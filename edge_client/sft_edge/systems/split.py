@@ -31,6 +31,9 @@ from sft_edge.systems.system import StepTimer, System
 _EVALUATIONS_AHEAD = 2
 """While the cloud works on one evaluation batch, the edge makes the next."""
 
+_LEAVES = 4
+"""Times the model's size, of the disk that activations are kept on: the result, and a checkpoint with Adam's states."""
+
 
 class SplitSystem(System):
     """`sft` or `sl`: see `open_split_system`."""
@@ -243,7 +246,12 @@ def open_split_system(
     next_step = link.open().next_step
     codecs = codecs_of(start.request)
     width = start.request.cut.split_rank or int(start.net_1.model.config.hidden_size)
-    kept = None if keep_in is None else KeptActivations(keep_in, width, codecs.activation, on_status)
+    kept = None
+    if keep_in is not None:
+        numbers = sum(math.prod(shape) for shape in start.cloud_shapes.values())
+        numbers += sum(parameter.numel() for parameter in start.net_1.parameters())
+        leaves = _LEAVES * 4 * numbers
+        kept = KeptActivations(keep_in, start.request.run_id, width, codecs.activation, on_status, leaves)
     return SplitSystem(
         start.net_1,
         optimizer,

@@ -173,11 +173,13 @@ class TrainingLoop:
 
     def _prepare(self) -> None:
         """What a run that goes on had kept of the first epoch is there again, in the same batches, if it was lost."""
+        self._progress.status("looking up the activations of the first epoch; what is lost is computed anew")
         self._order.manual_seed(derive_seed(self._training.seed, "order", 0))
         self._rows.skip = 0
         done = self.state.global_step * self._training.gradient_accumulation_steps
         for batch in islice(self._loader, min(done, len(self._loader))):
             self.system.prepare(batch)
+        self._progress.status("")
 
     def _position(self) -> Tuple[int, int]:
         """The epoch that is being trained on and how many of its steps are done.

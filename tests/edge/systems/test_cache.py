@@ -12,7 +12,7 @@ import torch
 
 from sft.batch import Batch
 from sft.errors import StorageError
-from sft_edge.systems.cache import ActivationCache, keys_of
+from sft_edge.systems.cache import ActivationCache, is_ours, keys_of
 
 Open = Callable[..., ActivationCache]
 KEYS = [bytes([number]) * 16 for number in range(4)]
@@ -80,7 +80,42 @@ def test_what_was_not_written_to_its_end(path: Path, opened: Open, cut: int) -> 
     assert opened(path, "model 1").find(KEYS) == ROWS
 
 
-@pytest.mark.parametrize("content", [b"", b"something else", b"sft activations 1 model 2\n" + bytes(100)])
+def test_zeros_where_nothing_was_written(path: Path, opened: Open) -> None:
+    """As some file systems have it after the machine lost its power."""
+    filled(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole + bytes(100))
+    again = opened(path, "model 1")
+    assert (len(again), path.read_bytes()) == (4, whole)
+
+
+def test_a_key_that_changed(path: Path, opened: Open) -> None:
+    filled(path)
+    path.write_bytes(path.read_bytes().replace(KEYS[2], KEYS[3], 1))
+    assert opened(path, "model 1").find(KEYS[:2]) == ROWS[:2]
+    assert opened(path, "model 1").find(KEYS[3:]) is None
+
+
+@pytest.mark.parametrize(
+    ("content", "ours"),
+    [
+        (None, True),
+        (b"", True),
+        (b"sft act", True),
+        (b"sft activations 1 model 2\n" + bytes(100), True),
+        (bytes(100), True),
+        (b"something else", False),
+        (b"sft activity", False),
+    ],
+)
+def test_what_is_ours(path: Path, content: Any, ours: bool) -> None:
+    path.parent.mkdir()
+    if content is not None:
+        path.write_bytes(content)
+    assert is_ours(path) is ours
+
+
+@pytest.mark.parametrize("content", [b"", bytes(40), b"sft activations 1 model 2\n" + bytes(100)])
 def test_a_file_of_another_model_is_begun_anew(path: Path, opened: Open, content: bytes) -> None:
     path.parent.mkdir()
     path.write_bytes(content)
@@ -130,6 +165,18 @@ def test_a_full_disk(path: Path, opened: Open, monkeypatch: pytest.MonkeyPatch, 
     assert cache.find(KEYS) is None
     again = opened(path, "model 1")
     assert (len(again), again.find(KEYS[:2])) == (2, ROWS[:2])
+
+
+def test_what_is_left_of_the_disk_is_for_the_model(path: Path, opened: Open) -> None:
+    said: List[str] = []
+    cache = opened(path, "model 1", said.append, 1 << 60)
+    cache.add(KEYS[:2], ROWS[:2])
+    cache.add(KEYS, ROWS)
+    assert cache.find(KEYS[:1]) is None
+    assert said == [
+        f"{path} takes no more activations (what the disk has left is for the model and its checkpoints): those of "
+        "other rows are computed again in every epoch"
+    ]
 
 
 def test_no_place_for_the_file(tmp_path: Path) -> None:

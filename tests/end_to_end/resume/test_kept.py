@@ -35,16 +35,22 @@ def test_every_row_is_computed_once(
 ) -> None:
     assert run(**FROZEN) == 0
     assert sorted(batches) == [1, 3, 3]
-    assert not (out / "activations.bin").exists()
+    path = out / "activations.bin"
+    assert not path.exists()
     kept = Outcome(out, clouds.store)
+    path.write_bytes(b"somebody's")
     assert run(**{**FROZEN, "activations": "resend", "overwrite_output_dir": True}) == 0
     computed = Outcome(out, clouds.store)
     assert kept.payload == computed.payload
     assert kept.results["train_loss"] == pytest.approx(computed.results["train_loss"], abs=1e-6)
     assert len(batches) == 3
+    capsys.readouterr()
+    assert run(**FROZEN, overwrite_output_dir=True) == 2
+    assert f"{path} holds no activations of a run: move it away" in capsys.readouterr().err
+    assert path.read_bytes() == b"somebody's"
 
 
-@pytest.mark.parametrize("becomes", ["kept", "lost", "cut short", "another model's"])
+@pytest.mark.parametrize("becomes", ["kept", "lost", "cut short", "another run's"])
 def test_the_file_after_a_cut(
     run: Callable[..., int],
     whole: Callable[..., Outcome],
@@ -69,13 +75,14 @@ def test_the_file_after_a_cut(
         path.unlink()
     elif becomes == "cut short":
         path.write_bytes(data[:-1])
-    elif becomes == "another model's":
-        path.write_bytes(data.replace(b"float32", b"float64", 1))
+    elif becomes == "another run's":
+        run_id = read_json(out / "checkpoint-4" / "manifest.json")["run_id"]
+        path.write_bytes(data.replace(run_id.encode(), run_id[::-1].encode(), 1))
     batches.clear()
     clouds.replace()
     assert run(**FROZEN, resume_from_checkpoint=True) == 0
-    assert len(batches) == {"kept": 0, "lost": 3, "cut short": 1, "another model's": 3}[becomes]
-    assert ("activations of another model" in capsys.readouterr().err) is (becomes == "another model's")
+    assert len(batches) == {"kept": 0, "lost": 3, "cut short": 1, "another run's": 3}[becomes]
+    assert ("activations of another run" in capsys.readouterr().err) is (becomes == "another run's")
     Outcome(out, clouds.store).check_same(expected)
 
 
@@ -87,10 +94,8 @@ def test_a_disk_that_takes_no_more(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def full(self, key: bytes, data: bytes) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("sft_edge.systems.cache.ActivationCache._append", full)
+    """As soon as the model, and what is saved of it, would be the next that it does not take."""
+    monkeypatch.setattr("sft_edge.systems.cache.free_bytes", lambda path: 100_000)
     assert run(**FROZEN) == 0
-    assert "takes no more activations (No space left on device)" in capsys.readouterr().err
+    assert "takes no more activations (what the disk has left is for the model" in capsys.readouterr().err
     assert sum(batches) == read_json(out / "all_results.json")["train_samples"]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional
 
 from sft.batch import Batch
-from sft.errors import LinkError
+from sft.errors import LinkError, StorageError, UsageError
 from sft.models import build_whole
 from sft.printable import printable
 from sft.v1 import split_training_pb2 as pb
@@ -19,12 +19,12 @@ from sft_edge.checkpoints import Checkpointing, Stopped, likeness
 from sft_edge.commands.train.attempt import Attempt
 from sft_edge.commands.train.job import Job, try_end
 from sft_edge.commands.train.start import open_start
-from sft_edge.files import check_room, storage_errors
+from sft_edge.files import check_room
 from sft_edge.link import Link, retry_policy_of
 from sft_edge.model_files import Source
 from sft_edge.options import RunOptions
 from sft_edge.signals import Termination, terminations_noted
-from sft_edge.systems import cut_of, open_system
+from sft_edge.systems import cut_of, is_ours, open_system
 from sft_edge.tasks import Task, batches_of
 from sft_edge.training import EvaluationSet, Progress, Recovery, TensorBoard, TrainingLoop, evaluate, open_progress
 
@@ -115,8 +115,9 @@ class TrainingRun:
                 with ExitStack() as stack:
                     attempt = self._begin(stack, job, progress, checkpointing, terminated, after_step)
                     results = attempt.run()
-                with contextlib.suppress(OSError):
-                    (self.output_dir / ACTIVATIONS).unlink()
+                with contextlib.suppress(OSError, StorageError):
+                    if is_ours(self.output_dir / ACTIVATIONS):  # those of a run that was given up, too
+                        (self.output_dir / ACTIVATIONS).unlink()
                 return results
             except LinkError as error:
                 steps = attempt.steps if attempt is not None else 0
@@ -157,7 +158,7 @@ class TrainingRun:
                 resume_from=[pb.CheckpointId(step=c.step, sha256=c.manifest.other_half or "") for c in offered],
                 checkpoint_store=self.output_dir / CLOUD_STORE,
                 on_link=stops_waiting,
-                keep_in=self._kept_activations(begins=not offered),
+                keep_in=self._kept_activations(),
             )
         )
         chosen = checkpointing.choose(system, offered)
@@ -179,14 +180,13 @@ class TrainingRun:
         checkpointing.begin(system, loop, chosen)
         return Attempt(options, self.output_dir, job, system, loop, progress, checkpointing)
 
-    def _kept_activations(self, begins: bool) -> Optional[Path]:
-        """The file of a frozen edge's activations, if any are kept; a run that begins has none yet."""
+    def _kept_activations(self) -> Optional[Path]:
+        """The file of a frozen edge's activations, if any are kept. Raises UsageError where it is somebody else's."""
         if self.options.cut.activations != "keep-on-edge":
             return None
         path = self.output_dir / ACTIVATIONS
-        if begins:
-            with storage_errors(path), contextlib.suppress(FileNotFoundError):
-                path.unlink()
+        if not is_ours(path):
+            raise UsageError(f"{path} holds no activations of a run: move it away, or name another --output-dir")
         return path
 
     def _calibration(self, job: Job) -> List[Batch]:
