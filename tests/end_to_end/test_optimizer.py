@@ -19,6 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from sft.errors import ServerFullError, SessionLostError
 from sft.models import Cut
+from sft.v1 import split_training_pb2 as pb
 from sft_cloud.server import CloudServer
 from sft_edge.link.grpc_transport import GrpcTransport
 from sft_edge.link.link import Link
@@ -68,9 +69,13 @@ def test_codecs(cloud: str) -> None:
     model = tiny_model()
     reference = one_machine(model, Cut("sft", 2, 4))
     train(reference, sgd(reference), False)
-    with wrap(model, sgd(model), server=cloud, codec="int4", gradient_codec="int8") as optimizer:
+    wire = Wire(GrpcTransport(cloud))
+    with wrap(model, sgd(model), transport=wire, codec="int4", gradient_codec="int8") as optimizer:
         train(model, optimizer, False)
         assert_same(model.state_dict(), reference, tolerance=2e-2)
+    up = {message.forward.activation.packed.data_type for message in wire.sent if message.HasField("forward")}
+    down = {message.result.packed_gradient.data_type for message in wire.received if message.HasField("result")}
+    assert (up, down) == ({pb.DATA_TYPE_INT4}, {pb.DATA_TYPE_INT8})
 
 
 def test_labels_that_stay_are_in_no_message(cloud: str) -> None:

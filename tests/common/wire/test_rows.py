@@ -116,6 +116,14 @@ def test_any_bytes_are_some_numbers(name: str) -> None:
     assert not back[0].any()
 
 
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_narrow_row_takes_no_more_memory_than_its_elements(name: str, width: int) -> None:
+    """Of width 1 there are 128 million int4 rows in a message: padded to a group each they would take 32 GB."""
+    back = there_and_back(torch.randn(6, width), name)
+    assert back.untyped_storage().nbytes() == 6 * width * 4
+
+
 @pytest.mark.parametrize("name", STEPS)
 @pytest.mark.parametrize("wrong", [-1, 1])
 def test_bytes_too_few_or_too_many(name: str, wrong: int) -> None:

@@ -86,6 +86,31 @@ def test_the_file_after_a_cut(
     Outcome(out, clouds.store).check_same(expected)
 
 
+@pytest.mark.parametrize(
+    ("step", "workers"),
+    [(1, 0), pytest.param(3, 1, marks=pytest.mark.slow), pytest.param(5, 0, marks=pytest.mark.slow)],
+)
+def test_a_session_that_is_lost(
+    run: Callable[..., int],
+    whole: Callable[..., Outcome],
+    clouds: Clouds,
+    out: Path,
+    at_step: Callable[[int, Callable[[], object]], None],
+    batches: list[int],
+    step: int,
+    workers: int,
+) -> None:
+    """Before the first checkpoint, which is of step 2, and after it: what is kept is of this run, and stays."""
+    options = {**FROZEN, "gradient_accumulation_steps": 2, "dataloader_num_workers": workers}
+    expected = whole(**options)
+    batches.clear()
+    at_step(step, clouds.replace)
+    assert run(**options) == 0
+    assert sorted(batches) == [1, 3, 3]
+    assert read_json(out / "all_results.json")["recoveries"] == 1
+    Outcome(out, clouds.store).check_same(expected)
+
+
 def test_a_disk_that_takes_no_more(
     run: Callable[..., int],
     out: Path,

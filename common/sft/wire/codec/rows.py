@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import Dict, Optional, Protocol
+from typing import Dict, List, Optional, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -80,33 +80,29 @@ class Quantised:
 
     def encode(self, x_TW: Tensor, rounding: Optional[int] = None) -> Tensor:
         """See RowCode."""
-        T, W = x_TW.shape
-        x_TGE = _padded(x_TW, -W % GROUP).reshape(T, -1, GROUP)
-        scales_TG = _scale_of(x_TGE.abs().amax(dim=-1))
-        q_TGE = x_TGE * (self._most / _values(x_TW.device)[scales_TG.long()])[..., None]
-        q_TW = q_TGE.reshape(T, -1)[:, :W]
+        scales_TG = _scale_of(torch.cat([x_TGE.abs().amax(dim=-1) for x_TGE in _groups(x_TW)], dim=1))
+        q_TW = x_TW.clone()
+        _multiply(q_TW, self._most / _values(x_TW.device)[scales_TG.to(torch.int64)])
         if rounding is None:
             q_TW = q_TW.round()
         else:
             # On the CPU wherever x is, and whatever a script has made the default: everywhere the same numbers.
             generator = torch.Generator("cpu").manual_seed(rounding)
-            q_TW = (q_TW + torch.rand(T, W, generator=generator, device="cpu").to(q_TW.device)).floor()
+            q_TW = (q_TW + torch.rand(q_TW.shape, generator=generator, device="cpu").to(q_TW.device)).floor()
         q_TW = q_TW.nan_to_num(0.0, 0.0, 0.0).clamp(-self._most, self._most).to(torch.int8)
         return torch.cat([scales_TG, self._packed(q_TW)], dim=1)
 
     def decode(self, rows_TX: Tensor, width: int) -> Tensor:
         """See RowCode."""
-        T, G = rows_TX.shape[0], math.ceil(width / GROUP)
-        steps_TG = _values(rows_TX.device)[rows_TX[:, :G].long()] / self._most
-        q_TW = self._unpacked(rows_TX[:, G:])[:, :width].float()
-        x_TGE = _padded(q_TW, -width % GROUP).reshape(T, G, GROUP)
-        x_TGE *= steps_TG[..., None]  # in place: a message of a code may stand for eight times its bytes
-        return x_TGE.reshape(T, -1)[:, :width]
+        G = math.ceil(width / GROUP)
+        x_TW = self._unpacked(rows_TX[:, G:])[:, :width].float()
+        _multiply(x_TW, _values(rows_TX.device)[rows_TX[:, :G].to(torch.int64)] / self._most)
+        return x_TW
 
     def _packed(self, q_TW: Tensor) -> Tensor:
         if self._bits == 8:
             return q_TW.view(torch.uint8)
-        nibbles = _padded(q_TW + 8, q_TW.shape[1] % 2).to(torch.uint8)
+        nibbles = nn.functional.pad(q_TW + 8, (0, q_TW.shape[1] % 2)).to(torch.uint8)
         return nibbles[:, ::2] | (nibbles[:, 1::2] << 4)
 
     def _unpacked(self, rows_TX: Tensor) -> Tensor:
@@ -141,9 +137,21 @@ def rounding_of(seed: int, step: int, micro_batch: int) -> int:
     return derive_seed(seed, "gradient", step, micro_batch)
 
 
-def _padded(x_TW: Tensor, more: int) -> Tensor:
-    """So many zeros at the end of each row."""
-    return nn.functional.pad(x_TW, (0, more)) if more else x_TW
+def _groups(x_TW: Tensor) -> List[Tensor]:
+    """Views: (T, G, GROUP) of the groups that are whole, (T, 1, E) of what is left. Nothing is padded: rows may be as
+    narrow as a rank, and so many that a message of them is as large as one may be.
+    """
+    whole = x_TW.shape[1] // GROUP * GROUP
+    parts = [x_TW[:, :whole].view(x_TW.shape[0], -1, GROUP)] if whole else []
+    return parts if whole == x_TW.shape[1] else [*parts, x_TW[:, None, whole:]]
+
+
+def _multiply(x_TW: Tensor, by_TG: Tensor) -> None:
+    """Each group by its own, in place."""
+    first = 0
+    for x_TGE in _groups(x_TW):
+        x_TGE *= by_TG[:, first : first + x_TGE.shape[1], None]
+        first += x_TGE.shape[1]
 
 
 def _scale_of(peaks_TG: Tensor) -> Tensor:
