@@ -10,7 +10,7 @@ from typing import Literal, Optional
 from sft.cli.durations import Duration
 from sft.cli.options import above_zero, at_least, flag
 from sft.errors import UsageError
-from sft_edge.options.train import check_name
+from sft_edge.options.train import Codec, check_gradient_codec, check_name
 
 
 @dataclass
@@ -93,10 +93,10 @@ class VerifyOptions:
     freeze_edge: bool = False
     """train the cloud's half only"""
 
-    codec: Literal["float32", "bfloat16", "float16", "int8", "int4"] = "float32"
+    codec: Codec = "float32"
     """how activations are written on the wire; one process then writes and reads them likewise"""
 
-    gradient_codec: Optional[Literal["float32", "bfloat16", "float16", "int8", "int4"]] = None
+    gradient_codec: Optional[Codec] = None
     """how their gradients are; by default as --codec"""
 
     head: Literal["sequence-classification", "question-answering", "causal-lm"] = "sequence-classification"
@@ -144,8 +144,7 @@ class VerifyOptions:
             raise UsageError("--head causal-lm needs --from-config or --model of a decoder, such as GPT-2")
         if self.residual != "none" and self.mode == "sl":
             raise UsageError(f"--residual {self.residual} needs --mode sft: --mode sl cuts between two blocks")
-        if self.gradient_codec is not None and self.freeze_edge:
-            raise UsageError("--gradient-codec says nothing with --freeze-edge, where no gradient comes: leave it out")
+        check_gradient_codec(self.gradient_codec, self.freeze_edge)
 
 
 @dataclass
@@ -176,10 +175,10 @@ class DoctorOptions:
     wire_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """type of tensors on the wire, where --codec says nothing of them"""
 
-    codec: Optional[Literal["float32", "bfloat16", "float16", "int8", "int4"]] = None
+    codec: Optional[Codec] = None
     """how activations are written on the wire; int8 and int4 have a scale for every 64 elements of a token"""
 
-    gradient_codec: Optional[Literal["float32", "bfloat16", "float16", "int8", "int4"]] = None
+    gradient_codec: Optional[Codec] = None
     """how their gradients are, which come back; by default as --codec. int8 and int4 round them up or down by chance"""
 
     per_device_train_batch_size: int = 32

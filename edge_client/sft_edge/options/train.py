@@ -24,6 +24,9 @@ from sft_edge.options.optimizer import OptimizerOptions
 NEWEST = "newest"
 """What --resume-from-checkpoint without a directory means."""
 
+Codec = Literal["float32", "bfloat16", "float16", "int8", "int4"]
+"""As `sft.wire.codec.rows` names them, which would be heavy to import."""
+
 
 @dataclass
 class ModelOptions:
@@ -81,10 +84,10 @@ class CutOptions:
     wire_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """type of tensors on the wire, where --codec says nothing of them"""
 
-    codec: Optional[Literal["float32", "bfloat16", "float16", "int8", "int4"]] = None
+    codec: Optional[Codec] = None
     """how activations are written on the wire; int8 and int4 have a scale for every 64 elements of a token"""
 
-    gradient_codec: Optional[Literal["float32", "bfloat16", "float16", "int8", "int4"]] = None
+    gradient_codec: Optional[Codec] = None
     """how their gradients are, which come back; by default as --codec. int8 and int4 round them up or down by chance"""
 
     def __post_init__(self) -> None:
@@ -102,11 +105,11 @@ class CutOptions:
         for option, codec in (("--codec", self.codec), ("--gradient-codec", self.gradient_codec)):
             if codec is not None and self.mode == "local":
                 raise UsageError(f"{option} {codec} needs --mode sft or sl: one process has no wire")
-        if self.gradient_codec is not None and self.freeze_edge:
-            raise UsageError("--gradient-codec says nothing with --freeze-edge, where no gradient comes: leave it out")
+        check_gradient_codec(self.gradient_codec, self.freeze_edge)
         if self.activations != "resend" and not self.freeze_edge:
             raise UsageError(
-                f"--activations {self.activations} needs --freeze-edge: those of an edge that is trained change"
+                f"--activations {self.activations} needs --freeze-edge, with --mode sft or sl: those of an edge that is "
+                "trained change"
             )
         if self.split_layer is None and self.is_cut:
             raise UsageError("--split-layer must be given (a block counted from 1), or --mode local")
@@ -294,6 +297,12 @@ def check_output_dir(output_dir: Path, overwrite: bool, resumes: bool = False) -
         raise UsageError(f"--output-dir {output_dir}: {existing} is not a directory")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UsageError(f"--output-dir {output_dir}: no permission to write in {existing}")
+
+
+def check_gradient_codec(gradient_codec: Optional[Codec], freeze_edge: bool) -> None:
+    """Raises UsageError for one that nothing would be written in."""
+    if gradient_codec is not None and freeze_edge:
+        raise UsageError("--gradient-codec says nothing with --freeze-edge, where no gradient comes: leave it out")
 
 
 def check_name(option: str, path: Path) -> None:

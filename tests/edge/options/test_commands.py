@@ -5,18 +5,20 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import List
+from typing import List, get_args
 
 import pytest
 
 from sft.cli.durations import Duration
 from sft.cli.options import parse
 from sft.errors import CutError, UsageError
+from sft.wire.codec.rows import NAMES
 from sft_edge.cli import main
 from sft_edge.options.commands import VerifyOptions
 from sft_edge.options.link import LinkOptions
 from sft_edge.options.train import (
     TRAIN_OPTIONS,
+    Codec,
     CutOptions,
     DataOptions,
     LoggingOptions,
@@ -319,3 +321,7 @@ def test_what_is_not_utf8_is_said_before_anything_begins(
 ) -> None:
     assert main(arguments) == 2
     assert re.search(says, capsys.readouterr().err)
+
+
+def test_every_codec_has_its_name_among_the_options() -> None:
+    assert list(get_args(Codec)) == list(NAMES)
