@@ -13,6 +13,7 @@ from sft_edge.options.link import LinkOptions
 from sft_edge.options.lora import LoraOptions
 from sft_edge.options.optimizer import OptimizerOptions
 from sft_edge.options.train import (
+    ACTIVATIONS,
     NEWEST,
     TRAIN_OPTIONS,
     CutOptions,
@@ -25,6 +26,7 @@ from sft_edge.options.train import (
 )
 
 __all__ = [
+    "ACTIVATIONS",
     "NEWEST",
     "TRAIN_OPTIONS",
     "CutOptions",

@@ -108,8 +108,8 @@ class CutOptions:
         check_gradient_codec(self.gradient_codec, self.freeze_edge)
         if self.activations != "resend" and not self.freeze_edge:
             raise UsageError(
-                f"--activations {self.activations} needs --freeze-edge, with --mode sft or sl: those of an edge that is "
-                "trained change"
+                f"--activations {self.activations} needs --freeze-edge, with --mode sft or sl: those of an edge that "
+                "is trained change"
             )
         if self.split_layer is None and self.is_cut:
             raise UsageError("--split-layer must be given (a block counted from 1), or --mode local")
@@ -272,6 +272,9 @@ def check_together(cut: CutOptions, link: LinkOptions) -> None:
         raise UsageError("--labels local needs --mode sft or sl: in one process labels are local as it is")
 
 
+ACTIVATIONS = "activations.bin"
+"""In the output directory: a frozen edge's, while the run is on. Those that a killed run leaves are in nobody's way."""
+
 _RESULTS = ("model.safetensors", "model.safetensors.index.json", "config.json", "tokenizer.json", "README.md")
 """What a run writes at its end, in the place of what is there."""
 
@@ -279,7 +282,7 @@ _RESULTS = ("model.safetensors", "model.safetensors.index.json", "config.json", 
 def check_output_dir(output_dir: Path, overwrite: bool, resumes: bool = False) -> None:
     """Raises UsageError where a run, hours later, could not write its results or would mix them with others."""
     check_name("--output-dir", output_dir)
-    if output_dir.is_dir() and any(output_dir.iterdir()) and not overwrite:
+    if output_dir.is_dir() and any(path.name != ACTIVATIONS for path in output_dir.iterdir()) and not overwrite:
         if not resumes:
             raise UsageError(
                 f"--output-dir {output_dir} is not empty; name another, or add --overwrite-output-dir, or "

@@ -17,6 +17,7 @@ from sft_edge.cli import main
 from sft_edge.options.commands import VerifyOptions
 from sft_edge.options.link import LinkOptions
 from sft_edge.options.train import (
+    ACTIVATIONS,
     TRAIN_OPTIONS,
     Codec,
     CutOptions,
@@ -264,6 +265,11 @@ def test_a_filled_output_dir_is_refused_unless_asked_for(tmp_path):
     with pytest.raises(UsageError, match=f"--output-dir {tmp_path} is not empty; .* --overwrite-output-dir"):
         TrainingOptions(tmp_path)
     assert TrainingOptions(tmp_path, overwrite_output_dir=True).output_dir == tmp_path
+
+
+def test_what_a_run_leaves_that_is_killed_before_it_saved_is_in_nobodys_way(tmp_path: Path) -> None:
+    (tmp_path / ACTIVATIONS).touch()
+    assert TrainingOptions(tmp_path).output_dir == tmp_path
 
 
 def test_a_run_that_goes_on_finds_a_filled_output_dir(tmp_path):

@@ -22,7 +22,7 @@ from sft_edge.commands.train.start import open_start
 from sft_edge.files import check_room
 from sft_edge.link import Link, retry_policy_of
 from sft_edge.model_files import Source
-from sft_edge.options import RunOptions
+from sft_edge.options import ACTIVATIONS, RunOptions
 from sft_edge.signals import Termination, terminations_noted
 from sft_edge.systems import cut_of, is_ours, open_system
 from sft_edge.tasks import Task, batches_of
@@ -30,9 +30,6 @@ from sft_edge.training import EvaluationSet, Progress, Recovery, TensorBoard, Tr
 
 CALIBRATION_ROWS = 256
 """How many of the first training rows a low-rank residual is fitted to."""
-
-ACTIVATIONS = "activations.bin"
-"""In the output directory: a frozen edge's, while the run is on."""
 
 CLOUD_STORE = "cloud-checkpoints"
 """Below the output directory: where a cloud of the run's own keeps its halves of checkpoints."""
