@@ -155,7 +155,7 @@ class CloudServer:
             self.engine, uploads(options, limits), self.sessions, observer, self.memory, self.pace.rest
         )
         pb_grpc.add_SplitTrainingServicer_to_server(self.service, self._server)
-        self._health = Health(("", SERVICE), self.deadlines)
+        self._health = Health(("", SERVICE), self.deadlines, self.pace.check)
         self._health.add_to(self._server)
         names = (SERVICE, HEALTH_SERVICE, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)

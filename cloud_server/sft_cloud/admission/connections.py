@@ -14,7 +14,7 @@ import resource
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 
 from sft_cloud.admission.sockets import Connection, Incoming, Peer, are_known, end, peer_of
@@ -70,6 +70,8 @@ class _Caller:
     running: int = 0
     since: float = 0.0
     """The last call began or ended."""
+    is_alone: bool = True
+    """Nobody else was let in on the connection, as where a proxy has one for all."""
 
 
 class ConnectionGuard:
@@ -107,6 +109,7 @@ class ConnectionGuard:
             return lambda: None
         with self._lock:
             caller = self._callers.setdefault(at, _Caller(name))
+            caller.is_alone &= caller.name == name
             caller.running += 1
             caller.since = self._clock()
             self._refused.pop(at, None)
@@ -133,11 +136,13 @@ class ConnectionGuard:
             else:
                 self.ended += end(seen)
 
-    def hang_up(self, peer: str) -> None:
-        """On a caller who asks far more often than it may, whatever else it has running there."""
+    def hang_up(self, peer: str, who: Hashable) -> None:
+        """On a caller who asks far more often than it may, whatever else it has running there; not where others have
+        something running on the same connection."""
         at = peer_of(peer)
         with self._lock:
-            if at is None:
+            caller = self._callers.get(at) if at is not None else None
+            if at is None or (caller is not None and not (caller.is_alone and caller.name == who)):
                 return
             seen = self._seen.get(at)
             if seen is None:  # it has come since the last look

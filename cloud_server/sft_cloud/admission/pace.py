@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from sft_cloud.admission.quotas import TokenBucket
@@ -79,14 +80,19 @@ class Pace:
                 return Turn(REFUSAL_SECONDS, text)
             return None
 
-    def begin(self, who: Hashable, turn: Turn) -> None:
-        """A call that has waited begins, on this thread."""
+    @contextmanager
+    def begins(self, who: Hashable, turn: Turn) -> Iterator[None]:
+        """For the block in which a call that has waited is worked on, on this thread."""
         with self._lock:
             if turn.refusal:
                 self._of(who).refusing -= 1
             else:
                 self._of(who).waiting -= 1
         self._here.refusal = turn.refusal
+        try:
+            yield
+        finally:
+            self._here.refusal = ""  # nobody may have asked for it, and the next call here is another's
 
     def check(self) -> None:
         """Raises QuotaError where the call that began on this thread is one too many."""

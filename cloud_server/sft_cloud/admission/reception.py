@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import logging
 import threading
 import time
 from collections.abc import Callable, Hashable
@@ -17,13 +18,14 @@ from sft_cloud.admission.connections import ConnectionGuard, network
 from sft_cloud.admission.pace import REFUSAL_SECONDS, Pace, Turn
 from sft_cloud.admission.quotas import TokenBucket
 from sft_cloud.admission.sockets import peer_of
-from sft_cloud.errors import UnauthenticatedError
 from sft_cloud.rpc import Identify
 
 STRANGERS_PER_SECOND = 50.0
 """Refused at once; of those who come beside them so many wait a second for it:"""
 
 MAX_STRANGERS = 64
+
+_log = logging.getLogger(__name__)
 
 
 class Reception(ThreadPoolExecutor):
@@ -51,13 +53,18 @@ class Reception(ThreadPoolExecutor):
         turn, done = self._pace.call(who), Future[Any]()
         if turn is None:
             # Each costs the server a little even so: who goes on so is left without a connection.
-            self._connections.hang_up(call.peer())
+            self._connections.hang_up(call.peer(), who)
             event.call.cancel()
             _finish(done, lambda: None)
             return done
         if not turn.seconds:
-            return super().submit(work, *args, **kwargs)
-        self.later(turn.seconds, lambda: self._begin(done, who, turn, partial(work, *args, **kwargs)))
+            try:
+                return super().submit(work, *args, **kwargs)
+            except RuntimeError as error:  # no thread can be started: raised here, it would end the server
+                event.call.cancel()
+                done.set_exception(error)
+                return done
+        self.later(turn.seconds, lambda: self._begin(event, done, who, turn, partial(work, *args, **kwargs)))
         return done
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
@@ -71,16 +78,20 @@ class Reception(ThreadPoolExecutor):
     def _who(self, call: _Arrived) -> Hashable:
         try:
             return self._identify(call).name  # type: ignore[arg-type]  # as much of a context as it needs
-        except UnauthenticatedError:  # a health check
+        except Exception:  # a health check; or what the call itself will say: here it would end the server
             peer = peer_of(call.peer())
             return (network(peer[0]) if peer else "",)
 
-    def _begin(self, done: Future[Any], who: Hashable, turn: Turn, work: Callable[[], Any]) -> None:
+    def _begin(self, event: Any, done: Future[Any], who: Hashable, turn: Turn, work: Callable[[], Any]) -> None:
         def begun() -> None:
-            self._pace.begin(who, turn)
-            _finish(done, work)
+            with self._pace.begins(who, turn):
+                _finish(done, work)
 
-        super().submit(begun)
+        try:
+            super().submit(begun)
+        except RuntimeError:  # likewise
+            with self._pace.begins(who, turn):
+                event.call.cancel()
 
     def later(self, seconds: float, work: Callable[[], None]) -> None:
         """Has it done then, on a thread on which nothing may wait."""
@@ -92,7 +103,10 @@ class Reception(ThreadPoolExecutor):
 
     def _run(self) -> None:
         while (work := self._next()) is not None:
-            work()
+            try:
+                work()
+            except Exception:  # others wait for this thread
+                _log.exception("a call that has waited could not begin")
 
     def _next(self) -> Callable[[], None] | None:
         """What is due, once it is; None in the end."""

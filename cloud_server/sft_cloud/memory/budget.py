@@ -209,7 +209,8 @@ class MemoryBudget:
         if size > most:
             if most == limit:
                 return f", and your token is for {format_bytes(limit)} of the server's memory (--max-memory): {smaller}"
-            return f" of the server's memory, of which one may take {format_bytes(most)}: {smaller}"
+            more_by = ", or have a token with --max-memory" if self._is_shared() else ""
+            return f" of the server's memory, of which one may take {format_bytes(most)}: {smaller}{more_by}"
         if limit is not None and holds + more > limit:
             return (
                 f" beside the {format_bytes(holds)} that you hold, and your token is for {format_bytes(limit)} of the "

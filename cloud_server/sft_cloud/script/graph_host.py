@@ -165,10 +165,16 @@ class _Made(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = function(*args, **(kwargs or {}))
+        is_copy = function is torch.ops.aten._to_copy.default and self._is_known(args[0])
         for tensor in tree_flatten(made)[0]:
             if isinstance(tensor, Tensor) and tensor.layout == torch.strided:
                 memory = tensor.untyped_storage()
-                if memory.data_ptr() not in self._known:
+                if is_copy:  # of a weight, as large for every batch: `cast_bytes` has those
+                    self._known.add(memory.data_ptr())
+                elif not self._is_known(tensor):
                     # What was let go of is counted once with what has its place now.
                     self._sizes[memory.data_ptr()] = max(memory.nbytes(), self._sizes.get(memory.data_ptr(), 0))
         return made
+
+    def _is_known(self, tensor: Tensor) -> bool:
+        return tensor.untyped_storage().data_ptr() in self._known

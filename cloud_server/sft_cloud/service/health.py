@@ -7,7 +7,7 @@ requests of all who watch, and waits for whatever strangers send to Check, or do
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as Late
 
@@ -32,8 +32,11 @@ READ_SECONDS = 1.0
 class Health:
     """Whether the server serves."""
 
-    def __init__(self, names: tuple[str, ...], deadlines: Deadlines) -> None:
-        """`names`: what may be asked about."""
+    def __init__(
+        self, names: tuple[str, ...], deadlines: Deadlines, check_pace: Callable[[], object] = lambda: None
+    ) -> None:
+        """`names`: what may be asked about; `check_pace` raises QuotaError where a check is one too many."""
+        self._check_pace = check_pace
         self._names = names
         self._deadlines = deadlines
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="health")
@@ -76,6 +79,7 @@ class Health:
         over = self._deadlines.stalling("answers are not read", context.cancel)
         if not context.add_callback(over):
             over()
+        self._check_pace()
         data = self._read(received)
         try:
             name = pb.HealthCheckRequest.FromString(data or b"").service

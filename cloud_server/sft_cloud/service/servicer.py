@@ -134,6 +134,7 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
             return
         if first is None or first.WhichOneof("body") != "attach":
             raise PreconditionError("the first message of a stream must be an attach")
+        self._check_draining()  # who is let in now would lose the stream before it hears of it
         stream = StreamHandle(context.cancel)
         again = self.sessions.get(first.attach.session_id, caller).was_attached
         entry = self.sessions.attach(first.attach.session_id, caller, stream)

@@ -101,6 +101,17 @@ def test_a_few_refused_calls_are_all_that_a_stranger_gets(guard, port):
     assert [is_open(one) for one in (stranger, caller)] == [False, True]
 
 
+def test_nobody_hangs_up_on_a_proxy_for_one_of_those_behind_it(guard, port):
+    own, proxy, mine = port.come(), port.come(), port.come()
+    for near, name in [(own, "alice"), (proxy, "alice"), (proxy, "bob"), (mine, "bob")]:
+        guard.admitted(called(near), name)
+    guard.look()
+    for near in (own, proxy):
+        guard.hang_up(called(near), "alice")
+    guard.hang_up(called(mine), ("127.0.0.1",))  # for a stranger's health checks
+    assert [is_open(one) for one in (own, proxy, mine)] == [False, True, True]
+
+
 def test_who_is_refused_before_anybody_has_looked_is_ended_at_the_next_look(guard, port):
     stranger = port.come()
     for _ in range(MAX_REFUSED + 1):

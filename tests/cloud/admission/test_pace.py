@@ -2,6 +2,7 @@
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from support.callers import As, named
 from support.calls import SECONDS, Stream, open_session, refusal
 from support.tiny_edge import attach
@@ -9,9 +10,11 @@ from support.tiny_edge import attach
 from sft.v1 import split_training_pb2 as pb
 from sft.v1.split_training_pb2_grpc import SplitTrainingStub
 from sft_cloud.access.protection import Access, make_access
+from sft_cloud.access.tokens import TokenFile
 from sft_cloud.admission import pace as pacing
 from sft_cloud.admission.pace import BURST_SECONDS, LONGEST_REST_SECONDS, MAX_WAITING, REFUSAL_SECONDS, Pace
 from sft_cloud.errors import QuotaError
+from sft_cloud.identity import Limits
 from sft_cloud.options import LimitOptions, ServerAccess
 
 RATE = 100
@@ -54,13 +57,20 @@ def test_what_comes_too_fast_waits_in_turn_and_is_then_refused_and_then_not_answ
 
 def test_a_call_that_has_waited_begins_or_is_refused_once(pace):
     turns = [pace.call("fast") for _ in range(BURST + MAX_WAITING + 1)]
-    pace.begin("fast", turns[-1])
-    with pytest.raises(QuotaError, match="more than 100 calls a second"):
+    with pace.begins("fast", turns[-1]):
+        with pytest.raises(QuotaError, match="more than 100 calls a second"):
+            pace.check()
         pace.check()
-    pace.check()  # the next call on that thread
-    pace.begin("fast", turns[-2])
-    pace.check()
+    with pace.begins("fast", turns[-2]):
+        pace.check()
     assert pace.call("fast").refusal == ""
+
+
+def test_a_refusal_that_nobody_asked_for_is_not_the_next_call_s(pace):
+    turns = [pace.call("fast") for _ in range(BURST + MAX_WAITING + 1)]
+    with pace.begins("fast", turns[-1]):
+        pass
+    pace.check()
 
 
 def test_who_pauses_may_ask_again(pace, clock):
@@ -138,6 +148,19 @@ def test_who_does_not_wait_for_refusals_has_its_connection_ended(slow, connect, 
     assert beyond.code() in (grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAVAILABLE)
     assert parked.code() is grpc.StatusCode.UNAVAILABLE
     assert As(connect(slow.address), "other").Status(STATUS).caller == "other"
+
+
+def test_health_that_strangers_ask_for_too_often_costs_no_caller_a_call(start_slow, connect, tmp_path):
+    token = TokenFile(tmp_path / "tokens").create("alice", Limits(), None, sees_all=False)[1]
+    server = start_slow(make_access(ServerAccess(tokens=tmp_path / "tokens"), "127.0.0.1"))
+    with grpc.insecure_channel(server.address, [("grpc.use_local_subchannel_pool", 1)]) as channel:
+        check = health_pb2_grpc.HealthStub(channel).Check
+        for _ in range(int(BURST_SECONDS)):
+            check(health_pb2.HealthCheckRequest(), timeout=SECONDS)
+        code, _ = refusal(lambda: check(health_pb2.HealthCheckRequest(), timeout=SECONDS))
+        assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    stub, mine = connect(server.address), [("authorization", f"Bearer {token}")]
+    assert stub.Status(STATUS, metadata=mine, timeout=SECONDS).caller == "alice"
 
 
 def test_a_stream_that_repeats_itself_or_only_probes_is_slowed(server, connect, edge, monkeypatch):

@@ -61,8 +61,9 @@ def test_who_has_gone_stands_in_nobody_s_way():
         threads = [threading.Thread(target=take, args=("same", gone)), threading.Thread(target=take, args=("same",))]
         for number, thread in enumerate(threads):
             thread.start()
+            until = time.monotonic() + SECONDS
             while in_line(turns) <= number:
-                pass
+                assert time.monotonic() < until
         gone.goes()
         threads[0].join(SECONDS)
         assert (came, in_line(turns)) == (["same has gone"], 1)

@@ -106,6 +106,14 @@ def test_what_a_batch_takes_is_known_once_one_has_run(half: UpperHalf) -> None:
     assert half.training_bytes(large) == 100 * half.training_bytes(small)
 
 
+def test_copies_of_weights_do_not_grow_with_the_batch() -> None:
+    half = make_half(GraphHost(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 512), nn.Linear(512, 5)), "1", R, "none"))
+    half.train(True)
+    with torch.autocast("cpu", torch.bfloat16):
+        half.outputs(half.decode(activation(1, R)))
+    assert half.training_bytes(activation(1, R)) < half.cast_bytes() / 2
+
+
 def test_an_output_that_is_too_large(monkeypatch: pytest.MonkeyPatch, half: UpperHalf) -> None:
     monkeypatch.setattr("sft_cloud.script.graph_host.MAX_MESSAGE_BYTES", 4 * B * 5 - 1)
     with pytest.raises(ProtocolError, match=r"the output of shape \[2, 5\] is too large"):
