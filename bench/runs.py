@@ -21,5 +21,10 @@ def train(flags: Sequence[str], output_dir: Path, prefix: Sequence[str] = ()) ->
     own = [f"--output-dir={output_dir}", "--overwrite-output-dir"]
     command = [*prefix, str(BIN / "sft-edge"), "train", *flags, *own]
     subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
+    return read_results(output_dir)
+
+
+def read_results(output_dir: Path) -> dict[str, Any]:
+    """What a run has written of itself."""
     results: dict[str, Any] = json.loads((output_dir / "all_results.json").read_text())
     return results
