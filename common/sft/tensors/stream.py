@@ -61,11 +61,15 @@ def safetensors_size(tensors: Sequence[StoredTensor]) -> int:
 def safetensors_chunks(tensors: Sequence[StoredTensor]) -> Iterator[bytes]:
     """The bytes of a safetensors file with these tensors in this order, in chunks of at most CHUNK_BYTES.
 
-    One tensor is in memory at a time. The same tensors give the same bytes on every machine, so they have one hash.
+    One tensor is in memory at a time, and of its bytes one chunk. The same tensors give the same bytes on every
+    machine, so they have one hash.
     """
     yield from _cut(safetensors_header(tensors))
     for tensor in tensors:
-        yield from _cut(tensor_bytes(tensor.read()))
+        x = tensor.read().detach().contiguous()
+        for start in range(0, tensor.size(), CHUNK_BYTES):
+            yield tensor_part(x, start, CHUNK_BYTES)
+        del x
 
 
 def tensor_bytes(x: Tensor) -> bytes:
