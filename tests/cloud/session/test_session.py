@@ -130,7 +130,8 @@ def test_a_gradient_in_a_codec_is_that_gradient_about(make_edge, open_session):
     assert first.data_type == pb.DATA_TYPE_INT8
     coded = decode_tensor(first, CPU)
     assert not torch.equal(coded, full)
-    assert ((coded - full).abs() <= full.abs().amax(1, keepdim=True) * 2**0.25 / 127 * 1.001).all()
+    mixed = full.abs().sum(1, keepdim=True)  # at most
+    assert ((coded - full).abs() <= mixed * 2**0.25 / 127 * 1.001).all()
 
 
 def test_learning_rates_travel_with_the_commit(open_session, edge):

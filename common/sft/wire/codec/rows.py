@@ -1,13 +1,16 @@
 """How the rows of a tensor are written: each in so many bytes of its own, whatever the others are.
 
 So the bytes of a row can be kept, and sent with other rows another time. Floats are written as they are. In `int8` and
-`int4` every 64 elements of a row have a scale, a byte, and an element is a whole number of steps of it:
+`int4` every 64 elements of a row are mixed, so that one that is much larger than the others makes no large steps for
+all, and have a scale, a byte; what is mixed is a whole number of steps of it:
 
-    x ~ scale / L * q,   q in -L..L,   L = 127 or 7
+    y = H (s * x),   y ~ scale / L * q,   q in -L..L,   L = 127 or 7
 
-Scales are powers of 2^(1/4), from 2^-42.25 to 2^21: no more than 19% above the largest magnitude of their elements.
-What is larger than all scales, infinite or no number comes out as no number, with the elements beside it, as float16
-has infinity there: a loss that is none is seen, one that is slightly wrong would not be.
+H is Sylvester's matrix of 1 and -1, whose square is its size times the identity, and s are signs, which no regular
+pattern of the elements is likely to meet; as in Ashkboos et al., "QuaRot" (2024). Scales are powers of 2^(1/4), from
+2^-42.25 to 2^21: no more than 19% above the largest magnitude that they are for. What is larger than all scales,
+infinite or no number comes out as no number, with the elements beside it, as float16 has infinity there: a loss that is
+none is seen, one that is slightly wrong would not be.
 
 Shape suffixes: T rows, W elements of a row, G groups of 64 elements, E elements of a group, X bytes of a row.
 """
@@ -16,7 +19,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import Dict, List, Optional, Protocol
+from typing import Callable, Dict, List, Optional, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -80,8 +83,8 @@ class Quantised:
 
     def encode(self, x_TW: Tensor, rounding: Optional[int] = None) -> Tensor:
         """See RowCode."""
-        scales_TG = _scale_of(torch.cat([x_TGE.abs().amax(dim=-1) for x_TGE in _groups(x_TW)], dim=1))
-        q_TW = x_TW.clone()
+        q_TW = _mixed(x_TW)
+        scales_TG = _scale_of(torch.cat([y_TGE.abs().amax(dim=-1) for y_TGE in _groups(q_TW)], dim=1))
         _multiply(q_TW, self._most / _values(x_TW.device)[scales_TG.to(torch.int64)])
         if rounding is None:
             q_TW = q_TW.round()
@@ -95,9 +98,9 @@ class Quantised:
     def decode(self, rows_TX: Tensor, width: int) -> Tensor:
         """See RowCode."""
         G = math.ceil(width / GROUP)
-        x_TW = self._unpacked(rows_TX[:, G:])[:, :width].float()
-        _multiply(x_TW, _values(rows_TX.device)[rows_TX[:, :G].to(torch.int64)] / self._most)
-        return x_TW
+        y_TW = self._unpacked(rows_TX[:, G:])[:, :width].float()
+        _multiply(y_TW, _values(rows_TX.device)[rows_TX[:, :G].to(torch.int64)] / self._most)
+        return _unmixed(y_TW)
 
     def _packed(self, q_TW: Tensor) -> Tensor:
         if self._bits == 8:
@@ -152,6 +155,45 @@ def _multiply(x_TW: Tensor, by_TG: Tensor) -> None:
     for x_TGE in _groups(x_TW):
         x_TGE *= by_TG[:, first : first + x_TGE.shape[1], None]
         first += x_TGE.shape[1]
+
+
+def _mixed(x_TW: Tensor) -> Tensor:
+    """H (s * x) of each group; the last, which may be shorter, in as large parts as a power of two divides."""
+    return _by_parts(x_TW, lambda x_TPN: _sylvester(x_TPN * _signs(x_TPN)))
+
+
+def _unmixed(y_TW: Tensor) -> Tensor:
+    return _by_parts(y_TW, lambda y_TPN: _sylvester(y_TPN) / y_TPN.shape[-1] * _signs(y_TPN))
+
+
+def _by_parts(x_TW: Tensor, work: Callable[[Tensor], Tensor]) -> Tensor:
+    T, W = x_TW.shape
+    whole = W - W % GROUP
+    parts = [(x_TW[:, :whole], GROUP), (x_TW[:, whole:], W % GROUP & -(W % GROUP))]
+    done = [work(part.reshape(T, -1, size)).reshape(T, -1) for part, size in parts if part.shape[1]]
+    return done[0] if len(done) == 1 else torch.cat(done, dim=1)
+
+
+def _sylvester(x_TPN: Tensor) -> Tensor:
+    """H x, by sums of two: in this order on every machine, however many rows there are."""
+    shape = x_TPN.shape
+    half = 1
+    while half < shape[-1]:
+        pairs = x_TPN.reshape(*shape[:-1], -1, 2, half)
+        low, high = pairs[..., 0, :], pairs[..., 1, :]
+        x_TPN = torch.stack([low + high, low - high], dim=-2).reshape(shape)
+        half *= 2
+    return x_TPN
+
+
+def _signs(x_TPN: Tensor) -> Tensor:
+    return _all_signs(x_TPN.device)[: x_TPN.shape[-1]]
+
+
+@lru_cache(maxsize=None)
+def _all_signs(device: torch.device) -> Tensor:
+    bits = 0x9E3779B97F4A7C15  # of the golden ratio, which has no pattern
+    return torch.tensor([1.0 - 2.0 * (bits >> place & 1) for place in range(GROUP)]).to(device)
 
 
 def _scale_of(peaks_TG: Tensor) -> Tensor:
