@@ -22,6 +22,9 @@ from sft.wire.protocol import MAX_MESSAGE_BYTES
 from sft_cloud.script.hosted_model import HostedModel, check_same_cut
 from sft_cloud.session import Given, UpperHalf, half_precision_bytes
 
+_OWN_BYTES = 8
+"""Of a number of the activation and of its gradient, float32."""
+
 
 class GraphHost(HostedModel):
     """A module that torch.fx can trace down to the layer."""
@@ -88,9 +91,10 @@ class GraphHalf:
         return in_memory(self._tensors)
 
     def training_bytes(self, activation: pb.Activation) -> int:
-        """See UpperHalf: in proportion to the largest so far. What a script's module does is known once it has run."""
+        """See UpperHalf: the activation and its gradient, and beside them in proportion to the largest so far. What a
+        script's module does is known once it has run."""
         numbers = math.prod(activation.packed.shape[: MAX_DIMENSIONS + 1])
-        return int(self._bytes_per_number * max(0, numbers))
+        return int((_OWN_BYTES + self._bytes_per_number) * max(0, numbers))
 
     def cast_bytes(self) -> int:
         """See UpperHalf."""

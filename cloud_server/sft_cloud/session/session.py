@@ -42,9 +42,9 @@ from sft_cloud.session.micro_batches import MicroBatches
 from sft_cloud.session.upper_half import UpperHalf
 
 Work = Callable[[pb.CloudMessage], Iterator[None] | None]
-"""What is left to do for a body that was checked: fills in the answer. Others may compute where it yields, if it does.
-"""
+"""What is left to do for a body that was checked: fills in the answer. Others may compute where it yields."""
 
+_REFUSED = "the cloud is out of memory: {}"
 _NO_MEMORY = "the cloud's device is out of memory; try smaller batches or another cut"
 
 _COPIES_OF_ANSWER = 4
@@ -147,7 +147,7 @@ class Session:
                 if body not in ("forward", "backward") or not (refused or is_out_of_memory(error)):
                     raise
                 self._undo_step()
-                answer.step_skipped.reason = f"the cloud is out of memory: {error}" if refused else _NO_MEMORY
+                answer.step_skipped.reason = _REFUSED.format(error) if refused else _NO_MEMORY
         finally:
             answers = remembered_bytes + _COPIES_OF_ANSWER * answer.ByteSize()
             self._memory.settle(self._micro_batches.waiting_bytes(), answers)
@@ -155,8 +155,7 @@ class Session:
         return answer
 
     def keep_answers(self, size: int) -> None:
-        """What is held for its answers from now on, those that are remembered and the one on its way. In any thread.
-        Raises NoMemoryError where more is not there."""
+        """What is held for its answers from now on, that on its way included. In any thread. Raises NoMemoryError."""
         self._memory.keep_answers(size)
 
     def stored_parameters(self) -> list[StoredTensor]:
@@ -261,7 +260,7 @@ class Session:
         check_autocast(forward.autocast)
         has_labels = forward.HasField("labels")
         waits = 0 if commits else self._micro_batches.waiting_bytes(message.weights)
-        graph = self._half.training_bytes(forward.activation) + self._cast_bytes(forward.autocast)
+        graph = self._half.training_bytes(forward.activation) + (self._half.cast_bytes() if forward.autocast else 0)
         batch = graph if has_labels else 0  # without labels the graph waits
         if not has_labels:
             waits += graph
@@ -270,6 +269,10 @@ class Session:
         if too_large := self._memory.too_large(waits + batch):
             return self._skips(too_large)
         answers = self._answer_bytes(forward.activation, not has_labels or forward.want_logits, has_labels)
+        try:
+            self._memory.hold(waits, answers, batch)  # before it is decoded: a code may stand for eight times its bytes
+        except NoMemoryError as error:
+            return self._skips(_REFUSED.format(error))
         rounding = rounding_of(self._seed, message.step, message.micro_batch)
         given = self._half.decode(forward.activation)._replace(rounding=rounding)
         labels = self._half.decode_labels(forward.labels, given) if has_labels else {}
@@ -279,7 +282,6 @@ class Session:
             self._micro_batches.check_room(message.weights)
 
         def work(answer: pb.CloudMessage) -> None:
-            self._memory.hold(waits, answers, batch)
             given.a.requires_grad_(not forward.frozen_edge)
             self._half.train(not forward.eval_mode)
             with (
@@ -335,7 +337,7 @@ class Session:
         check_autocast(message.evaluate.autocast)
         waits = self._micro_batches.waiting_bytes(message.weights)
         batch = self._half.training_bytes(message.evaluate.activation) // _EVALUATION_TAKES
-        batch += self._cast_bytes(message.evaluate.autocast)
+        batch += self._half.cast_bytes() if message.evaluate.autocast else 0
         if too_large := self._memory.too_large(waits + batch):
             return self._skips(too_large, undoes=False)
         self._hold_now(waits, self._answer_bytes(message.evaluate.activation, logits=True), batch)
@@ -384,9 +386,6 @@ class Session:
             self._memory.hold(size, answers, batch)
         except NoMemoryError as error:
             raise NoMemoryError(f"there is no memory for this now: {error}") from error
-
-    def _cast_bytes(self, autocast: pb.DataType) -> int:
-        return self._half.cast_bytes() if autocast else 0
 
     def _answer_bytes(self, activation: pb.Activation, logits: bool, gradient: bool = False) -> int:
         """What answers take with one of these to it, while it is made and sent."""

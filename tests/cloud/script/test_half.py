@@ -94,15 +94,15 @@ def test_gradients_travel_in_the_type_of_the_wire(model: nn.Module) -> None:
 
 def test_what_a_batch_takes_is_known_once_one_has_run(half: UpperHalf) -> None:
     small, large = activation(B, R), activation(100 * B, R)
-    assert half.training_bytes(large) == 0
+    assert half.training_bytes(large) == 200 * R * 8, "itself and its gradient"
     given = half.decode(small)
     with torch.no_grad():
         half.outputs(given)
-    assert half.training_bytes(large) == 0, "nothing is kept of an evaluation"
+    assert half.training_bytes(large) == 200 * R * 8, "nothing is kept of an evaluation"
     half.train(True)
     half.outputs(given)
     kept = 4 * B * (8 + 8 + 8 + 5)  # FFN-3's, the dropout's and its mask's, the last layer's
-    assert kept <= half.training_bytes(small) <= 3 * kept
+    assert kept <= half.training_bytes(small) <= 3.5 * kept
     assert half.training_bytes(large) == 100 * half.training_bytes(small)
 
 

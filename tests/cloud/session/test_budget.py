@@ -95,6 +95,14 @@ def test_a_few_bytes_cannot_ask_for_much(session, edge, budget):
     assert re.search(r"would take about (\d{3} M|[\d.]+ G)B", reason)
 
 
+def test_nothing_is_decoded_that_there_is_no_memory_for(session, edge, budget, monkeypatch):
+    """A code may stand for eight times its bytes."""
+    size = session._half.training_bytes(edge.activation(0, 1))
+    others_hold(budget, budget.total_bytes - budget.held_bytes - size // 2)
+    monkeypatch.setattr(session._half, "decode", None)
+    assert session.handle(edge.forward(0, 0)).HasField("step_skipped")
+
+
 def test_a_step_for_which_others_leave_no_memory_is_skipped(session, edge, budget):
     size = session._half.training_bytes(edge.activation(0, 1))
     other = others_hold(budget, budget.total_bytes - budget.held_bytes - size // 2)
