@@ -1,13 +1,15 @@
 """By how much split fine-tuning shrinks what crosses the wire, against plain split learning with the same batches.
 
-    python bench/wire.py
+    python bench/wire.py [--data-dir DIR]     # with SST-2 in it; without, the synthetic set
 
-Trains three steps of both for MiniLM and for BERT-base's shape at rank 8, batches of 32 of the synthetic data, and
-prints the ratio of the payload (activations and gradients; N/R by the paper) and of everything including framing.
+Trains three steps of both for MiniLM and for BERT-base's shape at rank 8, batches of 32, and prints the ratio of the
+payload (activations and gradients; N/R by the paper) and of everything including framing, for each codec. The last
+column is against plain split learning as the paper counts it, in float32 with its padding, framing of ours included.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
 from pathlib import Path
@@ -21,22 +23,28 @@ MODELS = {
     "MiniLM-L6": ["--model=minilm", "--split-layer=5"],
     "BERT-base shape": [f"--from-config={SHAPES / 'bert-base.json'}", "--tokenizer-name=minilm", "--split-layer=11"],
 }
+CODECS = ("float32", "int8", "int4")
 FLAGS = ["--task=sst2", "--split-rank=8", "--per-device-train-batch-size=32", "--max-steps=3", "--max-eval-samples=32"]
 
 
 def main() -> None:
-    """Prints one row a model."""
-    print(f"{'':<18}{'payload, sl/sft':>18}{'with framing':>18}")
+    """Prints one row a model and codec."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--data-dir", type=Path, help="with SST-2 in it (default: a synthetic set)")
+    data_dir = parser.parse_args().data_dir
+    print(f"{'':<18}{'codec':<10}{'payload, sl/sft':>18}{'with framing':>18}{'padded sl/sft':>18}")
     with tempfile.TemporaryDirectory() as scratch:
-        write_synthetic(Path(scratch) / "data")
-        data = f"--data-dir={Path(scratch) / 'data'}"
+        if data_dir is None:
+            data_dir = Path(scratch) / "data"
+            write_synthetic(data_dir)
+        flags = [*FLAGS, f"--data-dir={data_dir}", "--seed=0"]
         for name, model in MODELS.items():
-            sl, sft = (
-                train([*model, *FLAGS, data, f"--mode={mode}", "--seed=0"], Path(scratch) / mode)
-                for mode in ("sl", "sft")
-            )
-            print(f"{name:<18}{both_ways(sl, 'payload_') / both_ways(sft, 'payload_'):>18.2f}", end="")
-            print(f"{both_ways(sl, '') / both_ways(sft, ''):>18.2f}", flush=True)
+            sl = train([*model, *flags, "--mode=sl"], Path(scratch) / "sl")
+            for codec in CODECS:
+                sft = train([*model, *flags, "--mode=sft", f"--codec={codec}"], Path(scratch) / "sft")
+                padded = sft["wire_reduction"] * both_ways(sft, "payload_")
+                ratios = [both_ways(sl, kind) / both_ways(sft, kind) for kind in ("payload_", "")]
+                print(f"{name:<18}{codec:<10}{ratios[0]:>18.2f}{ratios[1]:>18.2f}{padded / both_ways(sft, ''):>18.1f}")
 
 
 def both_ways(results: dict[str, Any], kind: str) -> int:
