@@ -30,7 +30,7 @@ from sft.optim.spec import set_learning_rates
 from sft.optim.state import live_state, state_bytes
 from sft.tensors.stream import StoredTensor
 from sft.v1 import split_training_pb2 as pb
-from sft.wire.codec.elements import MAX_DIMENSIONS
+from sft.wire.codec.elements import check_tensor
 from sft.wire.codec.rows import rounding_of
 from sft_cloud.errors import NoMemoryError, PreconditionError, is_out_of_memory
 from sft_cloud.memory import MemoryShare
@@ -258,6 +258,7 @@ class Session:
         if not (math.isfinite(forward.loss_scale) and forward.loss_scale >= 0):
             raise ProtocolError(f"loss_scale must be finite and not negative, not {forward.loss_scale}")
         check_autocast(forward.autocast)
+        check_tensor(forward.activation.packed)
         has_labels = forward.HasField("labels")
         waits = 0 if commits else self._micro_batches.waiting_bytes(message.weights)
         graph = self._half.training_bytes(forward.activation) + (self._half.cast_bytes() if forward.autocast else 0)
@@ -311,11 +312,10 @@ class Session:
         if commits:
             raise PreconditionError("the commit on this message drops the micro-batch that its Backward is for")
         gradient = self._micro_batches.check_backward(message.micro_batch, message.weights, message.backward.gradient)
-        size = self._micro_batches.gradient_answer_bytes(message.micro_batch)
-        answers = self._remembered_bytes + _COPIES_OF_ANSWER * size
+        size = _COPIES_OF_ANSWER * self._micro_batches.gradient_answer_bytes(message.micro_batch)
 
         def work(answer: pb.CloudMessage) -> None:
-            self._memory.hold(self._micro_batches.waiting_bytes(), answers)
+            self._memory.hold(self._micro_batches.waiting_bytes(), self._remembered_bytes + size)
             self._micro_batches.backward(message.micro_batch, gradient, answer.result)
             check_room_for_step(self._optimizer)
 
@@ -335,6 +335,7 @@ class Session:
 
     def _check_evaluate(self, message: pb.EdgeMessage) -> Work:
         check_autocast(message.evaluate.autocast)
+        check_tensor(message.evaluate.activation.packed)
         waits = self._micro_batches.waiting_bytes(message.weights)
         batch = self._half.training_bytes(message.evaluate.activation) // _EVALUATION_TAKES
         batch += self._half.cast_bytes() if message.evaluate.autocast else 0
@@ -391,7 +392,7 @@ class Session:
         """What answers take with one of these to it, while it is made and sent."""
         size = self._half.logits_bytes(activation) if logits else 0
         if gradient:
-            size += 4 * math.prod(activation.packed.shape[:MAX_DIMENSIONS])
+            size += 4 * math.prod(activation.packed.shape)
         return self._remembered_bytes + _COPIES_OF_ANSWER * size
 
     def _answer_committed(self, answer: pb.CloudMessage) -> None:

@@ -10,7 +10,7 @@ from support.calls import open_session as open_over_the_wire
 from support.calls import refusal
 from support.session_parts import DROPPED, gradients_of, weigh
 
-from sft.errors import ServerFullError
+from sft.errors import ProtocolError, ServerFullError
 from sft.tensors.stream import safetensors_chunks
 from sft.v1 import split_training_pb2 as pb
 from sft_cloud.engine.build import build, make_session
@@ -101,6 +101,15 @@ def test_nothing_is_decoded_that_there_is_no_memory_for(session, edge, budget, m
     others_hold(budget, budget.total_bytes - budget.held_bytes - size // 2)
     monkeypatch.setattr(session._half, "decode", None)
     assert session.handle(edge.forward(0, 0)).HasField("step_skipped")
+
+
+@pytest.mark.parametrize("shape", [[1 << 20, 1 << 20], [1] * 100_000])
+def test_a_shape_that_is_none_is_no_question_of_memory(session, edge, shape):
+    activation = edge.activation(0, 0)
+    del activation.packed.shape[:]
+    activation.packed.shape.extend(shape)
+    with pytest.raises(ProtocolError, match=r"needs|dimensions"):
+        session.handle(edge.forward(0, 0, activation=activation))
 
 
 def test_a_step_for_which_others_leave_no_memory_is_skipped(session, edge, budget):

@@ -68,19 +68,23 @@ def encode_tensor(
     return pb.Tensor(data_type=data_type, shape=list(x.shape), data=rows_TX.cpu().numpy().tobytes())
 
 
-def decode_tensor(message: pb.Tensor, device: torch.device) -> Tensor:
-    """Back to float32, on `device`. Raises ProtocolError when type, shape and length do not fit together."""
-    code = CODES.get(message.data_type)
-    if code is None:
+def check_tensor(message: pb.Tensor) -> None:
+    """Before anything is made of it: raises as `decode_tensor` does, so that its shape is no larger than its bytes."""
+    if message.data_type not in CODES:
         raise ProtocolError(f"tensor of unknown element type {int(message.data_type)}")
     if len(message.shape) > MAX_DIMENSIONS:
         raise ProtocolError(f"tensor of {len(message.shape)} dimensions; at most {MAX_DIMENSIONS} are accepted")
     size = encoded_size(message.shape, message.data_type)
     if size != len(message.data):
         raise ProtocolError(f"tensor of shape {list(message.shape)} needs {size} bytes, {len(message.data)} came")
-    if not size:
+
+
+def decode_tensor(message: pb.Tensor, device: torch.device) -> Tensor:
+    """Back to float32, on `device`. Raises ProtocolError when type, shape and length do not fit together."""
+    check_tensor(message)
+    if not message.data:
         return torch.zeros(_without_elements(message.shape), device=device)
-    width = _width(message.shape)
+    code, width = CODES[message.data_type], _width(message.shape)
     rows_TX = torch.frombuffer(bytearray(message.data), dtype=torch.uint8).reshape(-1, code.row_bytes(width))
     return code.decode(rows_TX.to(device), width).reshape(tuple(message.shape))
 
