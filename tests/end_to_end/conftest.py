@@ -15,6 +15,7 @@ from support.tiny import make_tiny_model
 
 from sft_cloud.server import CloudServer
 from sft_edge.cli import main
+from sft_edge.systems.ahead import StepOnItsWay
 from sft_edge.systems.local import LocalSystem
 from sft_edge.systems.split import SplitSystem
 
@@ -95,7 +96,7 @@ def failing(
 
 @pytest.fixture
 def at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], object]], None]:
-    """`at_step(3, act)` calls `act` on the edge, once, when its step 3, counted from 1, has been taken."""
+    """`at_step(3, act)` calls `act` on the edge, once, when its step 3, counted from 1, has been taken, or is sent."""
 
     def install(step: int, act: Callable[[], object]) -> None:
         left = [act]
@@ -107,6 +108,13 @@ def at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], obje
                     left.pop()()
 
             monkeypatch.setattr(system, "update", update)
+
+        def sent(self, *arguments, update=StepOnItsWay.update):
+            update(self, *arguments)
+            if self.number + 1 == step and left:
+                left.pop()()
+
+        monkeypatch.setattr(StepOnItsWay, "update", sent)
 
     return install
 

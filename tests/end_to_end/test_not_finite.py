@@ -16,13 +16,15 @@ from sft_edge.cli import main
 from sft_edge.model_files.saved import load_model
 
 
-@pytest.mark.parametrize("mode", ["local", "sl", "sft"])
+@pytest.mark.parametrize(
+    ("mode", "freeze_edge"), [("local", False), ("sl", False), ("sft", False), ("sl", True)], ids=str
+)
 def test_a_loss_that_is_not_finite(
-    failing: Callable[..., tuple[int, str]], job: Job, model: Path, tmp_path: Path, mode: str
+    failing: Callable[..., tuple[int, str]], job: Job, model: Path, tmp_path: Path, mode: str, freeze_edge: bool
 ) -> None:
     """What is left is the model after the last step that could be taken."""
     wild = {"optim": "SGD", "learning_rate": 1e30, "max_grad_norm": 0}
-    code, line = failing(mode=mode, **wild)
+    code, line = failing(mode=mode, freeze_edge=freeze_edge, **wild)
     assert code == 6
     found = re.fullmatch(
         r"the (loss|norm of the gradient) is (nan|inf) at step (\d+); a lower --learning-rate or a longer warm-up may "

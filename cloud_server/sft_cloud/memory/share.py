@@ -74,6 +74,13 @@ class MemoryShare:
         if not self._held.resize(self._fixed + waits):
             raise NoMemoryError(self._held.refusal("what waits for a backward()", waits - self._waited))
 
+    def hold_now(self, size: int, answers: int = 0, batch: int = 0) -> None:
+        """As `hold`, for what is not begun anew: the error says that it may go another time."""
+        try:
+            self.hold(size, answers, batch)
+        except NoMemoryError as error:
+            raise NoMemoryError(f"there is no memory for this now: {error}") from error
+
     def settle(self, size: int, answers: int = 0) -> None:
         """As `hold`, for what is taken already."""
         self._answers.settle(answers)

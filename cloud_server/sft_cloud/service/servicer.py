@@ -78,7 +78,9 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
 
     def OpenSession(self, request: pb.OpenSessionRequest, context: Call) -> pb.OpenSessionResponse:
         """See the .proto."""
-        response = pb.OpenSessionResponse(package_version=__version__, device=self._engine.device, codecs=CODES)
+        response = pb.OpenSessionResponse(
+            package_version=__version__, device=self._engine.device, codecs=CODES, takes_ahead=True
+        )
         caller = context.caller
         self._check_draining()
         if request.only_check:

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 
 from sft.errors import ProtocolError, TrainingError, UsageError
-from sft.optim.spec import arguments_from_proto, check_change
+from sft.optim.gradients import clip_scale
+from sft.optim.spec import arguments_from_proto, check_change, set_learning_rates
 from sft.v1 import split_training_pb2 as pb
 from sft_cloud.errors import is_out_of_memory
+from sft_cloud.session.micro_batches import MicroBatches
 
 
 def check_commit(commit: pb.Commit, optimizer: torch.optim.Optimizer) -> None:
@@ -20,6 +22,8 @@ def check_commit(commit: pb.Commit, optimizer: torch.optim.Optimizer) -> None:
         raise ProtocolError(f"a commit needs {groups} learning rates, finite and not negative; got {list(rates)[:8]}")
     if not math.isfinite(commit.clip_scale):  # negative ones go uphill, as a script may want
         raise ProtocolError(f"clip_scale must be finite, not {commit.clip_scale}")
+    if commit.HasField("max_grad_norm") and not (math.isfinite(commit.max_grad_norm) and commit.max_grad_norm >= 0):
+        raise ProtocolError(f"max_grad_norm must be finite and not negative, not {commit.max_grad_norm}")
     if len(commit.group_arguments) not in (0, groups):
         raise ProtocolError(f"a commit has group_arguments for each of the {groups} groups, or none")
     for group, message in zip(optimizer.param_groups, commit.group_arguments, strict=False):  # there may be none
@@ -28,6 +32,22 @@ def check_commit(commit: pb.Commit, optimizer: torch.optim.Optimizer) -> None:
                 check_change(group, name, value)
             except UsageError as error:
                 raise ProtocolError(str(error)) from error
+
+
+def refusal(commit: pb.Commit, micro_batches: MicroBatches) -> str:
+    """Why a step is not taken: where the edge leaves that to the cloud, and numbers are not finite; else nothing."""
+    if not commit.HasField("max_grad_norm"):
+        return ""
+    if micro_batches.losses_are_finite and math.isfinite(micro_batches.squared_norm()):
+        return ""
+    return f"the loss, or the norm of the gradients, of step {commit.step} is not a finite number"
+
+
+def clip_scale_of(commit: pb.Commit, micro_batches: MicroBatches) -> float:
+    """What the gradients are multiplied by: as the edge says, or as their norm does, where it has none of its own."""
+    if not commit.HasField("max_grad_norm"):
+        return commit.clip_scale
+    return clip_scale(math.sqrt(micro_batches.squared_norm()), commit.max_grad_norm)
 
 
 def take_step(optimizer: torch.optim.Optimizer) -> None:
@@ -41,8 +61,9 @@ def take_step(optimizer: torch.optim.Optimizer) -> None:
         raise TrainingError(f"{type(optimizer).__name__} cannot take this step with its settings: {reason}") from error
 
 
-def apply_group_arguments(commit: pb.Commit, optimizer: torch.optim.Optimizer) -> None:
-    """Settings that the edge has changed, of a commit that was checked."""
+def apply_settings(commit: pb.Commit, optimizer: torch.optim.Optimizer) -> None:
+    """Learning rates, and what else the edge has changed, of a commit that was checked."""
+    set_learning_rates(optimizer, list(commit.learning_rates))
     for group, message in zip(optimizer.param_groups, commit.group_arguments, strict=False):  # there may be none
         group.update(arguments_from_proto(message.arguments))
 

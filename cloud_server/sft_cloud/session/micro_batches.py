@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from sft.errors import ProtocolError
-from sft.optim.gradients import scalar_product, squared_gradient_norm, squared_norm
+from sft.optim.gradients import scalar_product, scale_gradients, squared_gradient_norm, squared_norm
 from sft.v1 import split_training_pb2 as pb
 from sft.wire.protocol import MAX_WAITING
 from sft_cloud.errors import PreconditionError
@@ -47,6 +47,9 @@ class MicroBatches:
         self._kept: dict[int, list[Tensor | None]] = {}  # gradients, in the order of `_trained`
         self._weights: dict[int, float | None] = {}  # of those that were weighed, or `_DROPPED`
         self._sizes: dict[int, int] = {}  # bytes of what waits, as estimated
+        self.losses_are_finite = True
+        """Of all micro-batches with labels, as far as `note_loss` has heard of them."""
+        self._squared_norm: float | None = None  # of the gradients as they are now, once it was asked for
 
     def check_room(self, weights: Sequence[pb.Weight]) -> None:
         """Raises PreconditionError when one more may not wait, once `weights` are applied."""
@@ -90,6 +93,7 @@ class MicroBatches:
             self._sizes.pop(micro_batch, None)
             gradients = self._kept.pop(micro_batch, None)
             if gradients is not None and weight is not _DROPPED:
+                self._squared_norm = None
                 for parameter, gradient in zip(self._trained(), gradients, strict=True):
                     _add(parameter, gradient, weight)
 
@@ -107,6 +111,7 @@ class MicroBatches:
     def backward(self, micro_batch: int, gradient: Tensor, result: pb.Result) -> None:
         """From the outputs down; `result` is what the edge gets."""
         graph = self._graphs.pop(micro_batch)
+        self._squared_norm = None
         self._sizes.pop(micro_batch, None)
         if graph.outputs.requires_grad:
             torch.autograd.backward(graph.outputs, gradient)
@@ -120,6 +125,7 @@ class MicroBatches:
 
     def add(self, given: Given, loss: Tensor, result: pb.Result) -> None:
         """Adds the gradients of `loss`."""
+        self._squared_norm = None
         if loss.requires_grad:
             torch.autograd.backward(loss)
         self._answer_gradient(given, given.a.grad, result)
@@ -139,13 +145,23 @@ class MicroBatches:
         result.own_squared_norm = squared_norm(gradients)
         result.gradient_product = scalar_product(gradients, (parameter.grad for parameter in trained))
 
+    def note_loss(self, loss: float) -> None:
+        """Of a micro-batch with labels, as it is answered."""
+        self.losses_are_finite &= math.isfinite(loss)
+
     def scale(self, scale: float) -> None:
         """Multiplies the gradients added so far; 0 forgets them."""
+        self._squared_norm = None
         for parameter in self._half.parameters():
             if scale == 0.0:
                 parameter.grad = None
             elif parameter.grad is not None:
                 parameter.grad.mul_(scale)
+
+    def clip(self, scale: float) -> None:
+        """Multiplies the gradients added so far for the step that is taken with them."""
+        self._squared_norm = None
+        scale_gradients(self._half.parameters(), scale)
 
     def clear(self) -> None:
         """The step is over: whatever waits is dropped. Gradients stay."""
@@ -153,6 +169,7 @@ class MicroBatches:
         self._kept.clear()
         self._weights.clear()
         self._sizes.clear()
+        self.losses_are_finite = True
 
     def gradient_bytes(self) -> int:
         """Of one set of gradients that is kept aside."""
@@ -160,7 +177,9 @@ class MicroBatches:
 
     def squared_norm(self) -> float:
         """Of the gradients added so far."""
-        return squared_gradient_norm(self._half.parameters())
+        if self._squared_norm is None:
+            self._squared_norm = squared_gradient_norm(self._half.parameters())
+        return self._squared_norm
 
     def _answer_gradient(self, given: Given, gradient: Tensor | None, result: pb.Result) -> None:
         if given.a.requires_grad:

@@ -25,8 +25,6 @@ import torch
 
 from sft.errors import ProtocolError
 from sft.models.seeding import seeded
-from sft.optim.gradients import scale_gradients
-from sft.optim.spec import set_learning_rates
 from sft.optim.state import live_state, state_bytes
 from sft.tensors.stream import StoredTensor
 from sft.v1 import split_training_pb2 as pb
@@ -35,20 +33,17 @@ from sft.wire.codec.rows import rounding_of
 from sft_cloud.errors import NoMemoryError, PreconditionError, is_out_of_memory
 from sft_cloud.memory import MemoryShare
 from sft_cloud.session.autocast import autocast_to, check_autocast
-from sft_cloud.session.commit import apply_group_arguments, check_commit, groups_after, take_step
+from sft_cloud.session.commit import apply_settings, check_commit, clip_scale_of, groups_after, refusal, take_step
 from sft_cloud.session.load_state import Blob, StateLoader
 from sft_cloud.session.memory import check_room_for_step, optimizer_bytes
 from sft_cloud.session.micro_batches import MicroBatches
-from sft_cloud.session.upper_half import UpperHalf
+from sft_cloud.session.upper_half import COPIES_OF_ANSWER, UpperHalf, answer_bytes
 
 Work = Callable[[pb.CloudMessage], Iterator[None] | None]
 """What is left to do for a body that was checked: fills in the answer. Others may compute where it yields."""
 
 _REFUSED = "the cloud is out of memory: {}"
 _NO_MEMORY = "the cloud's device is out of memory; try smaller batches or another cut"
-
-_COPIES_OF_ANSWER = 4
-"""Packed, as bytes, in the message, and on the way to the edge: until it has been sent."""
 
 _EVALUATION_TAKES = 4
 """Of the memory of training, at most this part: nothing is kept for a backward pass."""
@@ -95,6 +90,7 @@ class Session:
         self._micro_batches = MicroBatches(half)
         self._forwards = 0  # answered in step `next_step`
         self._keeps_gradients = False  # there are some of the step before
+        self._undone = ""  # why a step was, until a message comes that was not sent ahead
 
     def handle(self, message: pb.EdgeMessage, remembered_bytes: int = 0) -> pb.CloudMessage:
         """As `handle_in_pieces`, in one piece."""
@@ -128,9 +124,17 @@ class Session:
             raise PreconditionError("an earlier message of this session failed half-way; open a new session")
         if body in ("attach", "probe", "close"):
             raise PreconditionError("the first message of a stream, and no other, must be an attach")
+        if not message.ahead:
+            self._undone = ""
         commits = message.HasField("commit")
-        if commits:
+        if commits and not self._undone:
             self._check_commit(message.commit)
+            if reason := refusal(message.commit, self._micro_batches):
+                self._undo_step(reason)
+                self.state = State.READY
+        if self._undone:
+            answer.step_skipped.reason = self._undone
+            return answer
         self._remembered_bytes = remembered_bytes
         try:
             # All of the message is checked before any of it is done.
@@ -146,10 +150,10 @@ class Session:
                 refused = isinstance(error, NoMemoryError)
                 if body not in ("forward", "backward") or not (refused or is_out_of_memory(error)):
                     raise
-                self._undo_step()
-                answer.step_skipped.reason = _REFUSED.format(error) if refused else _NO_MEMORY
+                self._undo_step(_REFUSED.format(error) if refused else _NO_MEMORY)
+                answer.step_skipped.reason = self._undone
         finally:
-            answers = remembered_bytes + _COPIES_OF_ANSWER * answer.ByteSize()
+            answers = remembered_bytes + COPIES_OF_ANSWER * answer.ByteSize()
             self._memory.settle(self._micro_batches.waiting_bytes(), answers)
         self.state = State.ACCUMULATING if self._forwards else State.READY
         return answer
@@ -204,9 +208,8 @@ class Session:
             self._keeps_gradients &= message.gradient_scale != 0.0
 
     def _commit(self, commit: pb.Commit) -> None:
-        set_learning_rates(self._optimizer, list(commit.learning_rates))
-        apply_group_arguments(commit, self._optimizer)
-        scale_gradients(self._half.parameters(), commit.clip_scale)
+        apply_settings(commit, self._optimizer)
+        self._micro_batches.clip(clip_scale_of(commit, self._micro_batches))
         take_step(self._optimizer)
         self._micro_batches.clear()
         self._keeps_gradients = commit.keep_gradients
@@ -216,8 +219,9 @@ class Session:
         self.next_step += 1
         self.version += 1
 
-    def _undo_step(self) -> None:
+    def _undo_step(self, reason: str) -> None:
         """As if nothing of the step that is being accumulated had come."""
+        self._undone = reason
         self._micro_batches.clear()
         self._micro_batches.scale(0.0)
         self._keeps_gradients = False
@@ -269,7 +273,9 @@ class Session:
             waits += self._micro_batches.gradient_bytes()
         if too_large := self._memory.too_large(waits + batch):
             return self._skips(too_large)
-        answers = self._answer_bytes(forward.activation, not has_labels or forward.want_logits, has_labels)
+        answers = self._remembered_bytes + answer_bytes(
+            self._half, forward.activation, not has_labels or forward.want_logits, has_labels
+        )
         try:
             self._memory.hold(waits, answers, batch)  # before it is decoded: a code may stand for eight times its bytes
         except NoMemoryError as error:
@@ -297,6 +303,7 @@ class Session:
             else:
                 # A loss that is not finite is answered as it is: whether to go on is for the edge to decide.
                 answer.result.loss = loss.item()
+                self._micro_batches.note_loss(answer.result.loss)
                 if forward.want_logits:
                     answer.result.logits.CopyFrom(self._half.encode_outputs(outputs, given))
                 if forward.loss_scale:
@@ -312,7 +319,7 @@ class Session:
         if commits:
             raise PreconditionError("the commit on this message drops the micro-batch that its Backward is for")
         gradient = self._micro_batches.check_backward(message.micro_batch, message.weights, message.backward.gradient)
-        size = _COPIES_OF_ANSWER * self._micro_batches.gradient_answer_bytes(message.micro_batch)
+        size = COPIES_OF_ANSWER * self._micro_batches.gradient_answer_bytes(message.micro_batch)
 
         def work(answer: pb.CloudMessage) -> None:
             self._memory.hold(self._micro_batches.waiting_bytes(), self._remembered_bytes + size)
@@ -341,7 +348,8 @@ class Session:
         batch += self._half.cast_bytes() if message.evaluate.autocast else 0
         if too_large := self._memory.too_large(waits + batch):
             return self._skips(too_large, undoes=False)
-        self._hold_now(waits, self._answer_bytes(message.evaluate.activation, logits=True), batch)
+        answers = self._remembered_bytes + answer_bytes(self._half, message.evaluate.activation, logits=True)
+        self._memory.hold_now(waits, answers, batch)
         given = self._half.decode(message.evaluate.activation)
         self._half.check_outputs(message.evaluate.activation)
 
@@ -361,7 +369,7 @@ class Session:
         if message.load_state.optimizer_state:
             # With other settings than now, it may hold more.
             self._memory.grow(made - state_bytes(self._optimizer))
-            self._hold_now(made)
+            self._memory.hold_now(made)
 
         def work(answer: pb.CloudMessage) -> Iterator[None]:
             self.is_loading = True
@@ -377,23 +385,10 @@ class Session:
 
         def work(answer: pb.CloudMessage) -> None:
             if undoes:
-                self._undo_step()
+                self._undo_step(reason)
             answer.step_skipped.reason = reason
 
         return work
-
-    def _hold_now(self, size: int, answers: int = 0, batch: int = 0) -> None:
-        try:
-            self._memory.hold(size, answers, batch)
-        except NoMemoryError as error:
-            raise NoMemoryError(f"there is no memory for this now: {error}") from error
-
-    def _answer_bytes(self, activation: pb.Activation, logits: bool, gradient: bool = False) -> int:
-        """What answers take with one of these to it, while it is made and sent."""
-        size = self._half.logits_bytes(activation) if logits else 0
-        if gradient:
-            size += 4 * math.prod(activation.packed.shape)
-        return self._remembered_bytes + _COPIES_OF_ANSWER * size
 
     def _answer_committed(self, answer: pb.CloudMessage) -> None:
         answer.committed.next_step = self.next_step

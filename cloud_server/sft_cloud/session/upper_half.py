@@ -5,6 +5,7 @@ Shape suffixes: B batch, S padded sequence, R width on the wire, C outputs of th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
@@ -30,6 +31,9 @@ from sft.wire.codec.messages import (
 from sft.wire.codec.packing import pack
 from sft.wire.protocol import MAX_MESSAGE_BYTES, MAX_PADDED_TOKENS
 from sft_cloud.session.memory import UNKNOWN, BatchMemory, half_precision_bytes
+
+COPIES_OF_ANSWER = 4
+"""Packed, as bytes, in the message, and on the way to the edge: until it has been sent."""
 
 
 class Given(NamedTuple):
@@ -99,6 +103,14 @@ class UpperHalf(Protocol):
 
     def loss(self, outputs: Tensor, labels: dict[str, Tensor], given: Given) -> Tensor:
         """0-dim, of labels that `decode_labels` gave."""
+
+
+def answer_bytes(half: UpperHalf, activation: pb.Activation, logits: bool, gradient: bool = False) -> int:
+    """What the answer to an activation takes, seen before anything is made of it, while it is made and sent."""
+    size = half.logits_bytes(activation) if logits else 0
+    if gradient:
+        size += 4 * math.prod(activation.packed.shape)
+    return COPIES_OF_ANSWER * size
 
 
 class TransformersUpperHalf:

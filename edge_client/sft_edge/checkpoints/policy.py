@@ -145,11 +145,14 @@ class Checkpointing:
             raise UsageError(in_the_way(path))
         self.check_stop(loop)
 
+    def is_due(self, step: int, system: System) -> bool:
+        """Whether a checkpoint is saved after so many steps, or the run is to stop then."""
+        return self._terminated.is_set() or system.stopping or bool(self._every and step % self._every == 0)
+
     def after_step(self, loop: TrainingLoop) -> None:
         """Saves where it is due. Raises Stopped, CloudStoppingError, StorageError where a last checkpoint fails."""
-        step = loop.state.global_step
-        asked, stopping = self._terminated.is_set(), loop.system.stopping
-        if not (asked or stopping or (self._every and step % self._every == 0)):
+        step, asked = loop.state.global_step, self._terminated.is_set()
+        if not self.is_due(step, loop.system):
             return
         try:
             checkpoint = self._save(loop)

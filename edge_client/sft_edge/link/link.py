@@ -52,6 +52,10 @@ class Link:
         self._stream = ReliableStream(transport, policy, on_status)
         self._spans = StepSpans(edge_tracer())
         self._session_id = ""
+        self.ahead = False
+        """Whether what is sent now is sent before the answers to what was sent before were looked at."""
+        self.takes_ahead = False
+        """Whether the cloud knows what that means, and a commit's `max_grad_norm`; known once the link is open."""
         self._held = pb.EdgeMessage()  # weights, commit and gradient_scale of the next message
         self._step = 0  # that weights and gradients belong to now
         self._without_body = 0  # messages of that step
@@ -99,7 +103,7 @@ class Link:
         except BaseException:  # Ctrl-C during an upload too
             self.close()
             raise
-        self._session_id = response.session_id
+        self._session_id, self.takes_ahead = response.session_id, response.takes_ahead
         self._step = response.next_step
         self._stream.begin(response.session_id)
         self._blobs = {}  # what they read from may be half a model, and whoever offered it may have let go of it
@@ -206,16 +210,28 @@ class Link:
         learning_rates: Sequence[float],
         clip_scale: float,
         group_arguments: Sequence[pb.GroupArguments] = (),
+        max_grad_norm: Optional[float] = None,
     ) -> None:
-        """Algorithm 1, line 14, for net_2. Held back until the next message; weights that are held go with it."""
+        """Algorithm 1, line 14, for net_2. Held back until the next message; weights that are held go with it.
+
+        With `max_grad_norm` the cloud finds the clip scale itself, and takes no step with numbers that are not finite.
+        """
         self._stream.check()
         if self._held.HasField("commit") or self._held.HasField("gradient_scale"):
             self.flush()  # the scale is for gradients of this step, and in one message would come after the commit
         commit = pb.Commit(
-            step=step, learning_rates=learning_rates, clip_scale=clip_scale, group_arguments=group_arguments
+            step=step,
+            learning_rates=learning_rates,
+            clip_scale=clip_scale,
+            group_arguments=group_arguments,
+            max_grad_norm=max_grad_norm,
         )
         self._held.commit.CopyFrom(commit)
         self._spans.end_step()
+
+    def forget_held(self) -> None:
+        """What is held is for a step that the cloud has undone, or will never take."""
+        self._held = pb.EdgeMessage()
 
     def keep_gradients(self) -> None:
         """Net_2's gradients are not forgotten after the commit that is held. Raises ProtocolError when none is."""
@@ -325,6 +341,7 @@ class Link:
 
     def _settle(self) -> None:
         """Whatever was asked for so far has been done."""
+        self.ahead = False
         self.flush()
         self._stream.settle()  # a commit may ride on a message whose answer nobody waited for, as after Ctrl-C
 
@@ -358,4 +375,5 @@ class Link:
 
     def _send(self, kind: str, message: pb.EdgeMessage, payload_bytes: int) -> PendingReply:
         self._stream.make_room()
+        message.ahead = self.ahead
         return self._stream.send(kind, message, payload_bytes, self._spans.message(message))

@@ -6,13 +6,14 @@ from sft_edge.systems.crossing import Activation, Crossing, check_size
 from sft_edge.systems.halves import Halves, halve, optimizer_spec, whole_tensors
 from sft_edge.systems.open import cut_of, open_system
 from sft_edge.systems.split import open_split_system
-from sft_edge.systems.system import System
+from sft_edge.systems.system import SentStep, System
 
 __all__ = [
     "Activation",
     "CloudProcess",
     "Crossing",
     "Halves",
+    "SentStep",
     "System",
     "check_size",
     "cut_of",

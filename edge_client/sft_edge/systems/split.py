@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from pathlib import Path
-from typing import Callable, Deque, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +23,11 @@ from sft.wire.codec.messages import decode_logits, encode_labels, encode_logits,
 from sft.wire.codec.packing import pack, unpack
 from sft.wire.ledger import Ledger, Traffic, plain_split_bytes
 from sft_edge.link import Link, PendingReply, RetryPolicy, Transport, checked_weights
+from sft_edge.systems.ahead import StepOnItsWay
 from sft_edge.systems.crossing import Activation, Crossing
 from sft_edge.systems.halves import Halves
 from sft_edge.systems.kept import KeptActivations
-from sft_edge.systems.system import StepTimer, System
+from sft_edge.systems.system import SentStep, StepTimer, System
 
 _EVALUATIONS_AHEAD = 2
 """While the cloud works on one evaluation batch, the edge makes the next."""
@@ -75,25 +76,8 @@ class SplitSystem(System):
 
     def forward_backward(self, batch: Batch, step: int, micro_batch: int, loss_scale: float) -> float:
         """Algorithm 1, lines 6 to 12."""
-        labels = None if self._labels_stay else encode_labels(batch.labels, batch.lengths)
+        a_BSR, crossing = self._cross(batch, step, micro_batch, loss_scale, self._step, self._answer)
         padded_length = next(iter(batch.inputs.values())).shape[1]
-        with self._step.phase("edge_forward"):
-            a_BSR = None
-            if self.kept is None:
-                a_BSR = self._forward(batch, step, micro_batch)
-                activation = _activation(a_BSR, batch)
-            else:
-                activation = self.kept.activation(self.net_1, batch)
-            crossing = Crossing(
-                self.link,
-                step,
-                micro_batch,
-                activation,
-                self._codecs,
-                labels,
-                loss_scale=loss_scale,
-                wait=self._answer,
-            )
         if self._labels_stay:
             loss = self._loss_here(crossing, batch, padded_length, loss_scale)
         else:
@@ -104,15 +88,62 @@ class SplitSystem(System):
             if gradient_TR is not None and a_BSR is not None:
                 torch.autograd.backward(a_BSR, unpack(gradient_TR, batch.lengths, padded_length))
         self._step.samples += len(batch.lengths)
-        self._plain_bytes += plain_split_bytes(len(batch.lengths), padded_length, self._model_width)
+        self._plain_bytes += self._plain_bytes_of(batch)
         self._cloud_squared_norm = crossing.squared_norm
         return loss
 
+    @property
+    def sends_ahead(self) -> bool:
+        """See System."""
+        return self._frozen and not self._labels_stay and self.link.takes_ahead
+
+    def send(self, step: int, ahead: bool) -> SentStep:
+        """See System."""
+
+        def cross(*arguments: Any) -> Crossing:
+            return self._cross(*arguments)[1]
+
+        return StepOnItsWay(self.link, step, ahead, cross, self._plain_bytes_of, self.ledger)
+
+    def _cross(
+        self,
+        batch: Batch,
+        step: int,
+        micro_batch: int,
+        loss_scale: float,
+        timer: StepTimer,
+        wait: Callable[[PendingReply], pb.CloudMessage],
+    ) -> Tuple[Optional[Tensor], Crossing]:
+        """Lines 6 and 7: net_1's output, where it was computed, and a micro-batch that is on its way."""
+        labels = None if self._labels_stay else encode_labels(batch.labels, batch.lengths)
+        with timer.phase("edge_forward"):
+            a_BSR = None
+            if self.kept is None:
+                a_BSR = self._forward(batch, step, micro_batch)
+                activation = _activation(a_BSR, batch)
+            else:
+                activation = self.kept.activation(self.net_1, batch)
+            crossing = Crossing(
+                self.link, step, micro_batch, activation, self._codecs, labels, loss_scale=loss_scale, wait=wait
+            )
+        return a_BSR, crossing
+
+    def _plain_bytes_of(self, batch: Batch) -> int:
+        padded_length = next(iter(batch.inputs.values())).shape[1]
+        return plain_split_bytes(len(batch.lengths), padded_length, self._model_width)
+
     def _forward(self, batch: Batch, step: int, micro_batch: int) -> Tensor:
-        self.net_1.train(not self._frozen)
-        with seeded(self.net_1.device, self._seed, "net_1", step, micro_batch), torch.set_grad_enabled(
-            not self._frozen
-        ):
+        if self._frozen:
+            return self._without_gradient(batch)
+        self.net_1.train()
+        with seeded(self.net_1.device, self._seed, "net_1", step, micro_batch):
+            a_BSR: Tensor = self.net_1(batch.inputs, batch.lengths)
+        return a_BSR
+
+    def _without_gradient(self, batch: Batch) -> Tensor:
+        """Nor with dropout: nothing is drawn."""
+        self.net_1.eval()
+        with torch.no_grad():
             a_BSR: Tensor = self.net_1(batch.inputs, batch.lengths)
         return a_BSR
 
@@ -158,6 +189,7 @@ class SplitSystem(System):
     def undo(self) -> None:
         """See System."""
         super().undo()
+        self.link.forget_held()
         self._step.samples = self._plain_bytes = 0  # counted again when the step is begun anew
 
     def gradient_norm(self) -> float:
@@ -175,14 +207,13 @@ class SplitSystem(System):
         self._traffic, self._plain_bytes = Traffic(), 0
 
     def logits(self, batches: Iterable[Batch], step: int) -> Iterator[Tensor]:
-        self.net_1.eval()
+        self.link.ahead = False
         commit = self.link.flush()  # what is evaluated is the model after its last step
         if commit is not None:
             self.ledger.add_evaluation(commit.traffic, samples=0)
         on_their_way: Deque[Tuple[Batch, int, PendingReply]] = deque()
         for index, batch in enumerate(batches):
-            with torch.no_grad():
-                a_BSR = self.net_1(batch.inputs, batch.lengths)
+            a_BSR = self._without_gradient(batch)
             activation = _activation(a_BSR, batch).encoded(self._codecs.activation)
             on_their_way.append((batch, a_BSR.shape[1], self.link.evaluate(step, index, activation)))
             if len(on_their_way) > _EVALUATIONS_AHEAD:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from typing import Dict, Iterable, Iterator, List, Optional, Sequence
+from typing import Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,15 @@ class System(ABC):
     def update(self, step: int, clip_scale: float) -> None:
         """Multiplies all gradients by `clip_scale`, takes the step on both halves, and forgets the gradients."""
 
+    @property
+    def sends_ahead(self) -> bool:
+        """Whether steps are sent, by `send`, as fast as they come: nothing is trained here that would have to wait."""
+        return False
+
+    def send(self, step: int, ahead: bool) -> SentStep:
+        """Begins to send a step. `ahead`: the one before is not settled."""
+        raise NotImplementedError
+
     def undo(self) -> None:
         """Forgets the gradients of a step that the cloud has undone for want of memory: it may be begun anew."""
         self.optimizer.zero_grad(set_to_none=True)
@@ -84,6 +93,29 @@ class System(ABC):
     @abstractmethod
     def shards(self) -> List[Shard]:
         """All parameters as they are now, adapters merged: what is here, and what is on the cloud."""
+
+
+class SentStep(ABC):
+    """A step that was sent before it was known what became of those before it: see `System.sends_ahead`."""
+
+    wire_bytes: int
+    """Of its messages."""
+
+    @abstractmethod
+    def forward(self, batch: Batch, micro_batch: int, loss_scale: float) -> None:
+        """Sends a micro-batch, as `forward_backward` does. Returns at once, or when there is room on the way."""
+
+    @abstractmethod
+    def update(self, rates: Sequence[float], max_grad_norm: float) -> None:
+        """Has the cloud clip the gradients to that norm, 0 for not at all, and take the step with these learning
+        rates, unless the loss or the norm is not finite."""
+
+    @abstractmethod
+    def settle(self) -> Tuple[List[float], float]:
+        """Waits: the loss of each micro-batch, unscaled, and the norm of the step's gradients. Once.
+
+        Raises CloudMemoryError where the step was undone; those that were sent after it were, too.
+        """
 
 
 class StepTimer:

@@ -15,15 +15,14 @@ from sft.batch import Batch
 from sft.errors import CloudMemoryError, NonFiniteLossError
 from sft.models.seeding import derive_seed
 from sft.optim.gradients import clip_scale
+from sft.wire.ledger import Traffic
 from sft_edge.options import RunOptions
 from sft_edge.signals import interrupts_deferred, note_termination_in_worker
 from sft_edge.systems import System
 from sft_edge.tasks import Feature, Task
+from sft_edge.training.ahead import MEMORY_TRIES, StepsAhead
 from sft_edge.training.progress import Progress
 from sft_edge.training.report import TrainerState
-
-_MEMORY_TRIES = 3
-"""How often a step is begun that the cloud has no memory for."""
 
 Evaluate = Callable[[int], Dict[str, float]]
 """Takes the number of steps done, gives `eval_*` figures."""
@@ -42,11 +41,13 @@ class TrainingLoop:
         evaluate: Optional[Evaluate] = None,
         report: Optional[Callable[[int, Dict[str, Any]], None]] = None,
         after_step: Callable[[TrainingLoop], None] = lambda loop: None,
+        pauses_after: Callable[[int], bool] = lambda steps: False,
     ) -> None:
         """`evaluate` runs as `--eval-strategy` says; `report` gets every entry of the history and its step.
 
         `after_step` is called when all of a step has been noted, but the evaluation of an epoch that ends with it: then
-        `saved_state` is that of a run which goes on from there.
+        `saved_state` is that of a run which goes on from there. Where steps are sent ahead it is called when none is on
+        its way, as at the latest after so many steps as `pauses_after` is asked about.
         """
         training, optimizer = options.training, options.optimizer
         self.system = system
@@ -70,6 +71,8 @@ class TrainingLoop:
         self._evaluate = evaluate
         self._report = report
         self._after = after_step
+        self._pauses_after = pauses_after
+        self._ahead = StepsAhead(system, optimizer.max_grad_norm)
         self._steps_per_epoch = math.ceil(len(self._loader) / training.gradient_accumulation_steps)
         by_epochs = math.ceil(training.num_train_epochs * self._steps_per_epoch)
         max_steps = training.max_steps if training.max_steps > 0 else by_epochs
@@ -101,7 +104,7 @@ class TrainingLoop:
             self._order.manual_seed(derive_seed(self._training.seed, "order", epoch))
             self._rows.skip, done = done * self._training.gradient_accumulation_steps, 0
             for group in _groups(self._loader, self._training.gradient_accumulation_steps):
-                self._step(group)
+                self._advance(group)
                 if self.state.global_step == self.state.max_steps:
                     return
             if self._training.eval_strategy == "epoch":
@@ -146,29 +149,76 @@ class TrainingLoop:
         self._since = time.perf_counter()
         return results
 
+    def catch_up(self) -> None:
+        """Waits for the steps that are on their way, for who ends the run with them. Raises NonFiniteLossError."""
+        while self._ahead:
+            settled = self._ahead.settle()
+            self._count(self._checked(settled.losses, settled.norm))
+
+    def _advance(self, group: List[Batch]) -> None:
+        """One step of Algorithm 1, lines 5 to 14, over the micro-batches of the group: taken, or on its way."""
+        if not self.system.sends_ahead:
+            self._step(group)
+            return
+        number = self.state.global_step + len(self._ahead)
+        self._ahead.send(number, group, [float(each["lr"]) for each in self.system.optimizer.param_groups])
+        self.system.optimizer.step()  # nothing here has a gradient, but the scheduler warns of an optimizer that rests
+        self._scheduler.step()
+        pauses = self._pauses(number + 1)
+        while self._ahead and (pauses or self._ahead.is_full):
+            sent = self.system.ledger.traffic
+            settled = self._ahead.settle()
+            self._count(self._checked(settled.losses, settled.norm))
+            self._note(settled.rate, settled.norm, sent)
+
+    def _pauses(self, steps: int) -> bool:
+        """Whether all so many steps are to be settled before another is sent."""
+        ends_epoch = steps % self._steps_per_epoch == 0 and self._training.eval_strategy == "epoch"
+        is_last = steps == self.state.max_steps
+        return is_last or ends_epoch or self._is_evaluated_after(steps) or self._pauses_after(steps)
+
     def _step(self, group: List[Batch]) -> None:
-        """One step of Algorithm 1, lines 5 to 14, over the micro-batches of the group."""
         step, sent = self.state.global_step, self.system.ledger.traffic
         rate = float(self.system.optimizer.param_groups[0]["lr"])
         losses = self._losses_of(group, step)
-        loss = sum(losses) / len(losses)
-        self._check_finite("loss", loss)
+        self._check_finite("loss", sum(losses) / len(losses))
         norm = self.system.gradient_norm()
-        self._check_finite("norm of the gradient", norm)
+        loss = self._checked(losses, norm)
         with interrupts_deferred():  # half a step could not be taken back
             self.system.update(step, clip_scale(norm, self._max_grad_norm))
             self._scheduler.step()
-            self.state.global_step += 1
+            self._count(loss)
+        self._note(rate, norm, sent)
+
+    def _checked(self, losses: List[float], norm: float) -> float:
+        """The step's loss. Raises NonFiniteLossError, and nothing of later steps is left."""
+        loss = sum(losses) / len(losses)
+        try:
+            self._check_finite("loss", loss)
+            self._check_finite("norm of the gradient", norm)
+        except NonFiniteLossError:
+            self._ahead.forget()
+            raise
+        return loss
+
+    def _count(self, loss: float) -> None:
+        """A step is taken."""
+        self.state.global_step += 1
+        self._losses.add(loss)
+        self._all_losses.add(loss)
+        self._last_loss = loss
+
+    def _note(self, rate: float, norm: float, sent: Traffic) -> None:
+        """Of a step that is counted; `sent`: all traffic before it."""
         now = time.perf_counter()
         self.seconds, self._since = self.seconds + now - self._since, now
         self.state.epoch = round(self.state.global_step / self._steps_per_epoch, 4)
-        self._losses.add(loss)
-        self._all_losses.add(loss)
         traffic = self.system.ledger.traffic
         wire_bytes = traffic.bytes_sent + traffic.bytes_received - sent.bytes_sent - sent.bytes_received
-        self._progress.step(self.state.global_step, loss, wire_bytes)
+        self._progress.step(self.state.global_step, self._last_loss, wire_bytes)
         self._after_step(rate, norm)
-        self._after(self)
+        if not self._ahead:
+            self._after(self)
         self._since = time.perf_counter()
 
     def _prepare(self) -> None:
@@ -192,9 +242,8 @@ class TrainingLoop:
         return epoch, last + 1
 
     def _losses_of(self, group: List[Batch], step: int) -> List[float]:
-        """Of each micro-batch. A step that the cloud had no memory for is begun anew, with the same bits: who took the
-        memory may have gone."""
-        tries_left = _MEMORY_TRIES
+        """Of each micro-batch. A step that the cloud had no memory for is begun anew, with the same bits."""
+        tries_left = MEMORY_TRIES
         while True:
             try:
                 return [
@@ -212,9 +261,12 @@ class TrainingLoop:
         if step % self.state.logging_steps == 0 or is_last:
             self._log({"loss": self._losses.value, "learning_rate": rate, "grad_norm": norm}, quiet=True)
             self._losses = _Mean()
-        every = self._training.eval_steps or self.state.logging_steps
-        if self._training.eval_strategy == "steps" and step % every == 0 and not is_last:
+        if self._is_evaluated_after(step):
             self.evaluate()
+
+    def _is_evaluated_after(self, step: int) -> bool:
+        every = self._training.eval_steps or self.state.logging_steps
+        return self._training.eval_strategy == "steps" and step % every == 0 and step != self.state.max_steps
 
     def _log(self, values: Dict[str, Any], quiet: bool = False) -> None:
         entry = self.state.log(values)

@@ -14,7 +14,7 @@ import torch
 
 from sft.cli.devices import find_device
 from sft.cli.run import explained
-from sft.errors import LinkError, ProtocolError, SessionLostError, SFTError, StorageError
+from sft.errors import LinkError, NonFiniteLossError, ProtocolError, SessionLostError, SFTError, StorageError
 from sft.tensors.stream import in_memory, safetensors_chunks
 from sft_edge.checkpoints import Checkpointing, Stopped
 from sft_edge.commands.train.job import Job, description_of
@@ -89,6 +89,8 @@ class Attempt:
             self.progress.status(f"stopping: saving the model as of step {self.steps}")
         for_caller = not isinstance(error, Exception) or isinstance(error, BrokenPipeError)
         try:
+            with contextlib.suppress(NonFiniteLossError):
+                self.loop.catch_up()  # the cloud may be ahead of what is noted here
             self._save({})
             where = f"the model as of step {self.steps} is in {self.output_dir}"
         except SFTError as failure:

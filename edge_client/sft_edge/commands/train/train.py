@@ -173,6 +173,7 @@ class TrainingRun:
             lambda step: evaluate(system, job.task, job.validation, batch_size, step),
             report,
             after_step,
+            lambda steps: checkpointing.is_due(steps, system),
         )
         checkpointing.begin(system, loop, chosen)
         return Attempt(options, self.output_dir, job, system, loop, progress, checkpointing)
