@@ -80,6 +80,8 @@ def make_optimizer(spec: OptimizerSpec, parameters: Mapping[str, nn.Parameter]) 
         unknown = [name for name in group.parameter_names if name not in parameters]
         if unknown:
             raise UsageError(f"the optimizer names a parameter '{unknown[0]}' that this half does not have")
+        if len(set(group.parameter_names)) < len(group.parameter_names):
+            raise UsageError("the optimizer names a parameter twice in one group")
         groups.append({"params": [parameters[name] for name in group.parameter_names], **group.arguments})
     try:
         for group in spec.groups:  # torch checks the arguments of the constructor, not those of groups

@@ -142,6 +142,7 @@ def test_any_optimizer_of_torch(name):
     ("spec", "says"),
     [
         (one_group("Adamant"), "no optimizer 'Adamant'; try AdamW"),
+        (OptimizerSpec("SGD", [GroupSpec(["w", "w"], {"lr": 0.1})]), "names a parameter twice in one group"),
         (one_group("LBFGS"), "LBFGS cannot train a split model"),
         (one_group("SparseAdam"), "sparse gradients"),
         (one_group("Optimizer"), "base class"),
