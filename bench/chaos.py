@@ -1,11 +1,13 @@
 """Kills edge and cloud at random points of a run, and compares what comes out with a run that nobody disturbed.
 
     python bench/chaos.py --kills 20
+    python bench/chaos.py --kills 20 --freeze-edge --activations keep-on-cloud
 
 Real processes: `sft-cloud serve` and `sft-edge train --save-steps 10`, of which one after the other gets `kill -9` and
 is started again, the edge with --resume-from-checkpoint. Prints for each kill how many steps had to be taken again and
 how long it took until the next step was done, and compares the losses of all steps, the parameters, and the states of
-both optimizers, bit for bit. The exit code is 1 where they differ. A tiny model; each side has a core of its own.
+both optimizers, bit for bit. Other options are those of `sft-edge train`. The exit code is 1 where they differ. A tiny
+model; each side has a core of its own.
 """
 
 from __future__ import annotations
@@ -159,7 +161,7 @@ class Outcome:
 class Edge:
     """The command that is started again and again."""
 
-    def __init__(self, job: Job, model: Path, output_dir: Path, address: str, steps: int) -> None:
+    def __init__(self, job: Job, model: Path, output_dir: Path, address: str, steps: int, more: Sequence[str]) -> None:
         self._flags = job.flags(
             model=model,
             output_dir=output_dir,
@@ -173,6 +175,7 @@ class Edge:
             reconnect_backoff_max="500ms",
             disable_tqdm=True,
         )
+        self._flags += more
 
     def start(self) -> Process:
         return Process(0, "stderr", ["sft_edge", "train", *self._flags])
@@ -183,17 +186,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0, help="of the points at which is killed")
-    options = parser.parse_args()
+    options, more = parser.parse_known_args()
     steps = STEPS_PER_KILL * (options.kills + 1)
     with tempfile.TemporaryDirectory() as scratch, started(Cloud(Path(scratch) / "cloud")) as cloud:
         place = Path(scratch)
         job, model = sst2(place / "data", train_rows=400), make_tiny_model(place / "model", layers=3)
-        clean = Edge(job, model, place / "clean", cloud.address, steps)
+        clean = Edge(job, model, place / "clean", cloud.address, steps, more)
         began = time.monotonic()
         follow_to_the_end(clean.start())
         clean_seconds = time.monotonic() - began
         print(f"clean run: {steps} steps in {clean_seconds:.1f} s, a checkpoint every {SAVE_STEPS}", flush=True)
-        disturbed = Edge(job, model, place / "disturbed", cloud.address, steps)
+        disturbed = Edge(job, model, place / "disturbed", cloud.address, steps, more)
         began = time.monotonic()
         kills = disturb(disturbed, cloud, options.kills, steps, random.Random(options.seed))
         seconds = time.monotonic() - began

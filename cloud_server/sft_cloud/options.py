@@ -161,6 +161,10 @@ class LimitOptions:
     """bytes of uploads kept for one caller whose token says nothing of it, and as many of checkpoints (default: what
     the disk holds)"""
 
+    max_kept_bytes: int = 8 << 30
+    """bytes of activations kept for one caller, encrypted, while its sessions last (--activations keep-on-cloud); with
+    0 none are kept"""
+
     memory_limit: int | None = None
     """bytes that the whole process may take, or its tensors on a GPU (default: four fifths of what there is, of the
     container's)"""
@@ -175,6 +179,7 @@ class LimitOptions:
         """Raises UsageError."""
         above_zero(self, "idle_timeout", "stall_timeout")
         at_least(self, 1, "opens_per_minute", "calls_per_second", "max_upload_bytes", "memory_limit")
+        at_least(self, 0, "max_kept_bytes")
 
 
 @dataclass(frozen=True)

@@ -25,15 +25,15 @@ def storage_errors(path: Path) -> Iterator[None]:
         raise StorageError(f"cannot write {path}: {reason}; free some space or choose another --output-dir") from error
 
 
-def write_file(path: Path, chunks: Iterable[bytes]) -> int:
-    """Writes the file, making its directory; returns its size. Raises StorageError.
+def write_file(path: Path, chunks: Iterable[bytes], mode: int = 0o666) -> int:
+    """Writes the file, making its directory; returns its size. `mode`: see `whole_file`. Raises StorageError.
 
     What `chunks` raises goes through. Nothing is left behind then.
     """
     size = 0
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as file:
+        with whole_file(path, mode) as file:
             for chunk in chunks:
                 size += file.write(chunk)
     return size

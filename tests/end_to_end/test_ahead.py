@@ -48,9 +48,10 @@ def ahead(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         {},
         {"gradient_accumulation_steps": 3, "max_grad_norm": 0.05},
         {"eval_strategy": "epoch", "activations": "keep-on-edge"},
+        {"eval_strategy": "epoch", "activations": "keep-on-cloud"},
         {"mode": "sft", "max_grad_norm": 0.0},
     ],
-    ids=["plain", "accumulated", "evaluated", "sft"],
+    ids=["plain", "accumulated", "kept on the edge", "kept on the cloud", "sft"],
 )
 def test_the_bits_are_those_of_an_edge_that_waits(
     train: Callable[..., Path],
@@ -94,8 +95,8 @@ def test_a_step_that_is_undone_while_others_are_on_their_way(
     right = Session._check_forward
     struck = []
 
-    def full(self, message: pb.EdgeMessage, commits: bool):
-        work = right(self, message, commits)
+    def full(self, message: pb.EdgeMessage, *arguments):
+        work = right(self, message, *arguments)
         if message.step != 3 or len(struck) == 2:
             return work
         struck.append(message.ahead)

@@ -37,6 +37,8 @@ RARE = {"EdgeMessage.part", "Part.data", "Part.total_bytes", "OptimizerArgument.
 OLDER = {"position_embedding_type", "rope_theta", "rope_scaling", "pruned_heads"}
 """Settings of releases of transformers that are older than the one here."""
 
+KEPT = {"freeze_edge": True, "activations": "keep-on-cloud", "max_train_samples": 2}
+
 NOT_OURS = {"grpc-accept-encoding", "accept-encoding"}
 
 
@@ -113,7 +115,13 @@ def _commands(address: str, model: Path, tmp_path: Path) -> None:
     assert main(["train", *job.flags(**saving)]) == 0
     shutil.rmtree(out / "checkpoint-4")
     assert main(["train", *job.flags(**saving)]) == 0
-    others = {"sl": {"mode": "sl"}, "frozen": {"freeze_edge": True}, "lora": {"lora_r": 2}, "sgd": {"optim": "SGD"}}
+    others = {
+        "sl": {"mode": "sl"},
+        "frozen": {"freeze_edge": True},
+        "lora": {"lora_r": 2},
+        "kept": KEPT,
+        "sgd": {"optim": "SGD"},
+    }
     for name, options in {**others, "named": {"model_name": "tiny"}}.items():
         assert main(["train", *job.flags(**common, **options, output_dir=tmp_path / name)]) == 0
     look = ["--server", address, "--model", str(model), "--split-layer", "2", "--idle", "10ms"]

@@ -57,7 +57,10 @@ class Fuzzer:
             self._methods[method] = getattr(channel, streams)(SERVICE + method)
         self._blobs = edge.blobs()
         self._session_ids: List[str] = ["nobody"]
-        self._requests = [edge.request(run_id=f"{seed:032x}"), edge.request(optimizer=pb.Optimizer(name="SGD"))]
+        self._requests = [
+            edge.request(run_id=f"{seed:032x}", keep_key=b"k" * 32),
+            edge.request(optimizer=pb.Optimizer(name="SGD")),
+        ]
         self._states: List[str] = []  # blobs that a session can load
 
     def shoot(self) -> None:
@@ -212,6 +215,7 @@ class _Course:
         self._micro_batch = 0
         self._graphs: Dict[int, pb.Tensor] = {}
         self._kept: List[int] = []
+        self._sequences = 0  # that the session keeps
 
     def next_message(self) -> Tuple[str, pb.EdgeMessage]:
         kind, message = self._draw.choice(list(self._kinds()))
@@ -221,6 +225,7 @@ class _Course:
     def answered(self, answer: pb.CloudMessage, message: pb.EdgeMessage) -> None:
         """Keeps up with the session as well as can be: what was mutated may have done something else."""
         body = answer.WhichOneof("body")
+        self._sequences += sum(map(bool, _activation(message).keep))
         if message.HasField("commit"):
             self._step, self._micro_batch, self._graphs, self._kept = self._step + 1, 0, {}, []
         if body == "outputs":
@@ -237,6 +242,17 @@ class _Course:
         yield "forward", edge.forward(step, micro_batch)
         yield "forward without labels", edge.unlabelled(step, micro_batch)
         yield "forward kept aside", edge.forward(step, micro_batch, loss_scale=0.0)
+        for numbered in (edge.forward(step, micro_batch), edge.evaluate()):
+            _activation(numbered).keep.extend([self._sequences + 1, 0, 0])
+            yield "keep", numbered
+        if self._sequences:
+            by_number = edge.forward(step, micro_batch)
+            activation = _activation(by_number)
+            row_bytes = len(activation.packed.data) // sum(activation.lengths)
+            activation.packed.data = activation.packed.data[row_bytes * activation.lengths[0] :]
+            activation.packed.shape[0] -= activation.lengths[0]
+            activation.kept.extend([self._draw.randint(1, self._sequences), 0, 0])
+            yield "kept", by_number
         yield "evaluate", edge.evaluate(self._draw.randrange(3))
         if not self._graphs and not self._kept:
             yield "load_state", pb.EdgeMessage(step=step, load_state=pb.LoadState(sha256=self._states[0]))
@@ -253,6 +269,11 @@ class _Course:
             shape = tuple(logits.shape)
             yield "backward", edge.backward(step, graph, torch.ones(shape) if shape else torch.zeros(()))
             yield "drop", pb.EdgeMessage(step=step, weights=[pb.Weight(micro_batch=graph, dropped=True)])
+
+
+def _activation(message: pb.EdgeMessage) -> pb.Activation:
+    """Which is empty where the message has none."""
+    return message.evaluate.activation if message.HasField("evaluate") else message.forward.activation
 
 
 def good_run(stub: Any, edge: TinyEdge, steps: int) -> str:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from sft.errors import SessionLostError
+from sft.errors import ProtocolError, SessionLostError
 from sft.tensors.stream import StoredTensor, safetensors_header, tensor_part
 from sft.v1 import split_training_pb2 as pb
 from sft_cloud.engine.engine import PIECE_BYTES, Contents, Handled
@@ -17,7 +17,7 @@ from sft_cloud.engine.turns import Gone, Paced, in_pieces
 from sft_cloud.engine.worker import DeviceWorker
 from sft_cloud.errors import PreconditionError
 from sft_cloud.identity import Identity
-from sft_cloud.session import Session
+from sft_cloud.session import Session, check_keeps, keep, made_whole
 
 _TRAINING_SECONDS = 0.2
 """Between two messages of sessions that train."""
@@ -63,10 +63,36 @@ class InProcessEngine:
         if request.only_check or not isinstance(opened, Session):
             return pb.OpenSessionResponse(missing_blobs=[] if isinstance(opened, Session) else opened)
         self._sessions[session_id] = _Live(opened, request, owner, {})
-        return pb.OpenSessionResponse(session_id=session_id, next_step=opened.next_step)
+        kept = opened.kept
+        return pb.OpenSessionResponse(
+            session_id=session_id,
+            next_step=opened.next_step,
+            keeps_activations=kept is not None,
+            kept=0 if kept is None else kept.count,
+        )
 
     def handle(self, session_id: str, message: pb.EdgeMessage, remembered_bytes: int) -> Handled:
-        """See Engine."""
+        """See Engine. Rows that are kept are read and written in the caller's thread."""
+        live = self._find(session_id)
+        kept, owner, next_step = live.session.kept, live.owner, live.session.next_step
+        del live
+        try:
+            if check_keeps(message, kept):
+                assert kept is not None
+                with made_whole(message, kept, self._opener.budget, owner) as (whole, lacks):
+                    handled = self._handle(session_id, whole, remembered_bytes, lacks)
+                    del whole
+                if handled.error is None:
+                    keep(message, kept)
+            else:
+                handled = self._handle(session_id, message, remembered_bytes)
+        except ProtocolError as error:
+            return Handled(pb.CloudMessage(), error, next_step, 0.0, 0.0)
+        if kept is not None and kept.is_full:
+            handled.answer.keeps_only = kept.count
+        return handled
+
+    def _handle(self, session_id: str, message: pb.EdgeMessage, remembered_bytes: int, lacks: str = "") -> Handled:
         asked = time.perf_counter()
         loads = message.HasField("load_state")
 
@@ -77,7 +103,7 @@ class InProcessEngine:
             session = live.session
             # Neither the error nor what holds it may be a variable here: its traceback would hold them in a circle.
             try:
-                answer = yield from session.handle_in_pieces(message, remembered_bytes, blob)
+                answer = yield from session.handle_in_pieces(message, remembered_bytes, blob, lacks)
                 return Handled(answer, None, session.next_step, began - asked, time.perf_counter() - began)
             except Exception as error:
                 nothing = pb.CloudMessage()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from sft.v1 import split_training_pb2 as pb
 from sft_cloud.engine.build import Built, adapt, build, objects_bytes, session_in_pieces
 from sft_cloud.engine.request import SessionSpec, check_request
-from sft_cloud.engine.saved_session import Checkpoints, restore_in_pieces
+from sft_cloud.engine.saved_session import KEPT, Checkpoints, restore_in_pieces
 from sft_cloud.engine.turns import Gone, Turns, in_pieces
 from sft_cloud.engine.weights import WeightsFinder
 from sft_cloud.engine.worker import Run
@@ -17,7 +18,7 @@ from sft_cloud.errors import PreconditionError
 from sft_cloud.identity import Identity
 from sft_cloud.memory import Kind, MemoryBudget
 from sft_cloud.session import Session
-from sft_cloud.storage import BlobStore
+from sft_cloud.storage import BlobStore, KeptRows, KeptStore
 
 
 class Opener(Protocol):
@@ -56,8 +57,11 @@ class TransformersOpener:
         weights: WeightsFinder,
         checkpoints: Checkpoints | None = None,
         budget: MemoryBudget | None = None,
+        kept: KeptStore | None = None,
     ) -> None:
-        """Without `checkpoints` no run goes on; all of the server takes at most the `budget`."""
+        """Without `checkpoints` no run goes on; all of the server takes at most the `budget`; `kept`: where activations
+        are kept, if they are."""
+        self._kept = kept
         self.device = device
         self._store = store
         self._weights = weights
@@ -92,7 +96,10 @@ class TransformersOpener:
             return missing
         with self._turns.of(owner.name, gone):
             adapt(spec, built)
-            return in_pieces(run, session_in_pieces(spec, built, tensors, self.device, store.find, self.budget, owner))
+            made = session_in_pieces(spec, built, tensors, self.device, store.find, self.budget, owner)
+            session = in_pieces(run, made)
+        session.kept = self._keeps(request, owner)
+        return session
 
     def _resume(
         self, request: pb.OpenSessionRequest, owner: Identity, spec: SessionSpec, built: Built, run: Run, gone: Gone
@@ -103,6 +110,7 @@ class TransformersOpener:
             if request.only_check:
                 return []
 
+            kept = self._keeps(request, owner, files.get(KEPT))
             store = self._store.of(owner)
             with self._turns.of(owner.name, gone):
                 adapt(spec, built)
@@ -110,4 +118,8 @@ class TransformersOpener:
                 made = session_in_pieces(spec, built, [], self.device, store.find, self.budget, owner)
                 session = in_pieces(run, made)
                 in_pieces(run, restore_in_pieces(session, files))
-                return session
+            session.kept = kept
+            return session
+
+    def _keeps(self, request: pb.OpenSessionRequest, owner: Identity, saved: Path | None = None) -> KeptRows | None:
+        return self._kept.open(owner, request.keep_key, saved) if self._kept is not None and request.keep_key else None

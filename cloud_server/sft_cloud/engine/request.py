@@ -25,7 +25,7 @@ from sft.wire.codec.elements import Codecs, codecs_of
 from sft.wire.cut import cut_from_proto, head_from_proto
 from sft.wire.protocol import PROTOCOL_VERSION
 from sft_cloud.errors import PreconditionError, is_out_of_memory
-from sft_cloud.storage import check_sha256
+from sft_cloud.storage import KEY_BYTES, check_sha256
 
 _PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
@@ -96,6 +96,8 @@ def check_request(request: pb.OpenSessionRequest) -> SessionSpec:
     # A run that goes on has its weights on the cloud.
     if bool(request.factors_sha256) is not (cut.mode == "sft") and not request.resume_from:
         raise ProtocolError("factors_sha256 must name a blob for mode sft, and be empty for mode sl")
+    if len(request.keep_key) not in (0, KEY_BYTES):
+        raise ProtocolError(f"keep_key has {len(request.keep_key)} bytes; it has {KEY_BYTES}, or none")
     for sha256 in filter(None, (request.weights_sha256, request.factors_sha256)):
         check_sha256(sha256)
     groups = len(request.optimizer.groups)

@@ -22,6 +22,8 @@ _NOT_COMPARED = (
     "resume_from",
     "run_id",
     "only_check",
+    # Never on a disk, nor does anything that is trained depend on it:
+    "keep_key",
     # What a checkpoint takes the place of. Two machines do not decompose alike, and need not:
     "weights_sha256",
     "factors_sha256",

@@ -30,6 +30,8 @@ from sft_cloud.session import Session
 from sft_cloud.storage import CheckpointStore, Part, check_sha256
 
 NET_2, OPTIMIZER, SETTINGS = "net_2.safetensors", "optimizer.safetensors", "settings.json"
+KEPT = "kept.bin"
+"""Activations, as they are kept: encrypted with a key that is nowhere here."""
 
 _MAX_OFFERED = 1000
 
@@ -102,11 +104,16 @@ def parts_of(session: Session, request: pb.OpenSessionRequest, run: Run = at_onc
         there = [_read_in(run, copied(tensor)) for tensor in tensors]
         return Part(safetensors_size(there), lambda: safetensors_chunks(there))
 
+    told = pb.OpenSessionRequest()
+    told.CopyFrom(request)
+    told.ClearField("keep_key")  # which is in memory alone
+    kept = session.kept
     return {
         NET_2: part(in_memory(dict(parameters))),
         OPTIMIZER: part(stored_state(session.optimizer, parameters)),
         SETTINGS: Part(len(settings), lambda: [settings]),
-        SESSION: Part(request.ByteSize(), lambda: [request.SerializeToString(deterministic=True)]),
+        SESSION: Part(told.ByteSize(), lambda: [told.SerializeToString(deterministic=True)]),
+        **({} if kept is None or not kept.count else {KEPT: Part(kept.saved_bytes, kept.chunks)}),
     }
 
 

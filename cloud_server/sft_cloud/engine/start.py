@@ -14,7 +14,7 @@ from sft_cloud.engine.weights import WeightsFinder
 from sft_cloud.memory import MemoryBudget, process_bytes
 from sft_cloud.options import LimitOptions, ServeOptions
 from sft_cloud.session import default_budget
-from sft_cloud.storage import BlobStore, CheckpointStore, check_writable
+from sft_cloud.storage import BlobStore, CheckpointStore, KeptStore, check_writable
 
 
 def make_opener(options: ServeOptions, limits: LimitOptions) -> TransformersOpener:
@@ -26,7 +26,8 @@ def make_opener(options: ServeOptions, limits: LimitOptions) -> TransformersOpen
     checkpoints = CheckpointStore(options.checkpoint_store or options.state_dir / "checkpoints")
     checkpoints.try_out()  # here somebody reads what is wrong; later, a caller's run would end
     budget = make_budget(limits, device)
-    return TransformersOpener(device, blobs, weights, Checkpoints(checkpoints, limits.max_upload_bytes), budget)
+    kept = KeptStore(options.state_dir, limits.max_kept_bytes)
+    return TransformersOpener(device, blobs, weights, Checkpoints(checkpoints, limits.max_upload_bytes), budget, kept)
 
 
 _LEAST_BYTES = 64 << 20

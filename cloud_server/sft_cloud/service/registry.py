@@ -55,6 +55,10 @@ class Entry:
     """Held while a message is applied, so that a stream that takes over finds nothing half-done."""
     stream: StreamHandle | None = None
     was_attached: bool = False
+    keeps: bool = False
+    """Whether it keeps activations."""
+    kept: int = 0
+    """How many sequences it held when it was opened."""
     saves: int = 0
     """Checkpoints that both sides have, of the step that was the last one then."""
     bytes_received: int = 0

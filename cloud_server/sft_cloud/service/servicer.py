@@ -104,6 +104,7 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
                         response.missing_blobs.extend(opened.missing_blobs)
                         return response
                     entry = put(session_id, opened.next_step)
+                    entry.keeps, entry.kept = opened.keeps_activations, opened.kept
                 except BaseException:
                     self._engine.close(session_id)  # which may have made it, and nobody would ever ask for it
                     raise
@@ -111,6 +112,7 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
             self._observer.metrics.opened(caller.name, resumed=bool(request.resume_from))
         response.session_id = entry.session_id
         response.next_step = entry.next_step
+        response.keeps_activations, response.kept = entry.keeps, entry.kept
         response.session_timeout_seconds = self.sessions.session_timeout_seconds
         return response
 

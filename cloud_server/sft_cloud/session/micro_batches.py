@@ -228,3 +228,12 @@ def _add(parameter: nn.Parameter, gradient: Tensor | None, weight: float) -> Non
         parameter.grad = gradient if weight == 1.0 else gradient.mul_(weight)
     else:
         parameter.grad.add_(gradient, alpha=weight)
+
+
+def check_scale(message: pb.EdgeMessage) -> None:
+    """Raises ProtocolError for one that gradients cannot be multiplied by, or that has no place in the message."""
+    if message.HasField("gradient_scale"):
+        if message.WhichOneof("body") in ("evaluate", "load_state"):
+            raise ProtocolError("a gradient_scale rides on a forward or a backward, or comes without a body")
+        if not math.isfinite(message.gradient_scale):
+            raise ProtocolError(f"gradient_scale must be finite, not {message.gradient_scale}")

@@ -36,8 +36,9 @@ from sft_cloud.session.autocast import autocast_to, check_autocast
 from sft_cloud.session.commit import apply_settings, check_commit, clip_scale_of, groups_after, refusal, take_step
 from sft_cloud.session.load_state import Blob, StateLoader
 from sft_cloud.session.memory import check_room_for_step, optimizer_bytes
-from sft_cloud.session.micro_batches import MicroBatches
+from sft_cloud.session.micro_batches import MicroBatches, check_scale
 from sft_cloud.session.upper_half import COPIES_OF_ANSWER, UpperHalf, answer_bytes
+from sft_cloud.storage import KeptRows
 
 Work = Callable[[pb.CloudMessage], Iterator[None] | None]
 """What is left to do for a body that was checked: fills in the answer. Others may compute where it yields."""
@@ -80,6 +81,8 @@ class Session:
         """Whether a part of its weights, or of its optimizer's state, is new, and a part is not."""
         self.has_begun = False
         """Whether a message was applied."""
+        self.kept: KeptRows | None = None
+        """Where it keeps activations: see `sft_cloud.session.kept`, by which messages come here with all their rows."""
         self._half = self.half = half
         self._optimizer = self.optimizer = optimizer
         self._seed = seed
@@ -107,10 +110,11 @@ class Session:
         return self._loader.read(message.load_state) if message.HasField("load_state") else None
 
     def handle_in_pieces(
-        self, message: pb.EdgeMessage, remembered_bytes: int = 0, blob: Blob | None = None
+        self, message: pb.EdgeMessage, remembered_bytes: int = 0, blob: Blob | None = None, lacks: str = ""
     ) -> Generator[None, None, pb.CloudMessage]:
         """Does what a message asks and returns the answer. `remembered_bytes`: of earlier answers that are kept;
-        `blob`: what the message loads, where it was read already. Other sessions may compute where it yields.
+        `blob`: what the message loads, where it was read already; `lacks`: why rows of its activation are not here, for
+        which it is skipped. Other sessions may compute where it yields.
 
         That to a `save_checkpoint` says only that there is a whole step to save: who calls this saves it, since a disk
         takes longer than anybody else should wait for the device.
@@ -139,7 +143,7 @@ class Session:
         try:
             # All of the message is checked before any of it is done.
             self._check_rides(message, commits)
-            work = self._check_body(message, body, commits, blob)
+            work = self._check_body(message, body, commits, blob, lacks)
             self.state, self.has_begun = State.FAILED, True
             self._ride(message, commits)
             try:
@@ -188,11 +192,7 @@ class Session:
             self._memory.grow(optimizer_bytes(self._optimizer, groups) - self._begins_with)
 
     def _check_rides(self, message: pb.EdgeMessage, commits: bool) -> None:
-        if message.HasField("gradient_scale"):
-            if message.WhichOneof("body") in ("evaluate", "load_state"):
-                raise ProtocolError("a gradient_scale rides on a forward or a backward, or comes without a body")
-            if not math.isfinite(message.gradient_scale):
-                raise ProtocolError(f"gradient_scale must be finite, not {message.gradient_scale}")
+        check_scale(message)
         if message.weights:
             step = message.commit.step if commits else message.step
             if step != self.next_step:
@@ -229,10 +229,10 @@ class Session:
 
     # The body.
 
-    def _check_body(self, message: pb.EdgeMessage, body: str, commits: bool, blob: Blob | None) -> Work:
+    def _check_body(self, message: pb.EdgeMessage, body: str, commits: bool, blob: Blob | None, lacks: str) -> Work:
         """What is left to do for the body, once what rides on the message is done."""
         if body == "evaluate":
-            return self._check_evaluate(message)
+            return self._check_evaluate(message, lacks)
         if not body:
             return self._check_nothing(message, commits)
         if body == "keep_checkpoints":
@@ -241,7 +241,7 @@ class Session:
         if message.step != next_step:
             raise PreconditionError(f"a micro-batch of step {message.step} came, but step {next_step} is next")
         if body == "forward":
-            return self._check_forward(message, commits)
+            return self._check_forward(message, commits, lacks)
         if body == "backward":
             return self._check_backward(message, commits)
         if body == "save_checkpoint":
@@ -255,7 +255,7 @@ class Session:
             raise PreconditionError(f"a message of step {message.step} came, but step {self.next_step} is next")
         return self._answer_committed
 
-    def _check_forward(self, message: pb.EdgeMessage, commits: bool) -> Work:
+    def _check_forward(self, message: pb.EdgeMessage, commits: bool, lacks: str) -> Work:
         forward, next_one = message.forward, 0 if commits else self._forwards
         if message.micro_batch != next_one:
             raise PreconditionError(f"micro-batch {message.micro_batch} came, but micro-batch {next_one} is next")
@@ -271,7 +271,7 @@ class Session:
             waits += graph
         elif not forward.loss_scale:
             waits += self._micro_batches.gradient_bytes()
-        if too_large := self._memory.too_large(waits + batch):
+        if too_large := lacks or self._memory.too_large(waits + batch):
             return self._skips(too_large)
         answers = self._remembered_bytes + answer_bytes(
             self._half, forward.activation, not has_labels or forward.want_logits, has_labels
@@ -340,13 +340,13 @@ class Session:
 
         return work
 
-    def _check_evaluate(self, message: pb.EdgeMessage) -> Work:
+    def _check_evaluate(self, message: pb.EdgeMessage, lacks: str) -> Work:
         check_autocast(message.evaluate.autocast)
         check_tensor(message.evaluate.activation.packed)
         waits = self._micro_batches.waiting_bytes(message.weights)
         batch = self._half.training_bytes(message.evaluate.activation) // _EVALUATION_TAKES
         batch += self._half.cast_bytes() if message.evaluate.autocast else 0
-        if too_large := self._memory.too_large(waits + batch):
+        if too_large := lacks or self._memory.too_large(waits + batch):
             return self._skips(too_large, undoes=False)
         answers = self._remembered_bytes + answer_bytes(self._half, message.evaluate.activation, logits=True)
         self._memory.hold_now(waits, answers, batch)

@@ -1,12 +1,16 @@
-"""Bytes that outlive a process: uploads by hash, halves of checkpoints, a directory or an object store below."""
+"""Bytes on disks: uploads by hash, halves of checkpoints, there or in an object store, activations that are kept."""
 
 from sft_cloud.storage.blobs import BlobStore, check_sha256, read_blob
 from sft_cloud.storage.checkpoints import CheckpointStore, Part
 from sft_cloud.storage.files import check_writable
+from sft_cloud.storage.kept_rows import KEY_BYTES, KeptRows, KeptStore
 
 __all__ = [
+    "KEY_BYTES",
     "BlobStore",
     "CheckpointStore",
+    "KeptRows",
+    "KeptStore",
     "Part",
     "check_sha256",
     "check_writable",

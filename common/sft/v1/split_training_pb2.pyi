@@ -117,7 +117,7 @@ class Optimizer(_message.Message):
     def __init__(self, name: _Optional[str] = ..., groups: _Optional[_Iterable[_Union[ParameterGroup, _Mapping]]] = ...) -> None: ...
 
 class OpenSessionRequest(_message.Message):
-    __slots__ = ("protocol_version", "package_version", "model_name", "config_json", "head", "cut", "seed", "weights_sha256", "factors_sha256", "optimizer", "wire_data_type", "lora_json", "request_id", "run_id", "resume_from", "only_check", "activation_codec", "gradient_codec")
+    __slots__ = ("protocol_version", "package_version", "model_name", "config_json", "head", "cut", "seed", "weights_sha256", "factors_sha256", "optimizer", "wire_data_type", "lora_json", "request_id", "run_id", "resume_from", "only_check", "activation_codec", "gradient_codec", "keep_key")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     PACKAGE_VERSION_FIELD_NUMBER: _ClassVar[int]
     MODEL_NAME_FIELD_NUMBER: _ClassVar[int]
@@ -136,6 +136,7 @@ class OpenSessionRequest(_message.Message):
     ONLY_CHECK_FIELD_NUMBER: _ClassVar[int]
     ACTIVATION_CODEC_FIELD_NUMBER: _ClassVar[int]
     GRADIENT_CODEC_FIELD_NUMBER: _ClassVar[int]
+    KEEP_KEY_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     package_version: str
     model_name: str
@@ -154,7 +155,8 @@ class OpenSessionRequest(_message.Message):
     only_check: bool
     activation_codec: DataType
     gradient_codec: DataType
-    def __init__(self, protocol_version: _Optional[int] = ..., package_version: _Optional[str] = ..., model_name: _Optional[str] = ..., config_json: _Optional[str] = ..., head: _Optional[_Union[Head, str]] = ..., cut: _Optional[_Union[Cut, _Mapping]] = ..., seed: _Optional[int] = ..., weights_sha256: _Optional[str] = ..., factors_sha256: _Optional[str] = ..., optimizer: _Optional[_Union[Optimizer, _Mapping]] = ..., wire_data_type: _Optional[_Union[DataType, str]] = ..., lora_json: _Optional[str] = ..., request_id: _Optional[str] = ..., run_id: _Optional[str] = ..., resume_from: _Optional[_Iterable[_Union[CheckpointId, _Mapping]]] = ..., only_check: bool = ..., activation_codec: _Optional[_Union[DataType, str]] = ..., gradient_codec: _Optional[_Union[DataType, str]] = ...) -> None: ...
+    keep_key: bytes
+    def __init__(self, protocol_version: _Optional[int] = ..., package_version: _Optional[str] = ..., model_name: _Optional[str] = ..., config_json: _Optional[str] = ..., head: _Optional[_Union[Head, str]] = ..., cut: _Optional[_Union[Cut, _Mapping]] = ..., seed: _Optional[int] = ..., weights_sha256: _Optional[str] = ..., factors_sha256: _Optional[str] = ..., optimizer: _Optional[_Union[Optimizer, _Mapping]] = ..., wire_data_type: _Optional[_Union[DataType, str]] = ..., lora_json: _Optional[str] = ..., request_id: _Optional[str] = ..., run_id: _Optional[str] = ..., resume_from: _Optional[_Iterable[_Union[CheckpointId, _Mapping]]] = ..., only_check: bool = ..., activation_codec: _Optional[_Union[DataType, str]] = ..., gradient_codec: _Optional[_Union[DataType, str]] = ..., keep_key: _Optional[bytes] = ...) -> None: ...
 
 class CheckpointId(_message.Message):
     __slots__ = ("step", "sha256")
@@ -165,7 +167,7 @@ class CheckpointId(_message.Message):
     def __init__(self, step: _Optional[int] = ..., sha256: _Optional[str] = ...) -> None: ...
 
 class OpenSessionResponse(_message.Message):
-    __slots__ = ("session_id", "missing_blobs", "package_version", "device", "next_step", "session_timeout_seconds", "codecs", "takes_ahead")
+    __slots__ = ("session_id", "missing_blobs", "package_version", "device", "next_step", "session_timeout_seconds", "codecs", "keeps_activations", "kept", "takes_ahead")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     MISSING_BLOBS_FIELD_NUMBER: _ClassVar[int]
     PACKAGE_VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -173,6 +175,8 @@ class OpenSessionResponse(_message.Message):
     NEXT_STEP_FIELD_NUMBER: _ClassVar[int]
     SESSION_TIMEOUT_SECONDS_FIELD_NUMBER: _ClassVar[int]
     CODECS_FIELD_NUMBER: _ClassVar[int]
+    KEEPS_ACTIVATIONS_FIELD_NUMBER: _ClassVar[int]
+    KEPT_FIELD_NUMBER: _ClassVar[int]
     TAKES_AHEAD_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     missing_blobs: _containers.RepeatedScalarFieldContainer[str]
@@ -181,8 +185,10 @@ class OpenSessionResponse(_message.Message):
     next_step: int
     session_timeout_seconds: float
     codecs: _containers.RepeatedScalarFieldContainer[DataType]
+    keeps_activations: bool
+    kept: int
     takes_ahead: bool
-    def __init__(self, session_id: _Optional[str] = ..., missing_blobs: _Optional[_Iterable[str]] = ..., package_version: _Optional[str] = ..., device: _Optional[str] = ..., next_step: _Optional[int] = ..., session_timeout_seconds: _Optional[float] = ..., codecs: _Optional[_Iterable[_Union[DataType, str]]] = ..., takes_ahead: bool = ...) -> None: ...
+    def __init__(self, session_id: _Optional[str] = ..., missing_blobs: _Optional[_Iterable[str]] = ..., package_version: _Optional[str] = ..., device: _Optional[str] = ..., next_step: _Optional[int] = ..., session_timeout_seconds: _Optional[float] = ..., codecs: _Optional[_Iterable[_Union[DataType, str]]] = ..., keeps_activations: bool = ..., kept: _Optional[int] = ..., takes_ahead: bool = ...) -> None: ...
 
 class UploadBlobRequest(_message.Message):
     __slots__ = ("sha256", "total_bytes", "data")
@@ -251,14 +257,18 @@ class Labels(_message.Message):
     def __init__(self, classes: _Optional[_Union[Labels.Classes, _Mapping]] = ..., values: _Optional[_Union[Labels.Values, _Mapping]] = ..., spans: _Optional[_Union[Labels.Spans, _Mapping]] = ..., tokens: _Optional[_Union[Labels.Tokens, _Mapping]] = ...) -> None: ...
 
 class Activation(_message.Message):
-    __slots__ = ("packed", "lengths", "padded_length")
+    __slots__ = ("packed", "lengths", "padded_length", "keep", "kept")
     PACKED_FIELD_NUMBER: _ClassVar[int]
     LENGTHS_FIELD_NUMBER: _ClassVar[int]
     PADDED_LENGTH_FIELD_NUMBER: _ClassVar[int]
+    KEEP_FIELD_NUMBER: _ClassVar[int]
+    KEPT_FIELD_NUMBER: _ClassVar[int]
     packed: Tensor
     lengths: _containers.RepeatedScalarFieldContainer[int]
     padded_length: int
-    def __init__(self, packed: _Optional[_Union[Tensor, _Mapping]] = ..., lengths: _Optional[_Iterable[int]] = ..., padded_length: _Optional[int] = ...) -> None: ...
+    keep: _containers.RepeatedScalarFieldContainer[int]
+    kept: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, packed: _Optional[_Union[Tensor, _Mapping]] = ..., lengths: _Optional[_Iterable[int]] = ..., padded_length: _Optional[int] = ..., keep: _Optional[_Iterable[int]] = ..., kept: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Attach(_message.Message):
     __slots__ = ("session_id",)
@@ -470,7 +480,7 @@ class Committed(_message.Message):
     def __init__(self, next_step: _Optional[int] = ..., squared_gradient_norm: _Optional[float] = ...) -> None: ...
 
 class CloudMessage(_message.Message):
-    __slots__ = ("step", "micro_batch", "cloud_seconds", "attached", "result", "evaluation", "committed", "outputs", "checkpoint_saved", "step_skipped", "probed", "number", "stopping")
+    __slots__ = ("step", "micro_batch", "cloud_seconds", "attached", "result", "evaluation", "committed", "outputs", "checkpoint_saved", "step_skipped", "probed", "number", "stopping", "keeps_only")
     STEP_FIELD_NUMBER: _ClassVar[int]
     MICRO_BATCH_FIELD_NUMBER: _ClassVar[int]
     CLOUD_SECONDS_FIELD_NUMBER: _ClassVar[int]
@@ -484,6 +494,7 @@ class CloudMessage(_message.Message):
     PROBED_FIELD_NUMBER: _ClassVar[int]
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     STOPPING_FIELD_NUMBER: _ClassVar[int]
+    KEEPS_ONLY_FIELD_NUMBER: _ClassVar[int]
     step: int
     micro_batch: int
     cloud_seconds: float
@@ -497,7 +508,8 @@ class CloudMessage(_message.Message):
     probed: ProbeResponse
     number: int
     stopping: bool
-    def __init__(self, step: _Optional[int] = ..., micro_batch: _Optional[int] = ..., cloud_seconds: _Optional[float] = ..., attached: _Optional[_Union[Attached, _Mapping]] = ..., result: _Optional[_Union[Result, _Mapping]] = ..., evaluation: _Optional[_Union[Evaluation, _Mapping]] = ..., committed: _Optional[_Union[Committed, _Mapping]] = ..., outputs: _Optional[_Union[Outputs, _Mapping]] = ..., checkpoint_saved: _Optional[_Union[CheckpointSaved, _Mapping]] = ..., step_skipped: _Optional[_Union[StepSkipped, _Mapping]] = ..., probed: _Optional[_Union[ProbeResponse, _Mapping]] = ..., number: _Optional[int] = ..., stopping: bool = ...) -> None: ...
+    keeps_only: int
+    def __init__(self, step: _Optional[int] = ..., micro_batch: _Optional[int] = ..., cloud_seconds: _Optional[float] = ..., attached: _Optional[_Union[Attached, _Mapping]] = ..., result: _Optional[_Union[Result, _Mapping]] = ..., evaluation: _Optional[_Union[Evaluation, _Mapping]] = ..., committed: _Optional[_Union[Committed, _Mapping]] = ..., outputs: _Optional[_Union[Outputs, _Mapping]] = ..., checkpoint_saved: _Optional[_Union[CheckpointSaved, _Mapping]] = ..., step_skipped: _Optional[_Union[StepSkipped, _Mapping]] = ..., probed: _Optional[_Union[ProbeResponse, _Mapping]] = ..., number: _Optional[int] = ..., stopping: bool = ..., keeps_only: _Optional[int] = ...) -> None: ...
 
 class StatusRequest(_message.Message):
     __slots__ = ()

@@ -1,10 +1,12 @@
 """How a run survives: when it is saved, what is in it, whether two attempts are one run."""
 
+from sft_edge.checkpoints.content import keep_key_of
 from sft_edge.checkpoints.policy import Checkpointing, Stopped
 from sft_edge.checkpoints.same_run import likeness
 
 __all__ = [
     "Checkpointing",
     "Stopped",
+    "keep_key_of",
     "likeness",
 ]

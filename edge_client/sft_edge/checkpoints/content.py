@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from array import array
-from typing import Any, Dict, Iterable, List, Mapping
+from typing import Any, Dict, Iterable, List, Mapping, Optional
 
 import numpy as np
 import torch
@@ -17,9 +17,9 @@ from sft.models.weights import load_parameters
 from sft.optim.state import checked_state, copied_state, group_settings, set_group_settings, stored_state
 from sft.tensors.stream import StoredTensor, in_memory, safetensors_chunks
 from sft.wire.ledger import PHASES, Ledger, Traffic
-from sft_edge.checkpoints.directory import EdgeCheckpoint
+from sft_edge.checkpoints.directory import KEPT, EdgeCheckpoint
 from sft_edge.checkpoints.random_states import generator_states, set_generator_states
-from sft_edge.systems import System
+from sft_edge.systems import System, key_of
 from sft_edge.training import TrainingLoop
 
 NET_1, OPTIMIZER, RANDOM, LEDGER = (f"{name}.safetensors" for name in ("net_1", "optimizer", "random", "ledger"))
@@ -38,7 +38,9 @@ def parts_of(system: System, loop: TrainingLoop, beside: Mapping[str, Any]) -> D
         "evaluation_samples": ledger.evaluation_samples,
     }
     columns = {name: torch.from_numpy(np.array(column)) for name, column in ledger.columns().items()}
+    kept = system.kept_state()
     return {
+        **({KEPT: _chunks(list(in_memory(kept)))} if kept else {}),
         NET_1: _chunks(list(in_memory(dict(parameters)))),
         OPTIMIZER: _chunks(stored_state(system.optimizer, parameters)),
         RANDOM: _chunks(list(in_memory(generator_states()))),
@@ -61,8 +63,20 @@ def restore(checkpoint: EdgeCheckpoint, system: System, loop: TrainingLoop) -> N
         evaluation = Traffic(**state["evaluation"])
         _load_ledger(system.ledger, _tensors(checkpoint, LEDGER), evaluation, state["evaluation_samples"])
         set_generator_states(_tensors(checkpoint, RANDOM))
+        if KEPT in checkpoint.manifest.files:
+            system.load_kept_state(_tensors(checkpoint, KEPT))
     except (CheckpointError, ProtocolError, KeyError, TypeError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{checkpoint.directory} does not fit this run: {error}") from error
+
+
+def keep_key_of(checkpoint: EdgeCheckpoint) -> Optional[bytes]:
+    """With which the cloud keeps activations of the run; None where it does not. Raises CheckpointError."""
+    if KEPT not in checkpoint.manifest.files:
+        return None
+    try:
+        return key_of(_tensors(checkpoint, KEPT))
+    except (KeyError, OSError, SafetensorError) as error:
+        raise CheckpointError(f"{checkpoint.directory / KEPT}: not readable ({error})") from error
 
 
 def read_state(checkpoint: EdgeCheckpoint) -> Dict[str, Any]:

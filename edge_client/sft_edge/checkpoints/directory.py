@@ -4,6 +4,7 @@
     optimizer.safetensors   the state of its optimizer
     random.safetensors      the states of every generator of random numbers
     ledger.safetensors      bytes and seconds of every step
+    kept.safetensors        what the cloud keeps, and the key to it, where it does: for the owner alone
     state.json              all the rest: see `content`
     manifest.json           hashes of these, and the hash of the cloud's manifest
 
@@ -28,6 +29,8 @@ from sft.tensors.manifest import MANIFEST_FILE, Manifest, Measured, is_whole, re
 from sft_edge.files import storage_errors, write_file
 
 PREFIX = "checkpoint-"
+
+KEPT = "kept.safetensors"
 
 
 class EdgeCheckpoint(NamedTuple):
@@ -93,7 +96,7 @@ def write_checkpoint(
         entries = {}
         for name, chunks in files.items():
             measured = Measured(chunks)
-            write_file(partial / name, measured)
+            write_file(partial / name, measured, 0o600 if name == KEPT else 0o666)
             entries[name] = measured.entry
         manifest = Manifest(run_id, step, entries, other_half)
         write_file(partial / MANIFEST_FILE, [manifest.to_bytes()])

@@ -75,6 +75,11 @@ class Link:
         """Whether the server has said that it stops soon: a checkpoint that is saved now loses nothing."""
         return self._stream.stopping
 
+    @property
+    def keeps_only(self) -> Optional[int]:
+        """The sequences up to this number are kept on the cloud, and no others any more; None while it keeps all."""
+        return self._stream.keeps_only
+
     def open(self) -> pb.OpenSessionResponse:
         """Opens the session and uploads what the cloud lacks.
 

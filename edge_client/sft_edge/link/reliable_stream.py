@@ -76,6 +76,8 @@ class ReliableStream:
         self.counts = Counts()
         self.stopping = False
         """Whether the server has said that it stops soon."""
+        self.keeps_only: Optional[int] = None
+        """See Link."""
         self.wake: Wake[None] = queue.SimpleQueue()
         self._transport = transport
         self._policy = policy
@@ -268,6 +270,8 @@ class ReliableStream:
             raise ProtocolError("the cloud sent something that is not an answer") from error
         check_answer(message)
         self.stopping = message.stopping
+        if message.HasField("keeps_only"):
+            self.keeps_only = message.keeps_only
         received = Traffic(payload_bytes_received=_payload_bytes(message), bytes_received=framed_size(len(data)))
         if message.HasField("attached"):
             self._is_attached = True

@@ -77,9 +77,9 @@ class CutOptions:
     """train the cloud's half only: on the edge no backward pass and no dropout, and no gradient comes down; sft and sl
     only"""
 
-    activations: Literal["resend", "keep-on-edge"] = "resend"
-    """with --freeze-edge, where they are the same in every epoch: compute them again each time, or keep them in a file
-    in --output-dir after the first"""
+    activations: Literal["resend", "keep-on-edge", "keep-on-cloud"] = "resend"
+    """with --freeze-edge, where they are the same in every epoch: compute and send them again each time; keep them in a
+    file in --output-dir after the first, and send them again; or have the cloud keep them, so that each crosses once"""
 
     wire_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """type of tensors on the wire, where --codec says nothing of them"""

@@ -4,6 +4,7 @@ from sft_edge.systems.cache import is_ours
 from sft_edge.systems.cloud_process import CloudProcess
 from sft_edge.systems.crossing import Activation, Crossing, check_size
 from sft_edge.systems.halves import Halves, halve, optimizer_spec, whole_tensors
+from sft_edge.systems.kept_on_cloud import key_of
 from sft_edge.systems.open import cut_of, open_system
 from sft_edge.systems.split import open_split_system
 from sft_edge.systems.system import SentStep, System
@@ -19,6 +20,7 @@ __all__ = [
     "cut_of",
     "halve",
     "is_ours",
+    "key_of",
     "open_split_system",
     "open_system",
     "optimizer_spec",

@@ -22,8 +22,9 @@ from sft.files.room import free_bytes
 from sft_edge.files import storage_errors
 
 _BEGIN = b"sft activations "
-_KEY_BYTES = 16
-_HEAD = struct.Struct(f"<{_KEY_BYTES}sII")  # key, bytes of the rows, CRC-32 of both
+KEY_BYTES = 16
+"""Of what stands for a sequence."""
+_HEAD = struct.Struct(f"<{KEY_BYTES}sII")  # key, bytes of the rows, CRC-32 of both
 
 
 def keys_of(batch: Batch) -> List[bytes]:
@@ -31,7 +32,7 @@ def keys_of(batch: Batch) -> List[bytes]:
     keys = []
     columns = sorted(batch.inputs)
     for index, length in enumerate(batch.lengths):
-        digest = hashlib.blake2b(digest_size=_KEY_BYTES)
+        digest = hashlib.blake2b(digest_size=KEY_BYTES)
         for name in columns:
             digest.update(f"{name} {length} ".encode())
             digest.update(batch.inputs[name][index, :length].contiguous().numpy().tobytes())

@@ -37,6 +37,9 @@ class Activation(NamedTuple):
     padded_length: int = 0
     rows: Optional[bytes] = None
     """Of `packed` as the wire has them, where they were kept: its elements are then of no account."""
+    keep: Sequence[int] = ()
+    kept: Sequence[int] = ()
+    """As `pb.Activation` has them: `rows` are then of the sequences alone that the cloud does not hold."""
 
     def encoded(self, codec: pb.DataType) -> pb.Activation:
         """For the wire. Raises UsageError for more than the cloud would take, which would end the session."""
@@ -46,8 +49,12 @@ class Activation(NamedTuple):
         check_size("activation", self.packed.shape, codec)
         if self.rows is None:
             return encode_activation(self.packed, codec, self.lengths, self.padded_length)
-        packed = pb.Tensor(data_type=codec, shape=list(self.packed.shape), data=self.rows)
-        return pb.Activation(packed=packed, lengths=self.lengths, padded_length=self.padded_length)
+        held = sum(length for length, number in zip(self.lengths, self.kept) if number)
+        shape = [self.packed.shape[0] - held, *self.packed.shape[1:]]
+        packed = pb.Tensor(data_type=codec, shape=shape, data=self.rows)
+        return pb.Activation(
+            packed=packed, lengths=self.lengths, padded_length=self.padded_length, keep=self.keep, kept=self.kept
+        )
 
 
 def check_size(what: str, shape: Sequence[int], data_type: pb.DataType) -> None:

@@ -46,6 +46,8 @@ class KeptActivations:
         self._leaves = leaves
         self._cache: Optional[ActivationCache] = None
 
+    on_cloud = False
+
     def activation(self, net_1: Net1, batch: Batch) -> Activation:
         """Of a batch, without dropout and gradient. `net_1` has its final weights. Raises StorageError."""
         if self._cache is None:
@@ -66,13 +68,7 @@ class KeptActivations:
             self._cache.close()
 
     def _computed(self, net_1: Net1, batch: Batch) -> List[bytes]:
-        net_1.eval()
-        with torch.no_grad():
-            a_BSR = net_1(batch.inputs, batch.lengths)
-        data = Activation(pack(a_BSR, batch.lengths), batch.lengths, a_BSR.shape[1]).encoded(self._codec).packed.data
-        row_bytes = CODES[self._codec].row_bytes(self._width)
-        ends = [row_bytes * tokens for tokens in accumulate(batch.lengths)]
-        return [data[begin:end] for begin, end in zip([0, *ends], ends)]
+        return computed_rows(net_1, batch, self._codec)
 
     def _content(self, net_1: Net1) -> str:
         digest = hashlib.sha256(f"{torch.__version__} {net_1.device.type}".encode())
@@ -80,3 +76,14 @@ class KeptActivations:
             digest.update(name.encode())
             digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         return f"{self._run_id} {name_of(self._codec)} {self._width} {digest.hexdigest()}"
+
+
+def computed_rows(net_1: Net1, batch: Batch, codec: pb.DataType) -> List[bytes]:
+    """What a net_1 that is frozen makes of each sequence of a batch, as the wire has it."""
+    net_1.eval()
+    with torch.no_grad():
+        a_BSR = net_1(batch.inputs, batch.lengths)
+    data = Activation(pack(a_BSR, batch.lengths), batch.lengths, a_BSR.shape[1]).encoded(codec).packed.data
+    row_bytes = CODES[codec].row_bytes(a_BSR.shape[-1])
+    ends = [row_bytes * tokens for tokens in accumulate(batch.lengths)]
+    return [data[begin:end] for begin, end in zip([0, *ends], ends)]

@@ -54,13 +54,14 @@ def open_system(
     checkpoint_store: Optional[Path] = None,
     on_link: Callable[[Link], None] = lambda link: None,
     keep_in: Optional[Path] = None,
+    keep_key: bytes = b"",
 ) -> Iterator[System]:
     """The system for the block; the session, and a cloud that was started for it, end with the block.
 
     `calibration`: what a low-rank residual is fitted to; `on_status` is told what a broken link is waiting for;
     `run_id`: whose checkpoints are saved, if any are; `resume_from`: those of which it may go on, see
     `halve`; `checkpoint_store`: where a cloud that is started for it keeps its halves; `on_link`
-    and `keep_in` as `open_split_system` has them.
+    and `keep_in` as `open_split_system` has them; `keep_key`: with which the cloud is to keep activations, if it is.
 
     Raises what building, connecting and opening a session raise: CutError, CheckpointError, UsageError, LinkError.
     """
@@ -94,6 +95,7 @@ def open_system(
             run_id=run_id,
             resume_from=resume_from,
         )
+        start.request.keep_key = keep_key
         transport, policy = transport_of(address, options.link), retry_policy_of(options.link)
         system = open_split_system(start, device, transport, policy, on_status, options.link.labels, on_link, keep_in)
         del start  # what the blobs read from may be half a model

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections import deque
 from pathlib import Path
-from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor, nn
 
 from sft.batch import Batch
+from sft.errors import CloudMemoryError
 from sft.models import Net1
 from sft.models.lora import merged_tensors
 from sft.models.losses import head_loss
@@ -27,10 +28,13 @@ from sft_edge.systems.ahead import StepOnItsWay
 from sft_edge.systems.crossing import Activation, Crossing
 from sft_edge.systems.halves import Halves
 from sft_edge.systems.kept import KeptActivations
+from sft_edge.systems.kept_on_cloud import KeptOnCloud
 from sft_edge.systems.system import SentStep, StepTimer, System
 
 _EVALUATIONS_AHEAD = 2
 """While the cloud works on one evaluation batch, the edge makes the next."""
+
+_KEEPS_NONE = "the cloud keeps no activations (an older release, or --max-kept-bytes 0)"
 
 _LEAVES = 4
 """Times the model's size, of the disk that activations are kept on: the result, and a checkpoint with Adam's states."""
@@ -49,13 +53,13 @@ class SplitSystem(System):
         codecs: Codecs,
         labels: str = "cloud",
         first_step: int = 0,
-        kept: Optional[KeptActivations] = None,
+        kept: Union[KeptActivations, KeptOnCloud, None] = None,
     ) -> None:
         """`net_1` filled, `link` open; `cloud_shapes` are those of net_2's parameters, under whole-model names.
 
         `codecs`: how tensors are written on the wire. `labels`: `cloud` where they travel with the
         activation, `local` where they stay here. Without a parameter of net_1 that is trained there is no backward pass
-        here, and no dropout: `kept` keeps what it then makes of a batch. `first_step` is the cloud's next.
+        here, and no dropout: by `kept` what it then makes of a batch is kept. `first_step` is the cloud's next.
         """
         self.net_1 = net_1
         self.optimizer = optimizer
@@ -150,7 +154,7 @@ class SplitSystem(System):
     @property
     def keeps_activations(self) -> bool:
         """See System."""
-        return self.kept is not None
+        return self.kept is not None and not self.kept.on_cloud
 
     def prepare(self, batch: Batch) -> None:
         """See System."""
@@ -213,13 +217,18 @@ class SplitSystem(System):
             self.ledger.add_evaluation(commit.traffic, samples=0)
         on_their_way: Deque[Tuple[Batch, int, PendingReply]] = deque()
         for index, batch in enumerate(batches):
-            a_BSR = self._without_gradient(batch)
-            activation = _activation(a_BSR, batch).encoded(self._codecs.activation)
-            on_their_way.append((batch, a_BSR.shape[1], self.link.evaluate(step, index, activation)))
+            on_their_way.append((batch, index, self._evaluate(batch, step, index)))
             if len(on_their_way) > _EVALUATIONS_AHEAD:
-                yield self._evaluated(*on_their_way.popleft())
+                yield self._evaluated(step, *on_their_way.popleft())
         while on_their_way:
-            yield self._evaluated(*on_their_way.popleft())
+            yield self._evaluated(step, *on_their_way.popleft())
+
+    def _evaluate(self, batch: Batch, step: int, index: int) -> PendingReply:
+        if self.kept is not None and self.kept.on_cloud:
+            activation = self.kept.activation(self.net_1, batch)
+        else:
+            activation = _activation(self._without_gradient(batch), batch)
+        return self.link.evaluate(step, index, activation.encoded(self._codecs.activation))
 
     def own_parameters(self) -> Dict[str, nn.Parameter]:
         return self.net_1.whole_parameters()
@@ -238,6 +247,15 @@ class SplitSystem(System):
     def keep_checkpoints(self, steps: Sequence[int]) -> None:
         self.link.keep_checkpoints(steps)
 
+    def kept_state(self) -> Dict[str, Tensor]:
+        """See System."""
+        return self.kept.saved_state() if isinstance(self.kept, KeptOnCloud) else {}
+
+    def load_kept_state(self, state: Mapping[str, Tensor]) -> None:
+        """See System."""
+        if isinstance(self.kept, KeptOnCloud):
+            self.kept.load_state(state)
+
     def shards(self) -> List[Shard]:
         here = merged_tensors(self.net_1)
         return [
@@ -245,9 +263,15 @@ class SplitSystem(System):
             Shard(sorted(self._cloud_shapes), checked_weights(self.link.weights(), self._cloud_shapes)),
         ]
 
-    def _evaluated(self, batch: Batch, padded_length: int, pending: PendingReply) -> Tensor:
-        reply = pending.result()
+    def _evaluated(self, step: int, batch: Batch, index: int, pending: PendingReply) -> Tensor:
+        try:
+            reply = pending.result()
+        except CloudMemoryError:
+            if self.kept is None or not self.kept.on_cloud:
+                raise
+            reply = self._evaluate(batch, step, index).result()  # with rows that the cloud, it has said, does not hold
         self.ledger.add_evaluation(reply.traffic, len(batch.lengths))
+        padded_length = next(iter(batch.inputs.values())).shape[1]
         return self._decode_logits(reply.message.evaluation.logits, batch.lengths, padded_length, torch.device("cpu"))
 
 
@@ -274,10 +298,15 @@ def open_split_system(
     optimizer = start.start_edge(device)
     link = Link(transport, start.request, start.blobs, policy, on_status)
     on_link(link)
-    next_step = link.open().next_step
+    opened = link.open()
     codecs = codecs_of(start.request)
     width = start.request.cut.split_rank or int(start.net_1.model.config.hidden_size)
-    kept = None
+    kept: Union[KeptActivations, KeptOnCloud, None] = None
+    if opened.keeps_activations:
+        keep_key = start.request.keep_key
+        kept = KeptOnCloud(keep_key, opened.kept, width, codecs.activation, lambda: link.keeps_only, on_status)
+    elif start.request.keep_key:
+        on_status(f"{_KEEPS_NONE}: they are sent again in every epoch")
     if keep_in is not None:
         numbers = sum(math.prod(shape) for shape in start.cloud_shapes.values())
         numbers += sum(parameter.numel() for parameter in start.net_1.parameters())
@@ -291,6 +320,6 @@ def open_split_system(
         start.request.seed,
         codecs,
         labels,
-        next_step,
+        opened.next_step,
         kept,
     )

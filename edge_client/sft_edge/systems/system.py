@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from typing import Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
+from typing import Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -89,6 +89,14 @@ class System(ABC):
     def keep_checkpoints(self, steps: Sequence[int]) -> None:
         """Tells the cloud which steps are left; it deletes the others. Raises nothing for old ones that stay."""
         del steps
+
+    def kept_state(self) -> Dict[str, Tensor]:
+        """What a checkpoint needs beside, if anything, to go on with what the cloud keeps. It holds a key."""
+        return {}
+
+    def load_kept_state(self, state: Mapping[str, Tensor]) -> None:
+        """Goes on where `kept_state` was given. Raises CheckpointError where the cloud holds something else."""
+        del state
 
     @abstractmethod
     def shards(self) -> List[Shard]:

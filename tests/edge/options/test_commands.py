@@ -166,6 +166,7 @@ def test_every_mode_takes_the_same_flags(mode):
         (lambda: CutOptions("sl", 3, residual="low-rank"), "--residual low-rank needs --mode sft or local"),
         (lambda: CutOptions("local", freeze_edge=True), "--freeze-edge needs --mode sft or sl"),
         (lambda: CutOptions("sft", 3, activations="keep-on-edge"), "--activations keep-on-edge needs --freeze-edge"),
+        (lambda: CutOptions("sft", 3, activations="keep-on-cloud"), "--activations keep-on-cloud needs --freeze-edge"),
         (
             lambda: CutOptions("local", codec="int8"),
             "--codec int8 needs --mode sft or sl: one process",

@@ -20,6 +20,7 @@ KINDS: list[dict[str, object]] = [
     {"lora_r": 2, "lora_dropout": 0.1, "lora_half": "both"},
     {"freeze_edge": True},
     {"freeze_edge": True, "activations": "keep-on-edge", "mode": "sl", "codec": "int8"},
+    {"freeze_edge": True, "activations": "keep-on-cloud", "labels": "local", "eval_strategy": "epoch"},
     {"residual": "low-rank", "optim": "SGD", "optim_args": "momentum=0.9"},
     {"eval_strategy": "steps", "eval_steps": 2, "logging_steps": 3},
     {"eval_strategy": "epoch", "dataloader_num_workers": 1, "lr_scheduler_type": "cosine", "save_total_limit": 1},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import secrets
 import sys
 from contextlib import ExitStack
 from datetime import datetime
@@ -15,7 +16,7 @@ from sft.errors import LinkError, StorageError, UsageError
 from sft.models import build_whole
 from sft.printable import printable
 from sft.v1 import split_training_pb2 as pb
-from sft_edge.checkpoints import Checkpointing, Stopped, likeness
+from sft_edge.checkpoints import Checkpointing, Stopped, keep_key_of, likeness
 from sft_edge.commands.train.attempt import Attempt
 from sft_edge.commands.train.job import Job, try_end
 from sft_edge.commands.train.start import open_start
@@ -31,6 +32,9 @@ from sft_edge.training import EvaluationSet, Progress, Recovery, TensorBoard, Tr
 CALIBRATION_ROWS = 256
 """How many of the first training rows a low-rank residual is fitted to."""
 
+KEEP_KEY_BYTES = 32
+"""Of the key that the cloud keeps activations with, in memory alone: for AES-256."""
+
 CLOUD_STORE = "cloud-checkpoints"
 """Below the output directory: where a cloud of the run's own keeps its halves of checkpoints."""
 
@@ -42,6 +46,7 @@ class TrainingRun:
         self.options = options
         unnamed = Path("runs") / f"{options.data.task}-{options.cut.mode}-{datetime.now():%Y%m%d-%H%M%S}"
         self.output_dir = options.training.output_dir or unnamed
+        self._keep_key = secrets.token_bytes(KEEP_KEY_BYTES)
 
     def run(self) -> Dict[str, Any]:
         """Trains, evaluates, saves and prints the report; returns the content of `all_results.json`.
@@ -139,6 +144,9 @@ class TrainingRun:
         """Opens a session, and what else ends with `stack`; the loop is where the run goes on."""
         options = self.options
         offered = checkpointing.offers()
+        keep_key = b""
+        if options.cut.activations == "keep-on-cloud":
+            keep_key = (keep_key_of(offered[0]) if offered else None) or self._keep_key
         progress.status(self._opening())
 
         def stops_waiting(link: Link) -> None:
@@ -156,6 +164,7 @@ class TrainingRun:
                 checkpoint_store=self.output_dir / CLOUD_STORE,
                 on_link=stops_waiting,
                 keep_in=self._kept_activations(),
+                keep_key=keep_key,
             )
         )
         chosen = checkpointing.choose(system, offered)

@@ -1,0 +1,260 @@
+"""Activations that the cloud keeps for a session: encrypted, in files without a name.
+
+A file's name is gone before anything is in it, so the system deletes it with the session, and with a process that is
+killed. The key is the edge's, and is in memory alone: whoever takes the disk finds noise. Who has the process has both.
+
+    data     _HEAD, then a record for each sequence, the next number each: length of what follows, nonce, ciphertext
+    index    where each record ends
+
+AES-256-GCM. Nonces are drawn, and do not count: a session that goes on from a checkpoint has the key of the one before,
+which may have kept other rows under the same numbers after it, on the same disk. The number is authenticated, so that
+rows are those of their number or none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import struct
+import tempfile
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from sft.errors import CheckpointError, StorageError
+from sft.files.room import free_bytes
+from sft_cloud.errors import PreconditionError
+from sft_cloud.identity import Identity
+
+KEY_BYTES = 32
+
+_HEAD = b"sft kept rows 1\n"
+_LENGTH, _NUMBER = struct.Struct("<I"), struct.Struct("<Q")
+_NONCE_BYTES, _TAG_BYTES = 12, 16
+_RECORD_BYTES = _LENGTH.size + _NONCE_BYTES + _TAG_BYTES
+"""Beside the rows themselves."""
+_CHUNK_BYTES = 1 << 20
+
+_LEFT_BYTES = 64 << 20
+"""Of the disk, for what else the server writes."""
+
+_log = logging.getLogger(__name__)
+
+
+class KeptStore:
+    """What one server keeps, for everybody. Safe to use from several threads."""
+
+    def __init__(self, directory: Path, max_bytes: int) -> None:
+        """`directory` on the disk that is to be used; it is made when it is needed. `max_bytes` for each caller; with 0
+        nothing is kept."""
+        self._directory = directory
+        self._max_bytes = max_bytes
+        self._lock = threading.Lock()
+        self._rows: weakref.WeakSet[KeptRows] = weakref.WeakSet()
+
+    def open(self, owner: Identity, key: bytes, saved: Path | None = None) -> KeptRows | None:
+        """For a session of `owner`, with what a checkpoint holds in the file `saved`; where there is no room for that,
+        it is full and holds nothing. None where nothing is kept here.
+
+        Raises PreconditionError where `saved` was kept with another key, CheckpointError where it is none of ours.
+        """
+        if not self._max_bytes:
+            return None
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            rows = KeptRows(self, owner, key, self._directory)
+        except OSError as error:
+            _log.error("activations cannot be kept", extra={"fields": {"reason": error.strerror}})
+            return None
+        with self._lock:
+            self._rows.add(rows)
+        if saved is not None:
+            rows.load(saved)
+        return rows
+
+    def grows(self, rows: KeptRows, size: int) -> bool:
+        """Counts so many bytes more for one of them; whether there is room."""
+        with self._lock:
+            held = sum(each.total_bytes for each in self._rows if each.owner == rows.owner)
+            if held + size > self._max_bytes or free_bytes(self._directory) < size + _LEFT_BYTES:
+                return False
+            rows.total_bytes += size
+            return True
+
+
+class KeptRows:
+    """Of one session. Numbers count from 1. Not for several threads at once."""
+
+    def __init__(self, store: KeptStore, owner: Identity, key: bytes, directory: Path) -> None:
+        """Holds nothing. Raises OSError."""
+        self.owner = owner.name
+        self.count = 0
+        """How many sequences it holds, and the newest number."""
+        self.is_full = False
+        """No more is kept, now or later."""
+        self.total_bytes = 0
+        """On the disk, for what is kept."""
+        self._store = store
+        self._cipher = AESGCM(key)
+        self._data = _nameless(directory)
+        weakref.finalize(self, os.close, self._data)
+        self._index = _nameless(directory)
+        weakref.finalize(self, os.close, self._index)
+        os.pwrite(self._data, _HEAD, 0)
+        self._end = len(_HEAD)
+
+    def add(self, rows: Sequence[bytes | memoryview]) -> None:
+        """Keeps the rows of the next sequences: of all, or of none, and is full then."""
+        size = sum(len(data) + _RECORD_BYTES + _NUMBER.size for data in rows)
+        if self.is_full or not rows:
+            return
+        try:
+            if not self._store.grows(self, size):
+                raise OSError(errno.EDQUOT, "no room, or no more of what is for one caller")
+            end = self._end
+            for number, data in enumerate(rows, self.count + 1):
+                end = self._write(number, data, end)
+        except OSError as error:
+            _log.warning("no more activations are kept", extra={"fields": {"owner": self.owner, "reason": str(error)}})
+            self.is_full = True
+            self._truncate()
+            return
+        self.count, self._end = self.count + len(rows), end
+
+    def rows_bytes(self, number: int) -> int:
+        """Of the rows of a sequence that it holds. Raises StorageError."""
+        begin, end = self._place(number)
+        return end - begin - _RECORD_BYTES
+
+    def read(self, number: int) -> bytes:
+        """The rows of a sequence that it holds.
+
+        Raises StorageError where the disk does not give back what was written; it then holds those before it alone, and
+        is full: the edge still has the others.
+        """
+        begin, end = self._place(number)
+        try:
+            record = os.pread(self._data, end - begin, begin)[_LENGTH.size :]
+            return self._cipher.decrypt(record[:_NONCE_BYTES], record[_NONCE_BYTES:], _NUMBER.pack(number))
+        except (OSError, InvalidTag, ValueError) as error:  # a nonce that is cut short
+            raise self._is_damaged(number, error) from error
+
+    def chunks(self) -> Iterator[bytes]:
+        """The file as it is now, for a checkpoint, of `saved_bytes`; nothing may be added meanwhile."""
+        for begin in range(0, self._end, _CHUNK_BYTES):
+            yield os.pread(self._data, min(_CHUNK_BYTES, self._end - begin), begin)
+
+    @property
+    def saved_bytes(self) -> int:
+        """Of a checkpoint's file."""
+        return self._end
+
+    def load(self, saved: Path) -> None:
+        """Holds what a checkpoint does, and nothing else. Raises as `KeptStore.open` does."""
+        ends = self._checked(saved)
+        try:
+            if not self._store.grows(self, _size(len(ends) - 1, ends[-1])):
+                self.is_full = True
+                return
+            with saved.open("rb") as file:
+                while chunk := file.read(_CHUNK_BYTES):
+                    _write_all(self._data, chunk, file.tell() - len(chunk))
+            _write_all(self._index, b"".join(_NUMBER.pack(end) for end in ends[1:]), 0)
+        except OSError as error:
+            _log.warning("activations are not kept", extra={"fields": {"owner": self.owner, "reason": str(error)}})
+            self.is_full = True
+            self._truncate()
+            return
+        self.count, self._end = len(ends) - 1, ends[-1]
+
+    def _checked(self, saved: Path) -> list[int]:
+        """Where the head and each record of a file end."""
+        size, ends = saved.stat().st_size, [len(_HEAD)]
+        with saved.open("rb") as file:
+            if file.read(len(_HEAD)) != _HEAD:
+                raise CheckpointError("the cloud's half of the checkpoint holds activations of another release")
+            while ends[-1] < size:
+                head = file.read(_LENGTH.size)
+                length = _LENGTH.unpack(head)[0] if len(head) == _LENGTH.size else size
+                if length < _RECORD_BYTES - _LENGTH.size or ends[-1] + _LENGTH.size + length > size:
+                    raise CheckpointError("the cloud's half of the checkpoint holds activations that are cut short")
+                if len(ends) == 1:
+                    self._check_key(file.read(length))
+                else:
+                    file.seek(length, os.SEEK_CUR)
+                ends.append(ends[-1] + _LENGTH.size + length)
+        return ends
+
+    def _check_key(self, record: bytes) -> None:
+        try:
+            self._cipher.decrypt(record[:_NONCE_BYTES], record[_NONCE_BYTES:], _NUMBER.pack(1))
+        except InvalidTag:
+            raise PreconditionError(
+                "the activations in the checkpoint were kept with another keep_key than the one that came"
+            ) from None
+
+    def _write(self, number: int, data: bytes | memoryview, begin: int) -> int:
+        """Gives the end."""
+        nonce = os.urandom(_NONCE_BYTES)
+        sealed = self._cipher.encrypt(nonce, data, _NUMBER.pack(number))
+        end = begin + _LENGTH.size + len(nonce) + len(sealed)
+        _write_all(self._data, _LENGTH.pack(len(nonce) + len(sealed)) + nonce + sealed, begin)
+        _write_all(self._index, _NUMBER.pack(end), _NUMBER.size * (number - 1))
+        return end
+
+    def _place(self, number: int) -> tuple[int, int]:
+        """Of a record."""
+        try:
+            begin, end = self._end_of(number - 1), self._end_of(number)
+            if not begin + _RECORD_BYTES <= end <= self._end:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return begin, end
+        except (OSError, struct.error) as error:
+            raise self._is_damaged(number, error) from error
+
+    def _end_of(self, number: int) -> int:
+        if not number:
+            return len(_HEAD)
+        end: int = _NUMBER.unpack(os.pread(self._index, _NUMBER.size, _NUMBER.size * (number - 1)))[0]
+        return end
+
+    def _is_damaged(self, number: int, error: Exception) -> StorageError:
+        reason = str(error) or type(error).__name__
+        _log.error("kept activations cannot be read", extra={"fields": {"owner": self.owner, "reason": reason}})
+        self.is_full = True
+        try:
+            self.count, self._end = number - 1, self._end_of(number - 1)
+        except (OSError, struct.error):
+            self.count, self._end = 0, len(_HEAD)
+        return StorageError("the cloud's disk does not give back the activations that were kept")
+
+    def _truncate(self) -> None:
+        with contextlib.suppress(OSError):
+            os.ftruncate(self._data, self._end)
+            os.ftruncate(self._index, _NUMBER.size * self.count)
+        self.total_bytes = _size(self.count, self._end)
+
+
+def _size(count: int, end: int) -> int:
+    """What so many records take whose file has so many bytes."""
+    return end - len(_HEAD) + _NUMBER.size * count
+
+
+def _nameless(directory: Path) -> int:
+    """A file that ends when it is closed."""
+    with tempfile.TemporaryFile(dir=directory, buffering=0) as file:
+        return os.dup(file.fileno())
+
+
+def _write_all(descriptor: int, data: bytes, at: int) -> None:
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(descriptor, view, at)
+        at += written
+        view = view[written:]

@@ -1,0 +1,234 @@
+"""Rows that are kept on a disk: what is read back is what was kept, for who has the key, and nobody sees more."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import os
+from pathlib import Path
+
+import pytest
+
+from sft.errors import CheckpointError, StorageError
+from sft_cloud.errors import PreconditionError
+from sft_cloud.identity import ANONYMOUS, Identity
+from sft_cloud.storage import KeptRows, KeptStore, kept_rows
+
+KEY, OTHER_KEY = b"k" * 32, b"o" * 32
+ROWS = [b"the rows of one", b"", b"and of another sequence" * 100]
+
+
+def keeping(directory: Path, max_bytes: int = 1 << 20, owner: Identity = ANONYMOUS) -> KeptRows:
+    return opened(KeptStore(directory, max_bytes), owner)
+
+
+def opened(store: KeptStore, owner: Identity = ANONYMOUS, key: bytes = KEY, saved: Path | None = None) -> KeptRows:
+    rows = store.open(owner, key, saved)
+    assert rows is not None
+    return rows
+
+
+def content(rows: KeptRows) -> bytes:
+    return b"".join(rows.chunks())
+
+
+def read(rows: KeptRows) -> list[bytes]:
+    return [rows.read(number) for number in range(1, rows.count + 1)]
+
+
+def test_what_is_read_back(tmp_path: Path) -> None:
+    rows = keeping(tmp_path)
+    rows.add(ROWS[:2])
+    rows.add(ROWS[2:])
+    rows.add([])
+    assert (rows.count, rows.is_full) == (3, False)
+    assert read(rows) == ROWS
+    assert [rows.rows_bytes(number) for number in (1, 2, 3)] == [len(data) for data in ROWS]
+    assert len(content(rows)) == rows.saved_bytes
+
+
+def test_nothing_of_it_is_seen(tmp_path: Path) -> None:
+    """No name on the disk, no row and no key in the file; and the same rows never look the same."""
+    rows = keeping(tmp_path / "made")
+    rows.add(ROWS)
+    once = content(rows)
+    rows.add(ROWS)
+    both = content(rows)
+    assert list((tmp_path / "made").iterdir()) == []
+    for secret in (KEY, *filter(None, ROWS)):
+        assert secret not in both
+    assert os.fstat(rows._data).st_mode & 0o777 == 0o600
+    assert both.startswith(once)
+    assert both[len(once) :] != once[16:]
+
+
+def test_it_goes_with_who_has_it(tmp_path: Path) -> None:
+    store = KeptStore(tmp_path, 300)
+    rows = opened(store)
+    rows.add([b"x" * 200])
+    descriptors = [rows._data, rows._index]
+    late = opened(store)
+    late.add([b"y" * 200])
+    assert late.is_full
+    del rows
+    gc.collect()
+    for descriptor in descriptors:
+        with pytest.raises(OSError, match=os.strerror(errno.EBADF)):
+            os.fstat(descriptor)
+    again = opened(store)
+    again.add([b"y" * 200])
+    assert again.count == 1
+
+
+def test_what_is_for_one_caller(tmp_path: Path) -> None:
+    """Of all its sessions together; what others keep is no matter. All of a message, or nothing."""
+    store = KeptStore(tmp_path, 1000)
+    first, second = (opened(store, Identity("ann")) for _ in range(2))
+    other = opened(store, Identity("bob"))
+    first.add([b"x" * 400])
+    second.add([b"x" * 400])
+    other.add([b"x" * 900])
+    assert (first.count, second.count, other.count) == (1, 1, 1)
+    first.add([b"y", b"x" * 100])
+    assert (first.count, first.is_full) == (1, True)
+    first.add([b"z"])  # there would be room, but it was said that nothing is kept any more
+    assert first.count == 1
+    assert read(first) == [b"x" * 400]
+    second.add([b"y"])
+    assert (second.count, second.is_full) == (2, False)
+    assert KeptStore(tmp_path, 0).open(ANONYMOUS, KEY) is None
+
+
+def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept_rows, "free_bytes", lambda path: kept_rows._LEFT_BYTES + 500)
+    rows = keeping(tmp_path)
+    rows.add([b"x" * 400])
+    rows.add([b"x" * 500])
+    assert (rows.count, rows.is_full) == (1, True)
+
+
+@pytest.mark.parametrize("fails_at", [1, 2, 3, 4])
+def test_a_disk_that_takes_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_at: int) -> None:
+    rows = keeping(tmp_path)
+    rows.add(ROWS)
+    before = content(rows)
+    write, calls = os.pwrite, []
+
+    def full(descriptor: int, data: memoryview, at: int) -> int:
+        calls.append(at)
+        if len(calls) == fails_at:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(descriptor, data, at)
+
+    monkeypatch.setattr(os, "pwrite", full)
+    rows.add([b"more", b"of it"])
+    assert len(calls) == fails_at
+    assert (rows.count, rows.is_full) == (3, True)
+    assert content(rows) == before
+    assert os.fstat(rows._data).st_size == len(before)
+    assert read(rows) == ROWS
+
+
+def test_a_write_that_is_cut_short_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, write = keeping(tmp_path), os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda descriptor, data, at: write(descriptor, data[:3], at))
+    rows.add(ROWS)
+    assert read(rows) == ROWS
+
+
+def test_a_disk_without_a_place(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert KeptStore(tmp_path / "file", 1000).open(ANONYMOUS, KEY) is None
+
+
+# What the disk does not give back.
+
+
+@pytest.mark.parametrize("where", ["data", "index", "all of the index"])
+def test_rows_that_are_damaged(tmp_path: Path, where: str) -> None:
+    """Then it holds those before, and says that it keeps no more: the edge has the others."""
+    rows = keeping(tmp_path)
+    rows.add(ROWS)
+    rows.add(ROWS)
+    if where == "data":
+        os.pwrite(rows._data, b"!", rows._place(3)[1] - 1)
+    elif where == "index":
+        os.pwrite(rows._index, b"\xff" * 8, 16)
+    else:
+        os.ftruncate(rows._index, 0)
+    with pytest.raises(StorageError, match="does not give back"):
+        rows.read(3)
+    left = 0 if where == "all of the index" else 2
+    assert (rows.count, rows.is_full) == (left, True)
+    assert read(rows) == ROWS[:left]
+    assert len(content(rows)) == rows.saved_bytes
+
+
+def test_rows_in_the_place_of_others(tmp_path: Path) -> None:
+    rows = keeping(tmp_path)
+    rows.add([b"one", b"two"])
+    (begin, middle), (_, end) = rows._place(1), rows._place(2)
+    one, two = (os.pread(rows._data, upto - at, at) for at, upto in ((begin, middle), (middle, end)))
+    os.pwrite(rows._data, two + one, begin)
+    with pytest.raises(StorageError):
+        rows.read(2)
+
+
+# What a checkpoint holds.
+
+
+def saved(directory: Path, data: bytes) -> Path:
+    path = directory / "kept.bin"
+    path.write_bytes(data)
+    return path
+
+
+def test_what_a_checkpoint_held_goes_on(tmp_path: Path) -> None:
+    rows = keeping(tmp_path)
+    rows.add(ROWS)
+    path = saved(tmp_path, content(rows))
+    on = opened(KeptStore(tmp_path / "elsewhere", 1 << 20), saved=path)
+    path.unlink()
+    assert read(on) == ROWS
+    rows.add([b"more"])
+    on.add([b"else"])
+    assert (on.read(4), rows.read(4)) == (b"else", b"more")
+    assert content(on)[: -len(b"else") - 16] != content(rows)[: -len(b"more") - 16]  # nonces were drawn for each
+
+
+def test_a_checkpoint_of_another_key(tmp_path: Path) -> None:
+    rows = keeping(tmp_path)
+    rows.add(ROWS)
+    path = saved(tmp_path, content(rows))
+    with pytest.raises(PreconditionError, match="another keep_key"):
+        KeptStore(tmp_path, 1 << 20).open(ANONYMOUS, OTHER_KEY, path)
+
+
+@pytest.mark.parametrize("change", [lambda d: d[:-1], lambda d: d + b"x", lambda d: d + b"\0" * 9, lambda d: b"x" + d])
+def test_a_checkpoint_that_is_none_of_ours(tmp_path: Path, change) -> None:
+    rows = keeping(tmp_path)
+    rows.add(ROWS)
+    path = saved(tmp_path, change(content(rows)))
+    with pytest.raises(CheckpointError):
+        KeptStore(tmp_path, 1 << 20).open(ANONYMOUS, KEY, path)
+
+
+def test_a_checkpoint_for_which_there_is_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = keeping(tmp_path)
+    rows.add(ROWS)
+    path = saved(tmp_path, content(rows))
+    on = opened(KeptStore(tmp_path, 2000), saved=path)
+    assert (on.count, on.is_full) == (0, True)
+    store = KeptStore(tmp_path, 1 << 20)
+    write = os.pwrite
+
+    def full(descriptor: int, data: bytes, at: int) -> int:
+        if len(data) > 16:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(descriptor, data, at)
+
+    monkeypatch.setattr(os, "pwrite", full)
+    on = opened(store, saved=path)
+    assert (on.count, on.is_full) == (0, True)
+    monkeypatch.undo()
+    assert read(on) == []
