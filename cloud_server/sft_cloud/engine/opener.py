@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -10,7 +11,7 @@ import torch
 from sft.v1 import split_training_pb2 as pb
 from sft_cloud.engine.build import Built, adapt, build, objects_bytes, session_in_pieces
 from sft_cloud.engine.request import SessionSpec, check_request
-from sft_cloud.engine.saved_session import KEPT, Checkpoints, restore_in_pieces
+from sft_cloud.engine.saved_session import Checkpoints, restore_in_pieces
 from sft_cloud.engine.turns import Gone, Turns, in_pieces
 from sft_cloud.engine.weights import WeightsFinder
 from sft_cloud.engine.worker import Run
@@ -110,7 +111,7 @@ class TransformersOpener:
             if request.only_check:
                 return []
 
-            kept = self._keeps(request, owner, files.get(KEPT))
+            kept = self._keeps(request, owner, files)
             store = self._store.of(owner)
             with self._turns.of(owner.name, gone):
                 adapt(spec, built)
@@ -121,5 +122,7 @@ class TransformersOpener:
             session.kept = kept
             return session
 
-    def _keeps(self, request: pb.OpenSessionRequest, owner: Identity, saved: Path | None = None) -> KeptRows | None:
+    def _keeps(
+        self, request: pb.OpenSessionRequest, owner: Identity, saved: Mapping[str, Path] | None = None
+    ) -> KeptRows | None:
         return self._kept.open(owner, request.keep_key, saved) if self._kept is not None and request.keep_key else None

@@ -30,8 +30,6 @@ from sft_cloud.session import Session
 from sft_cloud.storage import CheckpointStore, Part, check_sha256
 
 NET_2, OPTIMIZER, SETTINGS = "net_2.safetensors", "optimizer.safetensors", "settings.json"
-KEPT = "kept.bin"
-"""Activations, as they are kept: encrypted with a key that is nowhere here."""
 
 _MAX_OFFERED = 1000
 
@@ -53,6 +51,8 @@ class Checkpoints:
         parts = run(lambda: parts_of(session, request, run))
         self._check_quota(owner, sum(part.total_bytes for part in parts.values()))
         saved = self._store.run(owner.name, request.run_id).save(session.next_step, parts)
+        if session.kept is not None:
+            session.kept.were_saved(saved.files)
         return pb.CheckpointSaved(
             id=pb.CheckpointId(step=saved.step, sha256=saved.sha256), total_bytes=saved.total_bytes
         )
@@ -107,13 +107,12 @@ def parts_of(session: Session, request: pb.OpenSessionRequest, run: Run = at_onc
     told = pb.OpenSessionRequest()
     told.CopyFrom(request)
     told.ClearField("keep_key")  # which is in memory alone
-    kept = session.kept
     return {
         NET_2: part(in_memory(dict(parameters))),
         OPTIMIZER: part(stored_state(session.optimizer, parameters)),
         SETTINGS: Part(len(settings), lambda: [settings]),
         SESSION: Part(told.ByteSize(), lambda: [told.SerializeToString(deterministic=True)]),
-        **({} if kept is None or not kept.count else {KEPT: Part(kept.saved_bytes, kept.chunks)}),
+        **(session.kept.parts() if session.kept is not None else {}),  # encrypted, with a key that is nowhere here
     }
 
 

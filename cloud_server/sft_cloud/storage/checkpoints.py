@@ -4,10 +4,12 @@
                             optimizer.safetensors
                             settings.json           of the optimizer's groups
                             session.pb              the request that opened the session
+                            kept-N.bin              activations that are kept, encrypted: one after the other
                             manifest.json           written last
 
 What is whole is never written to again: a step that is saved once more gets another nonce. So there is no moment in
-which a checkpoint that an edge counts on is not whole. The owner is in the path: nobody resumes another's run.
+which a checkpoint that an edge counts on is not whole. What an older one has already may be the same file. The owner
+is in the path: nobody resumes another's run.
 """
 
 from __future__ import annotations
@@ -41,11 +43,21 @@ from sft_cloud.storage.files import Files, open_files
 _log = logging.getLogger(__name__)
 
 
+class Held(NamedTuple):
+    """A file of a checkpoint that is whole."""
+
+    name: str
+    """In the store."""
+    entry: FileEntry
+
+
 class Part(NamedTuple):
     """A file of a checkpoint before it is written."""
 
     total_bytes: int
     chunks: Callable[[], Iterable[bytes]]
+    held: Held | None = None
+    """The same in an older checkpoint, if that is still there: then it is not written again."""
 
 
 class Saved(NamedTuple):
@@ -55,6 +67,7 @@ class Saved(NamedTuple):
     sha256: str
     """Of its manifest."""
     total_bytes: int
+    files: Mapping[str, Held]
 
 
 class CheckpointStore:
@@ -95,19 +108,24 @@ class RunCheckpoints:
 
     def save(self, step: int, parts: Mapping[str, Part]) -> Saved:
         """Writes one. Raises StorageError; what was there stays, and nothing of the new one does."""
-        self._files.check_room(sum(part.total_bytes for part in parts.values()))
+        self._files.check_room(sum(part.total_bytes for part in parts.values() if part.held is None))
         name = f"{step}-{secrets.token_hex(4)}"
         directory, entries = f"{self._directory}/{name}", {}
         try:
             for file_name, part in parts.items():
-                entries[file_name] = self._write(f"{directory}/{file_name}", part.chunks())
+                path = f"{directory}/{file_name}"
+                if part.held is not None and self._files.share(part.held.name, path):
+                    entries[file_name] = part.held.entry
+                else:
+                    entries[file_name] = self._write(path, part.chunks())
             manifest = Manifest(self._run_id, step, entries)
             sha256 = self._write(f"{directory}/{MANIFEST_FILE}", [manifest.to_bytes()]).sha256
         except BaseException:
             with contextlib.suppress(StorageError):
                 self._remove(directory)
             raise
-        return Saved(step, sha256, manifest.total_bytes)
+        held = {file_name: Held(f"{directory}/{file_name}", entry) for file_name, entry in entries.items()}
+        return Saved(step, sha256, manifest.total_bytes, held)
 
     @contextmanager
     def newest_of(self, wanted: Sequence[tuple[int, str]]) -> Iterator[dict[str, Path] | None]:

@@ -45,6 +45,10 @@ class Files(Protocol):
     def write(self, name: str, chunks: Iterable[bytes]) -> None:
         """Writes a file that is not there yet; when it returns, the file survives the machine."""
 
+    def share(self, held: str, name: str) -> bool:
+        """Gives a file that is there another name, which outlives the first; whether that could be done without reading
+        it here. Raises nothing."""
+
     def read(self, name: str, max_bytes: int) -> bytes | None:
         """The content of a small file; None where there is none, or it is larger."""
 
@@ -92,6 +96,17 @@ class LocalFiles:
                 for chunk in chunks:
                     file.write(chunk)
             sync_directory(path.parent)
+
+    def share(self, held: str, name: str) -> bool:
+        """See Files: by a hard link."""
+        path = self._root / name
+        try:
+            self._make(path.parent)
+            os.link(self._root / held, path)
+            sync_directory(path.parent)
+            return True
+        except OSError:  # it is gone, or the file system has no links
+            return False
 
     def read(self, name: str, max_bytes: int) -> bytes | None:
         """See Files."""
@@ -213,6 +228,15 @@ class FsspecFiles:
             with self._store_errors():
                 self._make_parent(self._path(name))
                 self._fs.put_file(aside.name, self._path(name))
+
+    def share(self, held: str, name: str) -> bool:
+        """See Files: the store copies it, if it can."""
+        try:
+            self._make_parent(self._path(name))
+            self._fs.cp_file(self._path(held), self._path(name))
+            return True
+        except Exception:  # each store has a tree of its own; what is left of it is written over
+            return False
 
     def read(self, name: str, max_bytes: int) -> bytes | None:
         """See Files."""

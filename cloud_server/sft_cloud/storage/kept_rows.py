@@ -17,12 +17,15 @@ import contextlib
 import errno
 import logging
 import os
+import re
 import struct
 import tempfile
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -31,6 +34,7 @@ from sft.errors import CheckpointError, StorageError
 from sft.files.room import free_bytes
 from sft_cloud.errors import PreconditionError
 from sft_cloud.identity import Identity
+from sft_cloud.storage.checkpoints import Held, Part
 
 KEY_BYTES = 32
 
@@ -44,7 +48,19 @@ _CHUNK_BYTES = 1 << 20
 _LEFT_BYTES = 64 << 20
 """Of the disk, for what else the server writes."""
 
+_NO_ROOM = "no room on the disk, or no more of what is for one caller"
+
+_PART = re.compile(r"kept-\d{1,9}\.bin")
+
 _log = logging.getLogger(__name__)
+
+
+class _Saved(NamedTuple):
+    """A piece of the data, as it is in a checkpoint, or will be."""
+
+    begin: int
+    end: int
+    held: Held | None
 
 
 class KeptStore:
@@ -58,9 +74,9 @@ class KeptStore:
         self._lock = threading.Lock()
         self._rows: weakref.WeakSet[KeptRows] = weakref.WeakSet()
 
-    def open(self, owner: Identity, key: bytes, saved: Path | None = None) -> KeptRows | None:
-        """For a session of `owner`, with what a checkpoint holds in the file `saved`; where there is no room for that,
-        it is full and holds nothing. None where nothing is kept here.
+    def open(self, owner: Identity, key: bytes, saved: Mapping[str, Path] | None = None) -> KeptRows | None:
+        """For a session of `owner`, with what is among the files of a checkpoint, by name; where there is no room for
+        that, it is full and holds nothing. None where nothing is kept here.
 
         Raises PreconditionError where `saved` was kept with another key, CheckpointError where it is none of ours.
         """
@@ -74,8 +90,9 @@ class KeptStore:
             return None
         with self._lock:
             self._rows.add(rows)
-        if saved is not None:
-            rows.load(saved)
+        files = sorted((name for name in saved or () if _PART.fullmatch(name)), key=lambda name: int(name[5:-4]))
+        if saved and files:
+            rows.load([saved[name] for name in files])
         return rows
 
     def grows(self, rows: KeptRows, size: int) -> bool:
@@ -108,22 +125,21 @@ class KeptRows:
         weakref.finalize(self, os.close, self._index)
         os.pwrite(self._data, _HEAD, 0)
         self._end = len(_HEAD)
+        self._saved: list[_Saved] = []
 
     def add(self, rows: Sequence[bytes | memoryview]) -> None:
         """Keeps the rows of the next sequences: of all, or of none, and is full then."""
-        size = sum(len(data) + _RECORD_BYTES + _NUMBER.size for data in rows)
+        size = sum(len(data) + _RECORD_BYTES for data in rows)
         if self.is_full or not rows:
             return
         try:
             if not self._store.grows(self, size):
-                raise OSError(errno.EDQUOT, "no room, or no more of what is for one caller")
+                raise OSError(errno.EDQUOT, _NO_ROOM)
             end = self._end
             for number, data in enumerate(rows, self.count + 1):
                 end = self._write(number, data, end)
         except OSError as error:
-            _log.warning("no more activations are kept", extra={"fields": {"owner": self.owner, "reason": str(error)}})
-            self.is_full = True
-            self._truncate()
+            self._stop(error)
             return
         self.count, self._end = self.count + len(rows), end
 
@@ -145,38 +161,59 @@ class KeptRows:
         except (OSError, InvalidTag, ValueError) as error:  # a nonce that is cut short
             raise self._is_damaged(number, error) from error
 
-    def chunks(self) -> Iterator[bytes]:
-        """The file as it is now, for a checkpoint, of `saved_bytes`; nothing may be added meanwhile."""
-        for begin in range(0, self._end, _CHUNK_BYTES):
-            yield os.pread(self._data, min(_CHUNK_BYTES, self._end - begin), begin)
+    def parts(self) -> dict[str, Part]:
+        """The files of a checkpoint, for which nothing may be added until it is written; none where nothing is held.
 
-    @property
-    def saved_bytes(self) -> int:
-        """Of a checkpoint's file."""
-        return self._end
+        What older ones have is in files of its own, which need not be written again. Small ones become one with those
+        after them, so that there are few, and little is written twice.
+        """
+        files = [each for each in self._saved if each.end <= self._end]
+        begin = files[-1].end if files else 0
+        if begin < self._end:
+            while files and files[-1].end - files[-1].begin <= self._end - begin:
+                begin = files.pop().begin
+            files.append(_Saved(begin, self._end, None))
+        return {
+            f"kept-{index}.bin": Part(each.end - each.begin, partial(self._chunks, each.begin, each.end), each.held)
+            for index, each in enumerate(files if self.count else [])
+        }
 
-    def load(self, saved: Path) -> None:
-        """Holds what a checkpoint does, and nothing else. Raises as `KeptStore.open` does."""
-        ends = self._checked(saved)
+    def were_saved(self, files: Mapping[str, Held]) -> None:
+        """The files that `parts` gave are in a checkpoint now, among others."""
+        begin, saved = 0, []
+        for name, part in self.parts().items():
+            saved.append(_Saved(begin, begin + part.total_bytes, files[name]))
+            begin += part.total_bytes
+        self._saved = saved
+
+    def _chunks(self, begin: int, end: int) -> Iterator[bytes]:
+        for at in range(begin, end, _CHUNK_BYTES):
+            yield os.pread(self._data, min(_CHUNK_BYTES, end - at), at)
+
+    def load(self, saved: Sequence[Path]) -> None:
+        """Holds what the files of a checkpoint do, and nothing else. Raises as `KeptStore.open` does."""
         try:
-            if not self._store.grows(self, _size(len(ends) - 1, ends[-1])):
-                self.is_full = True
-                return
-            with saved.open("rb") as file:
-                while chunk := file.read(_CHUNK_BYTES):
-                    _write_all(self._data, chunk, file.tell() - len(chunk))
-            _write_all(self._index, b"".join(_NUMBER.pack(end) for end in ends[1:]), 0)
+            size = sum(path.stat().st_size for path in saved)
+            if not self._store.grows(self, size - len(_HEAD)):
+                raise OSError(errno.EDQUOT, _NO_ROOM)
+            at = 0
+            for path in saved:
+                with path.open("rb") as file:
+                    while chunk := file.read(_CHUNK_BYTES):
+                        _write_all(self._data, chunk, at)
+                        at += len(chunk)
+            ends = self._ends(size)
+            _write_all(self._index, b"".join(map(_NUMBER.pack, ends[1:])), 0)
         except OSError as error:
-            _log.warning("activations are not kept", extra={"fields": {"owner": self.owner, "reason": str(error)}})
-            self.is_full = True
-            self._truncate()
+            self._stop(error)
             return
-        self.count, self._end = len(ends) - 1, ends[-1]
+        self.count, self._end = len(ends) - 1, size
 
-    def _checked(self, saved: Path) -> list[int]:
-        """Where the head and each record of a file end."""
-        size, ends = saved.stat().st_size, [len(_HEAD)]
-        with saved.open("rb") as file:
+    def _ends(self, size: int) -> list[int]:
+        """Of the head, and of each record of the file."""
+        ends = [len(_HEAD)]
+        with os.fdopen(os.dup(self._data), "rb") as file:
+            file.seek(0)
             if file.read(len(_HEAD)) != _HEAD:
                 raise CheckpointError("the cloud's half of the checkpoint holds activations of another release")
             while ends[-1] < size:
@@ -234,16 +271,14 @@ class KeptRows:
             self.count, self._end = 0, len(_HEAD)
         return StorageError("the cloud's disk does not give back the activations that were kept")
 
-    def _truncate(self) -> None:
+    def _stop(self, error: OSError) -> None:
+        """Keeps what it holds, and no more."""
+        _log.warning("no more activations are kept", extra={"fields": {"owner": self.owner, "reason": error.strerror}})
+        self.is_full = True
         with contextlib.suppress(OSError):
             os.ftruncate(self._data, self._end)
             os.ftruncate(self._index, _NUMBER.size * self.count)
-        self.total_bytes = _size(self.count, self._end)
-
-
-def _size(count: int, end: int) -> int:
-    """What so many records take whose file has so many bytes."""
-    return end - len(_HEAD) + _NUMBER.size * count
+        self.total_bytes = self._end - len(_HEAD)
 
 
 def _nameless(directory: Path) -> int:

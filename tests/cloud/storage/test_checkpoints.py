@@ -115,6 +115,21 @@ def test_a_manifest_of_another_run_or_step_does_not_count(run: RunCheckpoints, s
     assert found(run, (10, hashlib.sha256(data).hexdigest())) is None
 
 
+def test_a_file_that_an_older_one_has_is_not_written_again(run: RunCheckpoints) -> None:
+    """It outlives that one; and where that is gone, it is written."""
+    first = run.save(1, parts(a=b"one", b=b"two"))
+
+    def never() -> list[bytes]:
+        raise AssertionError("it was written again")
+
+    second = run.save(2, {"a.bin": Part(3, never, first.files["a.bin"]), **parts(b=b"other")})
+    run.keep([2], 2)
+    assert found(run, (2, second.sha256)) == {"a.bin": b"one", "b.bin": b"other"}
+    third = run.save(3, {"a.bin": Part(3, lambda: [b"one"], first.files["a.bin"])})
+    assert found(run, (3, third.sha256)) == {"a.bin": b"one"}
+    assert third.files["a.bin"].entry == first.files["a.bin"].entry
+
+
 def test_a_step_that_is_saved_again_leaves_the_first_as_it_is(run: RunCheckpoints) -> None:
     first, second = run.save(10, parts(a=b"first")), run.save(10, parts(a=b"second"))
     assert found(run, (10, first.sha256)) == {"a.bin": b"first"}
