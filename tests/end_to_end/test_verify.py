@@ -138,6 +138,17 @@ def test_codecs(
     assert plain["last_loss"] != report["last_loss"]
 
 
+@pytest.mark.parametrize("family", ["bert", pytest.param("gpt2", marks=pytest.mark.slow)])
+def test_a_codec_that_is_fitted(verify: Callable[..., tuple[int, dict, str]], tmp_path: Path, family: str) -> None:
+    tiny_config(family, layers=3).save_pretrained(tmp_path)
+    options = {"model": None, "from_config": tmp_path / "config.json", "mode": "sl", "freeze_edge": True}
+    head = "sequence-classification" if family == "bert" else "causal-lm"
+    code, report, _ = verify(**options, codec="fitted", head=head, steps=3, gradient_accumulation_steps=2)
+    assert (code, report["max_loss_difference"], report["max_parameter_difference"]) == (0, 0.0, 0.0)
+    code, plain, _ = verify(**options, head=head, steps=3, gradient_accumulation_steps=2)
+    assert plain["last_loss"] != report["last_loss"]
+
+
 def test_what_both_halves_hold_is_downloaded_once(verify: Callable[..., tuple[int, dict, str]], tmp_path: Path) -> None:
     """DeBERTa's relative positions: every parameter of the model is in one of the two files."""
     code, report, _ = verify(model=make_tiny_model(tmp_path / "deberta", "deberta-v2", layers=3), steps=2)

@@ -117,7 +117,7 @@ def _commands(address: str, model: Path, tmp_path: Path) -> None:
     assert main(["train", *job.flags(**saving)]) == 0
     others = {
         "sl": {"mode": "sl"},
-        "frozen": {"freeze_edge": True},
+        "frozen": {"freeze_edge": True, "mode": "sl", "codec": "fitted"},
         "lora": {"lora_r": 2},
         "kept": KEPT,
         "sgd": {"optim": "SGD"},

@@ -13,7 +13,7 @@ from support.proxy import TcpProxy
 
 from sft.v1 import split_training_pb2 as pb
 from sft.v1.split_training_pb2_grpc import SplitTrainingServicer, add_SplitTrainingServicer_to_server
-from sft.wire.codec.rows import CODES
+from sft.wire.codec.rows import NAMES
 from sft.wire.protocol import SERVER_OPTIONS
 from sft_edge.link.grpc_transport import GrpcTransport
 
@@ -45,7 +45,7 @@ class ScriptedCloud(SplitTrainingServicer):
         self.weights = WEIGHTS
         """What a download gives, in parts."""
         self.requests: List[pb.OpenSessionRequest] = []
-        self.codecs = list(CODES)
+        self.codecs = list(NAMES.values())
         self.ended_properly = threading.Event()
         """A stream was ended by the edge, in order."""
         self.ended = threading.Event()

@@ -17,6 +17,7 @@ from sft.models.weights import fill_in_pieces
 from sft.optim.spec import make_optimizer
 from sft.tensors.stream import StoredTensor
 from sft_cloud.engine.request import SessionSpec, blames_config
+from sft_cloud.engine.tables import tables_bytes, with_tables
 from sft_cloud.engine.turns import in_pieces
 from sft_cloud.engine.worker import at_once
 from sft_cloud.errors import NoMemoryError
@@ -135,7 +136,8 @@ def session_in_pieces(
     Raises ProtocolError and UsageError, and NoMemoryError where it does not fit into the `budget` beside the others.
     """
     budget = MemoryBudget() if budget is None else budget
-    share = MemoryShare(budget, built.needed_bytes, owner)
+    needed = built.needed_bytes + tables_bytes(spec, built.net_2.width, find_blob)
+    share = MemoryShare(budget, needed, owner)
     try:
         with budget.charge(Kind.BUILDS, _passing_bytes(spec, built.net_2), owner):
             session = yield from _make_session(spec, built.net_2, tensors, device, find_blob, share)
@@ -169,7 +171,8 @@ def _make_session(
         parameter.requires_grad_(parameter.requires_grad and name in trained)
     yield
     merges = not any(is_adapter(tensor.name) for tensor in tensors)
-    half = TransformersUpperHalf(net_2, spec.config, spec.codecs.gradient, merges, _batch_memory(spec, net_2))
+    codecs = with_tables(spec, net_2.width, find_blob, device)
+    half = TransformersUpperHalf(net_2, spec.config, codecs, merges, _batch_memory(spec, net_2))
     return Session(half, optimizer, spec.seed, find_blob, share)
 
 

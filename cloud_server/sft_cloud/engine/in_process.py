@@ -75,15 +75,16 @@ class InProcessEngine:
         """See Engine. Rows that are kept are read and written in the caller's thread."""
         live = self._find(session_id)
         kept, owner, next_step = live.session.kept, live.owner, live.session.next_step
+        codes = live.session.half.codes
         del live
         try:
-            if check_keeps(message, kept):
+            if check_keeps(message, kept, codes):
                 assert kept is not None
-                with made_whole(message, kept, self._opener.budget, owner) as (whole, lacks):
+                with made_whole(message, kept, self._opener.budget, owner, codes) as (whole, lacks):
                     handled = self._handle(session_id, whole, remembered_bytes, lacks)
                     del whole
                 if handled.error is None:
-                    keep(message, kept)
+                    keep(message, kept, codes)
             else:
                 handled = self._handle(session_id, message, remembered_bytes)
         except ProtocolError as error:

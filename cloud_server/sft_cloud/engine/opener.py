@@ -12,6 +12,7 @@ from sft.v1 import split_training_pb2 as pb
 from sft_cloud.engine.build import Built, adapt, build, objects_bytes, session_in_pieces
 from sft_cloud.engine.request import SessionSpec, check_request
 from sft_cloud.engine.saved_session import Checkpoints, restore_in_pieces
+from sft_cloud.engine.tables import missing_tables
 from sft_cloud.engine.turns import Gone, Turns, in_pieces
 from sft_cloud.engine.weights import WeightsFinder
 from sft_cloud.engine.worker import Run
@@ -93,6 +94,7 @@ class TransformersOpener:
         if request.resume_from:
             return self._resume(request, owner, spec, built, run, gone)
         tensors, missing = self._weights.find(spec, built.net_2, store)
+        missing += missing_tables(spec, store.find)
         if missing or request.only_check:
             return missing
         with self._turns.of(owner.name, gone):
@@ -108,11 +110,11 @@ class TransformersOpener:
         if self.checkpoints is None:
             raise PreconditionError("this server keeps no checkpoints")
         with self.checkpoints.find(request, owner) as files:
-            if request.only_check:
-                return []
-
-            kept = self._keeps(request, owner, files)
             store = self._store.of(owner)
+            missing = missing_tables(spec, store.find)
+            if missing or request.only_check:
+                return missing
+            kept = self._keeps(request, owner, files)
             with self._turns.of(owner.name, gone):
                 adapt(spec, built)
                 # Filled from the seed: whatever that gives is replaced, to the last parameter.

@@ -65,6 +65,8 @@ class SessionSpec:
     """Empty for `sl`."""
     optimizer: OptimizerSpec
     codecs: Codecs
+    codec_tables_sha256: str
+    """Empty where the codecs have no tables."""
     lora: LoraSpec | None
     """None where net_2 is trained whole."""
 
@@ -91,6 +93,8 @@ def check_request(request: pb.OpenSessionRequest) -> SessionSpec:
         raise ProtocolError(f"model_name {request.model_name[:80]!r} is neither a hub id nor the name of a directory")
     head, cut = head_from_proto(request.head), cut_from_proto(request.cut)
     codecs = codecs_of(request)
+    if codecs.needs_tables and cut.mode != "sl":
+        raise ProtocolError("the codec fitted is for mode sl")
     if request.run_id and not is_run_id(request.run_id):
         raise ProtocolError("run_id must be 32 lower-case hexadecimal digits")
     # A run that goes on has its weights on the cloud.
@@ -98,7 +102,7 @@ def check_request(request: pb.OpenSessionRequest) -> SessionSpec:
         raise ProtocolError("factors_sha256 must name a blob for mode sft, and be empty for mode sl")
     if len(request.keep_key) not in (0, KEY_BYTES):
         raise ProtocolError(f"keep_key has {len(request.keep_key)} bytes; it has {KEY_BYTES}, or none")
-    for sha256 in filter(None, (request.weights_sha256, request.factors_sha256)):
+    for sha256 in filter(None, (request.weights_sha256, request.factors_sha256, request.codec_tables_sha256)):
         check_sha256(sha256)
     groups = len(request.optimizer.groups)
     if groups > _MAX_GROUPS:
@@ -118,6 +122,7 @@ def check_request(request: pb.OpenSessionRequest) -> SessionSpec:
         factors_sha256=request.factors_sha256,
         optimizer=spec_from_proto(request.optimizer),
         codecs=codecs,
+        codec_tables_sha256=request.codec_tables_sha256,
         lora=lora_from_json(request.lora_json) if request.lora_json else None,
     )
 

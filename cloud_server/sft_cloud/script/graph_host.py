@@ -17,6 +17,7 @@ from sft.graphs.cut import GraphCut, cut
 from sft.tensors.stream import StoredTensor, in_memory
 from sft.v1 import split_training_pb2 as pb
 from sft.wire.codec.elements import MAX_DIMENSIONS, codecs_of, decode_tensor, encode_tensor
+from sft.wire.codec.rows import CODES, Codes
 from sft.wire.cut import layer_cut_to_proto
 from sft.wire.protocol import MAX_MESSAGE_BYTES
 from sft_cloud.script.hosted_model import HostedModel, check_same_cut
@@ -69,6 +70,11 @@ class GraphHalf:
     def device(self) -> torch.device:
         """See UpperHalf."""
         return next(self._cut.model.parameters()).device
+
+    @property
+    def codes(self) -> Codes:
+        """See UpperHalf."""
+        return CODES
 
     def train(self, mode: bool) -> object:
         """See UpperHalf."""

@@ -56,7 +56,8 @@ class ScriptOpener:
         if request.resume_from:
             raise PreconditionError("a script's cloud keeps no checkpoints; save the optimizer's state_dict instead")
         self._check_free()
-        codecs_of(request)
+        if codecs_of(request).needs_tables:
+            raise ProtocolError("a script's cloud does not know the codec fitted, which is for `sft-edge train`")
         store = self._store.of(owner)
         half = run(lambda: self._hosted.make_half(request))
         self._check_groups(request.optimizer)

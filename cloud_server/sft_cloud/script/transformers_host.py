@@ -67,7 +67,7 @@ class TransformersHost(HostedModel):
             raise ProtocolError("a script's model is trained whole; LoRA is for `sft-cloud serve`")
         config = copy.deepcopy(self._config)
         config.problem_type = spec.config.problem_type  # what the labels that travel are
-        return TransformersUpperHalf(self._net_2.to(self.device), config, spec.codecs.gradient)
+        return TransformersUpperHalf(self._net_2.to(self.device), config, spec.codecs)
 
 
 class _Forward:

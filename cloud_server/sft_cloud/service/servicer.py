@@ -15,7 +15,7 @@ from sft.tensors.stream import CHUNK_BYTES
 from sft.v1 import split_training_pb2 as pb
 from sft.v1 import split_training_pb2_grpc as pb_grpc
 from sft.version import __version__
-from sft.wire.codec.rows import CODES
+from sft.wire.codec.rows import NAMES
 from sft.wire.cut import mode_name
 from sft_cloud.engine import PIECE_BYTES, Engine
 from sft_cloud.errors import PreconditionError, StreamTakenError
@@ -79,7 +79,7 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
     def OpenSession(self, request: pb.OpenSessionRequest, context: Call) -> pb.OpenSessionResponse:
         """See the .proto."""
         response = pb.OpenSessionResponse(
-            package_version=__version__, device=self._engine.device, codecs=CODES, takes_ahead=True
+            package_version=__version__, device=self._engine.device, codecs=NAMES.values(), takes_ahead=True
         )
         caller = context.caller
         self._check_draining()

@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from sft.errors import ProtocolError, StorageError
 from sft.v1 import split_training_pb2 as pb
 from sft.wire.codec.elements import check_tensor, encoded_size
+from sft.wire.codec.rows import CODES, Codes
 from sft.wire.protocol import MAX_MESSAGE_BYTES, MAX_PADDED_TOKENS
 from sft_cloud.errors import NoMemoryError, PreconditionError
 from sft_cloud.identity import Identity
@@ -29,8 +30,8 @@ def activation_of(message: pb.EdgeMessage) -> pb.Activation | None:
     return message.evaluate.activation if body == "evaluate" else None
 
 
-def check_keeps(message: pb.EdgeMessage, kept: KeptRows | None) -> bool:
-    """Whether a message has anything to do with rows that are kept.
+def check_keeps(message: pb.EdgeMessage, kept: KeptRows | None, codes: Codes = CODES) -> bool:
+    """Whether a message has anything to do with rows that are kept, which are written in the session's `codes`.
 
     Raises PreconditionError where the session keeps none, ProtocolError for numbers that make no sense.
     """
@@ -39,13 +40,13 @@ def check_keeps(message: pb.EdgeMessage, kept: KeptRows | None) -> bool:
         return False
     if kept is None:
         raise PreconditionError("this session keeps no activations: nothing has a number in it")
-    _check(activation, kept)
+    _check(activation, kept, codes)
     return True
 
 
 @contextmanager
 def made_whole(
-    message: pb.EdgeMessage, kept: KeptRows, budget: MemoryBudget, owner: Identity
+    message: pb.EdgeMessage, kept: KeptRows, budget: MemoryBudget, owner: Identity, codes: Codes = CODES
 ) -> Iterator[tuple[pb.EdgeMessage, str]]:
     """For the block: a message that was checked, with all rows of its activation; or what it lacks, in a sentence.
 
@@ -55,29 +56,29 @@ def made_whole(
     assert activation is not None
     with ExitStack() as held:
         try:
-            held.enter_context(budget.charge(Kind.MESSAGES, _looked_up(activation, kept), owner, _WAIT_SECONDS))
-            whole, lacks = _whole(message, activation, kept), ""
+            held.enter_context(budget.charge(Kind.MESSAGES, _looked_up(activation, kept, codes), owner, _WAIT_SECONDS))
+            whole, lacks = _whole(message, activation, kept, codes), ""
         except (NoMemoryError, StorageError) as error:
             whole, lacks = message, str(error)
         yield whole, lacks
 
 
-def keep(message: pb.EdgeMessage, kept: KeptRows) -> None:
+def keep(message: pb.EdgeMessage, kept: KeptRows, codes: Codes = CODES) -> None:
     """Keeps what a message that was checked, and applied, says."""
     activation = activation_of(message)
     assert activation is not None
-    rows = dict(_rows_that_came(activation)) if activation.keep else {}
+    rows = dict(_rows_that_came(activation, codes)) if activation.keep else {}
     kept.add([rows[index] for index, number in enumerate(activation.keep) if number])
 
 
-def _check(activation: pb.Activation, kept: KeptRows) -> None:
+def _check(activation: pb.Activation, kept: KeptRows, codes: Codes) -> None:
     B = len(activation.lengths)
     for numbers in (activation.keep, activation.kept):
         if len(numbers) not in (0, B):
             raise ProtocolError(f"{len(numbers)} numbers of kept sequences came, for {B} sequences")
     if B * max(1, activation.padded_length) > MAX_PADDED_TOKENS:
         raise ProtocolError(f"a batch of {B} sequences is too large; at most {MAX_PADDED_TOKENS} padded tokens go")
-    check_tensor(activation.packed)
+    check_tensor(activation.packed, codes)
     came = sum(
         length for length, known in zip(activation.lengths, _numbers(activation.kept, B), strict=True) if not known
     )
@@ -96,11 +97,11 @@ def _check(activation: pb.Activation, kept: KeptRows) -> None:
             raise ProtocolError(f"sequence {known} is not kept; {kept.count} are")
 
 
-def _looked_up(activation: pb.Activation, kept: KeptRows) -> int:
+def _looked_up(activation: pb.Activation, kept: KeptRows, codes: Codes) -> int:
     """Bytes. Raises StorageError for what is not held, ProtocolError for rows of other sizes than the lengths say."""
     if not any(activation.kept):
         return 0
-    row_bytes = encoded_size((1, activation.packed.shape[1]), activation.packed.data_type)
+    row_bytes = encoded_size((1, activation.packed.shape[1]), activation.packed.data_type, codes)
     whole = row_bytes * sum(activation.lengths)
     if whole > MAX_MESSAGE_BYTES:
         raise ProtocolError(f"the activation would have {whole} bytes, where {MAX_MESSAGE_BYTES} are the most")
@@ -112,11 +113,11 @@ def _looked_up(activation: pb.Activation, kept: KeptRows) -> int:
     return _COPIES * whole
 
 
-def _whole(message: pb.EdgeMessage, activation: pb.Activation, kept: KeptRows) -> pb.EdgeMessage:
+def _whole(message: pb.EdgeMessage, activation: pb.Activation, kept: KeptRows, codes: Codes) -> pb.EdgeMessage:
     """Raises StorageError."""
     if not any(activation.kept):
         return message
-    came = dict(_rows_that_came(activation))
+    came = dict(_rows_that_came(activation, codes))
     rows = b"".join(came[i] if i in came else kept.read(number) for i, number in enumerate(activation.kept))
     whole = pb.EdgeMessage()
     whole.CopyFrom(message)
@@ -126,10 +127,10 @@ def _whole(message: pb.EdgeMessage, activation: pb.Activation, kept: KeptRows) -
     return whole
 
 
-def _rows_that_came(activation: pb.Activation) -> Iterator[tuple[int, memoryview]]:
+def _rows_that_came(activation: pb.Activation, codes: Codes) -> Iterator[tuple[int, memoryview]]:
     """With the number of each sequence in its batch."""
     packed, data, at = activation.packed, memoryview(activation.packed.data), 0
-    row_bytes = encoded_size((1, packed.shape[1]), packed.data_type)
+    row_bytes = encoded_size((1, packed.shape[1]), packed.data_type, codes)
     for index, known in enumerate(_numbers(activation.kept, len(activation.lengths))):
         if not known:
             end = at + row_bytes * activation.lengths[index]

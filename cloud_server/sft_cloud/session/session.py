@@ -262,7 +262,7 @@ class Session:
         if not (math.isfinite(forward.loss_scale) and forward.loss_scale >= 0):
             raise ProtocolError(f"loss_scale must be finite and not negative, not {forward.loss_scale}")
         check_autocast(forward.autocast)
-        check_tensor(forward.activation.packed)
+        check_tensor(forward.activation.packed, self._half.codes)
         has_labels = forward.HasField("labels")
         waits = 0 if commits else self._micro_batches.waiting_bytes(message.weights)
         graph = self._half.training_bytes(forward.activation) + (self._half.cast_bytes() if forward.autocast else 0)
@@ -342,7 +342,7 @@ class Session:
 
     def _check_evaluate(self, message: pb.EdgeMessage, lacks: str) -> Work:
         check_autocast(message.evaluate.autocast)
-        check_tensor(message.evaluate.activation.packed)
+        check_tensor(message.evaluate.activation.packed, self._half.codes)
         waits = self._micro_batches.waiting_bytes(message.weights)
         batch = self._half.training_bytes(message.evaluate.activation) // _EVALUATION_TAKES
         batch += self._half.cast_bytes() if message.evaluate.autocast else 0

@@ -19,7 +19,7 @@ from sft.models.lora import merged_tensors
 from sft.models.losses import head_loss
 from sft.tensors.stream import StoredTensor, in_memory
 from sft.v1 import split_training_pb2 as pb
-from sft.wire.codec.elements import encode_tensor
+from sft.wire.codec.elements import Codecs, encode_tensor
 from sft.wire.codec.messages import (
     decode_activation,
     decode_labels,
@@ -29,6 +29,7 @@ from sft.wire.codec.messages import (
     outputs_of,
 )
 from sft.wire.codec.packing import pack
+from sft.wire.codec.rows import Codes
 from sft.wire.protocol import MAX_MESSAGE_BYTES, MAX_PADDED_TOKENS
 from sft_cloud.session.memory import UNKNOWN, BatchMemory, half_precision_bytes
 
@@ -55,6 +56,10 @@ class UpperHalf(Protocol):
     @property
     def device(self) -> torch.device:
         """Where it runs."""
+
+    @property
+    def codes(self) -> Codes:
+        """In which activations may be written."""
 
     def train(self, mode: bool) -> object:
         """With dropout, or without."""
@@ -120,18 +125,18 @@ class TransformersUpperHalf:
         self,
         net_2: Net2,
         config: PretrainedConfig,
-        gradient_codec: pb.DataType,
+        codecs: Codecs,
         merges: bool = True,
         batch_memory: BatchMemory = UNKNOWN,
     ) -> None:
-        """`net_2` filled and on its device; `gradient_codec`: how gradients by the activation are written.
+        """`net_2` filled and on its device; `codecs`: how activations and their gradients are written.
 
         `merges`: whether adapters are merged in what is downloaded; `batch_memory`: as `sft_cloud.session.memory`
         measured it.
         """
         self.net_2 = net_2
         self._config = config
-        self._gradient_codec = gradient_codec
+        self._codecs = codecs
         self._merges = merges
         self._batch_memory = batch_memory
 
@@ -139,6 +144,11 @@ class TransformersUpperHalf:
     def device(self) -> torch.device:
         """See UpperHalf."""
         return self.net_2.device
+
+    @property
+    def codes(self) -> Codes:
+        """See UpperHalf."""
+        return self._codecs.codes
 
     def train(self, mode: bool) -> object:
         """See UpperHalf."""
@@ -182,7 +192,8 @@ class TransformersUpperHalf:
         padded_tokens = len(activation.lengths) * max(1, activation.padded_length)
         if padded_tokens > MAX_PADDED_TOKENS:
             raise ProtocolError(f"a batch of {padded_tokens} padded tokens is too large; at most {MAX_PADDED_TOKENS}")
-        return Given(*decode_activation(activation, self.net_2.width, max_positions(self._config), self.device))
+        longest = max_positions(self._config)
+        return Given(*decode_activation(activation, self.net_2.width, longest, self.device, self.codes))
 
     def outputs(self, given: Given) -> Tensor:
         """See UpperHalf: (B, C), or (B, S, C) where every token has a row."""
@@ -203,7 +214,7 @@ class TransformersUpperHalf:
 
     def encode_gradient(self, gradient: Tensor, given: Given) -> pb.Tensor:
         """See UpperHalf."""
-        return encode_tensor(pack(gradient, given.lengths), self._gradient_codec, given.rounding)
+        return encode_tensor(pack(gradient, given.lengths), self._codecs.gradient, given.rounding)
 
     def decode_output_gradient(self, message: pb.Tensor, outputs: Tensor, given: Given) -> Tensor:
         """See UpperHalf."""

@@ -14,6 +14,7 @@ class DataType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     DATA_TYPE_FLOAT16: _ClassVar[DataType]
     DATA_TYPE_INT8: _ClassVar[DataType]
     DATA_TYPE_INT4: _ClassVar[DataType]
+    DATA_TYPE_FITTED: _ClassVar[DataType]
 
 class Head(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -39,6 +40,7 @@ DATA_TYPE_BFLOAT16: DataType
 DATA_TYPE_FLOAT16: DataType
 DATA_TYPE_INT8: DataType
 DATA_TYPE_INT4: DataType
+DATA_TYPE_FITTED: DataType
 HEAD_UNSPECIFIED: Head
 HEAD_SEQUENCE_CLASSIFICATION: Head
 HEAD_QUESTION_ANSWERING: Head
@@ -117,7 +119,7 @@ class Optimizer(_message.Message):
     def __init__(self, name: _Optional[str] = ..., groups: _Optional[_Iterable[_Union[ParameterGroup, _Mapping]]] = ...) -> None: ...
 
 class OpenSessionRequest(_message.Message):
-    __slots__ = ("protocol_version", "package_version", "model_name", "config_json", "head", "cut", "seed", "weights_sha256", "factors_sha256", "optimizer", "wire_data_type", "lora_json", "request_id", "run_id", "resume_from", "only_check", "activation_codec", "gradient_codec", "keep_key")
+    __slots__ = ("protocol_version", "package_version", "model_name", "config_json", "head", "cut", "seed", "weights_sha256", "factors_sha256", "optimizer", "wire_data_type", "lora_json", "request_id", "run_id", "resume_from", "only_check", "activation_codec", "gradient_codec", "codec_tables_sha256", "keep_key")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     PACKAGE_VERSION_FIELD_NUMBER: _ClassVar[int]
     MODEL_NAME_FIELD_NUMBER: _ClassVar[int]
@@ -136,6 +138,7 @@ class OpenSessionRequest(_message.Message):
     ONLY_CHECK_FIELD_NUMBER: _ClassVar[int]
     ACTIVATION_CODEC_FIELD_NUMBER: _ClassVar[int]
     GRADIENT_CODEC_FIELD_NUMBER: _ClassVar[int]
+    CODEC_TABLES_SHA256_FIELD_NUMBER: _ClassVar[int]
     KEEP_KEY_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     package_version: str
@@ -155,8 +158,9 @@ class OpenSessionRequest(_message.Message):
     only_check: bool
     activation_codec: DataType
     gradient_codec: DataType
+    codec_tables_sha256: str
     keep_key: bytes
-    def __init__(self, protocol_version: _Optional[int] = ..., package_version: _Optional[str] = ..., model_name: _Optional[str] = ..., config_json: _Optional[str] = ..., head: _Optional[_Union[Head, str]] = ..., cut: _Optional[_Union[Cut, _Mapping]] = ..., seed: _Optional[int] = ..., weights_sha256: _Optional[str] = ..., factors_sha256: _Optional[str] = ..., optimizer: _Optional[_Union[Optimizer, _Mapping]] = ..., wire_data_type: _Optional[_Union[DataType, str]] = ..., lora_json: _Optional[str] = ..., request_id: _Optional[str] = ..., run_id: _Optional[str] = ..., resume_from: _Optional[_Iterable[_Union[CheckpointId, _Mapping]]] = ..., only_check: bool = ..., activation_codec: _Optional[_Union[DataType, str]] = ..., gradient_codec: _Optional[_Union[DataType, str]] = ..., keep_key: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, protocol_version: _Optional[int] = ..., package_version: _Optional[str] = ..., model_name: _Optional[str] = ..., config_json: _Optional[str] = ..., head: _Optional[_Union[Head, str]] = ..., cut: _Optional[_Union[Cut, _Mapping]] = ..., seed: _Optional[int] = ..., weights_sha256: _Optional[str] = ..., factors_sha256: _Optional[str] = ..., optimizer: _Optional[_Union[Optimizer, _Mapping]] = ..., wire_data_type: _Optional[_Union[DataType, str]] = ..., lora_json: _Optional[str] = ..., request_id: _Optional[str] = ..., run_id: _Optional[str] = ..., resume_from: _Optional[_Iterable[_Union[CheckpointId, _Mapping]]] = ..., only_check: bool = ..., activation_codec: _Optional[_Union[DataType, str]] = ..., gradient_codec: _Optional[_Union[DataType, str]] = ..., codec_tables_sha256: _Optional[str] = ..., keep_key: _Optional[bytes] = ...) -> None: ...
 
 class CheckpointId(_message.Message):
     __slots__ = ("step", "sha256")

@@ -23,6 +23,8 @@ from sft_edge.systems import System, key_of
 from sft_edge.training import TrainingLoop
 
 NET_1, OPTIMIZER, RANDOM, LEDGER = (f"{name}.safetensors" for name in ("net_1", "optimizer", "random", "ledger"))
+CODEC = "codec.safetensors"
+"""Where a codec was fitted: its tables."""
 STATE = "state.json"
 
 
@@ -37,6 +39,7 @@ def parts_of(system: System, loop: TrainingLoop, beside: Mapping[str, Any]) -> D
         "evaluation": ledger.evaluation.__dict__,
         "evaluation_samples": ledger.evaluation_samples,
     }
+    tables = {CODEC: _chunks(list(in_memory(dict(system.codec_tables))))} if system.codec_tables else {}
     columns = {name: torch.from_numpy(np.array(column)) for name, column in ledger.columns().items()}
     kept = system.kept_state()
     return {
@@ -45,6 +48,7 @@ def parts_of(system: System, loop: TrainingLoop, beside: Mapping[str, Any]) -> D
         OPTIMIZER: _chunks(stored_state(system.optimizer, parameters)),
         RANDOM: _chunks(list(in_memory(generator_states()))),
         LEDGER: _chunks(list(in_memory(columns))),
+        **tables,
         # Not write_json's form, which has no NaN: what is read back must be what was written.
         STATE: [(json.dumps(state, indent=1) + "\n").encode()],
     }
@@ -77,6 +81,16 @@ def keep_key_of(checkpoint: EdgeCheckpoint) -> Optional[bytes]:
         return key_of(_tensors(checkpoint, KEPT))
     except (KeyError, OSError, SafetensorError) as error:
         raise CheckpointError(f"{checkpoint.directory / KEPT}: not readable ({error})") from error
+
+
+def read_codec_tables(checkpoint: EdgeCheckpoint) -> Dict[str, Tensor]:
+    """Of the codec that was fitted to the run's activations; nothing where none was. Raises CheckpointError."""
+    if CODEC not in checkpoint.manifest.files:
+        return {}
+    try:
+        return _tensors(checkpoint, CODEC)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{checkpoint.directory / CODEC}: not readable ({error})") from error
 
 
 def read_state(checkpoint: EdgeCheckpoint) -> Dict[str, Any]:

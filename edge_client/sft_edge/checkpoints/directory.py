@@ -5,6 +5,7 @@
     random.safetensors      the states of every generator of random numbers
     ledger.safetensors      bytes and seconds of every step
     kept.safetensors        what the cloud keeps, and the key to it, where it does: for the owner alone
+    codec.safetensors       the tables of a codec that was fitted to this run's activations
     state.json              all the rest: see `content`
     manifest.json           hashes of these, and the hash of the cloud's manifest
 

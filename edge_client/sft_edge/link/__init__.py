@@ -5,7 +5,7 @@ from sft_edge.link.download import NUMBERS, checked_state, checked_weights, coul
 from sft_edge.link.grpc_transport import GrpcTransport, transport_of
 from sft_edge.link.link import Blob, Link, PendingReply
 from sft_edge.link.reliable_stream import TRANSIENT
-from sft_edge.link.request import model_fields, session_request
+from sft_edge.link.request import model_fields, offer, session_request
 from sft_edge.link.retries import Retries, RetryPolicy, Wake, retry_policy_of
 from sft_edge.link.transport import Transport
 
@@ -25,6 +25,7 @@ __all__ = [
     "checked_weights",
     "could_be_state",
     "model_fields",
+    "offer",
     "retry_policy_of",
     "session_request",
     "transport_of",

@@ -39,8 +39,8 @@ def session_request(
         protocol_version=PROTOCOL_VERSION,
         package_version=__version__,
         seed=seed,
-        weights_sha256=_offer(weights, blobs),
-        factors_sha256=_offer(factors, blobs),
+        weights_sha256=offer(weights, blobs),
+        factors_sha256=offer(factors, blobs),
         optimizer=spec_to_proto(optimizer),
         wire_data_type=codecs.outputs,
         activation_codec=_beside(codecs.activation, codecs),
@@ -63,7 +63,7 @@ def model_fields(name: str, config: PretrainedConfig, head: str, cut: Cut, lora_
     }
 
 
-def _offer(tensors: List[StoredTensor], blobs: Dict[str, Blob]) -> str:
+def offer(tensors: List[StoredTensor], blobs: Dict[str, Blob]) -> str:
     """Adds the tensors to `blobs`, as one blob; returns its hash, which is empty for no tensors."""
     if not tensors:
         return ""

@@ -10,7 +10,7 @@ from typing import Literal, Optional
 from sft.cli.durations import Duration
 from sft.cli.options import above_zero, at_least, flag
 from sft.errors import UsageError
-from sft_edge.options.train import Codec, check_gradient_codec, check_name
+from sft_edge.options.train import Codec, GradientCodec, check_codecs, check_name
 
 
 @dataclass
@@ -94,9 +94,10 @@ class VerifyOptions:
     """train the cloud's half only"""
 
     codec: Codec = "float32"
-    """how activations are written on the wire; one process then writes and reads them likewise"""
+    """how activations are written on the wire; one process then writes and reads them likewise. fitted is for --mode sl
+    with --freeze-edge"""
 
-    gradient_codec: Optional[Codec] = None
+    gradient_codec: Optional[GradientCodec] = None
     """how their gradients are; by default as --codec"""
 
     head: Literal["sequence-classification", "question-answering", "causal-lm"] = "sequence-classification"
@@ -144,7 +145,7 @@ class VerifyOptions:
             raise UsageError("--head causal-lm needs --from-config or --model of a decoder, such as GPT-2")
         if self.residual != "none" and self.mode == "sl":
             raise UsageError(f"--residual {self.residual} needs --mode sft: --mode sl cuts between two blocks")
-        check_gradient_codec(self.gradient_codec, self.freeze_edge)
+        check_codecs(self.codec, self.gradient_codec, self.mode, self.freeze_edge)
 
 
 @dataclass
@@ -176,9 +177,10 @@ class DoctorOptions:
     """type of tensors on the wire, where --codec says nothing of them"""
 
     codec: Optional[Codec] = None
-    """how activations are written on the wire; int8 and int4 have a scale for every 64 elements of a token"""
+    """how activations are written on the wire; int8 and int4 have a scale for every 64 elements of a token, fitted
+    has tables, which are fitted to the first training rows and sent once: with --mode sl and --freeze-edge"""
 
-    gradient_codec: Optional[Codec] = None
+    gradient_codec: Optional[GradientCodec] = None
     """how their gradients are, which come back; by default as --codec. int8 and int4 round them up or down by chance"""
 
     per_device_train_batch_size: int = 32
@@ -199,6 +201,7 @@ class DoctorOptions:
     def __post_init__(self) -> None:
         at_least(self, 1, "split_layer", "split_rank", "per_device_train_batch_size", "max_seq_length")
         at_least(self, 0, "seed", "idle")
+        check_codecs(self.codec, None, self.mode, freeze_edge=True)  # how a run is to be trained is not asked here
         if self.model is not None and self.from_config is not None:
             raise UsageError("only one of --model and --from-config may be given")
 

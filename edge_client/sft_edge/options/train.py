@@ -24,7 +24,8 @@ from sft_edge.options.optimizer import OptimizerOptions
 NEWEST = "newest"
 """What --resume-from-checkpoint without a directory means."""
 
-Codec = Literal["float32", "bfloat16", "float16", "int8", "int4"]
+GradientCodec = Literal["float32", "bfloat16", "float16", "int8", "int4"]
+Codec = Literal["float32", "bfloat16", "float16", "int8", "int4", "fitted"]
 """As `sft.wire.codec.rows` names them, which would be heavy to import."""
 
 
@@ -85,9 +86,10 @@ class CutOptions:
     """type of tensors on the wire, where --codec says nothing of them"""
 
     codec: Optional[Codec] = None
-    """how activations are written on the wire; int8 and int4 have a scale for every 64 elements of a token"""
+    """how activations are written on the wire; int8 and int4 have a scale for every 64 elements of a token, fitted
+    has tables, which are fitted to the first training rows and sent once: with --mode sl and --freeze-edge"""
 
-    gradient_codec: Optional[Codec] = None
+    gradient_codec: Optional[GradientCodec] = None
     """how their gradients are, which come back; by default as --codec. int8 and int4 round them up or down by chance"""
 
     def __post_init__(self) -> None:
@@ -105,7 +107,7 @@ class CutOptions:
         for option, codec in (("--codec", self.codec), ("--gradient-codec", self.gradient_codec)):
             if codec is not None and self.mode == "local":
                 raise UsageError(f"{option} {codec} needs --mode sft or sl: one process has no wire")
-        check_gradient_codec(self.gradient_codec, self.freeze_edge)
+        check_codecs(self.codec, self.gradient_codec, self.mode, self.freeze_edge)
         if self.activations != "resend" and not self.freeze_edge:
             raise UsageError(
                 f"--activations {self.activations} needs --freeze-edge, with --mode sft or sl: those of an edge that "
@@ -302,8 +304,13 @@ def check_output_dir(output_dir: Path, overwrite: bool, resumes: bool = False) -
         raise UsageError(f"--output-dir {output_dir}: no permission to write in {existing}")
 
 
-def check_gradient_codec(gradient_codec: Optional[Codec], freeze_edge: bool) -> None:
-    """Raises UsageError for one that nothing would be written in."""
+def check_codecs(codec: Optional[Codec], gradient_codec: Optional[GradientCodec], mode: str, freeze_edge: bool) -> None:
+    """Raises UsageError for one that nothing would be written in, or that is not for this cut."""
+    if codec == "fitted" and not (mode == "sl" and freeze_edge):
+        raise UsageError(
+            "--codec fitted needs --mode sl and --freeze-edge: it is fitted to activations that stay as they are; add "
+            "both, or choose int8"
+        )
     if gradient_codec is not None and freeze_edge:
         raise UsageError("--gradient-codec says nothing with --freeze-edge, where no gradient comes: leave it out")
 

@@ -144,7 +144,7 @@ class LinkCross(Cross):
     def _evaluate(self, activation: Activation) -> Tensor:
         self.catch_up()
         self._evaluations += 1
-        message, device = activation.encoded(self._codecs.activation), activation.packed.device
+        message, device = activation.encoded(self._codecs), activation.packed.device
         reply = self.link.evaluate(self.step, self._evaluations, message, autocast_type(device)).result()
         return decode_tensor(reply.message.evaluation.logits, device)
 

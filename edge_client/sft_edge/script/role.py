@@ -198,7 +198,10 @@ def _check(options: SplitOptions) -> Codecs:
             raise UsageError(f"{name} must be 0 or more, not {getattr(options, name)}")
     if options.calibration is not None and options.residual != "low-rank":
         raise UsageError("calibration is for residual='low-rank'; leave it out")
-    return codecs_named(options.wire_dtype, options.codec, options.gradient_codec)
+    codecs = codecs_named(options.wire_dtype, options.codec, options.gradient_codec)
+    if codecs.needs_tables:
+        raise UsageError("codec='fitted' is for `sft-edge train --freeze-edge`; choose another, such as 'int8'")
+    return codecs
 
 
 def _cut_model(model: nn.Module, options: SplitOptions) -> CutModel:

@@ -3,6 +3,7 @@
 from sft_edge.systems.cache import is_ours
 from sft_edge.systems.cloud_process import CloudProcess
 from sft_edge.systems.crossing import Activation, Crossing, check_size
+from sft_edge.systems.fit import FIT_TOKENS, fit_tables, row_bytes_of
 from sft_edge.systems.halves import Halves, halve, optimizer_spec, whole_tensors
 from sft_edge.systems.kept_on_cloud import key_of
 from sft_edge.systems.open import cut_of, open_system
@@ -10,6 +11,7 @@ from sft_edge.systems.split import open_split_system
 from sft_edge.systems.system import SentStep, System
 
 __all__ = [
+    "FIT_TOKENS",
     "Activation",
     "CloudProcess",
     "Crossing",
@@ -18,11 +20,13 @@ __all__ = [
     "System",
     "check_size",
     "cut_of",
+    "fit_tables",
     "halve",
     "is_ours",
     "key_of",
     "open_split_system",
     "open_system",
     "optimizer_spec",
+    "row_bytes_of",
     "whole_tensors",
 ]

@@ -19,7 +19,7 @@ from sft.errors import ProtocolError, UsageError
 from sft.v1 import split_training_pb2 as pb
 from sft.wire.codec.elements import Codecs, decode_tensor, encoded_size, shown
 from sft.wire.codec.messages import encode_activation
-from sft.wire.codec.rows import name_of
+from sft.wire.codec.rows import CODES, Codes, name_of
 from sft.wire.protocol import MAX_MESSAGE_BYTES, MAX_PADDED_TOKENS
 from sft_edge.link import Link, PendingReply
 
@@ -41,14 +41,15 @@ class Activation(NamedTuple):
     kept: Sequence[int] = ()
     """As `pb.Activation` has them: `rows` are then of the sequences alone that the cloud does not hold."""
 
-    def encoded(self, codec: pb.DataType) -> pb.Activation:
+    def encoded(self, codecs: Codecs) -> pb.Activation:
         """For the wire. Raises UsageError for more than the cloud would take, which would end the session."""
         tokens = len(self.lengths) * self.padded_length
         if tokens > MAX_PADDED_TOKENS:
             raise UsageError(f"a batch of {tokens} padded tokens is too large; at most {MAX_PADDED_TOKENS} go at once")
-        check_size("activation", self.packed.shape, codec)
+        codec, codes = codecs.activation, codecs.codes
+        check_size("activation", self.packed.shape, codec, codes)
         if self.rows is None:
-            return encode_activation(self.packed, codec, self.lengths, self.padded_length)
+            return encode_activation(self.packed, codec, self.lengths, self.padded_length, codes)
         held = sum(length for length, number in zip(self.lengths, self.kept) if number)
         shape = [self.packed.shape[0] - held, *self.packed.shape[1:]]
         packed = pb.Tensor(data_type=codec, shape=shape, data=self.rows)
@@ -57,9 +58,9 @@ class Activation(NamedTuple):
         )
 
 
-def check_size(what: str, shape: Sequence[int], data_type: pb.DataType) -> None:
+def check_size(what: str, shape: Sequence[int], data_type: pb.DataType, codes: Codes = CODES) -> None:
     """Raises UsageError for a tensor that does not go into a message."""
-    size = encoded_size(shape, data_type)
+    size = encoded_size(shape, data_type, codes)
     if size > MAX_MESSAGE_BYTES - _BESIDE_BYTES:
         raise UsageError(
             f"the {what} of this batch takes {size} bytes, a message at most {MAX_MESSAGE_BYTES - _BESIDE_BYTES}: "
@@ -105,7 +106,7 @@ class Crossing:
         self._pending: Optional[PendingReply] = link.forward(
             step,
             micro_batch,
-            activation.encoded(codecs.activation),
+            activation.encoded(codecs),
             labels,
             loss_scale if self.labels_travel else 0.0,
             eval_mode=eval_mode,

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import torch
+from torch import Tensor
 
 from sft.batch import Batch
-from sft.errors import CutError
+from sft.errors import CheckpointError, CutError
 from sft.models import Cut, Net1, Whole, build_net_1, build_net_2
 from sft.models.lora import LoraSpec, add_lora, lora_to_json
 from sft.models.weights import factor_tensors, fill, pretrained_tensors, shapes
 from sft.optim.spec import OptimizerSpec, decay_groups, make_optimizer
-from sft.tensors.stream import StoredTensor
+from sft.tensors.stream import StoredTensor, in_memory
 from sft.v1 import split_training_pb2 as pb
 from sft.wire.codec.elements import IN_FULL, Codecs
-from sft_edge.link import Blob, model_fields, session_request
+from sft_edge.link import Blob, model_fields, offer, session_request
 from sft_edge.model_files import Source
 from sft_edge.options import OptimizerOptions
+from sft_edge.systems.fit import activations_of, fit_tables
 from sft_edge.systems.lora import NO_LORA, HalfLora
 
 
@@ -43,7 +45,17 @@ class Halves:
     """That the cloud makes net_2 and its optimizer."""
 
     blobs: Dict[str, Blob]
-    """What the cloud may ask for, by the hashes that `request` names: net_2's pretrained tensors, and its factors."""
+    """What the cloud may ask for, by the hashes that `request` names: net_2's pretrained tensors, its factors, and the
+    tables of a codec."""
+
+    codecs: Codecs
+    """As asked for: one that is fitted to activations has no tables yet."""
+
+    calibration: Sequence[Batch]
+    """What it is fitted to."""
+
+    tables: Optional[Mapping[str, Tensor]]
+    """Of one that was fitted before; none in a new run."""
 
     def start_edge(self, device: torch.device) -> torch.optim.Optimizer:
         """Fills net_1 on `device`, adapters included, and makes its optimizer. Once."""
@@ -53,6 +65,22 @@ class Halves:
             add_lora(net_1, self.net_1_lora, seed)
         trained = [name for name, parameter in net_1.whole_parameters().items() if parameter.requires_grad]
         return make_optimizer(self.optimizer.restricted_to(trained), net_1.whole_parameters())
+
+    def agree_on_codecs(self, device: torch.device, on_status: Callable[[str], None]) -> Codecs:
+        """After `start_edge`: fits a codec where one is asked for that has no tables yet, and offers them to the cloud.
+
+        Raises UsageError for activations that cannot be written in it, CheckpointError where there are none to fit to.
+        """
+        if not self.codecs.needs_tables:
+            return self.codecs
+        tables = self.tables
+        if not tables:
+            if not self.calibration:
+                raise CheckpointError("the checkpoint lacks the tables of the codec: it is none of this release")
+            on_status("fitting the codec to the first training rows")
+            tables = fit_tables(activations_of(self.net_1, self.calibration), self.request.seed)
+        self.request.codec_tables_sha256 = offer(list(in_memory(dict(tables))), self.blobs)
+        return self.codecs.with_tables(tables, device)
 
 
 def halve(
@@ -68,13 +96,15 @@ def halve(
     lora: HalfLora = NO_LORA,
     run_id: str = "",
     resume_from: Sequence[pb.CheckpointId] = (),
+    tables: Optional[Mapping[str, Tensor]] = None,
 ) -> Halves:
     """Cuts the model and decomposes the layer. What the cloud lacks is read when it asks for it, a tensor at a time.
 
     `optimizer` is that of both halves, see `optimizer_spec`; `freeze_edge`: net_1 is not trained; `calibration`: what a
-    low-rank residual is fitted to; `lora`: the adapters of the halves, whose parameters `optimizer` names; `run_id`:
-    whose checkpoints are saved, if any are. With `resume_from` the cloud goes on from one of these, and net_1 gets
-    memory, but no values of any worth: the caller loads those of the step that the cloud has got to.
+    low-rank residual is fitted to, or a codec that has no `tables` yet; `lora`: the adapters of the halves, whose
+    parameters `optimizer` names; `run_id`: whose checkpoints are saved, if any are. With `resume_from` the cloud goes
+    on from one of these, and net_1 gets memory, but no values of any worth: the caller loads those of the step that the
+    cloud has got to, and gives the `tables` of the run's codec, if it has any.
 
     Raises CutError, CheckpointError, UsageError.
     """
@@ -104,7 +134,9 @@ def halve(
         run_id,
         resume_from,
     )
-    return Halves(net_1, for_edge, lora.edge, cloud_shapes, optimizer, request, blobs)
+    return Halves(
+        net_1, for_edge, lora.edge, cloud_shapes, optimizer, request, blobs, codecs, list(calibration), tables
+    )
 
 
 def whole_tensors(

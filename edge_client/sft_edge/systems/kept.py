@@ -11,9 +11,9 @@ import torch
 
 from sft.batch import Batch
 from sft.models import Net1
-from sft.v1 import split_training_pb2 as pb
+from sft.wire.codec.elements import Codecs
 from sft.wire.codec.packing import pack
-from sft.wire.codec.rows import CODES, name_of
+from sft.wire.codec.rows import name_of
 from sft_edge.systems.cache import ActivationCache, keys_of
 from sft_edge.systems.crossing import Activation
 
@@ -31,17 +31,17 @@ class KeptActivations:
         path: Path,
         run_id: str,
         width: int,
-        codec: pb.DataType,
+        codecs: Codecs,
         on_status: Callable[[str], None] = lambda text: None,
         leaves: int = 0,
     ) -> None:
-        """`run_id`: another run has other batches; `width` of the activation; `codec`: as it is written on the wire,
+        """`run_id`: another run has other batches; `width` of the activation; `codecs`: as it is written on the wire,
         which is how it is kept; `on_status` and `leaves` as ActivationCache has them.
         """
         self._path = path
         self._run_id = run_id
         self._width = width
-        self._codec = codec
+        self._codecs = codecs
         self._on_status = on_status
         self._leaves = leaves
         self._cache: Optional[ActivationCache] = None
@@ -68,22 +68,22 @@ class KeptActivations:
             self._cache.close()
 
     def _computed(self, net_1: Net1, batch: Batch) -> List[bytes]:
-        return computed_rows(net_1, batch, self._codec)
+        return computed_rows(net_1, batch, self._codecs)
 
     def _content(self, net_1: Net1) -> str:
         digest = hashlib.sha256(f"{torch.__version__} {net_1.device.type}".encode())
-        for name, parameter in sorted(net_1.whole_parameters().items()):
+        for name, x in (*sorted(net_1.whole_parameters().items()), *sorted(self._codecs.tables.items())):
             digest.update(name.encode())
-            digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-        return f"{self._run_id} {name_of(self._codec)} {self._width} {digest.hexdigest()}"
+            digest.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        return f"{self._run_id} {name_of(self._codecs.activation)} {self._width} {digest.hexdigest()}"
 
 
-def computed_rows(net_1: Net1, batch: Batch, codec: pb.DataType) -> List[bytes]:
+def computed_rows(net_1: Net1, batch: Batch, codecs: Codecs) -> List[bytes]:
     """What a net_1 that is frozen makes of each sequence of a batch, as the wire has it."""
     net_1.eval()
     with torch.no_grad():
         a_BSR = net_1(batch.inputs, batch.lengths)
-    data = Activation(pack(a_BSR, batch.lengths), batch.lengths, a_BSR.shape[1]).encoded(codec).packed.data
-    row_bytes = CODES[codec].row_bytes(a_BSR.shape[-1])
+    data = Activation(pack(a_BSR, batch.lengths), batch.lengths, a_BSR.shape[1]).encoded(codecs).packed.data
+    row_bytes = codecs.codes[codecs.activation].row_bytes(a_BSR.shape[-1])
     ends = [row_bytes * tokens for tokens in accumulate(batch.lengths)]
     return [data[begin:end] for begin, end in zip([0, *ends], ends)]

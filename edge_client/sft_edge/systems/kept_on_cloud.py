@@ -10,7 +10,7 @@ from torch import Tensor
 from sft.batch import Batch
 from sft.errors import CheckpointError
 from sft.models import Net1
-from sft.v1 import split_training_pb2 as pb
+from sft.wire.codec.elements import Codecs
 from sft_edge.systems.cache import KEY_BYTES, keys_of
 from sft_edge.systems.crossing import Activation
 from sft_edge.systems.kept import computed_rows
@@ -34,18 +34,18 @@ class KeptOnCloud:
         key: bytes,
         kept: int,
         width: int,
-        codec: pb.DataType,
+        codecs: Codecs,
         keeps_only: Callable[[], Optional[int]],
         on_status: Callable[[str], None] = lambda text: None,
     ) -> None:
         """`key`: that the session was opened with; `kept`: how many sequences it held then, which `load_state` names;
-        `width` of the activation; `codec`: as it is written on the wire; `keeps_only`: see `Link`; `on_status` is told
+        `width` of the activation; `codecs`: as it is written on the wire; `keeps_only`: see `Link`; `on_status` is told
         when the cloud keeps no more.
         """
         self._key = key
         self._kept = kept
         self._width = width
-        self._codec = codec
+        self._codecs = codecs
         self._keeps_only = keeps_only
         self._on_status = on_status
         self._numbers: Dict[bytes, int] = {}  # in the order of the numbers, which is from 1 on
@@ -109,7 +109,7 @@ class KeptOnCloud:
             return {}
         inputs = {name: ids_BS[indices] for name, ids_BS in batch.inputs.items()}
         some = Batch(inputs, [batch.lengths[index] for index in indices], {})
-        return dict(zip(indices, computed_rows(net_1, some, self._codec)))
+        return dict(zip(indices, computed_rows(net_1, some, self._codecs)))
 
 
 def key_of(state: Mapping[str, Tensor]) -> bytes:

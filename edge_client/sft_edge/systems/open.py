@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable, Iterator, Optional, Sequence
+from typing import Callable, Iterator, Mapping, Optional, Sequence
+
+from torch import Tensor
 
 from sft.batch import Batch
 from sft.cli.devices import find_device
@@ -55,13 +57,15 @@ def open_system(
     on_link: Callable[[Link], None] = lambda link: None,
     keep_in: Optional[Path] = None,
     keep_key: bytes = b"",
+    tables: Optional[Mapping[str, Tensor]] = None,
 ) -> Iterator[System]:
     """The system for the block; the session, and a cloud that was started for it, end with the block.
 
-    `calibration`: what a low-rank residual is fitted to; `on_status` is told what a broken link is waiting for;
-    `run_id`: whose checkpoints are saved, if any are; `resume_from`: those of which it may go on, see
+    `calibration`: what a low-rank residual or a codec is fitted to; `on_status` is told what a broken link is waiting
+    for; `run_id`: whose checkpoints are saved, if any are; `resume_from`: those of which it may go on, see
     `halve`; `checkpoint_store`: where a cloud that is started for it keeps its halves; `on_link`
     and `keep_in` as `open_split_system` has them; `keep_key`: with which the cloud is to keep activations, if it is.
+    and `keep_in` as `open_split_system` has them; `tables`: of a codec that was fitted earlier in the run.
 
     Raises what building, connecting and opening a session raise: CutError, CheckpointError, UsageError, LinkError.
     """
@@ -94,6 +98,7 @@ def open_system(
             lora=lora,
             run_id=run_id,
             resume_from=resume_from,
+            tables=tables,
         )
         start.request.keep_key = keep_key
         transport, policy = transport_of(address, options.link), retry_policy_of(options.link)

@@ -19,7 +19,7 @@ from sft.models.seeding import seeded
 from sft.optim.gradients import scale_gradients, squared_gradient_norm
 from sft.tensors.stream import Shard, safetensors_chunks
 from sft.v1 import split_training_pb2 as pb
-from sft.wire.codec.elements import Codecs, codecs_of
+from sft.wire.codec.elements import Codecs
 from sft.wire.codec.messages import decode_logits, encode_labels, encode_logits, outputs_of
 from sft.wire.codec.packing import pack, unpack
 from sft.wire.ledger import Ledger, Traffic, plain_split_bytes
@@ -67,7 +67,7 @@ class SplitSystem(System):
         self.ledger = Ledger()
         self._cloud_shapes = cloud_shapes
         self._seed = seed
-        self._codecs = codecs
+        self.codecs = codecs
         self._first_step = first_step
         self._labels_stay = labels == "local"
         self._frozen = not any(parameter.requires_grad for parameter in net_1.parameters())
@@ -128,7 +128,7 @@ class SplitSystem(System):
             else:
                 activation = self.kept.activation(self.net_1, batch)
             crossing = Crossing(
-                self.link, step, micro_batch, activation, self._codecs, labels, loss_scale=loss_scale, wait=wait
+                self.link, step, micro_batch, activation, self.codecs, labels, loss_scale=loss_scale, wait=wait
             )
         return a_BSR, crossing
 
@@ -172,7 +172,7 @@ class SplitSystem(System):
             config, head = self.net_1.model.config, self.net_1.head
             loss = head_loss(head, config.problem_type, logits, labels, batch.lengths)
             (gradient,) = torch.autograd.grad(loss * loss_scale, logits)
-            message = encode_logits(gradient, batch.lengths, head, self._codecs.outputs)
+            message = encode_logits(gradient, batch.lengths, head, self.codecs.outputs)
         crossing.go_back(message)
         return float(loss.item())
 
@@ -228,7 +228,7 @@ class SplitSystem(System):
             activation = self.kept.activation(self.net_1, batch)
         else:
             activation = _activation(self._without_gradient(batch), batch)
-        return self.link.evaluate(step, index, activation.encoded(self._codecs.activation))
+        return self.link.evaluate(step, index, activation.encoded(self.codecs))
 
     def own_parameters(self) -> Dict[str, nn.Parameter]:
         return self.net_1.whole_parameters()
@@ -255,6 +255,11 @@ class SplitSystem(System):
         """See System."""
         if isinstance(self.kept, KeptOnCloud):
             self.kept.load_state(state)
+
+    @property
+    def codec_tables(self) -> Mapping[str, Tensor]:
+        """See System."""
+        return self.codecs.tables
 
     def shards(self) -> List[Shard]:
         here = merged_tensors(self.net_1)
@@ -296,22 +301,22 @@ def open_split_system(
     frozen edge's activations. Raises UsageError, and what opening a link raises.
     """
     optimizer = start.start_edge(device)
+    codecs = start.agree_on_codecs(device, on_status)
     link = Link(transport, start.request, start.blobs, policy, on_status)
     on_link(link)
     opened = link.open()
-    codecs = codecs_of(start.request)
     width = start.request.cut.split_rank or int(start.net_1.model.config.hidden_size)
     kept: Union[KeptActivations, KeptOnCloud, None] = None
     if opened.keeps_activations:
         keep_key = start.request.keep_key
-        kept = KeptOnCloud(keep_key, opened.kept, width, codecs.activation, lambda: link.keeps_only, on_status)
+        kept = KeptOnCloud(keep_key, opened.kept, width, codecs, lambda: link.keeps_only, on_status)
     elif start.request.keep_key:
         on_status(f"{_KEEPS_NONE}: they are sent again in every epoch")
     if keep_in is not None:
         numbers = sum(math.prod(shape) for shape in start.cloud_shapes.values())
         numbers += sum(parameter.numel() for parameter in start.net_1.parameters())
         leaves = _LEAVES * 4 * numbers
-        kept = KeptActivations(keep_in, start.request.run_id, width, codecs.activation, on_status, leaves)
+        kept = KeptActivations(keep_in, start.request.run_id, width, codecs, on_status, leaves)
     return SplitSystem(
         start.net_1,
         optimizer,

@@ -82,6 +82,11 @@ class System(ABC):
         """Whether the other side is about to end, and waits for a checkpoint."""
         return False
 
+    @property
+    def codec_tables(self) -> Mapping[str, Tensor]:
+        """Of a codec that was fitted to this run's activations: what goes on from a checkpoint needs the same."""
+        return {}
+
     def save_other_half(self) -> Optional[str]:
         """Has the cloud save its half; gives the hash of its manifest, None in one process. Raises StorageError."""
         return None

@@ -13,6 +13,8 @@ from sft.wire.codec.elements import FLOATS, Codecs, codecs_named, codecs_of, dec
 from sft.wire.codec.rows import CODES, GROUP, NAMES, _mixed, _unmixed, name_of, rounding_of
 
 CPU = torch.device("cpu")
+PLAIN = [name_of(data_type) for data_type in CODES]
+"""Those without tables; for `fitted` there is test_fitted.py."""
 STEPS = {"int8": 127, "int4": 7}
 WIDTHS = [1, 3, 8, 64, 65, 384]
 
@@ -62,7 +64,7 @@ def test_bytes_of_a_row(name: str, width: int, size: int) -> None:
     assert len(message.data) == 6 * size == encoded_size((2, 3, width), NAMES[name])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PLAIN)
 def test_a_row_does_not_depend_on_the_others(name: str) -> None:
     x = torch.randn(7, 70) * torch.logspace(-3, 3, 7)[:, None]
     apart = b"".join(encode_tensor(row[None], NAMES[name]).data for row in x)
@@ -134,7 +136,7 @@ def test_any_bytes_are_some_numbers(name: str) -> None:
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PLAIN)
 def test_a_narrow_row_takes_no_more_memory_than_its_elements(name: str, width: int) -> None:
     """Of width 1 there are 128 million int4 rows in a message: padded to a group each they would take 32 GB."""
     back = there_and_back(torch.randn(6, width), name)
@@ -157,7 +159,7 @@ def test_small_shapes(name: str, shape: tuple[int, ...]) -> None:
 
 
 def test_names() -> None:
-    assert list(NAMES) == ["float32", "bfloat16", "float16", "int8", "int4"]
+    assert list(NAMES) == ["float32", "bfloat16", "float16", "int8", "int4", "fitted"]
     assert name_of(pb.DATA_TYPE_INT4) == "int4"
     assert name_of(99) == "99"  # type: ignore[arg-type]  # as the wire may have it
 

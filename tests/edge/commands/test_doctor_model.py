@@ -9,9 +9,11 @@ import pytest
 from support.scripted_cloud import ScriptedCloud, serving
 from support.tiny import tiny_config
 
-from sft_edge.commands.doctor.model import look_at_model
+from sft.v1 import split_training_pb2 as pb
+from sft_edge.commands.doctor.model import look_at_model, step_bytes
 from sft_edge.link import GrpcTransport
 from sft_edge.options import DoctorOptions
+from sft_edge.systems import row_bytes_of
 
 
 @pytest.mark.parametrize(
@@ -26,3 +28,20 @@ def test_a_cloud_of_before_codecs(tmp_path: Path, codec: Optional[str], verdict:
     with serving(cloud) as address:
         (found,) = look_at_model(options, GrpcTransport(address), None)
     assert (found.verdict, says in found.found) == (verdict, True)
+
+
+@pytest.mark.parametrize("knows", [True, False])
+def test_a_codec_whose_tables_only_a_run_has(tmp_path: Path, knows: bool) -> None:
+    tiny_config().save_pretrained(tmp_path)
+    cloud = ScriptedCloud()
+    if not knows:
+        cloud.codecs.remove(pb.DATA_TYPE_FITTED)
+    options = DoctorOptions(from_config=tmp_path / "config.json", mode="sl", codec="fitted")
+    with serving(cloud) as address:
+        (found,) = look_at_model(options, GrpcTransport(address), None)
+    assert found.verdict == ("ok" if knows else "failed")
+    assert ("does not know the codec fitted" in found.found) is not knows
+    (request,) = cloud.requests
+    assert not request.activation_codec, "which would need tables"
+    B, S = options.per_device_train_batch_size, options.max_seq_length
+    assert step_bytes(options) == (B * S * row_bytes_of(32), B * S * 32 * 4)

@@ -14,7 +14,7 @@ from sft.cli.options import parse
 from sft.errors import CutError, UsageError
 from sft.wire.codec.rows import NAMES
 from sft_edge.cli import main
-from sft_edge.options.commands import VerifyOptions
+from sft_edge.options.commands import DoctorOptions, VerifyOptions
 from sft_edge.options.link import LinkOptions
 from sft_edge.options.train import (
     ACTIVATIONS,
@@ -167,6 +167,19 @@ def test_every_mode_takes_the_same_flags(mode):
         (lambda: CutOptions("local", freeze_edge=True), "--freeze-edge needs --mode sft or sl"),
         (lambda: CutOptions("sft", 3, activations="keep-on-edge"), "--activations keep-on-edge needs --freeze-edge"),
         (lambda: CutOptions("sft", 3, activations="keep-on-cloud"), "--activations keep-on-cloud needs --freeze-edge"),
+        *(
+            (
+                make,
+                "--codec fitted needs --mode sl and --freeze-edge: it is fitted to activations that stay as they are",
+            )
+            for make in (
+                lambda: CutOptions("sl", 3, codec="fitted"),
+                lambda: CutOptions("sft", 3, codec="fitted", freeze_edge=True),
+                lambda: VerifyOptions(mode="sl", codec="fitted"),
+                lambda: VerifyOptions(codec="fitted", freeze_edge=True),
+                lambda: DoctorOptions(codec="fitted"),
+            )
+        ),
         (
             lambda: CutOptions("local", codec="int8"),
             "--codec int8 needs --mode sft or sl: one process",

@@ -21,13 +21,15 @@ KINDS: list[dict[str, object]] = [
     {"freeze_edge": True},
     {"freeze_edge": True, "activations": "keep-on-edge", "mode": "sl", "codec": "int8"},
     {"freeze_edge": True, "activations": "keep-on-cloud", "labels": "local", "eval_strategy": "epoch"},
+    {"freeze_edge": True, "activations": "keep-on-edge", "mode": "sl", "codec": "fitted"},
+    {"freeze_edge": True, "activations": "keep-on-cloud", "mode": "sl", "codec": "fitted"},
     {"residual": "low-rank", "optim": "SGD", "optim_args": "momentum=0.9"},
     {"eval_strategy": "steps", "eval_steps": 2, "logging_steps": 3},
     {"eval_strategy": "epoch", "dataloader_num_workers": 1, "lr_scheduler_type": "cosine", "save_total_limit": 1},
 ]
 
 
-QUICK = (2, 3, 4, 6)
+QUICK = (2, 3, 4, 6, 10)
 """Of the kinds; the others are tried with the slow tests."""
 
 

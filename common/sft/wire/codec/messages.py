@@ -18,6 +18,7 @@ from sft.errors import ProtocolError
 from sft.v1 import split_training_pb2 as pb
 from sft.wire.codec.elements import decode_tensor, encode_tensor, shown
 from sft.wire.codec.packing import pack, unpack
+from sft.wire.codec.rows import CODES, Codes
 
 
 def is_packed(head: str) -> bool:
@@ -49,14 +50,19 @@ def outputs_of(config: PretrainedConfig, head: str) -> int:
 
 
 def encode_activation(
-    packed: Tensor, data_type: pb.DataType, lengths: Sequence[int] = (), padded_length: int = 0
+    packed: Tensor,
+    data_type: pb.DataType,
+    lengths: Sequence[int] = (),
+    padded_length: int = 0,
+    codes: Codes = CODES,
 ) -> pb.Activation:
     """What the edge sends of a micro-batch: (T, R) with the `lengths` of its sequences, or any (..., R) without."""
-    return pb.Activation(packed=encode_tensor(packed, data_type), lengths=lengths, padded_length=padded_length)
+    tensor = encode_tensor(packed, data_type, codes=codes)
+    return pb.Activation(packed=tensor, lengths=lengths, padded_length=padded_length)
 
 
 def decode_activation(
-    message: pb.Activation, width: int, max_length: int, device: torch.device
+    message: pb.Activation, width: int, max_length: int, device: torch.device, codes: Codes = CODES
 ) -> Tuple[Tensor, List[int]]:
     """What the cloud feeds to net_2: a_BSR with zeros at padding, and the lengths.
 
@@ -76,7 +82,7 @@ def decode_activation(
     expected = [sum(lengths), width]
     if list(shape) != expected:
         raise ProtocolError(f"the activation has shape {list(shape)}, the lengths say {expected}")
-    return unpack(decode_tensor(message.packed, device), lengths, padded_length), lengths
+    return unpack(decode_tensor(message.packed, device, codes), lengths, padded_length), lengths
 
 
 def encode_labels(labels: Dict[str, Tensor], lengths: Sequence[int] = ()) -> pb.Labels:

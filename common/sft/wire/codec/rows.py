@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import Callable, Dict, List, Optional, Protocol
+from typing import Callable, Dict, List, Mapping, Optional, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -115,24 +115,27 @@ class Quantised:
         return both.reshape(rows_TX.shape[0], -1).to(torch.int8).sub_(8)
 
 
-CODES: Dict[pb.DataType, RowCode] = {
+Codes = Mapping[pb.DataType, RowCode]
+"""By how they are named on the wire."""
+
+CODES: Codes = {
     pb.DATA_TYPE_FLOAT32: Floats(torch.float32),
     pb.DATA_TYPE_BFLOAT16: Floats(torch.bfloat16),
     pb.DATA_TYPE_FLOAT16: Floats(torch.float16),
     pb.DATA_TYPE_INT8: Quantised(8),
     pb.DATA_TYPE_INT4: Quantised(4),
 }
+"""Those that need nothing but the row: all but `fitted`, which has tables of a session's own."""
+
+NAMES: Dict[str, pb.DataType] = {
+    pb.DataType.Name(data_type)[len("DATA_TYPE_") :].lower(): data_type for data_type in (*CODES, pb.DATA_TYPE_FITTED)
+}
+"""All of them, as options spell them."""
 
 
 def name_of(data_type: pb.DataType) -> str:
     """As options spell it; a number for one that is not ours."""
-    if data_type not in CODES:
-        return str(int(data_type))
-    return pb.DataType.Name(data_type)[len("DATA_TYPE_") :].lower()
-
-
-NAMES: Dict[str, pb.DataType] = {name_of(data_type): data_type for data_type in CODES}
-"""As options spell them."""
+    return next((name for name, known in NAMES.items() if known == data_type), str(int(data_type)))
 
 
 def rounding_of(seed: int, step: int, micro_batch: int) -> int:

@@ -7,13 +7,14 @@ from typing import List, Optional, Tuple
 from sft.errors import LinkError, ServerFullError, SFTError
 from sft.models import Cut, build_whole
 from sft.printable import format_bytes
+from sft.v1 import split_training_pb2 as pb
 from sft.wire.codec.elements import Codecs, codecs_named, encoded_size
 from sft_edge.commands.doctor.finding import Finding, failed, ok, skipped, warning
 from sft_edge.commands.doctor.server import Way
 from sft_edge.link import Transport, check_codecs
 from sft_edge.model_files import Source, open_model
 from sft_edge.options import DoctorOptions, OptimizerOptions
-from sft_edge.systems import halve, optimizer_spec
+from sft_edge.systems import halve, optimizer_spec, row_bytes_of
 
 _LONG_SECONDS = 600.0
 """An upload that takes longer is worth a warning."""
@@ -40,7 +41,11 @@ def _look(options: DoctorOptions, transport: Transport, way: Optional[Way]) -> F
     start = halve(source, options.head, cut, spec, options.seed, _codecs(options))
     request, blobs, weights_sha256 = start.request, start.blobs, start.request.weights_sha256
     request.only_check = True
+    codec = request.activation_codec
+    if _codecs(options).needs_tables:  # which a run has, once it has seen its rows
+        request.activation_codec = pb.DATA_TYPE_UNSPECIFIED
     response = transport.open_session(request)
+    request.activation_codec = codec
     check_codecs(response, request)
     unknown = [sha256 for sha256 in response.missing_blobs if sha256 not in blobs]
     if unknown:
@@ -66,6 +71,8 @@ def step_bytes(options: DoctorOptions) -> Optional[Tuple[int, int]]:
         width = int(_source(options).config.hidden_size)
     tokens = options.per_device_train_batch_size * options.max_seq_length
     codecs = _codecs(options)
+    if codecs.needs_tables:
+        return tokens * row_bytes_of(width), encoded_size((tokens, width), codecs.gradient)
     return encoded_size((tokens, width), codecs.activation), encoded_size((tokens, width), codecs.gradient)
 
 

@@ -9,14 +9,17 @@ import sys
 from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
+
+from torch import Tensor
 
 from sft.batch import Batch
 from sft.errors import LinkError, StorageError, UsageError
 from sft.models import build_whole
 from sft.printable import printable
 from sft.v1 import split_training_pb2 as pb
-from sft_edge.checkpoints import Checkpointing, Stopped, keep_key_of, likeness
+from sft.wire.codec.elements import FITTED
+from sft_edge.checkpoints import Checkpointing, Stopped, keep_key_of, likeness, read_codec_tables
 from sft_edge.commands.train.attempt import Attempt
 from sft_edge.commands.train.job import Job, try_end
 from sft_edge.commands.train.start import open_start
@@ -25,8 +28,8 @@ from sft_edge.link import Link, retry_policy_of
 from sft_edge.model_files import Source
 from sft_edge.options import ACTIVATIONS, RunOptions
 from sft_edge.signals import Termination, terminations_noted
-from sft_edge.systems import cut_of, is_ours, open_system
-from sft_edge.tasks import Task, batches_of
+from sft_edge.systems import FIT_TOKENS, cut_of, is_ours, open_system
+from sft_edge.tasks import Feature, Task, batches_of
 from sft_edge.training import EvaluationSet, Progress, Recovery, TensorBoard, TrainingLoop, evaluate, open_progress
 
 CALIBRATION_ROWS = 256
@@ -47,6 +50,7 @@ class TrainingRun:
         unnamed = Path("runs") / f"{options.data.task}-{options.cut.mode}-{datetime.now():%Y%m%d-%H%M%S}"
         self.output_dir = options.training.output_dir or unnamed
         self._keep_key = secrets.token_bytes(KEEP_KEY_BYTES)
+        self._codec_tables: Mapping[str, Tensor] = {}  # fitted by an attempt, or before
 
     def run(self) -> Dict[str, Any]:
         """Trains, evaluates, saves and prints the report; returns the content of `all_results.json`.
@@ -148,6 +152,8 @@ class TrainingRun:
         if options.cut.activations == "keep-on-cloud":
             keep_key = (keep_key_of(offered[0]) if offered else None) or self._keep_key
         progress.status(self._opening())
+        if offered:
+            self._codec_tables = read_codec_tables(offered[0])
 
         def stops_waiting(link: Link) -> None:
             terminated.then = link.give_up_waiting
@@ -165,8 +171,10 @@ class TrainingRun:
                 on_link=stops_waiting,
                 keep_in=self._kept_activations(),
                 keep_key=keep_key,
+                tables=self._codec_tables,
             )
         )
+        self._codec_tables = system.codec_tables
         chosen = checkpointing.choose(system, offered)
         report = None
         if options.logging.report_to == "tensorboard":
@@ -198,9 +206,11 @@ class TrainingRun:
 
     def _calibration(self, job: Job) -> List[Batch]:
         """The same for every system, so that all decompose alike."""
+        batch_size = self.options.training.per_device_train_batch_size
+        if self.options.cut.codec == FITTED:
+            return list(batches_of(job.task, _first_of(job.features, FIT_TOKENS), batch_size))
         if self.options.cut.residual != "low-rank" or job.source.cut is not None:
             return []
-        batch_size = self.options.training.per_device_train_batch_size
         return list(batches_of(job.task, job.features[:CALIBRATION_ROWS], batch_size))
 
     def _opening(self) -> str:
@@ -208,3 +218,12 @@ class TrainingRun:
             return "loading the model"
         server = self.options.link.server
         return f"opening a session at {server}" if server else "starting a cloud here"
+
+
+def _first_of(features: Sequence[Feature], tokens: int) -> Sequence[Feature]:
+    """Those that hold so many tokens together, or all."""
+    for index, feature in enumerate(features):
+        tokens -= feature.length
+        if tokens <= 0:
+            return features[: index + 1]
+    return features

@@ -16,7 +16,7 @@ from sft.optim.spec import make_optimizer
 from sft.v1 import split_training_pb2 as pb
 from sft.wire.codec.elements import IN_FULL, Codecs, codecs_named, decode_tensor, encode_tensor
 from sft.wire.codec.packing import pack, unpack
-from sft.wire.codec.rows import rounding_of
+from sft.wire.codec.rows import Codes, rounding_of
 from sft_edge.model_files import Source
 from sft_edge.options import OptimizerOptions, VerifyOptions
 from sft_edge.systems import optimizer_spec, whole_tensors
@@ -49,6 +49,10 @@ class OneProcess:
         self._coded = Coded(codecs_named("float32", options.codec, options.gradient_codec), options.seed)
         if self._coded.codecs != IN_FULL:
             last_of_edge(self._net, cut).register_forward_hook(self._coded.hook)
+
+    def code_as(self, codecs: Codecs) -> None:
+        """Before the first step: what crosses is written by these, whose tables are known now."""
+        self._coded.codecs = codecs
 
     def step(self, batches: List[Batch]) -> float:
         """The loss of a step, which is taken."""
@@ -110,16 +114,16 @@ class Coded:
 class _Cross(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, codecs: Codecs, lengths: List[int], rounding: int) -> Tensor:
-        ctx.gradient = (codecs.gradient, lengths, rounding)
-        return _there(a, codecs.activation, lengths)
+        ctx.gradient = (codecs.gradient, codecs.codes, lengths, rounding)
+        return _there(a, codecs.activation, codecs.codes, lengths)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         return _there(gradient, *ctx.gradient), None, None, None
 
 
-def _there(a: Tensor, codec: pb.DataType, lengths: List[int], rounding: Optional[int] = None) -> Tensor:
+def _there(a: Tensor, codec: pb.DataType, codes: Codes, lengths: List[int], rounding: Optional[int] = None) -> Tensor:
     """As it arrives: (B, S, R), or (B * S, R) where a block has flattened it."""
     a_BSR = a.reshape(len(lengths), -1, a.shape[-1])
-    packed = decode_tensor(encode_tensor(pack(a_BSR, lengths), codec, rounding), a.device)
+    packed = decode_tensor(encode_tensor(pack(a_BSR, lengths), codec, rounding, codes), a.device, codes)
     return unpack(packed, lengths, a_BSR.shape[1]).reshape(a.shape)

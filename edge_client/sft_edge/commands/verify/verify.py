@@ -98,6 +98,7 @@ def verify(options: VerifyOptions, optimizer: OptimizerOptions, link: LinkOption
         transport, policy = transport_of(address, link), retry_policy_of(link)
         system = open_split_system(start, _CPU, transport, policy, labels=link.labels)
         stack.enter_context(system.link)
+        reference.code_as(system.codecs)
         return _compare(options, cut, optimizer, reference, system)
 
 
@@ -189,8 +190,9 @@ def _switch_dropout_off(config: PretrainedConfig) -> None:
 
 
 def _calibration(options: VerifyOptions, config: PretrainedConfig) -> List[Batch]:
-    """What a low-rank residual is fitted to; nothing where there is none."""
-    return list(_batches(options, config, "calibration")) if options.residual == "low-rank" else []
+    """What a low-rank residual, or a codec, is fitted to; nothing where there is none."""
+    is_fitted = options.residual == "low-rank" or options.codec == "fitted"
+    return list(_batches(options, config, "calibration")) if is_fitted else []
 
 
 def _batches(options: VerifyOptions, config: PretrainedConfig, step: Union[int, str]) -> Iterator[Batch]:

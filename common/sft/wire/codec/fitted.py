@@ -1,0 +1,149 @@
+"""The code of a fixed length that is fitted to data: of a row, the numbers of words that both sides have in tables.
+
+A row is about one of 256 words of its whole width and, for what that leaves, a word for each group of components:
+
+    x ~ mean + basis z,     z = whole[c_0] + scale[c_0] (words_1[c_1], ..., words_G[c_G])     with a byte c for each
+
+a product code behind a first stage, as in Gray and Neuhoff, "Quantization" (1998), sections V.D and V.E, with a scale
+for each word of the first. Where c_0 is 255 the row is no number: so one is written with an element that is none, or is
+larger than float16 holds.
+
+Where a row is as near to one word as to another, which of them is found may depend on the rows beside it, as the last
+bits of the distances do: either is as good. What has been written is read in one way.
+
+Shape suffixes: T rows, W elements of a row, K components, G groups, E components of a group, X = G + 1 bytes of a row,
+N = 256 words.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Dict, List, Mapping, NamedTuple, Optional, Tuple
+
+import torch
+from torch import Tensor
+
+from sft.errors import ProtocolError
+
+WORDS = 256
+"""That a byte chooses from."""
+
+NO_NUMBER = 255
+"""Not a word of a whole row, but the sign that there is none."""
+
+LARGEST = 65504.0
+"""Of float16."""
+
+BLOCK = 256
+"""Rows that are written at once, so that distances stay in the processor's cache."""
+
+_HEADER_BYTES = 4096
+"""Of a file with tables, at most."""
+
+
+class Fitted:
+    """See `sft.wire.codec.rows.RowCode`; for rows of one width, on one device."""
+
+    def __init__(self, tables: Mapping[str, Tensor], device: torch.device) -> None:
+        """Of `tables`, in float16: mean (W,), basis (W, K), whole (256, K), scale (256,), words (256, K), whose columns
+        are of the groups one after the other; and sizes (G,) int32, the components of each group.
+
+        Raises ProtocolError for others.
+        """
+        self.tables: Dict[str, Tensor] = dict(tables)
+        self.width, self._sizes = _checked(tables)
+        self._mean_W, self._basis_WK, self._whole_NK, self._scale_N, self._words_NK = (
+            tables[name].to(device, torch.float32) for name in ("mean", "basis", "whole", "scale", "words")
+        )
+        groups_G = torch.arange(len(self._sizes), device=device)
+        self._group_K = groups_G.repeat_interleave(torch.tensor(self._sizes, device=device))
+        self._writer: Optional[_Writer] = None
+
+    def row_bytes(self, width: int) -> int:
+        """See RowCode. Raises ProtocolError for rows that the tables are not for."""
+        if width != self.width:
+            raise ProtocolError(f"rows of {width} elements came, and the codec's tables are for {self.width}")
+        return 1 + len(self._sizes)
+
+    def encode(self, x_TW: Tensor, rounding: Optional[int] = None) -> Tensor:
+        """See RowCode. Always the nearest words: of the whole row first, then for what that leaves."""
+        if self._writer is None:  # who only reads needs none
+            parts = torch.split(self._words_NK, self._sizes, dim=1)
+            inverse_WK = torch.linalg.pinv(self._basis_WK.double()).T.float()
+            self._writer = _Writer(inverse_WK, Nearest(self._whole_NK[:NO_NUMBER]), [Nearest(part) for part in parts])
+        rows_TX = torch.empty(len(x_TW), self.row_bytes(x_TW.shape[1]), dtype=torch.uint8, device=x_TW.device)
+        for x_BW, rows_BX in zip(torch.split(x_TW, BLOCK), torch.split(rows_TX, BLOCK)):
+            self._write(x_BW, rows_BX, self._writer)
+        rows_TX[~(x_TW.abs().amax(dim=1) <= LARGEST)] = NO_NUMBER  # NaN compares false
+        return rows_TX
+
+    def _write(self, x_TW: Tensor, rows_TX: Tensor, writer: _Writer) -> None:
+        z_TK = (x_TW - self._mean_W) @ writer.inverse_WK
+        whole_T = writer.whole(z_TK)
+        z_TK = (z_TK - self._whole_NK[whole_T]) / self._scale_N[whole_T][:, None]
+        rows_TX[:, 0] = whole_T
+        for index, (nearest, z_TE) in enumerate(zip(writer.groups, torch.split(z_TK, self._sizes, dim=1)), start=1):
+            rows_TX[:, index] = nearest(z_TE)
+
+    def decode(self, rows_TX: Tensor, width: int) -> Tensor:
+        """See RowCode. Raises ProtocolError as `row_bytes` does."""
+        self.row_bytes(width)
+        whole_T = rows_TX[:, 0].to(torch.int64)
+        z_TK = self._words_NK.gather(0, rows_TX[:, 1:].to(torch.int64)[:, self._group_K])
+        z_TK *= self._scale_N[whole_T][:, None]
+        z_TK += self._whole_NK[whole_T]
+        x_TW = torch.addmm(self._mean_W, z_TK, self._basis_WK.T)
+        x_TW[whole_T == NO_NUMBER] = math.nan
+        return x_TW
+
+
+class Nearest:
+    """Finds the nearest of at most 256 words for each row."""
+
+    def __init__(self, words_NE: Tensor) -> None:
+        # |x - w|^2 is least where x w - |w|^2 / 2 is largest.
+        self._words_EN = words_NE.T.contiguous()
+        self._bias_N = words_NE.square().sum(dim=1) / -2
+
+    def __call__(self, x_TE: Tensor) -> Tensor:
+        """Their numbers, (T,) int64."""
+        return torch.addmm(self._bias_N, x_TE, self._words_EN).max(dim=1).indices
+
+
+class _Writer(NamedTuple):
+    """What only who writes needs."""
+
+    inverse_WK: Tensor
+    whole: Nearest
+    groups: List[Nearest]
+
+
+def most_bytes(width: int) -> int:
+    """Of a file with the tables for rows of so many elements."""
+    return 2 * (width * (1 + width + 2 * WORDS) + WORDS) + 4 * width + _HEADER_BYTES
+
+
+def _checked(tables: Mapping[str, Tensor]) -> Tuple[int, List[int]]:
+    """W, and the components of each group."""
+    if sorted(tables) != ["basis", "mean", "scale", "sizes", "whole", "words"]:
+        raise ProtocolError(
+            f"a codec's tables are basis, mean, scale, sizes, whole and words, not {', '.join(tables)[:200]}"
+        )
+    for name, x in tables.items():
+        dtype = torch.int32 if name == "sizes" else torch.float16
+        if x.dtype != dtype:
+            raise ProtocolError(f"'{name}' of a codec's tables is {x.dtype}, not {dtype}")
+    basis, sizes = tables["basis"], tables["sizes"]
+    if basis.dim() != 2 or not 1 <= basis.shape[1] <= basis.shape[0]:
+        raise ProtocolError(f"'basis' of a codec's tables has shape {list(basis.shape)}")
+    W, K = basis.shape
+    wanted = {"mean": (W,), "whole": (WORDS, K), "scale": (WORDS,), "words": (WORDS, K)}
+    for name, shape in wanted.items():
+        if tables[name].shape != shape:
+            raise ProtocolError(f"'{name}' of a codec's tables has shape {list(tables[name].shape)}, not {list(shape)}")
+    if sizes.dim() != 1 or min(sizes.tolist(), default=0) < 1 or int(sizes.sum()) != K:
+        raise ProtocolError(f"the groups of a codec's tables do not have {K} components together")
+    for name in ("basis", *wanted):
+        if not bool(torch.isfinite(tables[name]).all()):
+            raise ProtocolError(f"'{name}' of a codec's tables holds what is no finite number")
+    return W, [int(size) for size in sizes]
