@@ -4,6 +4,7 @@ import grpc
 import pytest
 from support.fuzzing import Fuzzer, good_run
 
+from sft.models import Cut
 from sft.wire.protocol import CLIENT_OPTIONS
 from sft_cloud.memory import process_bytes
 from sft_cloud.options import LimitOptions
@@ -11,8 +12,12 @@ from sft_cloud.options import LimitOptions
 KINDS = ("OpenSessionRequest", "UploadBlobRequest", "EdgeMessage, first", "DownloadWeightsRequest", "ProbeRequest")
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
-def test_almost_sound_messages(start_server, connect, edge, seed):
+@pytest.mark.parametrize(
+    ("seed", "fitted"),
+    [(0, False), *(pytest.param(seed, fitted, marks=pytest.mark.slow) for seed, fitted in ((1, False), (2, True)))],
+)
+def test_almost_sound_messages(start_server, connect, make_edge, seed, fitted):
+    edge = make_edge(cut=Cut("sl", 2), fitted=True) if fitted else make_edge()
     server = start_server(
         max_sessions=16,
         limits=LimitOptions(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Dict, List, Optional, Tuple
 
 import torch
+from support.tables import made_up_tables
 from torch import Tensor
 from transformers import PretrainedConfig
 
@@ -16,10 +17,10 @@ from sft.models.seeding import derive_seed
 from sft.models.weights import factor_tensors, pretrained_tensors
 from sft.optim.spec import GroupSpec, OptimizerSpec, decay_groups, spec_to_proto
 from sft.tensors.pretrained import PretrainedWeights
-from sft.tensors.stream import StoredTensor, safetensors_chunks, sha256_of
+from sft.tensors.stream import StoredTensor, in_memory, safetensors_chunks, sha256_of
 from sft.v1 import split_training_pb2 as pb
 from sft.version import __version__
-from sft.wire.codec.elements import encode_tensor
+from sft.wire.codec.elements import IN_FULL, codecs_named, encode_tensor
 from sft.wire.codec.messages import encode_activation, encode_labels
 from sft.wire.codec.packing import pack
 from sft.wire.cut import cut_to_proto, head_to_proto
@@ -42,6 +43,8 @@ class TinyEdge:
     optimizer_name: str = "AdamW"
     learning_rate: float = 1e-2
     lengths: Tuple[int, ...] = (7, 3, 5)
+    fitted: bool = False
+    """Whether its codec is, to nothing in particular; for a cut of mode sl."""
 
     def __post_init__(self) -> None:
         net_2 = build_net_2(self.config, self.head, self.cut)
@@ -54,6 +57,10 @@ class TinyEdge:
         self.factors: List[StoredTensor] = factors[1]
         self.groups: List[GroupSpec] = decay_groups(net_2, {"lr": self.learning_rate, "weight_decay": 0.1})
         self.width: int = net_2.width
+        self.codecs = IN_FULL
+        if self.fitted:
+            self.codecs = codecs_named("float32", "fitted").with_tables(made_up_tables(self.width), torch.device("cpu"))
+        self.tables: List[StoredTensor] = list(in_memory(dict(self.codecs.tables)))
 
     def request(self, **overrides: object) -> pb.OpenSessionRequest:
         """A sound request; `overrides` replace fields."""
@@ -69,6 +76,8 @@ class TinyEdge:
             factors_sha256=sha256_of(self.factors) if self.factors else "",
             optimizer=spec_to_proto(OptimizerSpec(self.optimizer_name, self.groups)),
             wire_data_type=pb.DATA_TYPE_FLOAT32,
+            activation_codec=self.codecs.activation if self.fitted else pb.DATA_TYPE_UNSPECIFIED,
+            codec_tables_sha256=sha256_of(self.tables) if self.tables else "",
         )
         for name, value in overrides.items():
             request.ClearField(name)
@@ -77,14 +86,15 @@ class TinyEdge:
 
     def blobs(self) -> Dict[str, bytes]:
         """Content by hash of what a cloud that has nothing asks for."""
-        stored = [tensors for tensors in (self.weights, self.factors) if tensors]
+        stored = [tensors for tensors in (self.weights, self.factors, self.tables) if tensors]
         return {sha256_of(tensors): b"".join(safetensors_chunks(tensors)) for tensors in stored}
 
     def activation(self, *seed: int) -> pb.Activation:
         """Random numbers in the shape that net_1 would give."""
         generator = torch.Generator().manual_seed(derive_seed(0, *seed))
         a_BSR = torch.randn(len(self.lengths), max(self.lengths), self.width, generator=generator)
-        return encode_activation(pack(a_BSR, self.lengths), pb.DATA_TYPE_FLOAT32, self.lengths, a_BSR.shape[1])
+        codec, codes = self.codecs.activation, self.codecs.codes
+        return encode_activation(pack(a_BSR, self.lengths), codec, self.lengths, a_BSR.shape[1], codes)
 
     def forward(
         self, step: int, micro_batch: int = 0, commit: Optional[pb.Commit] = None, **fields: object
