@@ -46,6 +46,8 @@ class ScriptedCloud(SplitTrainingServicer):
         """What a download gives, in parts."""
         self.requests: List[pb.OpenSessionRequest] = []
         self.codecs = list(NAMES.values())
+        self.keeps = False
+        """Whether it says that it keeps activations."""
         self.ended_properly = threading.Event()
         """A stream was ended by the edge, in order."""
         self.ended = threading.Event()
@@ -62,7 +64,7 @@ class ScriptedCloud(SplitTrainingServicer):
         missing = [sha256 for sha256 in self.wanted if sha256 not in self.blobs]
         if missing:
             return pb.OpenSessionResponse(missing_blobs=missing, codecs=self.codecs)
-        return pb.OpenSessionResponse(session_id="s1", device="cpu", codecs=self.codecs)
+        return pb.OpenSessionResponse(session_id="s1", device="cpu", codecs=self.codecs, keeps_activations=self.keeps)
 
     def UploadBlob(
         self, request_iterator: Iterator[pb.UploadBlobRequest], context: grpc.ServicerContext

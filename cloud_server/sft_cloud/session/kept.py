@@ -67,8 +67,11 @@ def keep(message: pb.EdgeMessage, kept: KeptRows, codes: Codes = CODES) -> None:
     """Keeps what a message that was checked, and applied, says."""
     activation = activation_of(message)
     assert activation is not None
-    rows = dict(_rows_that_came(activation, codes)) if activation.keep else {}
-    kept.add([rows[index] for index, number in enumerate(activation.keep) if number])
+    try:
+        rows = dict(_rows_that_came(activation, codes)) if activation.keep else {}
+        kept.add([rows[index] for index, number in enumerate(activation.keep) if number])
+    except MemoryError as error:  # the message was applied
+        kept.stop(error)
 
 
 def _check(activation: pb.Activation, kept: KeptRows, codes: Codes) -> None:

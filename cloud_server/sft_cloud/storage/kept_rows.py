@@ -45,8 +45,8 @@ _RECORD_BYTES = _LENGTH.size + _NONCE_BYTES + _TAG_BYTES
 """Beside the rows themselves."""
 _CHUNK_BYTES = 1 << 20
 
-_LEFT_BYTES = 64 << 20
-"""Of the disk, for what else the server writes."""
+_LEFT_BYTES = 1 << 30
+"""Of the disk, for what else there is: uploads and checkpoints, also of others."""
 
 _NO_ROOM = "no room on the disk, or no more of what is for one caller"
 
@@ -138,8 +138,8 @@ class KeptRows:
             end = self._end
             for number, data in enumerate(rows, self.count + 1):
                 end = self._write(number, data, end)
-        except OSError as error:
-            self._stop(error)
+        except (OSError, MemoryError) as error:
+            self.stop(error)
             return
         self.count, self._end = self.count + len(rows), end
 
@@ -186,6 +186,16 @@ class KeptRows:
             begin += part.total_bytes
         self._saved = saved
 
+    def stop(self, error: Exception) -> None:
+        """Keeps what it holds, and no more."""
+        reason = str(error) or type(error).__name__
+        _log.warning("no more activations are kept", extra={"fields": {"owner": self.owner, "reason": reason}})
+        self.is_full = True
+        with contextlib.suppress(OSError):
+            os.ftruncate(self._data, self._end)
+            os.ftruncate(self._index, _NUMBER.size * self.count)
+        self.total_bytes = self._end - len(_HEAD)
+
     def _chunks(self, begin: int, end: int) -> Iterator[bytes]:
         for at in range(begin, end, _CHUNK_BYTES):
             yield os.pread(self._data, min(_CHUNK_BYTES, end - at), at)
@@ -205,7 +215,7 @@ class KeptRows:
             ends = self._ends(size)
             _write_all(self._index, b"".join(map(_NUMBER.pack, ends[1:])), 0)
         except OSError as error:
-            self._stop(error)
+            self.stop(error)
             return
         self.count, self._end = len(ends) - 1, size
 
@@ -270,15 +280,6 @@ class KeptRows:
         except (OSError, struct.error):
             self.count, self._end = 0, len(_HEAD)
         return StorageError("the cloud's disk does not give back the activations that were kept")
-
-    def _stop(self, error: OSError) -> None:
-        """Keeps what it holds, and no more."""
-        _log.warning("no more activations are kept", extra={"fields": {"owner": self.owner, "reason": error.strerror}})
-        self.is_full = True
-        with contextlib.suppress(OSError):
-            os.ftruncate(self._data, self._end)
-            os.ftruncate(self._index, _NUMBER.size * self.count)
-        self.total_bytes = self._end - len(_HEAD)
 
 
 def _nameless(directory: Path) -> int:

@@ -307,10 +307,10 @@ def open_split_system(
     opened = link.open()
     width = start.request.cut.split_rank or int(start.net_1.model.config.hidden_size)
     kept: Union[KeptActivations, KeptOnCloud, None] = None
-    if opened.keeps_activations:
-        keep_key = start.request.keep_key
+    keep_key = start.request.keep_key
+    if keep_key and opened.keeps_activations:
         kept = KeptOnCloud(keep_key, opened.kept, width, codecs, lambda: link.keeps_only, on_status)
-    elif start.request.keep_key:
+    elif keep_key:
         on_status(f"{_KEEPS_NONE}: they are sent again in every epoch")
     if keep_in is not None:
         numbers = sum(math.prod(shape) for shape in start.cloud_shapes.values())

@@ -6,6 +6,7 @@ import errno
 import gc
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -128,6 +129,18 @@ def test_a_disk_that_takes_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert content(rows) == before
     assert os.fstat(rows._data).st_size == len(before)
     assert read(rows) == ROWS
+
+
+def test_a_process_without_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = keeping(tmp_path)
+    rows.add(ROWS)
+
+    def nothing(*arguments: object) -> bytes:
+        raise MemoryError
+
+    monkeypatch.setattr(rows, "_cipher", SimpleNamespace(encrypt=nothing, decrypt=rows._cipher.decrypt))
+    rows.add(ROWS)
+    assert (rows.count, rows.is_full, read(rows)) == (3, True, ROWS)
 
 
 def test_a_write_that_is_cut_short_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from support.scripted_cloud import ScriptedCloud, serving
 from support.tiny import make_tiny_model
 
 from sft.batch import Batch
-from sft.errors import ProtocolError
+from sft.errors import CloudMemoryError, ProtocolError
 from sft.models import Cut, Whole, build_net_2, build_whole
 from sft.models.weights import fill, pretrained_tensors
 from sft.optim.spec import OptimizerSpec, decay_groups, make_optimizer
@@ -157,8 +157,8 @@ def test_a_timer_begins_anew_with_each_record() -> None:
 class Rig:
     """A split system and the cloud it talks to."""
 
-    def __init__(self, system: SplitSystem, cloud: ScriptedCloud) -> None:
-        self.system, self.cloud = system, cloud
+    def __init__(self, system: SplitSystem, cloud: ScriptedCloud, told: List[str]) -> None:
+        self.system, self.cloud, self.told = system, cloud, told
 
     def messages(self, body: str) -> List[pb.EdgeMessage]:
         return [message for message in self.cloud.received if message.WhichOneof("body") == body]
@@ -171,17 +171,22 @@ def split(
     codec: str = "float32",
     labels: str = "cloud",
     freeze_edge: bool = False,
+    keep_key: bytes = b"",
+    keeps: bool = False,
     **arguments: object,
 ) -> Iterator[Rig]:
     cut = Cut(mode, 2, 4 if mode == "sft" else 0)
     cloud = ScriptedCloud()
     cloud.change_answer = _with_norm
+    cloud.keeps = keeps
+    told: List[str] = []
     spec = OptimizerSpec("SGD", decay_groups(build_whole(source.config, HEAD, cut), {"lr": 0.1, **arguments}))
     with serving(cloud) as address:
         start = halve(source, HEAD, cut, spec, 11, codecs_named("float32", codec), freeze_edge=freeze_edge)
-        system = open_split_system(start, CPU, GrpcTransport(address), labels=labels)
+        start.request.keep_key = keep_key
+        system = open_split_system(start, CPU, GrpcTransport(address), on_status=told.append, labels=labels)
         with system.link:
-            yield Rig(system, cloud)
+            yield Rig(system, cloud, told)
 
 
 def _with_norm(answer: pb.CloudMessage) -> pb.CloudMessage:
@@ -291,6 +296,55 @@ def test_evaluation_batches_come_back_in_order(source: Source) -> None:
         assert len(rig.system.ledger) == 0
         assert rig.system.ledger.evaluation_samples == 15
         assert rig.system.ledger.evaluation.payload_bytes_received == 15 * 2 * 4
+
+
+@pytest.mark.parametrize(("asked", "keeps"), [(False, False), (False, True), (True, False), (True, True)])
+def test_rows_are_kept_where_both_sides_mean_it(source: Source, asked: bool, keeps: bool) -> None:
+    with split(source, freeze_edge=True, keep_key=b"k" * 32 if asked else b"", keeps=keeps) as rig:
+        for step in range(2):
+            rig.system.forward_backward(batch(5, 3), step, 0, 1.0)
+            rig.system.update(step, 1.0)
+        list(rig.system.logits([batch(4, seed=1), batch(5, 3)], 2))
+        activations = [message.forward.activation for message in rig.messages("forward")]
+        activations += [message.evaluate.activation for message in rig.messages("evaluate")]
+        (request,) = rig.cloud.requests
+        assert len(request.keep_key) == (32 if asked else 0)
+        if asked and keeps:
+            assert [list(activation.keep) for activation in activations] == [[1, 2], [], [3], []]
+            assert [list(activation.kept) for activation in activations] == [[], [1, 2], [], [1, 2]]
+            assert [len(activation.packed.data) for activation in activations] == [8 * 16, 0, 4 * 16, 0]
+            assert rig.system.ledger.traffic.payload_bytes_sent == 8 * 16
+        else:
+            assert not any(activation.keep or activation.kept for activation in activations)
+            assert [len(activation.packed.data) for activation in activations] == [8 * 16, 8 * 16, 4 * 16, 8 * 16]
+        assert any("keeps no activations" in line for line in rig.told) is (asked and not keeps)
+        assert not rig.system.keeps_activations
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_an_evaluation_that_counts_on_rows_that_are_not_held(source: Source, times: int) -> None:
+    """Comes once more, with its rows; what could never be done is not asked for ever."""
+
+    def skips(answer: pb.CloudMessage) -> pb.CloudMessage:
+        if answer.HasField("evaluation") and len(skipped) < times:
+            skipped.append(answer.number)
+            answer.step_skipped.reason = "it was not kept"
+            answer.keeps_only = 0
+        return _with_norm(answer)
+
+    skipped: List[int] = []
+    with split(source, freeze_edge=True, keep_key=b"k" * 32, keeps=True) as rig:
+        list(rig.system.logits([batch(5)], 0))
+        rig.cloud.change_answer = skips
+        if times == 2:
+            with pytest.raises(CloudMemoryError, match="it was not kept"):
+                list(rig.system.logits([batch(5)], 0))
+            return
+        (logits,) = rig.system.logits([batch(5)], 0)
+        assert logits.shape == (1, 2)
+        sent = [message.evaluate.activation for message in rig.messages("evaluate")]
+        assert [len(activation.packed.data) for activation in sent] == [5 * 16, 0, 5 * 16]
+        assert not sent[2].keep
 
 
 def test_evaluation_is_not_asked_far_ahead(source: Source) -> None:
