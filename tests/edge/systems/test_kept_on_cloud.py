@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sft.batch import Batch
 from sft.errors import CheckpointError
 from sft.v1 import split_training_pb2 as pb
-from sft.wire.codec.elements import encode_tensor
+from sft.wire.codec.elements import IN_FULL, encode_tensor
 from sft_edge.systems.kept_on_cloud import KeptOnCloud, key_of
 
 WIDTH, FLOAT32, KEY = 2, pb.DATA_TYPE_FLOAT32, bytes(range(32))
@@ -36,10 +36,10 @@ class Rig:
         self.net: Any = Net()
         self.limit: Optional[int] = None
         self.told: List[str] = []
-        self.kept = KeptOnCloud(KEY, kept, WIDTH, FLOAT32, lambda: self.limit, self.told.append)
+        self.kept = KeptOnCloud(KEY, kept, WIDTH, IN_FULL, lambda: self.limit, self.told.append)
 
     def send(self, *sequences: Tuple[int, ...]) -> pb.Activation:
-        return self.kept.activation(self.net, batch(*sequences)).encoded(FLOAT32)
+        return self.kept.activation(self.net, batch(*sequences)).encoded(IN_FULL)
 
 
 def batch(*sequences: Tuple[int, ...]) -> Batch:

@@ -48,7 +48,9 @@ def stores(monkeypatch: pytest.MonkeyPatch) -> list[KeptStore]:
     return made
 
 
-@pytest.mark.parametrize("options", [{}, {"mode": "sl", "codec": "int8"}, {"labels": "local"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"mode": "sl", "codec": "fitted"}, {"codec": "int8", "labels": "local"}], ids=str
+)
 def test_every_row_crosses_once(
     run: Callable[..., int],
     whole: Callable[..., Outcome],
