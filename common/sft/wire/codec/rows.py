@@ -115,7 +115,7 @@ class Quantised:
         return both.reshape(rows_TX.shape[0], -1).to(torch.int8).sub_(8)
 
 
-Codes = Mapping[pb.DataType, RowCode]
+Codes = Mapping["pb.DataType", RowCode]  # quoted: it is a type to type checkers alone
 """By how they are named on the wire."""
 
 CODES: Codes = {
