@@ -28,6 +28,7 @@ DOCS = Path(__file__).parent
 
 EDGE: Mapping[str, Sequence[type]] = {
     "train": edge.TRAIN_OPTIONS,
+    "attach": [edge.AttachOptions],
     "evaluate": [edge.EvaluateOptions],
     "predict": [edge.PredictOptions],
     "export": [edge.ExportOptions],

@@ -54,6 +54,9 @@ class ServeOptions:
     session_timeout: Duration = Duration("10m")
     """how long a session waits for its edge when the link has broken"""
 
+    detached_timeout: Duration = Duration("24h")
+    """how long the session of an edge that has left (`sft-edge train --detach`) waits for it when all is done"""
+
     checkpoint_store: str | None = field(default=None, metadata={"names_place": True})
     """directory, or URL that fsspec knows, such as s3://bucket/folder, for the cloud's halves of checkpoints; without
     it `checkpoints` in --state-dir"""
@@ -78,7 +81,7 @@ class ServeOptions:
             raise UsageError(f"--max-sessions must be from 1 to 1000, not {self.max_sessions}")
         if self.threads is not None and self.threads < 1:
             raise UsageError(f"--threads must be at least 1, not {self.threads}")
-        above_zero(self, "session_timeout")
+        above_zero(self, "session_timeout", "detached_timeout")
         at_least(self, 0, "grace")
         if self.model_dir is not None and not self.model_dir.is_dir():
             raise UsageError(f"--model-dir {self.model_dir}: no such directory")

@@ -139,7 +139,12 @@ class CloudServer:
                 told.callback(log_closed, entry, reason, self.sessions.age(entry))
                 told.callback(self.engine.close, entry.session_id)
 
-        self.sessions = Registry(options.max_sessions, options.session_timeout, closed)
+        self.sessions = Registry(
+            options.max_sessions,
+            options.session_timeout,
+            closed,
+            detached_timeout_seconds=options.detached_timeout,
+        )
         observer.metrics.watch_sessions(
             lambda: [(entry.owner.name, entry.stream is not None) for entry in self.sessions.entries()],
             options.max_sessions,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
 from typing import List, Optional
 
 from sft.cli.imports import imports
@@ -9,6 +11,7 @@ from sft.cli.options import parse
 from sft.cli.run import run
 from sft_edge.options import (
     TRAIN_OPTIONS,
+    AttachOptions,
     DemoOptions,
     DoctorOptions,
     EnvOptions,
@@ -26,11 +29,30 @@ from sft_edge.options import (
 def train(prog: str, argv: List[str]) -> int:
     """fine-tune a model across this machine and a cloud"""
     options = RunOptions(*parse(TRAIN_OPTIONS, argv, prog, train.__doc__))
-    check_together(options.cut, options.link)
+    check_together(options.cut, options.link, options.training)
     with imports():
         from sft_edge.commands.train.train import TrainingRun
 
-    TrainingRun(options).run()
+    TrainingRun(options, argv).run()
+    return 0
+
+
+def attach(prog: str, argv: List[str]) -> int:
+    """come back for the result of a run that left with --detach"""
+    if argv and not argv[0].startswith("-"):
+        argv = ["--output-dir", *argv]
+    (named,) = parse((AttachOptions,), argv, prog, attach.__doc__)
+    with imports():
+        from sft_edge.commands.train.leaving import read_left
+        from sft_edge.commands.train.train import TrainingRun
+
+    left = read_left(named.output_dir)
+    output_dir = named.output_dir.resolve()
+    with suppress(OSError):  # where it is no more, what was named from there is not there either
+        os.chdir(left.directory)
+    arguments = [*left.arguments, "--output-dir", str(output_dir), "--resume-from-checkpoint"]
+    options = RunOptions(*parse(TRAIN_OPTIONS, arguments, prog, train.__doc__))
+    TrainingRun(options, arguments, left).run()
     return 0
 
 
@@ -104,6 +126,7 @@ def demo(prog: str, argv: List[str]) -> int:
 
 COMMANDS = {
     "train": train,
+    "attach": attach,
     "evaluate": evaluate,
     "predict": predict,
     "export": export,

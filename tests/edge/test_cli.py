@@ -16,6 +16,7 @@ from sft_edge.cli import COMMANDS, main
 
 AN_OPTION = {
     "train": "--seed",
+    "attach": "--output-dir",
     "evaluate": "--output-file",
     "predict": "--json-lines",
     "export": "--factored",

@@ -44,8 +44,11 @@ class ExactlyOnce:
         """Of the answers that are remembered."""
         return self._bytes
 
-    def apply(self, message: pb.EdgeMessage, work: Callable[[], pb.CloudMessage]) -> tuple[pb.CloudMessage, bool]:
-        """The answer to a message, and whether it came from memory: `work` makes it the first time.
+    def apply(
+        self, message: pb.EdgeMessage, work: Callable[[], pb.CloudMessage], is_left: bool = False
+    ) -> tuple[pb.CloudMessage, bool]:
+        """The answer to a message, and whether it came from memory: `work` makes it the first time. `is_left`: its edge
+        is away, and hears of no answer before it is back.
 
         Raises GapError when a message before this one has not come, ProtocolError for a number that stands for another
         message, PreconditionError when too many answers are not yet known to have arrived, and what `work` raises:
@@ -62,7 +65,7 @@ class ExactlyOnce:
             raise GapError(
                 f"message {message.number} came, but {self.last_number + 1} is next: send again what is missing"
             )
-        if len(self._answers) >= MAX_UNANSWERED or self._bytes > MAX_BYTES:
+        if (len(self._answers) >= MAX_UNANSWERED and not is_left) or self._bytes > MAX_BYTES:
             raise PreconditionError(
                 f"{len(self._answers)} answers, of {self._bytes} bytes, are not known to have arrived; at most "
                 f"{MAX_UNANSWERED} and {MAX_BYTES} are remembered"

@@ -16,6 +16,7 @@ from sft_cloud.errors import PreconditionError, QuotaError
 from sft_cloud.identity import Identity
 from sft_cloud.observability import model_name
 from sft_cloud.service.exactly_once import ExactlyOnce
+from sft_cloud.service.mailbox import Mailbox
 
 SPARED_SECONDS = 60.0
 """How long a session may be without a stream before its place goes to another, where there is no other place."""
@@ -59,6 +60,8 @@ class Entry:
     """Whether it keeps activations."""
     kept: int = 0
     """How many sequences it held when it was opened."""
+    left: Mailbox | None = None
+    """What its edge has left to do before it left; all of it may be done."""
     saves: int = 0
     """Checkpoints that both sides have, of the step that was the last one then."""
     bytes_received: int = 0
@@ -84,12 +87,15 @@ class Registry:
         session_timeout_seconds: float,
         on_close: Callable[[Entry, str], None] = lambda entry, reason: None,
         clock: Callable[[], float] = time.monotonic,
+        detached_timeout_seconds: float = 86_400.0,
     ) -> None:
-        """`session_timeout_seconds`: how long a session outlives a stream that broke; `on_close` is told of every
+        """`session_timeout_seconds`: how long a session outlives a stream that broke, `detached_timeout_seconds` the
+        last thing it does for an edge that has left; `on_close` is told of every
         session that ends, and why.
         """
         self.max_sessions = max_sessions
         self.session_timeout_seconds = session_timeout_seconds
+        self.detached_timeout_seconds = detached_timeout_seconds
         self._on_close = on_close
         self._clock = clock
         self._lock = threading.Lock()
@@ -170,6 +176,15 @@ class Registry:
             if entry.stream is stream:
                 entry.stream, entry.used_at = None, self._clock()
 
+    def attach_absent(self, session_id: str, owner: Identity, stream: StreamHandle) -> bool:
+        """As `attach`, for who does what an edge has left: only where it has, and no stream has the session."""
+        with self._lock:
+            entry = self._entries.get(session_id)
+            if entry is None or entry.owner.name != owner.name or entry.left is None or entry.stream is not None:
+                return False
+            entry.stream = stream
+            return True
+
     def get(self, session_id: str, owner: Identity) -> Entry:
         """An open session of this owner. Raises SessionLostError."""
         with self._lock:
@@ -198,7 +213,15 @@ class Registry:
         """Closes the sessions that have been without a stream for too long."""
         self._close_where(
             f"no stream for {self.session_timeout_seconds:g} s",
-            lambda entry: entry.stream is None and self.idle(entry) > self.session_timeout_seconds,
+            lambda entry: (
+                entry.stream is None and entry.left is None and self.idle(entry) > self.session_timeout_seconds
+            ),
+        )
+        self._close_where(
+            f"its edge has not come back for {self.detached_timeout_seconds:g} s",
+            lambda entry: (
+                entry.left is not None and entry.stream is None and self.idle(entry) > self.detached_timeout_seconds
+            ),
         )
 
     def _close_where(self, reason: str, is_meant: Callable[[Entry], bool]) -> None:
@@ -212,7 +235,7 @@ class Registry:
         again = [entry for entry in entries if request.run_id and _is_run(entry, request, owner)]
         stay = [entry for entry in entries if entry not in again]
         idle = sorted(
-            (entry for entry in stay if entry.stream is None and self.idle(entry) > SPARED_SECONDS),
+            (e for e in stay if e.stream is None and e.left is None and self.idle(e) > SPARED_SECONDS),
             key=lambda entry: (entry.owner.name != owner.name, entry.used_at),
         )
         own = [entry for entry in idle if entry.owner.name == owner.name]
@@ -232,6 +255,8 @@ class Registry:
 
     def _closed(self, entry: Entry, reason: str) -> None:
         """Whoever is told of it keeps neither the place nor those that end with it."""
+        if entry.left is not None:
+            entry.left.close()
         try:
             self._on_close(entry, reason)
         except Exception:

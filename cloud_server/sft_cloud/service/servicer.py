@@ -23,6 +23,7 @@ from sft_cloud.identity import Identity
 from sft_cloud.memory import Kind, MemoryBudget
 from sft_cloud.observability import NOBODY, Observer, Watch
 from sft_cloud.rpc import Call, ends_session
+from sft_cloud.service.absent import Absent, Asked
 from sft_cloud.service.registry import DONE, Entry, Registry, StreamHandle
 from sft_cloud.service.status import Status
 from sft_cloud.storage import BlobStore
@@ -65,6 +66,7 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
         self.sessions = sessions
         self.stopping = threading.Event()
         """Set some time before `drain`: every answer tells its edge to save a checkpoint now."""
+        self._absent = Absent(sessions, Asked(self._next_left, self._answer_left, self._failed), self._memory)
         self._status = Status(sessions, engine.device, lambda: self.stopping.is_set() or self._draining.is_set())
 
     def drain(self) -> None:
@@ -73,14 +75,16 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
         Streams that wait for their edge cannot be told anything but CANCELLED.
         """
         self._draining.set()
+        self._absent.stop()
         for context in list(self._idle):
             context.cancel()
 
     def OpenSession(self, request: pb.OpenSessionRequest, context: Call) -> pb.OpenSessionResponse:
         """See the .proto."""
         response = pb.OpenSessionResponse(
-            package_version=__version__, device=self._engine.device, codecs=NAMES.values(), takes_ahead=True
+            package_version=__version__, device=self._engine.device, codecs=NAMES.values()
         )
+        response.takes_ahead = response.takes_detach = True
         caller = context.caller
         self._check_draining()
         if request.only_check:
@@ -151,6 +155,10 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
             if not context.add_callback(lambda: self._detach(session_id, caller, stream)):
                 return
             yield from self._attached(session_id, caller, stream, answered)
+            while (message := self._next_left(session_id, caller)) is not None:
+                self._check_draining()
+                yield self._answer_left(session_id, caller, stream, message)
+                self._sent(session_id, caller, stream)
             while (message := self._wait_for_message(request_iterator, context)) is not None:
                 if message.WhichOneof("body") == "close":
                     self._end(session_id, caller, stream, DONE)
@@ -162,9 +170,7 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
                 del answer, message  # a stream that idles must not keep it
                 self._sent(session_id, caller, stream)
         except Exception as error:
-            if ends_session(error):
-                reason = str(error) if isinstance(error, SFTError) else "internal error"
-                self._end(session_id, caller, stream, reason)
+            self._failed(session_id, caller, stream, error)
             raise
         finally:
             self._sent(session_id, caller, stream)
@@ -259,13 +265,15 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
                     entry.lock.release()
 
     def _answer(
-        self, session_id: str, caller: Identity, stream: StreamHandle, message: pb.EdgeMessage
+        self, session_id: str, caller: Identity, stream: StreamHandle, message: pb.EdgeMessage, is_left: bool = False
     ) -> tuple[pb.CloudMessage, bool]:
         """And whether it came from memory."""
         arrived = time.monotonic()
         entry = self.sessions.get(session_id, caller)  # looked up each time, see `Train`
 
         def work() -> pb.CloudMessage:
+            if message.HasField("detach"):
+                return self._absent.leave(entry, message)
             answer = self._handle(entry, message, watch)
             if message.HasField("save_checkpoint"):
                 answer.checkpoint_saved.CopyFrom(self._save(entry))
@@ -280,8 +288,11 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
         with self._observer.message(caller.name, entry.label, message) as watch, entry.lock:
             _check_has(entry, stream)
             self.sessions.touch(entry)
+            if entry.left is not None and message.number > entry.left.last:  # its edge is back, and goes on itself
+                entry.left.close()
+                entry.left = None
             before = entry.next_step
-            answer, repeated = entry.messages.apply(message, work)
+            answer, repeated = entry.messages.apply(message, work, is_left)
             answer.stopping = self.stopping.is_set()
             received, sent = message.ByteSize(), answer.ByteSize()
             if repeated:
@@ -290,6 +301,19 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
             entry.bytes_sent += sent
             watch.answered(answer, (received, sent), entry.next_step - before, repeated)
         return answer, repeated
+
+    def _next_left(self, session_id: str, caller: Identity) -> pb.EdgeMessage | None:
+        entry = self.sessions.get(session_id, caller)
+        return None if entry.left is None else entry.left.after(entry.messages.last_number)
+
+    def _answer_left(
+        self, session_id: str, caller: Identity, stream: StreamHandle, message: pb.EdgeMessage
+    ) -> pb.CloudMessage:
+        return self._answer(session_id, caller, stream, message, is_left=True)[0]
+
+    def _failed(self, session_id: str, caller: Identity, stream: StreamHandle, error: Exception) -> None:
+        if ends_session(error):
+            self._end(session_id, caller, stream, str(error) if isinstance(error, SFTError) else "internal error")
 
     def _handle(self, entry: Entry, message: pb.EdgeMessage, watch: Watch) -> pb.CloudMessage:
         handled = self._engine.handle(entry.session_id, message, entry.messages.held_bytes)
@@ -312,6 +336,7 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
     def _detach(self, session_id: str, caller: Identity, stream: StreamHandle) -> None:
         with suppress(SessionLostError):  # it has ended
             self.sessions.detach(self.sessions.get(session_id, caller), stream)
+            self._absent.go_on(session_id, caller)
 
     def _end(self, session_id: str, caller: Identity, stream: StreamHandle, reason: str) -> None:
         self._detach(session_id, caller, stream)  # first, or the call would end as cancelled

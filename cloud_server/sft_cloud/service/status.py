@@ -76,6 +76,7 @@ class Status:
             bytes_sent=entry.bytes_sent,
             attached=entry.stream is not None,
             split_rank=entry.request.cut.split_rank,
+            detached=entry.left is not None,
         )
 
 

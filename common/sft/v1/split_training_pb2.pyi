@@ -171,7 +171,7 @@ class CheckpointId(_message.Message):
     def __init__(self, step: _Optional[int] = ..., sha256: _Optional[str] = ...) -> None: ...
 
 class OpenSessionResponse(_message.Message):
-    __slots__ = ("session_id", "missing_blobs", "package_version", "device", "next_step", "session_timeout_seconds", "codecs", "keeps_activations", "kept", "takes_ahead")
+    __slots__ = ("session_id", "missing_blobs", "package_version", "device", "next_step", "session_timeout_seconds", "codecs", "keeps_activations", "kept", "takes_detach", "takes_ahead")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     MISSING_BLOBS_FIELD_NUMBER: _ClassVar[int]
     PACKAGE_VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -181,6 +181,7 @@ class OpenSessionResponse(_message.Message):
     CODECS_FIELD_NUMBER: _ClassVar[int]
     KEEPS_ACTIVATIONS_FIELD_NUMBER: _ClassVar[int]
     KEPT_FIELD_NUMBER: _ClassVar[int]
+    TAKES_DETACH_FIELD_NUMBER: _ClassVar[int]
     TAKES_AHEAD_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     missing_blobs: _containers.RepeatedScalarFieldContainer[str]
@@ -191,8 +192,9 @@ class OpenSessionResponse(_message.Message):
     codecs: _containers.RepeatedScalarFieldContainer[DataType]
     keeps_activations: bool
     kept: int
+    takes_detach: bool
     takes_ahead: bool
-    def __init__(self, session_id: _Optional[str] = ..., missing_blobs: _Optional[_Iterable[str]] = ..., package_version: _Optional[str] = ..., device: _Optional[str] = ..., next_step: _Optional[int] = ..., session_timeout_seconds: _Optional[float] = ..., codecs: _Optional[_Iterable[_Union[DataType, str]]] = ..., keeps_activations: bool = ..., kept: _Optional[int] = ..., takes_ahead: bool = ...) -> None: ...
+    def __init__(self, session_id: _Optional[str] = ..., missing_blobs: _Optional[_Iterable[str]] = ..., package_version: _Optional[str] = ..., device: _Optional[str] = ..., next_step: _Optional[int] = ..., session_timeout_seconds: _Optional[float] = ..., codecs: _Optional[_Iterable[_Union[DataType, str]]] = ..., keeps_activations: bool = ..., kept: _Optional[int] = ..., takes_detach: bool = ..., takes_ahead: bool = ...) -> None: ...
 
 class UploadBlobRequest(_message.Message):
     __slots__ = ("sha256", "total_bytes", "data")
@@ -332,6 +334,12 @@ class KeepCheckpoints(_message.Message):
     steps: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, steps: _Optional[_Iterable[int]] = ...) -> None: ...
 
+class Detach(_message.Message):
+    __slots__ = ("messages",)
+    MESSAGES_FIELD_NUMBER: _ClassVar[int]
+    messages: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, messages: _Optional[_Iterable[bytes]] = ...) -> None: ...
+
 class Close(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
@@ -382,7 +390,7 @@ class Part(_message.Message):
     def __init__(self, data: _Optional[bytes] = ..., total_bytes: _Optional[int] = ...) -> None: ...
 
 class EdgeMessage(_message.Message):
-    __slots__ = ("step", "micro_batch", "weights", "commit", "gradient_scale", "attach", "forward", "backward", "evaluate", "load_state", "save_checkpoint", "keep_checkpoints", "close", "probe", "number", "answered", "trace_parent", "part", "ahead")
+    __slots__ = ("step", "micro_batch", "weights", "commit", "gradient_scale", "attach", "forward", "backward", "evaluate", "load_state", "save_checkpoint", "keep_checkpoints", "detach", "close", "probe", "number", "answered", "trace_parent", "part", "ahead")
     STEP_FIELD_NUMBER: _ClassVar[int]
     MICRO_BATCH_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
@@ -395,6 +403,7 @@ class EdgeMessage(_message.Message):
     LOAD_STATE_FIELD_NUMBER: _ClassVar[int]
     SAVE_CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     KEEP_CHECKPOINTS_FIELD_NUMBER: _ClassVar[int]
+    DETACH_FIELD_NUMBER: _ClassVar[int]
     CLOSE_FIELD_NUMBER: _ClassVar[int]
     PROBE_FIELD_NUMBER: _ClassVar[int]
     NUMBER_FIELD_NUMBER: _ClassVar[int]
@@ -414,6 +423,7 @@ class EdgeMessage(_message.Message):
     load_state: LoadState
     save_checkpoint: SaveCheckpoint
     keep_checkpoints: KeepCheckpoints
+    detach: Detach
     close: Close
     probe: ProbeRequest
     number: int
@@ -421,7 +431,7 @@ class EdgeMessage(_message.Message):
     trace_parent: str
     part: Part
     ahead: bool
-    def __init__(self, step: _Optional[int] = ..., micro_batch: _Optional[int] = ..., weights: _Optional[_Iterable[_Union[Weight, _Mapping]]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., gradient_scale: _Optional[float] = ..., attach: _Optional[_Union[Attach, _Mapping]] = ..., forward: _Optional[_Union[Forward, _Mapping]] = ..., backward: _Optional[_Union[Backward, _Mapping]] = ..., evaluate: _Optional[_Union[Evaluate, _Mapping]] = ..., load_state: _Optional[_Union[LoadState, _Mapping]] = ..., save_checkpoint: _Optional[_Union[SaveCheckpoint, _Mapping]] = ..., keep_checkpoints: _Optional[_Union[KeepCheckpoints, _Mapping]] = ..., close: _Optional[_Union[Close, _Mapping]] = ..., probe: _Optional[_Union[ProbeRequest, _Mapping]] = ..., number: _Optional[int] = ..., answered: _Optional[int] = ..., trace_parent: _Optional[str] = ..., part: _Optional[_Union[Part, _Mapping]] = ..., ahead: bool = ...) -> None: ...
+    def __init__(self, step: _Optional[int] = ..., micro_batch: _Optional[int] = ..., weights: _Optional[_Iterable[_Union[Weight, _Mapping]]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., gradient_scale: _Optional[float] = ..., attach: _Optional[_Union[Attach, _Mapping]] = ..., forward: _Optional[_Union[Forward, _Mapping]] = ..., backward: _Optional[_Union[Backward, _Mapping]] = ..., evaluate: _Optional[_Union[Evaluate, _Mapping]] = ..., load_state: _Optional[_Union[LoadState, _Mapping]] = ..., save_checkpoint: _Optional[_Union[SaveCheckpoint, _Mapping]] = ..., keep_checkpoints: _Optional[_Union[KeepCheckpoints, _Mapping]] = ..., detach: _Optional[_Union[Detach, _Mapping]] = ..., close: _Optional[_Union[Close, _Mapping]] = ..., probe: _Optional[_Union[ProbeRequest, _Mapping]] = ..., number: _Optional[int] = ..., answered: _Optional[int] = ..., trace_parent: _Optional[str] = ..., part: _Optional[_Union[Part, _Mapping]] = ..., ahead: bool = ...) -> None: ...
 
 class Attached(_message.Message):
     __slots__ = ("next_step", "last_number")
@@ -459,6 +469,14 @@ class Evaluation(_message.Message):
     logits: Tensor
     def __init__(self, logits: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
 
+class Detached(_message.Message):
+    __slots__ = ("error", "detached_timeout_seconds")
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    DETACHED_TIMEOUT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    error: str
+    detached_timeout_seconds: float
+    def __init__(self, error: _Optional[str] = ..., detached_timeout_seconds: _Optional[float] = ...) -> None: ...
+
 class CheckpointSaved(_message.Message):
     __slots__ = ("id", "total_bytes", "error")
     ID_FIELD_NUMBER: _ClassVar[int]
@@ -484,7 +502,7 @@ class Committed(_message.Message):
     def __init__(self, next_step: _Optional[int] = ..., squared_gradient_norm: _Optional[float] = ...) -> None: ...
 
 class CloudMessage(_message.Message):
-    __slots__ = ("step", "micro_batch", "cloud_seconds", "attached", "result", "evaluation", "committed", "outputs", "checkpoint_saved", "step_skipped", "probed", "number", "stopping", "keeps_only")
+    __slots__ = ("step", "micro_batch", "cloud_seconds", "attached", "result", "evaluation", "committed", "outputs", "checkpoint_saved", "step_skipped", "probed", "detached", "number", "stopping", "keeps_only")
     STEP_FIELD_NUMBER: _ClassVar[int]
     MICRO_BATCH_FIELD_NUMBER: _ClassVar[int]
     CLOUD_SECONDS_FIELD_NUMBER: _ClassVar[int]
@@ -496,6 +514,7 @@ class CloudMessage(_message.Message):
     CHECKPOINT_SAVED_FIELD_NUMBER: _ClassVar[int]
     STEP_SKIPPED_FIELD_NUMBER: _ClassVar[int]
     PROBED_FIELD_NUMBER: _ClassVar[int]
+    DETACHED_FIELD_NUMBER: _ClassVar[int]
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     STOPPING_FIELD_NUMBER: _ClassVar[int]
     KEEPS_ONLY_FIELD_NUMBER: _ClassVar[int]
@@ -510,17 +529,18 @@ class CloudMessage(_message.Message):
     checkpoint_saved: CheckpointSaved
     step_skipped: StepSkipped
     probed: ProbeResponse
+    detached: Detached
     number: int
     stopping: bool
     keeps_only: int
-    def __init__(self, step: _Optional[int] = ..., micro_batch: _Optional[int] = ..., cloud_seconds: _Optional[float] = ..., attached: _Optional[_Union[Attached, _Mapping]] = ..., result: _Optional[_Union[Result, _Mapping]] = ..., evaluation: _Optional[_Union[Evaluation, _Mapping]] = ..., committed: _Optional[_Union[Committed, _Mapping]] = ..., outputs: _Optional[_Union[Outputs, _Mapping]] = ..., checkpoint_saved: _Optional[_Union[CheckpointSaved, _Mapping]] = ..., step_skipped: _Optional[_Union[StepSkipped, _Mapping]] = ..., probed: _Optional[_Union[ProbeResponse, _Mapping]] = ..., number: _Optional[int] = ..., stopping: bool = ..., keeps_only: _Optional[int] = ...) -> None: ...
+    def __init__(self, step: _Optional[int] = ..., micro_batch: _Optional[int] = ..., cloud_seconds: _Optional[float] = ..., attached: _Optional[_Union[Attached, _Mapping]] = ..., result: _Optional[_Union[Result, _Mapping]] = ..., evaluation: _Optional[_Union[Evaluation, _Mapping]] = ..., committed: _Optional[_Union[Committed, _Mapping]] = ..., outputs: _Optional[_Union[Outputs, _Mapping]] = ..., checkpoint_saved: _Optional[_Union[CheckpointSaved, _Mapping]] = ..., step_skipped: _Optional[_Union[StepSkipped, _Mapping]] = ..., probed: _Optional[_Union[ProbeResponse, _Mapping]] = ..., detached: _Optional[_Union[Detached, _Mapping]] = ..., number: _Optional[int] = ..., stopping: bool = ..., keeps_only: _Optional[int] = ...) -> None: ...
 
 class StatusRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class SessionStatus(_message.Message):
-    __slots__ = ("label", "owner", "model_name", "next_step", "age_seconds", "idle_seconds", "bytes_received", "bytes_sent", "attached", "split_rank")
+    __slots__ = ("label", "owner", "model_name", "next_step", "age_seconds", "idle_seconds", "bytes_received", "bytes_sent", "attached", "split_rank", "detached")
     LABEL_FIELD_NUMBER: _ClassVar[int]
     OWNER_FIELD_NUMBER: _ClassVar[int]
     MODEL_NAME_FIELD_NUMBER: _ClassVar[int]
@@ -531,6 +551,7 @@ class SessionStatus(_message.Message):
     BYTES_SENT_FIELD_NUMBER: _ClassVar[int]
     ATTACHED_FIELD_NUMBER: _ClassVar[int]
     SPLIT_RANK_FIELD_NUMBER: _ClassVar[int]
+    DETACHED_FIELD_NUMBER: _ClassVar[int]
     label: str
     owner: str
     model_name: str
@@ -541,7 +562,8 @@ class SessionStatus(_message.Message):
     bytes_sent: int
     attached: bool
     split_rank: int
-    def __init__(self, label: _Optional[str] = ..., owner: _Optional[str] = ..., model_name: _Optional[str] = ..., next_step: _Optional[int] = ..., age_seconds: _Optional[float] = ..., idle_seconds: _Optional[float] = ..., bytes_received: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., attached: bool = ..., split_rank: _Optional[int] = ...) -> None: ...
+    detached: bool
+    def __init__(self, label: _Optional[str] = ..., owner: _Optional[str] = ..., model_name: _Optional[str] = ..., next_step: _Optional[int] = ..., age_seconds: _Optional[float] = ..., idle_seconds: _Optional[float] = ..., bytes_received: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., attached: bool = ..., split_rank: _Optional[int] = ..., detached: bool = ...) -> None: ...
 
 class StatusResponse(_message.Message):
     __slots__ = ("package_version", "protocol_version", "device", "unix_seconds", "uptime_seconds", "caller", "sessions", "max_sessions", "open_sessions", "session_timeout_seconds", "token_expires_unix_seconds", "stopping", "limits", "missing_features")

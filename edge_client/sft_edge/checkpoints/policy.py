@@ -147,6 +147,8 @@ class Checkpointing:
 
     def is_due(self, step: int, system: System) -> bool:
         """Whether a checkpoint is saved after so many steps, or the run is to stop then."""
+        if system.makes_again:  # the cloud is further than this
+            return self._terminated.is_set()
         return self._terminated.is_set() or system.stopping or bool(self._every and step % self._every == 0)
 
     def after_step(self, loop: TrainingLoop) -> None:
@@ -154,6 +156,8 @@ class Checkpointing:
         step, asked = loop.state.global_step, self._terminated.is_set()
         if not self.is_due(step, loop.system):
             return
+        if loop.system.makes_again:
+            self.check_stop(loop)
         try:
             checkpoint = self._save(loop)
         except StorageError as error:
@@ -167,6 +171,11 @@ class Checkpointing:
             raise Stopped(step, checkpoint.directory)
         if loop.system.stopping:
             raise CloudStoppingError("the server stops")
+
+    def save_now(self, loop: TrainingLoop) -> None:
+        """Between two steps; nothing is done where that is saved. Raises StorageError."""
+        if not (self._has_saved and self._newest_step == loop.state.global_step):
+            self._save(loop)
 
     def check_lost(self, lost_at: int, error: LinkError) -> None:
         """The session was lost when so many steps were taken. Raises Stopped, or StorageError where nothing is saved,

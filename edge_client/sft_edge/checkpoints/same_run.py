@@ -30,6 +30,7 @@ _FREE = {
         "save_steps",
         "save_total_limit",
         "resume_from_checkpoint",
+        "detach",
     },
 }
 

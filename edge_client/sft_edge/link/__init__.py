@@ -3,7 +3,7 @@
 from sft_edge.link.answers import check_codecs
 from sft_edge.link.download import NUMBERS, checked_state, checked_weights, could_be_state
 from sft_edge.link.grpc_transport import GrpcTransport, transport_of
-from sft_edge.link.link import Blob, Link, PendingReply
+from sft_edge.link.link import Blob, Left, Link, PendingReply
 from sft_edge.link.reliable_stream import TRANSIENT
 from sft_edge.link.request import model_fields, offer, session_request
 from sft_edge.link.retries import Retries, RetryPolicy, Wake, retry_policy_of
@@ -14,6 +14,7 @@ __all__ = [
     "TRANSIENT",
     "Blob",
     "GrpcTransport",
+    "Left",
     "Link",
     "PendingReply",
     "Retries",

@@ -6,19 +6,19 @@ import secrets
 from types import TracebackType
 from typing import Callable, Iterator, Mapping, Optional, Sequence, Type
 
-from sft.errors import ProtocolError, ServerFullError, ServerUnavailableError, StaleAccessError, StorageError
+from sft.errors import CloudMemoryError, ProtocolError, StorageError
 from sft.printable import said
 from sft.v1 import split_training_pb2 as pb
 from sft.wire.ledger import Traffic
-from sft_edge.link.answers import check_codecs, check_missing, check_opened
+from sft_edge.link.opening import Opening
 from sft_edge.link.reliable_stream import BREAK_TIMEOUT_SECONDS, TRANSIENT, Counts, ReliableStream
-from sft_edge.link.replies import Blob, PendingReply, Reply
+from sft_edge.link.replies import Blob, Left, PendingReply, Reply
 from sft_edge.link.retries import Retries, RetryPolicy
 from sft_edge.link.tracing import StepSpans, edge_tracer
-from sft_edge.link.transport import SEVERAL_SERVERS, Transport
+from sft_edge.link.transport import Transport
 from sft_edge.signals import interrupts_deferred
 
-__all__ = ["Blob", "Link", "PendingReply", "Reply"]
+__all__ = ["Blob", "Left", "Link", "PendingReply", "Reply"]
 
 
 class Link:
@@ -54,6 +54,8 @@ class Link:
         self._session_id = ""
         self.ahead = False
         """Whether what is sent now is sent before the answers to what was sent before were looked at."""
+        self.takes_detach = False
+        """Whether the cloud goes on without its edge; known once the link is open."""
         self.takes_ahead = False
         """Whether the cloud knows what that means, and a commit's `max_grad_norm`; known once the link is open."""
         self._held = pb.EdgeMessage()  # weights, commit and gradient_scale of the next message
@@ -87,49 +89,55 @@ class Link:
         is not let in only if one before it was. Raises what Transport.open_session and upload raise; the link is closed
         then.
         """
-        broken = Retries(self._policy, self._stream.wake, self._on_status)
-        absent = Retries(self._policy, self._stream.wake, self._on_status, self._policy.wait_seconds)
-        self._let_in = False
+        opening = Opening(self._transport, self._request, self._blobs, self._policy, self._stream.wake, self._on_status)
         try:
-            while True:
-                try:
-                    response = self._open()
-                    break
-                except TRANSIENT as error:
-                    is_absent = isinstance(error, (ServerUnavailableError, ServerFullError))
-                    if is_absent and not self._policy.wait_seconds:
-                        raise
-                    if isinstance(error, StaleAccessError) and not self._let_in:
-                        raise
-                    (absent if is_absent else broken).after(error)
-                    self._transport.renew()
-            absent.reset()
-            broken.reset()
+            response = opening.open()
         except BaseException:  # Ctrl-C during an upload too
             self.close()
             raise
-        self._session_id, self.takes_ahead = response.session_id, response.takes_ahead
+        self._session_id = response.session_id
+        self.takes_ahead, self.takes_detach = response.takes_ahead, response.takes_detach
         self._step = response.next_step
         self._stream.begin(response.session_id)
         self._blobs = {}  # what they read from may be half a model, and whoever offered it may have let go of it
         return response
 
-    def _open(self) -> pb.OpenSessionResponse:
-        response = self._transport.open_session(self._request)
-        self._let_in = True
-        check_codecs(response, self._request)
-        check_missing(response, self._blobs)
-        if response.missing_blobs:
-            for sha256 in dict.fromkeys(response.missing_blobs):
-                blob = self._blobs[sha256]
-                self._transport.upload(sha256, blob.total_bytes, blob.chunks())
-            response = self._transport.open_session(self._request)
-        if response.missing_blobs and self._transport.several_servers():
-            raise ProtocolError(f"what was uploaded is missing again: {SEVERAL_SERVERS}")
-        if response.missing_blobs or not response.session_id:
-            raise ProtocolError("the cloud neither opened a session nor said what it lacks")
-        check_opened(response, {offered.step for offered in self._request.resume_from} or {0})
-        return response
+    def attach(self, left: Left, step: int) -> None:
+        """Instead of `open`: the session as an edge has left it before so many steps, whose messages are made again."""
+        self._session_id, self._step = left.session_id, step
+        self.takes_ahead = self.takes_detach = True
+        self._stream.begin(left.session_id, left)
+        self._blobs = {}
+
+    @property
+    def makes_again(self) -> bool:
+        """Whether an edge had left, and what it left is not done and made again yet; the session stays when the link
+        is closed."""
+        return self._stream.makes_again
+
+    def leave(self, messages: Callable[[], None]) -> Left:
+        """Has the cloud do what `messages` sends, one after the other, when the link is closed; the session stays.
+
+        `messages` is called, and may wait for nothing. Raises CloudMemoryError where the cloud does not take it: then
+        nothing was done.
+        """
+        self._settle()
+        message = pb.EdgeMessage(step=self._step, micro_batch=self._without_body)
+        self._stream.collect()
+        self._without_body = 0  # as it is for who makes them again
+        try:
+            messages()
+        except BaseException:
+            self._stream.drop_collected()
+            raise
+        finally:
+            self._held, self._step, self._without_body = pb.EdgeMessage(), message.step, message.micro_batch + 1
+        left, pending = self._stream.leave(message)
+        detached = pending.result().message.detached
+        if detached.error:
+            raise CloudMemoryError(said(detached.error))
+        self._stream.stay()
+        return left
 
     def forward(
         self,
@@ -237,6 +245,7 @@ class Link:
     def forget_held(self) -> None:
         """What is held is for a step that the cloud has undone, or will never take."""
         self._held = pb.EdgeMessage()
+        self._stream.skip_left()
 
     def keep_gradients(self) -> None:
         """Net_2's gradients are not forgotten after the commit that is held. Raises ProtocolError when none is."""
@@ -246,13 +255,18 @@ class Link:
 
     def flush(self) -> Optional[Reply]:
         """Sends what is held and waits until it is done: the reply holds `Committed`. None when nothing was held."""
+        pending = self.send_held()
+        return None if pending is None else pending.result()
+
+    def send_held(self) -> Optional[PendingReply]:
+        """As `flush`, without waiting."""
         if not (self._held.weights or self._held.HasField("commit") or self._held.HasField("gradient_scale")):
             return None
         step = self._held.commit.step if self._held.HasField("commit") else self._step
         message = self._with_held(step, self._without_body)
         pending = self._send_with_held("committed", message, payload_bytes=0)
         self._without_body += 1
-        return pending.result()
+        return pending
 
     def weights(self, optimizer_state: bool = False) -> Iterator[bytes]:
         """Net_2's parameters, or the state of its optimizer, after every commit so far.

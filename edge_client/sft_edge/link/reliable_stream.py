@@ -14,11 +14,12 @@ import logging
 import queue
 import threading
 from contextlib import suppress
-from typing import Callable, Optional
+from typing import Callable, List, Optional, Tuple
 
 from google.protobuf.message import DecodeError
 
 from sft.errors import (
+    CloudMemoryError,
     LinkError,
     ProtocolError,
     ServerFullError,
@@ -31,10 +32,10 @@ from sft.tracing import NO_SPAN, Span
 from sft.v1 import split_training_pb2 as pb
 from sft.wire.ledger import Traffic, framed_size
 from sft.wire.parts import sent_size
-from sft.wire.protocol import MAX_UNANSWERED
+from sft.wire.protocol import MAX_MESSAGE_BYTES, MAX_UNANSWERED
 from sft_edge.link.answers import check_answer
 from sft_edge.link.cuts import Cuts
-from sft_edge.link.replies import PendingReply, Sent, Unanswered
+from sft_edge.link.replies import Left, PendingReply, Sent, Unanswered
 from sft_edge.link.retries import Retries, RetryPolicy, Wake
 from sft_edge.link.transport import Stream, Transport
 
@@ -85,6 +86,9 @@ class ReliableStream:
         self._retries = Retries(policy, self.wake, self._say)
         self._session_id = ""
         self._is_over = False
+        self._stays = False  # the session, when this ends
+        self._collected: Optional[List[bytes]] = None  # instead of being sent
+        self._collected_bytes = 0
         self._outgoing: _Queue[Optional[bytes]] = queue.SimpleQueue()
         self._stream: Optional[Stream] = None
         self._reader: Optional[threading.Thread] = None
@@ -107,9 +111,42 @@ class ReliableStream:
         with self._lock:
             return self._total
 
-    def begin(self, session_id: str) -> None:
-        """From now on messages may be sent."""
+    def begin(self, session_id: str, left: Optional[Left] = None) -> None:
+        """From now on messages may be sent. `left`: as an edge has left the session, whose messages are found out
+        again; until that is done the session stays when the link is closed.
+        """
         self._session_id = session_id
+        if left is not None:
+            self._unanswered.next_number, self._unanswered.left_to = left.number + 1, left.last
+
+    def collect(self) -> None:
+        """From now on messages are put aside, for `leave`."""
+        self._collected, self._collected_bytes = [], 0
+
+    def drop_collected(self) -> None:
+        """As if none of them had been made."""
+        self._collected = None
+
+    def leave(self, message: pb.EdgeMessage) -> Tuple[Left, PendingReply]:
+        """Sends `message` with all that was put aside in it. Once it is answered well, the session is to `stay`."""
+        collected, self._collected = self._collected or [], None
+        message.detach.messages.extend(collected)
+        left = Left(self._session_id, self._unanswered.next_number, self._unanswered.next_number + len(collected))
+        return left, self.send("detached", message, payload_bytes=0)
+
+    def stay(self) -> None:
+        """The session stays when the link is closed."""
+        self._stays = True
+
+    @property
+    def makes_again(self) -> bool:
+        """Whether messages are those that an edge has left."""
+        return self._unanswered.answered < self._unanswered.left_to
+
+    def skip_left(self) -> None:
+        """A step that was left is undone: it is sent again, as are those after it."""
+        with self._lock:
+            self._unanswered.skip_left()
 
     def check(self) -> None:
         """Raises what ended the session, if it is known to have ended."""
@@ -130,19 +167,26 @@ class ReliableStream:
             if self._failure is not None:
                 raise self._failure
             message.number, message.answered = self._unanswered.next_number, self._unanswered.answered
+            if self._collected is not None:
+                message.number += 1 + len(self._collected)  # one is for the message that they are in
+                self._collected.append(message.SerializeToString())
+                self._collected_bytes += len(self._collected[-1])
+                if self._collected_bytes > MAX_MESSAGE_BYTES // 2:
+                    raise CloudMemoryError("what is left to do takes more than a message may hold")
+                return PendingReply(Traffic(), self._policy.reply_timeout_seconds, self._break_off, span)
             data = message.SerializeToString()
             sent = Traffic(payload_bytes_sent=payload_bytes, bytes_sent=sent_size(len(data)))
             pending = PendingReply(sent, self._policy.reply_timeout_seconds, self._break_off, span)
             self._unanswered.add(Sent(kind, message.step, message.micro_batch, data, pending))
             self._total += sent
-            if self._flows:
+            if self._flows and message.number > self._unanswered.left_to:
                 self._outgoing.put(data)
                 self._sent_bytes += len(data)
         return pending
 
     def make_room(self) -> None:
         """Waits while so many answers are due that the cloud would remember no more."""
-        while True:
+        while self._collected is None:
             oldest = self._oldest(MAX_UNANSWERED)
             if oldest is None:
                 return
@@ -165,7 +209,8 @@ class ReliableStream:
     def abandon(self) -> None:
         """Ends the session without waiting for anything. For finalizers: it takes no lock and starts no thread."""
         self._is_over = True
-        self._outgoing.put(_CLOSE)
+        if not (self._stays or self.makes_again):
+            self._outgoing.put(_CLOSE)
         self._outgoing.put(None)
         self.wake.put(None)
 
@@ -191,7 +236,7 @@ class ReliableStream:
 
     def _start(self) -> None:
         # A session that is new has had no message: they need not wait until it says so.
-        stream = self._open_stream(flows=True)
+        stream = self._open_stream(flows=not self._unanswered.left_to)
         self._reader = threading.Thread(target=self._run, args=(stream,), name="sft-link-reader", daemon=True)
         self._reader.start()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import Callable, Dict, Iterator, List, NamedTuple, Optional
+from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 from sft.errors import CloudMemoryError, LinkError, ProtocolError, SessionLostError
 from sft.printable import said
@@ -88,6 +88,16 @@ class PendingReply:
         self._settled.set()
 
 
+class Left(NamedTuple):
+    """How an edge has left a session."""
+
+    session_id: str
+    number: int
+    """Of the message with which it left; it is answered."""
+    last: int
+    """Of the last message that it left to do."""
+
+
 class Sent(NamedTuple):
     """A message on its way."""
 
@@ -105,7 +115,11 @@ class Unanswered:
     def __init__(self) -> None:
         self.next_number = 1
         """Of the message that is sent next."""
+        self.left_to = 0
+        """Up to this number the cloud has all messages, as an edge has left them that went away: what they were is
+        made again, and their answers may come before that."""
         self._sent: Dict[int, Sent] = {}
+        self._early: Dict[int, Tuple[pb.CloudMessage, Traffic]] = {}
 
     def __len__(self) -> int:
         return len(self._sent)
@@ -116,9 +130,16 @@ class Unanswered:
         return min(self._sent, default=self.next_number) - 1
 
     def add(self, sent: Sent) -> None:
-        """The message of number `next_number`."""
-        self._sent[self.next_number] = sent
-        self.next_number += 1
+        """The message of number `next_number`. Raises ProtocolError for an early answer that is none to it."""
+        number, self.next_number = self.next_number, self.next_number + 1
+        self._sent[number] = sent
+        if number in self._early:
+            self.resolve(*self._early.pop(number))
+
+    def skip_left(self) -> None:
+        """What was left and is not made again, as its step was undone, is of no account."""
+        self.next_number = max(self.next_number, self.left_to + 1)
+        self._early.clear()
 
     def oldest(self) -> PendingReply:
         """The answer that is due first; there is one."""
@@ -127,12 +148,12 @@ class Unanswered:
     def after(self, number: int) -> List[bytes]:
         """What the cloud has not had yet, when it has had all up to `number`. Raises ProtocolError for a number of no
         message."""
-        if number >= self.next_number or number < self.answered:
+        if number > max(self.next_number - 1, self.left_to) or number < self.answered:
             raise ProtocolError(
                 f"the cloud has had {number} messages of this session, and answered {self.answered} of "
                 f"{self.next_number - 1}: it is not the one that it was"
             )
-        return [sent.data for own, sent in self._sent.items() if own > number]
+        return [sent.data for own, sent in self._sent.items() if own > max(number, self.left_to)]
 
     def resolve(self, answer: pb.CloudMessage, received: Traffic) -> bool:
         """Hands an answer to who waits for it; False for one that came before.
@@ -143,6 +164,9 @@ class Unanswered:
         if sent is None:
             if 1 <= answer.number < self.next_number:
                 return False
+            if self.next_number <= answer.number <= self.left_to:
+                self._early[answer.number] = (answer, received)
+                return True
             raise ProtocolError(f"the cloud answered message {answer.number}, which was never sent")
         kind = answer.WhichOneof("body")
         if kind not in (sent.kind, "step_skipped") or (answer.step, answer.micro_batch) != sent[1:3]:

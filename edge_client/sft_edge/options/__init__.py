@@ -1,6 +1,7 @@
 """Every option of every command. Imports nothing heavy, so that `--help` is quick."""
 
 from sft_edge.options.commands import (
+    AttachOptions,
     DemoOptions,
     DoctorOptions,
     EnvOptions,
@@ -29,6 +30,7 @@ __all__ = [
     "ACTIVATIONS",
     "NEWEST",
     "TRAIN_OPTIONS",
+    "AttachOptions",
     "CutOptions",
     "DataOptions",
     "DemoOptions",

@@ -14,6 +14,14 @@ from sft_edge.options.train import Codec, GradientCodec, check_codecs, check_nam
 
 
 @dataclass
+class AttachOptions:
+    """The run."""
+
+    output_dir: Path
+    """directory of the run that was left; its name alone will do, without the option"""
+
+
+@dataclass
 class EvaluateOptions:
     """The evaluation."""
 

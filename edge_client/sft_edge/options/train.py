@@ -195,6 +195,10 @@ class TrainingOptions:
     """go on from this directory; without one, or with true, from the newest checkpoint in --output-dir, or from the
     beginning while there is none"""
 
+    detach: bool = False
+    """leave as soon as the cloud has every row, which is after the first epoch: it goes on alone, and `sft-edge attach
+    OUTPUT_DIR` comes back for the result; needs --activations keep-on-cloud and a server that keeps checkpoints"""
+
     seed: int = 42
     """draws new weights, the order of the rows and dropout"""
 
@@ -264,8 +268,14 @@ TRAIN_OPTIONS = tuple(get_type_hints(RunOptions).values())
 """What it takes, in the order of its help."""
 
 
-def check_together(cut: CutOptions, link: LinkOptions) -> None:
-    """Raises UsageError where options of the link would do nothing, as there is none."""
+def check_together(cut: CutOptions, link: LinkOptions, training: TrainingOptions) -> None:
+    """Raises UsageError where options of the link would do nothing, as there is none, or cannot be left."""
+    if training.detach and cut.activations != "keep-on-cloud":
+        raise UsageError("--detach needs --activations keep-on-cloud: what the cloud goes on with has to be there")
+    if training.detach and link.labels == "local":
+        raise UsageError("--detach needs labels that travel: with --labels local every step needs the edge")
+    if training.detach and link.server is None:
+        raise UsageError("--detach needs --server: a cloud that is started for the run ends with it")
     if cut.mode != "local":
         return
     if link.server is not None:

@@ -32,15 +32,15 @@ class KeptOnCloud:
     def __init__(
         self,
         key: bytes,
-        kept: int,
+        kept: Optional[int],
         width: int,
         codecs: Codecs,
         keeps_only: Callable[[], Optional[int]],
         on_status: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """`key`: that the session was opened with; `kept`: how many sequences it held then, which `load_state` names;
-        `width` of the activation; `codecs`: as it is written on the wire; `keeps_only`: see `Link`; `on_status` is told
-        when the cloud keeps no more.
+        """`key`: that the session was opened with; `kept`: how many sequences it held then, which `load_state` names,
+        None for all that it names; `width` of the activation; `codecs`: as it is written on the wire; `keeps_only`: see
+        `Link`; `on_status` is told when the cloud keeps no more.
         """
         self._key = key
         self._kept = kept
@@ -81,12 +81,22 @@ class KeptOnCloud:
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Goes on where `saved_state` was given. Raises CheckpointError where the cloud holds other sequences."""
         known = len(state[_SEQUENCES])
+        if self._kept is None:
+            self._kept = known
         if self._kept > known:
             raise CheckpointError(f"the cloud holds {self._kept} sequences of this run, where {known} were sent")
         keys = state[_SEQUENCES].numpy().tobytes()
         places = range(0, KEY_BYTES * self._kept, KEY_BYTES)
         self._numbers = {keys[at : at + KEY_BYTES]: number for number, at in enumerate(places, 1)}
         self._is_full = bool(state[_IS_FULL].item())
+
+    def __len__(self) -> int:
+        """Sequences that the cloud holds, or will."""
+        return len(self._numbers)
+
+    def forget_after(self, number: int) -> None:
+        """What was to be kept since there were so many never went to the cloud."""
+        self._numbers = {key: own for key, own in self._numbers.items() if own <= number}
 
     def close(self) -> None:
         """Nothing is left here."""

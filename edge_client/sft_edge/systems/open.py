@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable, Iterator, Mapping, Optional, Sequence
+from typing import Callable, Iterator, Mapping, Optional, Sequence, Tuple
 
 from torch import Tensor
 
@@ -18,7 +18,7 @@ from sft.models.weights import fill
 from sft.optim.spec import make_optimizer
 from sft.v1 import split_training_pb2 as pb
 from sft.wire.codec.elements import codecs_named
-from sft_edge.link import Link, retry_policy_of, transport_of
+from sft_edge.link import Left, Link, retry_policy_of, transport_of
 from sft_edge.model_files import Source
 from sft_edge.options import CutOptions, LinkOptions, RunOptions
 from sft_edge.systems.cloud_process import CloudProcess
@@ -58,14 +58,15 @@ def open_system(
     keep_in: Optional[Path] = None,
     keep_key: bytes = b"",
     tables: Optional[Mapping[str, Tensor]] = None,
+    left: Optional[Tuple[Left, int]] = None,
 ) -> Iterator[System]:
     """The system for the block; the session, and a cloud that was started for it, end with the block.
 
     `calibration`: what a low-rank residual or a codec is fitted to; `on_status` is told what a broken link is waiting
     for; `run_id`: whose checkpoints are saved, if any are; `resume_from`: those of which it may go on, see
-    `halve`; `checkpoint_store`: where a cloud that is started for it keeps its halves; `on_link`
-    and `keep_in` as `open_split_system` has them; `keep_key`: with which the cloud is to keep activations, if it is.
-    and `keep_in` as `open_split_system` has them; `tables`: of a codec that was fitted earlier in the run.
+    `halve`; `checkpoint_store`: where a cloud that is started for it keeps its halves; `on_link`, `keep_in` and `left`
+    as `open_split_system` has them; `keep_key`: with which the cloud is to keep activations, if it is; `tables`: of a
+    codec that was fitted earlier in the run.
 
     Raises what building, connecting and opening a session raise: CutError, CheckpointError, UsageError, LinkError.
     """
@@ -102,7 +103,9 @@ def open_system(
         )
         start.request.keep_key = keep_key
         transport, policy = transport_of(address, options.link), retry_policy_of(options.link)
-        system = open_split_system(start, device, transport, policy, on_status, options.link.labels, on_link, keep_in)
+        system = open_split_system(
+            start, device, transport, policy, on_status, options.link.labels, on_link, keep_in, left
+        )
         del start  # what the blobs read from may be half a model
         with system.link, contextlib.ExitStack() as stack:
             if system.kept is not None:

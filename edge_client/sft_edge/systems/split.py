@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sft.batch import Batch
-from sft.errors import CloudMemoryError
+from sft.errors import CloudMemoryError, SessionLostError
 from sft.models import Net1
 from sft.models.lora import merged_tensors
 from sft.models.losses import head_loss
@@ -23,7 +23,7 @@ from sft.wire.codec.elements import Codecs
 from sft.wire.codec.messages import decode_logits, encode_labels, encode_logits, outputs_of
 from sft.wire.codec.packing import pack, unpack
 from sft.wire.ledger import Ledger, Traffic, plain_split_bytes
-from sft_edge.link import Link, PendingReply, RetryPolicy, Transport, checked_weights
+from sft_edge.link import Left, Link, PendingReply, RetryPolicy, Transport, checked_weights
 from sft_edge.systems.ahead import StepOnItsWay
 from sft_edge.systems.crossing import Activation, Crossing
 from sft_edge.systems.halves import Halves
@@ -230,6 +230,33 @@ class SplitSystem(System):
             activation = _activation(self._without_gradient(batch), batch)
         return self.link.evaluate(step, index, activation.encoded(self.codecs))
 
+    @property
+    def can_leave(self) -> bool:
+        """See System."""
+        return self.sends_ahead and self.link.takes_detach and isinstance(self.kept, KeptOnCloud)
+
+    @property
+    def makes_again(self) -> bool:
+        """See System."""
+        return self.link.makes_again
+
+    def leave(self, sends: Callable[[], None]) -> Left:
+        """See System."""
+        assert isinstance(self.kept, KeptOnCloud)
+        held = len(self.kept)
+        try:
+            return self.link.leave(sends)
+        except BaseException:
+            self.kept.forget_after(held)
+            raise
+
+    def ask(self, batches: Iterable[Batch], step: int) -> None:
+        """See System."""
+        self.link.ahead = True
+        self.link.send_held()
+        for index, batch in enumerate(batches):
+            self._evaluate(batch, step, index)
+
     def own_parameters(self) -> Dict[str, nn.Parameter]:
         return self.net_1.whole_parameters()
 
@@ -274,6 +301,8 @@ class SplitSystem(System):
         except CloudMemoryError:
             if self.kept is None or not self.kept.on_cloud:
                 raise
+            if self.makes_again:
+                raise SessionLostError("the cloud had no room for what was left to it") from None
             reply = self._evaluate(batch, step, index).result()  # with rows that the cloud, it has said, does not hold
         self.ledger.add_evaluation(reply.traffic, len(batch.lengths))
         padded_length = next(iter(batch.inputs.values())).shape[1]
@@ -293,23 +322,30 @@ def open_split_system(
     labels: str = "cloud",
     on_link: Callable[[Link], None] = lambda link: None,
     keep_in: Optional[Path] = None,
+    left: Optional[Tuple[Left, int]] = None,
 ) -> SplitSystem:
     """Fills net_1 on `device`, and opens a session in which the cloud fills net_2. `start` is used up.
 
     The edge never holds net_2: what the cloud lacks of it is copied from the checkpoint one tensor at a time. `labels`
     as SplitSystem has it; `on_link` gets the link before it is opened, which may take a while; `keep_in`: the file of a
-    frozen edge's activations. Raises UsageError, and what opening a link raises.
+    frozen edge's activations; `left`: no session is opened, but one gone on with as it was left after so many steps.
+    Raises UsageError, and what opening a link raises.
     """
     optimizer = start.start_edge(device)
     codecs = start.agree_on_codecs(device, on_status)
     link = Link(transport, start.request, start.blobs, policy, on_status)
     on_link(link)
-    opened = link.open()
+    if left is None:
+        opened = link.open()
+    else:
+        opened = pb.OpenSessionResponse(next_step=left[1], keeps_activations=True)
+        link.attach(*left)
     width = start.request.cut.split_rank or int(start.net_1.model.config.hidden_size)
     kept: Union[KeptActivations, KeptOnCloud, None] = None
     keep_key = start.request.keep_key
     if keep_key and opened.keeps_activations:
-        kept = KeptOnCloud(keep_key, opened.kept, width, codecs, lambda: link.keeps_only, on_status)
+        held = opened.kept if left is None else None
+        kept = KeptOnCloud(keep_key, held, width, codecs, lambda: link.keeps_only, on_status)
     elif keep_key:
         on_status(f"{_KEEPS_NONE}: they are sent again in every epoch")
     if keep_in is not None:

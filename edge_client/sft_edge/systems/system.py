@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from typing import Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple
+from typing import Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sft.batch import Batch
 from sft.tensors.stream import Shard
 from sft.wire.ledger import NO_TRAFFIC, PHASES, Ledger, StepRecord, Traffic
+from sft_edge.link import Left
 
 
 class System(ABC):
@@ -58,6 +59,25 @@ class System(ABC):
 
     def send(self, step: int, ahead: bool) -> SentStep:
         """Begins to send a step. `ahead`: the one before is not settled."""
+        raise NotImplementedError
+
+    @property
+    def can_leave(self) -> bool:
+        """Whether the other side goes on alone with what is sent ahead: see `leave`."""
+        return False
+
+    @property
+    def makes_again(self) -> bool:
+        """Whether steps and evaluations are those that were left to the other side, and are not sent anew."""
+        return False
+
+    def leave(self, sends: Callable[[], None]) -> Left:
+        """Has the other side do what `sends`, by `send` and `ask`, leaves to it. Raises CloudMemoryError where it does
+        not take that: then nothing was done."""
+        raise NotImplementedError
+
+    def ask(self, batches: Iterable[Batch], step: int) -> None:
+        """Has the other side find out what `logits` asks for, without waiting."""
         raise NotImplementedError
 
     def undo(self) -> None:

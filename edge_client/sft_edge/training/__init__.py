@@ -1,6 +1,6 @@
 """An ordinary PyTorch loop, its judging and its telling."""
 
-from sft_edge.training.evaluation import EvaluationSet, evaluate, evaluate_with
+from sft_edge.training.evaluation import EvaluationSet, ask, evaluate, evaluate_with
 from sft_edge.training.loop import TrainingLoop
 from sft_edge.training.progress import Progress, TensorBoard, open_progress
 from sft_edge.training.recovery import Recovery
@@ -13,6 +13,7 @@ __all__ = [
     "TensorBoard",
     "TrainingLoop",
     "all_results",
+    "ask",
     "evaluate",
     "evaluate_with",
     "ledger_lines",

@@ -87,9 +87,7 @@ class StepsAhead:
         self._system.undo()
 
     def _send(self, step: _Step) -> None:
-        step.sent = self._system.send(step.number, ahead=bool(self._steps))
-        for micro_batch, batch in enumerate(step.group):
-            step.sent.forward(batch, micro_batch, 1 / len(step.group))
+        step.sent = forward(self._system, step.number, step.group, ahead=bool(self._steps))
         with interrupts_deferred():
             step.sent.update(step.rates, self._max_grad_norm)
             self._steps.append(step)
@@ -99,3 +97,16 @@ class StepsAhead:
         self.forget()
         for step in undone:
             self._send(step)
+
+
+def send(system: System, number: int, group: Sequence[Batch], rates: Sequence[float], max_grad_norm: float) -> None:
+    """Sends a step, ahead, whose answers nobody here waits for."""
+    forward(system, number, group, ahead=True).update(rates, max_grad_norm)
+
+
+def forward(system: System, number: int, group: Sequence[Batch], ahead: bool) -> SentStep:
+    """Sends the micro-batches of a step."""
+    sent = system.send(number, ahead)
+    for micro_batch, batch in enumerate(group):
+        sent.forward(batch, micro_batch, 1 / len(group))
+    return sent

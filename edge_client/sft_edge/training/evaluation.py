@@ -31,6 +31,11 @@ def evaluate(system: System, task: Task, data: EvaluationSet, batch_size: int, s
     return evaluate_with(ask, task, data, batch_size)
 
 
+def ask(system: System, task: Task, data: EvaluationSet, batch_size: int, step: int) -> None:
+    """Sends what `evaluate` would, without waiting."""
+    system.ask(batches_of(task, data.features, batch_size), step)
+
+
 def evaluate_with(
     ask: Callable[[Sequence[Feature]], List[Tensor]], task: Task, data: EvaluationSet, batch_size: int
 ) -> Dict[str, float]:

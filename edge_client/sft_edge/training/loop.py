@@ -16,11 +16,12 @@ from sft.errors import CloudMemoryError, NonFiniteLossError
 from sft.models.seeding import derive_seed
 from sft.optim.gradients import clip_scale
 from sft.wire.ledger import Traffic
+from sft_edge.link import Left
 from sft_edge.options import RunOptions
 from sft_edge.signals import interrupts_deferred, note_termination_in_worker
 from sft_edge.systems import System
 from sft_edge.tasks import Feature, Task
-from sft_edge.training.ahead import MEMORY_TRIES, StepsAhead
+from sft_edge.training.ahead import MEMORY_TRIES, StepsAhead, send
 from sft_edge.training.progress import Progress
 from sft_edge.training.report import TrainerState
 
@@ -42,12 +43,14 @@ class TrainingLoop:
         report: Optional[Callable[[int, Dict[str, Any]], None]] = None,
         after_step: Callable[[TrainingLoop], None] = lambda loop: None,
         pauses_after: Callable[[int], bool] = lambda steps: False,
+        ask: Callable[[int], None] = lambda steps: None,
     ) -> None:
         """`evaluate` runs as `--eval-strategy` says; `report` gets every entry of the history and its step.
 
         `after_step` is called when all of a step has been noted, but the evaluation of an epoch that ends with it: then
         `saved_state` is that of a run which goes on from there. Where steps are sent ahead it is called when none is on
-        its way, as at the latest after so many steps as `pauses_after` is asked about.
+        its way, as at the latest after so many steps as `pauses_after` is asked about. `ask` sends what `evaluate`
+        does.
         """
         training, optimizer = options.training, options.optimizer
         self.system = system
@@ -72,13 +75,14 @@ class TrainingLoop:
         self._report = report
         self._after = after_step
         self._pauses_after = pauses_after
+        self._ask = ask
         self._ahead = StepsAhead(system, optimizer.max_grad_norm)
-        self._steps_per_epoch = math.ceil(len(self._loader) / training.gradient_accumulation_steps)
-        by_epochs = math.ceil(training.num_train_epochs * self._steps_per_epoch)
+        self.steps_per_epoch = math.ceil(len(self._loader) / training.gradient_accumulation_steps)
+        by_epochs = math.ceil(training.num_train_epochs * self.steps_per_epoch)
         max_steps = training.max_steps if training.max_steps > 0 else by_epochs
         self.state = TrainerState(
             max_steps=max_steps,
-            num_train_epochs=max_steps / self._steps_per_epoch,
+            num_train_epochs=max_steps / self.steps_per_epoch,
             train_batch_size=training.per_device_train_batch_size,
             logging_steps=options.logging.logging_steps,
         )
@@ -97,18 +101,56 @@ class TrainingLoop:
         self._since = time.perf_counter()
         if self.state.global_step == self.state.max_steps:
             return
-        first_epoch, done = self._position()
         if self.state.global_step and self.system.keeps_activations:
             self._prepare()
-        for epoch in count(first_epoch):
-            self._order.manual_seed(derive_seed(self._training.seed, "order", epoch))
-            self._rows.skip, done = done * self._training.gradient_accumulation_steps, 0
-            for group in _groups(self._loader, self._training.gradient_accumulation_steps):
+        for groups in self._epochs():
+            for group in groups:
                 self._advance(group)
                 if self.state.global_step == self.state.max_steps:
                     return
             if self._training.eval_strategy == "epoch":
                 self.evaluate()
+
+    def leave(self) -> Left:
+        """Has the cloud take all steps that are left, and answer all evaluations: `run` makes them again and notes what
+        came of them, in a loop that goes on from here. Raises CloudMemoryError where the cloud does not take that.
+        """
+        before = self._scheduler.state_dict()
+        try:
+            return self.system.leave(self._send_rest)
+        except CloudMemoryError:
+            self._scheduler.load_state_dict(before)
+            self.take_up_schedule()
+            raise
+
+    def _send_rest(self) -> None:
+        steps = self.state.global_step
+        for groups in self._epochs():
+            for group in groups:
+                send(self.system, steps, group, self._rates(), self._max_grad_norm)
+                self._next_rates()
+                steps += 1
+                if steps == self.state.max_steps or self._is_evaluated_after(steps):
+                    self._ask(steps)
+                if steps == self.state.max_steps:
+                    return
+            if self._training.eval_strategy == "epoch":
+                self._ask(steps)
+
+    def _epochs(self) -> Iterator[Iterator[List[Batch]]]:
+        """Of each epoch the steps' micro-batches that are left; of that in which the run is there may be none."""
+        first_epoch, done = self._position()
+        for epoch in count(first_epoch):
+            self._order.manual_seed(derive_seed(self._training.seed, "order", epoch))
+            self._rows.skip, done = done * self._training.gradient_accumulation_steps, 0
+            yield _groups(self._loader, self._training.gradient_accumulation_steps)
+
+    def _rates(self) -> List[float]:
+        return [float(group["lr"]) for group in self.system.optimizer.param_groups]
+
+    def _next_rates(self) -> None:
+        self.system.optimizer.step()  # nothing here has a gradient, but the scheduler warns of an optimizer that rests
+        self._scheduler.step()
 
     def saved_state(self) -> Dict[str, Any]:
         """What `load_state` takes: numbers and text, which JSON holds as they are (NaN as Python writes it)."""
@@ -161,9 +203,8 @@ class TrainingLoop:
             self._step(group)
             return
         number = self.state.global_step + len(self._ahead)
-        self._ahead.send(number, group, [float(each["lr"]) for each in self.system.optimizer.param_groups])
-        self.system.optimizer.step()  # nothing here has a gradient, but the scheduler warns of an optimizer that rests
-        self._scheduler.step()
+        self._ahead.send(number, group, self._rates())
+        self._next_rates()
         pauses = self._pauses(number + 1)
         while self._ahead and (pauses or self._ahead.is_full):
             sent = self.system.ledger.traffic
@@ -173,7 +214,7 @@ class TrainingLoop:
 
     def _pauses(self, steps: int) -> bool:
         """Whether all so many steps are to be settled before another is sent."""
-        ends_epoch = steps % self._steps_per_epoch == 0 and self._training.eval_strategy == "epoch"
+        ends_epoch = steps % self.steps_per_epoch == 0 and self._training.eval_strategy == "epoch"
         is_last = steps == self.state.max_steps
         return is_last or ends_epoch or self._is_evaluated_after(steps) or self._pauses_after(steps)
 
@@ -212,7 +253,7 @@ class TrainingLoop:
         """Of a step that is counted; `sent`: all traffic before it."""
         now = time.perf_counter()
         self.seconds, self._since = self.seconds + now - self._since, now
-        self.state.epoch = round(self.state.global_step / self._steps_per_epoch, 4)
+        self.state.epoch = round(self.state.global_step / self.steps_per_epoch, 4)
         traffic = self.system.ledger.traffic
         wire_bytes = traffic.bytes_sent + traffic.bytes_received - sent.bytes_sent - sent.bytes_received
         self._progress.step(self.state.global_step, self._last_loss, wire_bytes)
@@ -238,7 +279,7 @@ class TrainingLoop:
         """
         if not self.state.global_step:
             return 0, 0
-        epoch, last = divmod(self.state.global_step - 1, self._steps_per_epoch)
+        epoch, last = divmod(self.state.global_step - 1, self.steps_per_epoch)
         return epoch, last + 1
 
     def _losses_of(self, group: List[Batch], step: int) -> List[float]:

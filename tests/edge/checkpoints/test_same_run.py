@@ -54,6 +54,7 @@ FREE: Dict[str, Any] = {
     "save_steps": 5,
     "save_total_limit": 2,
     "resume_from_checkpoint": "newest",
+    "detach": True,
     "server": "cloud:1",
 }
 MATTERS: Dict[str, Any] = {

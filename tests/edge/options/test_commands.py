@@ -63,6 +63,7 @@ FROZEN = """
 --save-steps
 --save-total-limit
 --resume-from-checkpoint
+--detach false
 --seed 42
 --device auto
 --optim AdamW
@@ -220,9 +221,9 @@ def test_what_makes_no_sense_is_named(make, message):
 )
 def test_what_one_process_has_no_use_for_is_named(link, message):
     with pytest.raises(UsageError, match=message):
-        check_together(CutOptions("local"), link)
-    check_together(CutOptions("sl", 3, wire_dtype="float16"), link)
-    check_together(CutOptions("local"), LinkOptions())
+        check_together(CutOptions("local"), link, TrainingOptions())
+    check_together(CutOptions("sl", 3, wire_dtype="float16"), link, TrainingOptions())
+    check_together(CutOptions("local"), LinkOptions(), TrainingOptions())
 
 
 @pytest.mark.parametrize("flags", ["--labels local", "--server localhost:50051", "--wire-dtype float16"])

@@ -78,6 +78,8 @@ class Attempt:
         except (Stopped, SessionLostError, *TRANSIENT):
             raise
         except (KeyboardInterrupt, SystemExit, Exception) as error:
+            if self.system.makes_again:  # the cloud is further, and goes on
+                raise
             told = self._rescue(error)
             if told is None:
                 raise

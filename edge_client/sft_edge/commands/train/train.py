@@ -22,6 +22,7 @@ from sft.wire.codec.elements import FITTED
 from sft_edge.checkpoints import Checkpointing, Stopped, keep_key_of, likeness, read_codec_tables
 from sft_edge.commands.train.attempt import Attempt
 from sft_edge.commands.train.job import Job, try_end
+from sft_edge.commands.train.leaving import Detached, Leaving, LeftRun, forget_left
 from sft_edge.commands.train.start import open_start
 from sft_edge.files import check_room
 from sft_edge.link import Link, retry_policy_of
@@ -30,7 +31,7 @@ from sft_edge.options import ACTIVATIONS, RunOptions
 from sft_edge.signals import Termination, terminations_noted
 from sft_edge.systems import FIT_TOKENS, cut_of, is_ours, open_system
 from sft_edge.tasks import Feature, Task, batches_of
-from sft_edge.training import EvaluationSet, Progress, Recovery, TensorBoard, TrainingLoop, evaluate, open_progress
+from sft_edge.training import EvaluationSet, Progress, Recovery, TensorBoard, TrainingLoop, ask, evaluate, open_progress
 
 CALIBRATION_ROWS = 256
 """How many of the first training rows a low-rank residual is fitted to."""
@@ -45,8 +46,11 @@ CLOUD_STORE = "cloud-checkpoints"
 class TrainingRun:
     """One run, from options to a directory with a model that works."""
 
-    def __init__(self, options: RunOptions) -> None:
+    def __init__(self, options: RunOptions, arguments: Sequence[str] = (), left: Optional[LeftRun] = None) -> None:
+        """`arguments`: which `options` are of, for a run that leaves; `left`: as it did, where it comes back."""
         self.options = options
+        self._arguments = arguments
+        self._left = left
         unnamed = Path("runs") / f"{options.data.task}-{options.cut.mode}-{datetime.now():%Y%m%d-%H%M%S}"
         self.output_dir = options.training.output_dir or unnamed
         self._keep_key = secrets.token_bytes(KEEP_KEY_BYTES)
@@ -95,6 +99,10 @@ class TrainingRun:
         check_room("--output-dir", self.output_dir, needed)
 
     def _farewell(self, stopped: Stopped) -> str:
+        if isinstance(stopped, Detached) or self._left is not None:
+            return (
+                f"after step {stopped.step} the cloud goes on alone: sft-edge attach {self.output_dir} has the result"
+            )
         if stopped.directory is None:
             when = f"after step {stopped.step}, and nothing is saved" if stopped.step else "before the first step"
             return f"stopped {when}; the same command begins anew"
@@ -111,9 +119,15 @@ class TrainingRun:
         link = self.options.link
         recovery = Recovery(link.reconnect_timeout, retry_policy_of(link).delays, terminated)
 
+        leaving = None
+        if self.options.training.detach and self._left is None:
+            leaving = Leaving(self.output_dir, self._arguments, checkpointing, progress)
+
         def after_step(loop: TrainingLoop) -> None:
             recovery.reached(loop.state.global_step)
             checkpointing.after_step(loop)
+            if leaving is not None:
+                leaving.after_step(loop)
 
         while True:
             attempt: Optional[Attempt] = None
@@ -124,8 +138,10 @@ class TrainingRun:
                 with contextlib.suppress(OSError, StorageError):
                     if is_ours(self.output_dir / ACTIVATIONS):  # those of a run that was given up, too
                         (self.output_dir / ACTIVATIONS).unlink()
+                forget_left(self.output_dir)
                 return results
             except LinkError as error:
+                self._left = None  # whatever was left is lost
                 steps = attempt.steps if attempt is not None else 0
                 checkpointing.check_lost(steps, error)
                 if not (checkpointing.can_go_on and recovery.is_worth_trying(error, attempt is not None)):
@@ -172,6 +188,7 @@ class TrainingRun:
                 keep_in=self._kept_activations(),
                 keep_key=keep_key,
                 tables=self._codec_tables,
+                left=None if self._left is None else (self._left.left, self._left.step),
             )
         )
         self._codec_tables = system.codec_tables
@@ -180,7 +197,7 @@ class TrainingRun:
         if options.logging.report_to == "tensorboard":
             directory = options.logging.logging_dir or self.output_dir / "runs"
             report = stack.enter_context(TensorBoard(directory, chosen.step if chosen else 0)).log
-        batch_size = options.training.per_device_eval_batch_size
+        batch_size, detach = options.training.per_device_eval_batch_size, options.training.detach
         loop = TrainingLoop(
             system,
             job.task,
@@ -190,7 +207,8 @@ class TrainingRun:
             lambda step: evaluate(system, job.task, job.validation, batch_size, step),
             report,
             after_step,
-            lambda steps: checkpointing.is_due(steps, system),
+            lambda steps: checkpointing.is_due(steps, system) or (detach and steps % loop.steps_per_epoch == 0),
+            lambda step: ask(system, job.task, job.validation, batch_size, step),
         )
         checkpointing.begin(system, loop, chosen)
         return Attempt(options, self.output_dir, job, system, loop, progress, checkpointing)
@@ -216,6 +234,8 @@ class TrainingRun:
     def _opening(self) -> str:
         if self.options.cut.mode == "local":
             return "loading the model"
+        if self._left is not None:
+            return f"coming back to the session at {self.options.link.server}"
         server = self.options.link.server
         return f"opening a session at {server}" if server else "starting a cloud here"
 
