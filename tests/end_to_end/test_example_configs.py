@@ -19,7 +19,7 @@ from sft_edge.options import TRAIN_OPTIONS, CutOptions, LinkOptions, LoraOptions
 ROOT = Path(__file__).parents[2]
 CONFIGS = {path.stem: path for path in sorted((ROOT / "examples" / "configs").glob("*"))}
 
-MODES = {"local": "local", "sl": "sl"}
+MODES = {"local": "local", "sl": "sl", "frozen": "frozen"}
 
 
 def options_of(arguments: Sequence[str]) -> dict[type, Any]:
@@ -34,7 +34,7 @@ def commands_in(path: Path) -> list[list[str]]:
 def test_the_command_understands_it(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # where `out` is not there yet
     options = options_of(["--config", str(CONFIGS[name])])
-    check_together(options[CutOptions], options[LinkOptions])
+    check_together(options[CutOptions], options[LinkOptions], options[TrainingOptions])
     assert options[CutOptions].mode == MODES.get(name, "sft")
     assert (options[LinkOptions].labels == "local") is (name == "sft_labels_local")
     assert (options[LoraOptions].lora_r > 0) is (name == "lora")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from support.jobs import JOBS, Job, flags, read_json, same_bits, sst2, weights_of
 from support.tiny import make_tiny_model
 from torch import Tensor
@@ -263,6 +264,25 @@ def test_half_the_bytes(job: Job, model: Path, train: Callable[..., Path], wire_
     assert half["wire_reduction"] == 2 * full["wire_reduction"]
     assert half["train_loss"] != full["train_loss"]
     assert half["train_loss"] == pytest.approx(full["train_loss"], abs=0.01)
+
+
+def test_a_frozen_edge(job: Job, model: Path, train: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    """As easy as the others, said to give the text away, and the library opens what comes of it."""
+    spelled_out = {"mode": "sl", "freeze_edge": True, "codec": "fitted", "activations": "keep-on-cloud"}
+    options = {"split_layer": 1, "max_steps": 20, "seed": 3}
+    output_dir = train(job, model=model, mode="frozen", **options)
+    assert "gives the text away more readily than the paper's rank-R activation" in capsys.readouterr().err
+    assert same_bits(weights_of(output_dir), weights_of(train(job, model=model, **spelled_out, **options)))
+    results = read_json(output_dir / "all_results.json")
+    assert results["mode"] == "frozen"
+    rows = read_json(output_dir / "trainer_state.json")["epoch"]
+    assert rows > 1, "so that rows come again"
+    assert results["wire_payload_bytes_received"] == 0
+    opened = AutoModelForSequenceClassification.from_pretrained(output_dir)
+    kept = load_file(model / "model.safetensors")
+    for name, parameter in opened.bert.named_parameters():
+        is_edge = name.startswith(("embeddings", "encoder.layer.0"))
+        assert torch.equal(parameter, kept[name]) is is_edge, name
 
 
 def test_codecs(job: Job, model: Path, train: Callable[..., Path]) -> None:

@@ -10,6 +10,8 @@ from sft_edge.model_files.saved import Description
 _SYSTEMS = {
     "sft": "split fine-tuning: embeddings, lower blocks and FFN-1 on the edge, the rest on a cloud",
     "sl": "plain split learning: embeddings and lower blocks on the edge, the rest on a cloud",
+    "frozen": "embeddings and lower blocks on the edge, as they were; what they make of a text sent once, in a code; "
+    "the rest trained on a cloud",
     "local": "one process",
 }
 
@@ -66,6 +68,10 @@ def _wire(results: Mapping[str, Any]) -> Mapping[str, str]:
         payload, total = results[f"wire_payload_bytes_{way}"], results[f"wire_bytes_{way}"]
         rows[f"{way} by the edge in training"] = f"{format_bytes(total)}, of which {format_bytes(payload)} are payload"
     rows["less payload than plain split learning, padded, float32"] = f"{results['wire_reduction']:.1f} times"
+    if results["mode"] != "sft":
+        rows["the text, from what was sent"] = (
+            "more readily than from a rank-R activation; the lower the cut, the more so"
+        )
     return rows
 
 

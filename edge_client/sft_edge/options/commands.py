@@ -169,8 +169,8 @@ class DoctorOptions:
     model_name: Optional[str] = None
     """what the server is told the model is called, as with train"""
 
-    mode: Literal["sft", "sl"] = "sft"
-    """split fine-tuning or plain split learning"""
+    mode: Literal["sft", "sl", "frozen"] = "sft"
+    """split fine-tuning, plain split learning, or a frozen edge"""
 
     split_layer: int = 1
     """the block that is cut, counted from 1"""
@@ -186,7 +186,8 @@ class DoctorOptions:
 
     codec: Optional[Codec] = None
     """how activations are written on the wire; int8 and int4 have a scale for every 64 elements of a token, fitted
-    has tables, which are fitted to the first training rows and sent once: with --mode sl and --freeze-edge"""
+    has tables, which are fitted to the first training rows and sent once: with --mode frozen, where it is the default,
+    or sl and --freeze-edge"""
 
     gradient_codec: Optional[GradientCodec] = None
     """how their gradients are, which come back; by default as --codec. int8 and int4 round them up or down by chance"""
@@ -209,6 +210,8 @@ class DoctorOptions:
     def __post_init__(self) -> None:
         at_least(self, 1, "split_layer", "split_rank", "per_device_train_batch_size", "max_seq_length")
         at_least(self, 0, "seed", "idle")
+        if self.mode == "frozen":
+            self.codec = self.codec or "fitted"
         check_codecs(self.codec, None, self.mode, freeze_edge=True)  # how a run is to be trained is not asked here
         if self.model is not None and self.from_config is not None:
             raise UsageError("only one of --model and --from-config may be given")

@@ -61,11 +61,12 @@ class ModelOptions:
 class CutOptions:
     """The cut."""
 
-    mode: Literal["sft", "sl", "local"] = "sft"
-    """split fine-tuning, plain split learning (the full-width activation crosses the wire), or one process"""
+    mode: Literal["sft", "sl", "frozen", "local"] = "sft"
+    """split fine-tuning; plain split learning (the full-width activation crosses the wire); a frozen edge, whose
+    full-width activation crosses once, in a code, so that the cut may be low; or one process"""
 
     split_layer: Optional[int] = None
-    """the block that is cut, counted from 1; with --mode sl the last block of the edge"""
+    """the block that is cut, counted from 1; with --mode sl and frozen the last block of the edge"""
 
     split_rank: int = 8
     """rank R of the decomposed layer, which is the width of the activation on the wire; sft only"""
@@ -75,42 +76,50 @@ class CutOptions:
     R holds it (fitted to the first training rows), or kept in full, which only --mode local can"""
 
     freeze_edge: bool = False
-    """train the cloud's half only: on the edge no backward pass and no dropout, and no gradient comes down; sft and sl
-    only"""
+    """train the cloud's half only: on the edge no backward pass and no dropout, and no gradient comes down; with --mode
+    sft and sl, and always with frozen"""
 
-    activations: Literal["resend", "keep-on-edge", "keep-on-cloud"] = "resend"
-    """with --freeze-edge, where they are the same in every epoch: compute and send them again each time; keep them in a
-    file in --output-dir after the first, and send them again; or have the cloud keep them, so that each crosses once"""
+    activations: Optional[Literal["resend", "keep-on-edge", "keep-on-cloud"]] = None
+    """of a frozen edge, where they are the same in every epoch: compute and send them again each time, which --mode sft
+    and sl do; keep them in a file in --output-dir after the first, and send them again; or have the cloud keep them, so
+    that each crosses once, which frozen does"""
 
     wire_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """type of tensors on the wire, where --codec says nothing of them"""
 
     codec: Optional[Codec] = None
     """how activations are written on the wire; int8 and int4 have a scale for every 64 elements of a token, fitted
-    has tables, which are fitted to the first training rows and sent once: with --mode sl and --freeze-edge"""
+    has tables, which are fitted to the first training rows and sent once: with --mode frozen, where it is the default,
+    or sl and --freeze-edge"""
 
     gradient_codec: Optional[GradientCodec] = None
     """how their gradients are, which come back; by default as --codec. int8 and int4 round them up or down by chance"""
 
     def __post_init__(self) -> None:
+        if self.mode == "frozen":
+            self.freeze_edge, self.codec = True, self.codec or "fitted"
+            self.activations = self.activations or "keep-on-cloud"
+        self.activations = self.activations or "resend"
         if self.residual == "full" and self.mode != "local":
             raise UsageError(
                 "--residual full needs --mode local: over a wire the residual would have to cross at full width beside "
                 "the rank-R activation, which is what the cut avoids; --residual low-rank keeps what fits into that"
             )
-        if self.residual != "none" and self.mode == "sl":
-            raise UsageError(f"--residual {self.residual} needs --mode sft or local: --mode sl cuts between two blocks")
+        if self.residual != "none" and self.cuts_between_blocks:
+            raise UsageError(
+                f"--residual {self.residual} needs --mode sft or local: --mode {self.mode} cuts between two blocks"
+            )
         if self.freeze_edge and self.mode == "local":
-            raise UsageError("--freeze-edge needs --mode sft or sl: one process has no edge")
+            raise UsageError("--freeze-edge needs --mode sft, sl or frozen: one process has no edge")
         if self.wire_dtype != "float32" and self.mode == "local":
-            raise UsageError(f"--wire-dtype {self.wire_dtype} needs --mode sft or sl: one process has no wire")
+            raise UsageError(f"--wire-dtype {self.wire_dtype} needs --mode sft, sl or frozen: one process has no wire")
         for option, codec in (("--codec", self.codec), ("--gradient-codec", self.gradient_codec)):
             if codec is not None and self.mode == "local":
-                raise UsageError(f"{option} {codec} needs --mode sft or sl: one process has no wire")
+                raise UsageError(f"{option} {codec} needs --mode sft, sl or frozen: one process has no wire")
         check_codecs(self.codec, self.gradient_codec, self.mode, self.freeze_edge)
         if self.activations != "resend" and not self.freeze_edge:
             raise UsageError(
-                f"--activations {self.activations} needs --freeze-edge, with --mode sft or sl: those of an edge that "
+                f"--activations {self.activations} needs --freeze-edge, or --mode frozen: those of an edge that "
                 "is trained change"
             )
         if self.split_layer is None and self.is_cut:
@@ -119,6 +128,11 @@ class CutOptions:
             raise CutError(f"--split-layer counts blocks from 1, not {self.split_layer}")
         if self.split_rank < 1:
             raise CutError(f"--split-rank must be 1 or more, not {self.split_rank}")
+
+    @property
+    def cuts_between_blocks(self) -> bool:
+        """Whether no layer is decomposed, and the activation is of full width."""
+        return self.mode in ("sl", "frozen")
 
     @property
     def is_cut(self) -> bool:
@@ -279,9 +293,9 @@ def check_together(cut: CutOptions, link: LinkOptions, training: TrainingOptions
     if cut.mode != "local":
         return
     if link.server is not None:
-        raise UsageError(f"--server {link.server} needs --mode sft or sl: one process has no cloud")
+        raise UsageError(f"--server {link.server} needs --mode sft, sl or frozen: one process has no cloud")
     if link.labels == "local":
-        raise UsageError("--labels local needs --mode sft or sl: in one process labels are local as it is")
+        raise UsageError("--labels local needs --mode sft, sl or frozen: in one process labels are local as it is")
 
 
 ACTIVATIONS = "activations.bin"
@@ -316,10 +330,10 @@ def check_output_dir(output_dir: Path, overwrite: bool, resumes: bool = False) -
 
 def check_codecs(codec: Optional[Codec], gradient_codec: Optional[GradientCodec], mode: str, freeze_edge: bool) -> None:
     """Raises UsageError for one that nothing would be written in, or that is not for this cut."""
-    if codec == "fitted" and not (mode == "sl" and freeze_edge):
+    if codec == "fitted" and not (mode in ("sl", "frozen") and freeze_edge):
         raise UsageError(
-            "--codec fitted needs --mode sl and --freeze-edge: it is fitted to activations that stay as they are; add "
-            "both, or choose int8"
+            "--codec fitted needs --mode frozen, or sl with --freeze-edge: it is fitted to activations that stay as "
+            "they are; choose that, or int8"
         )
     if gradient_codec is not None and freeze_edge:
         raise UsageError("--gradient-codec says nothing with --freeze-edge, where no gradient comes: leave it out")

@@ -37,7 +37,7 @@ def cut_of(options: CutOptions, source: Source) -> Optional[Cut]:
     """
     if not options.is_cut:
         return source.cut
-    mode = "sl" if options.mode == "sl" else "sft"
+    mode = "sl" if options.cuts_between_blocks else "sft"
     rank = options.split_rank if mode == "sft" else 0
     cut = Cut(mode, int(options.split_layer or 0), rank, options.residual)
     check_kept(source, cut)

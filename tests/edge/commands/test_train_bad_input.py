@@ -156,7 +156,7 @@ def test_sequences_longer_than_the_model_takes(refused: Callable[..., str]) -> N
         ({"residual": "full"}, "--residual full needs --mode local"),
         ({"residual": "some"}, "--residual"),
         ({"mode": "sl", "residual": "low-rank"}, "--residual low-rank needs --mode sft or local"),
-        ({"mode": "local", "freeze_edge": True}, "--freeze-edge needs --mode sft or sl"),
+        ({"mode": "local", "freeze_edge": True}, "--freeze-edge needs --mode sft, sl or frozen"),
         ({"labels": "nowhere"}, "--labels"),
     ],
     ids=str,

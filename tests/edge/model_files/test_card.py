@@ -15,7 +15,12 @@ from sft_edge.training.report import all_results
 
 def card(mode: str, task: str = "sst2", head: str = "sequence-classification", **metrics: Any) -> str:
     cut: Dict[str, Optional[int]] = {"split_layer": 5, "split_rank": 8}
-    cut = {"sft": cut, "sl": {**cut, "split_rank": None}, "local": dict.fromkeys(cut)}[mode]
+    cut = {
+        "sft": cut,
+        "sl": {**cut, "split_rank": None},
+        "frozen": {**cut, "split_rank": None},
+        "local": dict.fromkeys(cut),
+    }[mode]
     ledger = Ledger()
     traffic = Traffic(60_000, 60_000, 61_000, 60_500) if mode != "local" else Traffic()
     for step in range(4):
@@ -68,10 +73,13 @@ def test_what_a_system_does_not_have_is_left_out() -> None:
     text = card("local", eval_accuracy=82.5)
     assert "wire" not in text
     assert "split" not in text.replace("library_name: split-fine-tuning", "")
-    text = card("sl", eval_accuracy=82.5)
-    assert "block 5" in text
-    assert "rank" not in text
-    assert "On the wire" in text
+    for mode in ("sl", "frozen"):
+        text = card(mode, eval_accuracy=82.5)
+        assert "block 5" in text
+        assert "split rank" not in text
+        assert "On the wire" in text
+        assert "| the text, from what was sent | more readily than from a rank-R activation" in text
+    assert "the text, from what was sent" not in card("sft")
     assert "Validation" not in card("sft")  # a run that was broken off was not judged
 
 

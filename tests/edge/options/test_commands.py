@@ -41,7 +41,7 @@ FROZEN = """
 --split-rank 8
 --residual none
 --freeze-edge false
---activations resend
+--activations
 --wire-dtype float32
 --codec
 --gradient-codec
@@ -146,9 +146,19 @@ def test_the_command_of_the_readme_is_understood(tmp_path):
     assert (options[3].num_train_epochs, options[3].seed, options[4].learning_rate) == (1.0, 0, 5e-5)
 
 
-@pytest.mark.parametrize("mode", ["sft", "sl", "local"])
+@pytest.mark.parametrize("mode", ["sft", "sl", "frozen", "local"])
 def test_every_mode_takes_the_same_flags(mode):
     assert CutOptions(mode, split_layer=5, split_rank=8).mode == mode
+
+
+def test_a_frozen_edge_has_what_pays_unless_it_is_told_otherwise():
+    short = CutOptions("frozen", 2)
+    assert (short.freeze_edge, short.codec, short.activations) == (True, "fitted", "keep-on-cloud")
+    other = CutOptions("frozen", 2, activations="resend", codec="int8")
+    assert (other.freeze_edge, other.codec, other.activations) == (True, "int8", "resend")
+    for mode in ("sft", "sl", "local"):
+        usual = CutOptions(mode, 2)
+        assert (usual.freeze_edge, usual.codec, usual.activations) == (False, None, "resend")
 
 
 @pytest.mark.parametrize(
@@ -165,13 +175,16 @@ def test_every_mode_takes_the_same_flags(mode):
         (lambda: CutOptions("sft", 3, residual="full"), "--residual full needs --mode local: .* full width"),
         (lambda: CutOptions("sl", 3, residual="full"), "--residual full needs --mode local"),
         (lambda: CutOptions("sl", 3, residual="low-rank"), "--residual low-rank needs --mode sft or local"),
-        (lambda: CutOptions("local", freeze_edge=True), "--freeze-edge needs --mode sft or sl"),
+        (lambda: CutOptions("frozen", 3, residual="low-rank"), "--residual low-rank needs --mode sft or local"),
+        (lambda: CutOptions("frozen"), "--split-layer must be given"),
+        (lambda: CutOptions("frozen", 3, gradient_codec="int8"), "--gradient-codec says nothing with --freeze-edge"),
+        (lambda: CutOptions("local", freeze_edge=True), "--freeze-edge needs --mode sft, sl or frozen"),
         (lambda: CutOptions("sft", 3, activations="keep-on-edge"), "--activations keep-on-edge needs --freeze-edge"),
         (lambda: CutOptions("sft", 3, activations="keep-on-cloud"), "--activations keep-on-cloud needs --freeze-edge"),
         *(
             (
                 make,
-                "--codec fitted needs --mode sl and --freeze-edge: it is fitted to activations that stay as they are",
+                "--codec fitted needs --mode frozen, or sl with --freeze-edge: it is fitted to activations that stay",
             )
             for make in (
                 lambda: CutOptions("sl", 3, codec="fitted"),
@@ -183,7 +196,7 @@ def test_every_mode_takes_the_same_flags(mode):
         ),
         (
             lambda: CutOptions("local", codec="int8"),
-            "--codec int8 needs --mode sft or sl: one process",
+            "--codec int8 needs --mode sft, sl or frozen: one process",
         ),
         (
             lambda: CutOptions("sft", 3, freeze_edge=True, gradient_codec="int8"),
@@ -195,7 +208,7 @@ def test_every_mode_takes_the_same_flags(mode):
         ),
         (
             lambda: CutOptions("local", wire_dtype="bfloat16"),
-            "--wire-dtype bfloat16 needs --mode sft or sl: one process",
+            "--wire-dtype bfloat16 needs --mode sft, sl or frozen: one process",
         ),
         (lambda: DataOptions("sst2", max_train_samples=0), "--max-train-samples must be 1 or more"),
         (lambda: DataOptions("sst2", dataloader_num_workers=-1), "--dataloader-num-workers must be 0 or more"),
@@ -215,8 +228,11 @@ def test_what_makes_no_sense_is_named(make, message):
 @pytest.mark.parametrize(
     ("link", "message"),
     [
-        (LinkOptions("cloud.example:50051"), "--server cloud.example:50051 needs --mode sft or sl: one process has no"),
-        (LinkOptions(labels="local"), "--labels local needs --mode sft or sl: in one process"),
+        (
+            LinkOptions("cloud.example:50051"),
+            "--server cloud.example:50051 needs --mode sft, sl or frozen: one process has no",
+        ),
+        (LinkOptions(labels="local"), "--labels local needs --mode sft, sl or frozen: in one process"),
     ],
 )
 def test_what_one_process_has_no_use_for_is_named(link, message):
@@ -230,7 +246,7 @@ def test_what_one_process_has_no_use_for_is_named(link, message):
 def test_the_command_has_no_use_for_it_either(capsys, flags):
     argv = f"train --mode local --model minilm --task sst2 {flags}"
     assert main(argv.split()) == 2
-    assert f"error: {flags} needs --mode sft or sl: " in capsys.readouterr().err
+    assert f"error: {flags} needs --mode sft, sl or frozen: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("layer", "rank", "flag"), [(0, 8, "--split-layer"), (3, 0, "--split-rank")])
@@ -244,6 +260,7 @@ def test_only_the_plain_local_mode_has_no_cut():
     assert CutOptions("local", 3, residual="full").is_cut
     assert CutOptions("local", 3, residual="low-rank").is_cut
     assert CutOptions("sl", 3).is_cut
+    assert CutOptions("frozen", 3).is_cut
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def _look(options: DoctorOptions, transport: Transport, way: Optional[Way]) -> F
 def step_bytes(options: DoctorOptions) -> Optional[Tuple[int, int]]:
     """Bytes of a full micro-batch's activation and of its gradient; None where the width is not known."""
     width = options.split_rank
-    if options.mode == "sl":
+    if options.mode != "sft":
         if options.model is None and options.from_config is None:
             return None
         width = int(_source(options).config.hidden_size)
@@ -92,7 +92,9 @@ def _upload(found: str, missing_bytes: int, way: Optional[Way]) -> Finding:
 
 
 def _cut(options: DoctorOptions) -> Cut:
-    return Cut(options.mode, options.split_layer, options.split_rank if options.mode == "sft" else 0)
+    if options.mode == "sft":
+        return Cut("sft", options.split_layer, options.split_rank)
+    return Cut("sl", options.split_layer, 0)
 
 
 def _source(options: DoctorOptions) -> Source:

@@ -39,6 +39,12 @@ CALIBRATION_ROWS = 256
 KEEP_KEY_BYTES = 32
 """Of the key that the cloud keeps activations with, in memory alone: for AES-256."""
 
+TEXT = (
+    "what crosses between two blocks gives the text away more readily than the paper's rank-R activation, in whatever "
+    "code it comes; the lower the cut, the more so (docs/what-leaves.md#text)"
+)
+"""Said when such a run begins."""
+
 CLOUD_STORE = "cloud-checkpoints"
 """Below the output directory: where a cloud of the run's own keeps its halves of checkpoints."""
 
@@ -66,7 +72,7 @@ class TrainingRun:
         job = self._job()
         with ExitStack() as stack:
             progress = stack.enter_context(open_progress(options.logging.logging_steps, options.logging.disable_tqdm))
-            for note in job.notes:
+            for note in [*job.notes, *([TEXT] if options.cut.cuts_between_blocks else [])]:
                 progress.status(note)
             terminated = stack.enter_context(terminations_noted())
             same = likeness(options, job.source, job.features)
