@@ -1,0 +1,118 @@
+"""How far a code at the cut moves what comes out at the top: the error of MiniLM's last hidden state, for every codec.
+
+    python bench/codec_error.py --data-dir DATA [--task sst2] [--split-layer 2] [--fit-tokens 10000]
+
+Validation rows run through the model in one piece, as it was pretrained; what its lower blocks give is written and read
+in a codec there. `fitted` is fitted to the first training rows, to as many of their tokens as are asked for. Errors are
+root mean squares over all tokens, of what crosses beside the spread of that, and of the last hidden state beside its
+length.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sft.batch import Batch
+from sft.models import Cut, Whole, build_whole, last_of_edge
+from sft.models.weights import fill, pretrained_tensors
+from sft.wire.codec.elements import FITTED, codecs_named, decode_tensor, encode_tensor
+from sft.wire.codec.packing import pack, unpack
+from sft.wire.codec.rows import NAMES
+from sft_edge.model_files.source import open_source
+from sft_edge.options.train import ModelOptions
+from sft_edge.systems import FIT_TOKENS, fit_tables
+from sft_edge.tasks import batches_of, make_task
+
+CPU = torch.device("cpu")
+BATCH_SIZE, LONGEST = 32, 128
+
+
+def main() -> int:
+    """Prints a row a codec."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--data-dir", type=Path, required=True)
+    parser.add_argument("--task", default="sst2")
+    parser.add_argument("--split-layer", type=int, default=2)
+    parser.add_argument("--rows", type=int, default=200, help="to judge by (default: 200)")
+    parser.add_argument("--fit-tokens", type=int, default=FIT_TOKENS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    task = make_task(options.task, options.data_dir)
+    source = open_source(ModelOptions(model="minilm", max_seq_length=LONGEST), task.config_overrides())
+    net = build_whole(source.config, task.head, None)
+    fill(net, pretrained_tensors(net, source.checkpoint), 0)
+    net.eval()
+
+    def batches(split: str, rows: int) -> Iterator[Batch]:
+        return batches_of(task, task.encode(task.read(split, rows), source.tokenizer, LONGEST), BATCH_SIZE)
+
+    judged = list(batches("validation", options.rows))
+    x_TW, top_TW = both_ends(net, judged, options.split_layer)
+    fitted_to: list[Tensor] = []
+    for batch in batches("train", options.fit_tokens):
+        fitted_to.append(both_ends(net, [batch], options.split_layer)[0])
+        if sum(map(len, fitted_to)) >= options.fit_tokens:
+            break
+    began = time.process_time()
+    tables = fit_tables(torch.cat(fitted_to)[: options.fit_tokens], 0)
+    print(
+        f"fitted to {min(options.fit_tokens, sum(map(len, fitted_to)))} tokens in {time.process_time() - began:.1f} s"
+    )
+    codes = codecs_named("float32", FITTED).with_tables(tables, CPU).codes
+    spread = (x_TW - x_TW.mean(dim=0)).norm()
+    print(f"{'codec':<10}{'bytes a row':>12}{'what crosses':>14}{'last hidden state':>19}")
+    for name, codec in NAMES.items():
+
+        def crossed(x: Tensor, codec: Any = codec) -> Tensor:
+            return decode_tensor(encode_tensor(x, codec, codes=codes), CPU, codes)
+
+        size = codes[codec].row_bytes(x_TW.shape[1])
+        there_TW, moved_TW = both_ends(net, judged, options.split_layer, crossed)
+        error, above = (there_TW - x_TW).norm() / spread, (moved_TW - top_TW).norm() / top_TW.norm()
+        print(f"{name:<10}{size:>12}{error:>14.4f}{above:>19.4f}")
+    return 0
+
+
+def both_ends(net: Whole, batches: Sequence[Batch], split_layer: int, crossed: Any = None) -> tuple[Tensor, Tensor]:
+    """What leaves the lower blocks, as `crossed` has it on the other side, and the last hidden state: of all tokens."""
+    below: list[Tensor] = []
+    above: list[Tensor] = []
+    last = int(net.model.config.num_hidden_layers)
+    for batch in batches:
+        with hooked(net, split_layer, batch, below, crossed), hooked(net, last, batch, above), torch.no_grad():
+            net(batch.inputs, batch.lengths, {})
+    return torch.cat(below), torch.cat(above)
+
+
+@contextmanager
+def hooked(net: Whole, block: int, batch: Batch, seen: list[Tensor], change: Any = None) -> Iterator[None]:
+    """In the block of `with`, what block `block` gives is noted, changed before if it is to be."""
+
+    def hook(module: Any, inputs: Any, output: Any) -> Any:
+        is_tuple = isinstance(output, tuple)
+        x_BSW = output[0] if is_tuple else output
+        x_TW = pack(x_BSW, batch.lengths)
+        if change is not None:
+            x_TW = change(x_TW)
+            x_BSW = unpack(x_TW, batch.lengths, x_BSW.shape[1])
+        seen.append(x_TW)
+        return (x_BSW, *output[1:]) if is_tuple else x_BSW
+
+    handle = last_of_edge(net, Cut("sl", block)).register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
