@@ -316,7 +316,9 @@ class ReliableStream:
         check_answer(message)
         self.stopping = message.stopping
         if message.HasField("keeps_only"):
-            self.keeps_only = message.keeps_only
+            self.keeps_only = min(
+                message.keeps_only, message.keeps_only if self.keeps_only is None else self.keeps_only
+            )
         received = Traffic(payload_bytes_received=_payload_bytes(message), bytes_received=framed_size(len(data)))
         if message.HasField("attached"):
             self._is_attached = True

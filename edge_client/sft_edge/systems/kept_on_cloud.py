@@ -104,7 +104,7 @@ class KeptOnCloud:
     def _hear(self) -> None:
         """What the cloud has said of what it keeps."""
         limit = self._keeps_only()
-        if limit is None or self._is_full:
+        if limit is None or (self._is_full and limit >= len(self._numbers)):
             return
         self._is_full = True
         self._numbers = {key: number for key, number in self._numbers.items() if number <= limit}

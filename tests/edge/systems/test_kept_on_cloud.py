@@ -101,6 +101,17 @@ def test_when_the_cloud_keeps_no_more() -> None:
     ]
 
 
+def test_when_the_cloud_loses_what_it_kept() -> None:
+    """Also of a run that went on with less than all."""
+    rig = Rig()
+    rig.send(A, B)
+    rig.limit = 2
+    rig.send(C)
+    rig.limit = 1
+    assert list(rig.send(A, B, C).kept) == [1, 0, 0]
+    assert [line.partition(" of ")[2].split()[0] for line in rig.told] == ["2", "1"]
+
+
 @pytest.mark.parametrize("kept", [0, 1, 3])
 def test_a_run_that_goes_on_knows_the_numbers(kept: int) -> None:
     rig = Rig()

@@ -21,7 +21,6 @@ KINDS: list[dict[str, object]] = [
     {"freeze_edge": True},
     {"freeze_edge": True, "activations": "keep-on-edge", "mode": "sl", "codec": "int8"},
     {"freeze_edge": True, "activations": "keep-on-cloud", "labels": "local", "eval_strategy": "epoch"},
-    {"freeze_edge": True, "activations": "keep-on-cloud", "mode": "sl", "codec": "fitted"},
     {"freeze_edge": True, "activations": "keep-on-edge", "mode": "sl", "codec": "fitted"},
     {"freeze_edge": True, "activations": "keep-on-cloud", "mode": "sl", "codec": "fitted"},
     {"residual": "low-rank", "optim": "SGD", "optim_args": "momentum=0.9"},
