@@ -12,7 +12,7 @@ from sft.batch import Batch
 from sft.errors import UsageError
 from sft.models import Net1
 from sft.models.seeding import derive_seed
-from sft.wire.codec.fitted import BLOCK, LARGEST, NO_NUMBER, WORDS, Nearest
+from sft.wire.codec.fitted import LARGEST, NO_NUMBER, WORDS, Nearest
 from sft.wire.codec.packing import pack
 
 FIT_TOKENS = 10_000
@@ -57,12 +57,12 @@ def fit_tables(x_TW: Tensor, seed: int) -> Dict[str, Tensor]:
     mean_W = x_TW.mean(dim=0)
     rest_TW = x_TW - mean_W
     whole_NW = _words(rest_TW, _drawn(rest_TW, NO_NUMBER, seed, "whole"), _ROUNDS, pull=_PULL)
-    variance_K, basis_WK = _components(rest_TW - whole_NW[_nearest(rest_TW, whole_NW)])
+    variance_K, basis_WK = _components(rest_TW - whole_NW[Nearest(whole_NW)(rest_TW)])
     weight_K = (variance_K / variance_K.mean()).pow(_EMPHASIS)
 
     z_TK = rest_TW @ (basis_WK * weight_K)
     whole_NK = _words(z_TK, whole_NW @ (basis_WK * weight_K), _MORE_ROUNDS, pull=_PULL)
-    whole_T = _nearest(z_TK, whole_NK)
+    whole_T = Nearest(whole_NK)(z_TK)
     z_TK -= whole_NK[whole_T]
     scale_N = _scales(z_TK, whole_T)
     z_TK /= scale_N[whole_T][:, None]
@@ -99,17 +99,11 @@ def _words(x_TE: Tensor, words_NE: Tensor, rounds: int, mass_T: Optional[Tensor]
     x_TE = x_TE.contiguous()
     weighed_TE = x_TE * mass_T[:, None]
     for _ in range(rounds):
-        number_T = _nearest(x_TE, words_NE)
+        number_T = Nearest(words_NE)(x_TE)
         mass_N = torch.zeros(len(words_NE)).index_add_(0, number_T, mass_T)
         sum_NE = torch.zeros_like(words_NE).index_add_(0, number_T, weighed_TE)
         words_NE = torch.where(mass_N[:, None] > 0, sum_NE / (mass_N + pull).clamp(min=1e-12)[:, None], words_NE)
     return words_NE
-
-
-def _nearest(x_TE: Tensor, words_NE: Tensor) -> Tensor:
-    """Block by block: so distances stay in the processor's cache."""
-    nearest = Nearest(words_NE)
-    return torch.cat([nearest(block) for block in torch.split(x_TE, BLOCK)])
 
 
 def _components(x_TW: Tensor) -> Tuple[Tensor, Tensor]:
