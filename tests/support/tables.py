@@ -17,17 +17,24 @@ def made_up_tables(width: int, groups: int = 3) -> Dict[str, Tensor]:
     sizes[0] += width - int(sizes.sum())
     basis, _ = torch.linalg.qr(torch.randn(width, width, generator=generator))
     numbers = torch.arange(WORDS)
-    words = torch.cat([_apart(numbers, int(size)) for size in sizes], dim=1)
+    steps = torch.tensor([[1 / 64], [16.0], [1 / 16]])
     tables = {
-        "mean": torch.randn(width, generator=generator),
-        "basis": basis * torch.linspace(0.5, 2.0, width),
-        "whole": 4096.0 * (numbers[:, None] / WORDS - 0.5).expand(WORDS, width),
-        "scale": torch.linspace(0.25, 0.5, WORDS),
-        "words": words,
+        "basis": basis / basis.abs().amax(dim=0) * torch.linspace(32, 127, width),
+        "whole": (numbers[:, None] - 128.0).expand(WORDS, width),
+        "words": torch.cat([_apart(numbers, int(size)) for size in sizes], dim=1),
     }
-    return {**{name: x.to(torch.float16).contiguous() for name, x in tables.items()}, "sizes": sizes}
+    halves = {
+        "mean": torch.randn(width, generator=generator),
+        "scale": torch.linspace(0.25, 0.5, WORDS),
+        "steps": steps.expand(3, width),
+    }
+    return {
+        **{name: x.round().to(torch.int8).contiguous() for name, x in tables.items()},
+        **{name: x.to(torch.float16).contiguous() for name, x in halves.items()},
+        "sizes": sizes,
+    }
 
 
 def _apart(numbers_N: Tensor, size: int) -> Tensor:
-    """Words of so many components, the nearest of them a sixteenth apart."""
-    return (((numbers_N[:, None] * 37) % WORDS) / 16.0 - 8.0).expand(WORDS, size)
+    """Words of so many components, the nearest of them a step apart."""
+    return ((numbers_N[:, None] * 37) % WORDS - 128.0).expand(WORDS, size)

@@ -13,8 +13,8 @@ from sft.wire.codec.fitted import most_bytes
 from sft_cloud.engine.request import SessionSpec
 from sft_cloud.storage import read_blob
 
-_COPIES = 4
-"""Of the file: as it is, and in float32, which is twice as large, and what it takes to look at the numbers."""
+_COPIES = 6
+"""Of the file: as it is, and in float32, which is four times as large, and what is looked at on the way."""
 
 
 def missing_tables(spec: SessionSpec, find_blob: Callable[[str], Path | None]) -> list[str]:

@@ -12,7 +12,7 @@ from sft.batch import Batch
 from sft.errors import UsageError
 from sft.models import Net1
 from sft.models.seeding import derive_seed
-from sft.wire.codec.fitted import LARGEST, NO_NUMBER, WORDS, Nearest
+from sft.wire.codec.fitted import LARGEST, NO_NUMBER, STEPPED, WORDS, Nearest
 from sft.wire.codec.packing import pack
 
 FIT_TOKENS = 10_000
@@ -75,15 +75,29 @@ def fit_tables(x_TW: Tensor, seed: int) -> Dict[str, Tensor]:
         _words(z_TE, _drawn(z_TE, WORDS, seed, group), _ROUNDS, mass_T)
         for group, z_TE in enumerate(torch.split(z_TK[:, order], sizes, dim=1))
     ]
-    tables = {
-        "mean": mean_W,
+    stepped = {
         "basis": (basis_WK / weight_K)[:, order],
         "whole": torch.nn.functional.pad(whole_NK[:, order], (0, 0, 0, WORDS - NO_NUMBER)),
-        "scale": torch.nn.functional.pad(scale_N, (0, WORDS - NO_NUMBER), value=1.0),
         "words": torch.cat(words, dim=1),
     }
-    halves = {name: x.clamp(-LARGEST, LARGEST).to(torch.float16).contiguous() for name, x in tables.items()}
-    return {**halves, "sizes": torch.tensor(sizes, dtype=torch.int32)}
+    steps_3K = torch.stack([_half(stepped[name].abs().amax(dim=0) / 127) for name in STEPPED])
+    return {
+        **{name: _in_steps(stepped[name], steps_K) for name, steps_K in zip(STEPPED, steps_3K)},
+        "steps": steps_3K,
+        "mean": _half(mean_W),
+        "scale": _half(torch.nn.functional.pad(scale_N, (0, WORDS - NO_NUMBER), value=1.0)),
+        "sizes": torch.tensor(sizes, dtype=torch.int32),
+    }
+
+
+def _half(x: Tensor) -> Tensor:
+    return x.clamp(-LARGEST, LARGEST).to(torch.float16)
+
+
+def _in_steps(x_NK: Tensor, steps_K: Tensor) -> Tensor:
+    """To the nearest; zeros where a column has none."""
+    whole = (x_NK / steps_K.float()).nan_to_num(0.0, 0.0, 0.0).round()
+    return whole.clamp(-127, 127).to(torch.int8).contiguous()
 
 
 def _drawn(x_TE: Tensor, count: int, seed: int, what: object) -> Tensor:

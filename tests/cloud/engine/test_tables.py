@@ -90,7 +90,7 @@ def wrong(**changes):
 
 BAD = {
     "of another width": (lambda width: made_up_tables(width - 1), r"rows of 32 elements came, .* are for 31"),
-    "of other names": (wrong(more=torch.zeros), "are basis, mean, scale, sizes, whole and words"),
+    "of other names": (wrong(more=torch.zeros), "are basis, whole, words, steps, mean, scale, sizes, not"),
     "of another shape": (wrong(mean=lambda width: torch.zeros(3).half()), r"'mean' .* has shape \[3\], not \[32\]"),
     "of another type": (wrong(mean=torch.zeros), "'mean' .* is torch.float32"),
     "no numbers": (wrong(scale=lambda width: torch.full((256,), math.nan).half()), "'scale' .* no finite number"),
@@ -127,7 +127,7 @@ def test_they_are_charged_before_they_are_read_and_given_back(store, sl, monkeyp
 
     monkeypatch.setattr("sft_cloud.engine.tables.read_blob", read)
     without, session = open_with(store, sl, plain), open_with(store, sl, budget, **fields)
-    assert budget.held_bytes - plain.held_bytes == 4 * size
+    assert budget.held_bytes - plain.held_bytes == 6 * size
     assert min(held) >= budget.held_bytes
     del session, without
     gc.collect()

@@ -29,6 +29,8 @@ def rows_of(count: int) -> torch.Tensor:
 def test_what_is_read_is_what_the_wire_says() -> None:
     """The sentence in the .proto, element by element."""
     tables = {name: x.double() for name, x in made_up_tables(W, G).items()}
+    for name, steps in zip(("basis", "whole", "words"), tables["steps"]):
+        tables[name] = tables[name] * steps
     rows = rows_of(4)
     group_of = [group for group, size in enumerate(tables["sizes"].tolist()) for _ in range(int(size))]
     for row, read in zip(rows.tolist(), CODE.decode(rows, W)):
@@ -105,25 +107,30 @@ def test_without_tables_it_is_unknown() -> None:
 
 
 BAD = {
-    "none": (lambda t: t.clear(), "are basis, mean, scale, sizes, whole and words, not "),
-    "one too few": (lambda t: t.pop("mean"), "are basis, mean, .* not basis, whole, scale, words, sizes$"),
+    "none": (lambda t: t.clear(), "are basis, whole, words, steps, mean, scale, sizes, not "),
+    "one too few": (lambda t: t.pop("mean"), "are basis, .* not basis, whole, words, scale, steps, sizes$"),
     "one too many": (lambda t: t.update(more=torch.zeros(1)), "are basis, .*more"),
     "of another type": (lambda t: t.update(mean=t["mean"].float()), "'mean' .* is torch.float32, not torch.float16"),
+    "words of another type": (
+        lambda t: t.update(words=t["words"].half()),
+        "'words' .* is torch.float16, not torch.int8",
+    ),
     "sizes of another type": (lambda t: t.update(sizes=t["sizes"].long()), "'sizes' .* is torch.int64"),
-    "a flat basis": (lambda t: t.update(basis=t["mean"]), r"'basis' .* has shape \[10\]"),
+    "a flat basis": (lambda t: t.update(basis=t["basis"][0]), r"'basis' .* has shape \[10\]"),
     "no components": (lambda t: t.update(basis=t["basis"][:, :0]), r"'basis' .* has shape \[10, 0\]"),
     "more components than elements": (lambda t: t.update(basis=t["basis"][:9]), r"'basis' .* has shape \[9, 10\]"),
     "another mean": (lambda t: t.update(mean=t["mean"][:-1]), r"'mean' .* has shape \[9\], not \[10\]"),
     "fewer words": (lambda t: t.update(words=t["words"][:255]), r"'words' .* has shape \[255, 10\], not \[256, 10\]"),
     "narrow words": (lambda t: t.update(whole=t["whole"][:, 1:]), r"'whole' .* has shape \[256, 9\]"),
     "fewer scales": (lambda t: t.update(scale=t["scale"][:1]), r"'scale' .* has shape \[1\], not \[256\]"),
+    "fewer steps": (lambda t: t.update(steps=t["steps"][:2]), r"'steps' .* has shape \[2, 10\], not \[3, 10\]"),
     "no groups": (lambda t: t.update(sizes=t["sizes"][:0]), "the groups .* do not have 10 components"),
     "an empty group": (lambda t: t.update(sizes=torch.tensor([10, 0]).int()), "the groups .* do not have 10"),
     "a negative group": (lambda t: t.update(sizes=torch.tensor([11, -1]).int()), "the groups .* do not have 10"),
     "groups of more": (lambda t: t.update(sizes=torch.tensor([9, 2]).int()), "the groups .* do not have 10"),
     "square sizes": (lambda t: t.update(sizes=t["sizes"][:, None]), "the groups .* do not have 10"),
-    "NaN": (lambda t: t["words"].fill_(math.nan), "'words' .* no finite number"),
-    "infinity": (lambda t: t["basis"][3].fill_(math.inf), "'basis' .* no finite number"),
+    "NaN": (lambda t: t["steps"].fill_(math.nan), "'steps' .* no finite number"),
+    "infinity": (lambda t: t["scale"][3:].fill_(math.inf), "'scale' .* no finite number"),
 }
 
 

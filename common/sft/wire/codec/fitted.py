@@ -28,6 +28,9 @@ from sft.errors import ProtocolError
 WORDS = 256
 """That a byte chooses from."""
 
+STEPPED = ("basis", "whole", "words")
+"""Of the tables those that are whole numbers, of steps that each of their columns has."""
+
 NO_NUMBER = 255
 """Not a word of a whole row, but the sign that there is none."""
 
@@ -37,6 +40,12 @@ LARGEST = 65504.0
 BLOCK = 512
 """Rows that are written at once, so that what is computed of them stays in the processor's cache."""
 
+_DTYPES = {
+    **dict.fromkeys(STEPPED, torch.int8),
+    **dict.fromkeys(("steps", "mean", "scale"), torch.float16),
+    "sizes": torch.int32,
+}
+
 _HEADER_BYTES = 4096
 """Of a file with tables, at most."""
 
@@ -45,15 +54,19 @@ class Fitted:
     """See `sft.wire.codec.rows.RowCode`; for rows of one width, on one device."""
 
     def __init__(self, tables: Mapping[str, Tensor], device: torch.device) -> None:
-        """Of `tables`, in float16: mean (W,), basis (W, K), whole (256, K), scale (256,), words (256, K), whose columns
-        are of the groups one after the other; and sizes (G,) int32, the components of each group.
+        """Of `tables`, whose columns are of the groups one after the other: int8 basis (W, K), whole (256, K) and words
+        (256, K), in steps of float16, steps (3, K), in this order; float16 mean (W,) and scale (256,); and int32 sizes
+        (G,), the components of each group.
 
         Raises ProtocolError for others.
         """
         self.tables: Dict[str, Tensor] = dict(tables)
         self.width, self._sizes = _checked(tables)
-        self._mean_W, self._basis_WK, self._whole_NK, self._scale_N, self._words_NK = (
-            tables[name].to(device, torch.float32) for name in ("mean", "basis", "whole", "scale", "words")
+        self._mean_W, self._scale_N, steps_3K = (
+            tables[name].to(device, torch.float32) for name in ("mean", "scale", "steps")
+        )
+        self._basis_WK, self._whole_NK, self._words_NK = (
+            tables[name].to(device, torch.float32) * steps_K for name, steps_K in zip(STEPPED, steps_3K)
         )
         groups_G = torch.arange(len(self._sizes), device=device)
         self._group_K = groups_G.repeat_interleave(torch.tensor(self._sizes, device=device))
@@ -140,30 +153,27 @@ class _Writer(NamedTuple):
 
 def most_bytes(width: int) -> int:
     """Of a file with the tables for rows of so many elements."""
-    return 2 * (width * (1 + width + 2 * WORDS) + WORDS) + 4 * width + _HEADER_BYTES
+    return width * (width + 2 * WORDS) + 2 * (width + WORDS + 3 * width) + 4 * width + _HEADER_BYTES
 
 
 def _checked(tables: Mapping[str, Tensor]) -> Tuple[int, List[int]]:
     """W, and the components of each group."""
-    if sorted(tables) != ["basis", "mean", "scale", "sizes", "whole", "words"]:
-        raise ProtocolError(
-            f"a codec's tables are basis, mean, scale, sizes, whole and words, not {', '.join(tables)[:200]}"
-        )
-    for name, x in tables.items():
-        dtype = torch.int32 if name == "sizes" else torch.float16
-        if x.dtype != dtype:
-            raise ProtocolError(f"'{name}' of a codec's tables is {x.dtype}, not {dtype}")
+    if tables.keys() != _DTYPES.keys():
+        raise ProtocolError(f"a codec's tables are {', '.join(_DTYPES)}, not {', '.join(tables)[:200]}")
+    for name, dtype in _DTYPES.items():
+        if tables[name].dtype != dtype:
+            raise ProtocolError(f"'{name}' of a codec's tables is {tables[name].dtype}, not {dtype}")
     basis, sizes = tables["basis"], tables["sizes"]
     if basis.dim() != 2 or not 1 <= basis.shape[1] <= basis.shape[0]:
         raise ProtocolError(f"'basis' of a codec's tables has shape {list(basis.shape)}")
     W, K = basis.shape
-    wanted = {"mean": (W,), "whole": (WORDS, K), "scale": (WORDS,), "words": (WORDS, K)}
+    wanted = {"mean": (W,), "whole": (WORDS, K), "scale": (WORDS,), "words": (WORDS, K), "steps": (3, K)}
     for name, shape in wanted.items():
         if tables[name].shape != shape:
             raise ProtocolError(f"'{name}' of a codec's tables has shape {list(tables[name].shape)}, not {list(shape)}")
     if sizes.dim() != 1 or min(sizes.tolist(), default=0) < 1 or int(sizes.sum()) != K:
         raise ProtocolError(f"the groups of a codec's tables do not have {K} components together")
-    for name in ("basis", *wanted):
+    for name in ("mean", "scale", "steps"):
         if not bool(torch.isfinite(tables[name]).all()):
             raise ProtocolError(f"'{name}' of a codec's tables holds what is no finite number")
     return W, [int(size) for size in sizes]
