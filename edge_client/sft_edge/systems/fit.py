@@ -57,10 +57,13 @@ def fit_tables(x_TW: Tensor, seed: int) -> Dict[str, Tensor]:
     mean_W = x_TW.mean(dim=0)
     rest_TW = x_TW - mean_W
     whole_NW = _words(rest_TW, _drawn(rest_TW, NO_NUMBER, seed, "whole"), _ROUNDS, pull=_PULL)
-    variance_K, basis_WK = _components(rest_TW - whole_NW[Nearest(whole_NW)(rest_TW)])
+    left_TW = whole_NW[Nearest(whole_NW)(rest_TW)].neg_().add_(rest_TW)  # in place: an edge has little memory
+    variance_K, basis_WK = _components(left_TW)
+    del left_TW
     weight_K = (variance_K / variance_K.mean()).pow(_EMPHASIS)
 
     z_TK = rest_TW @ (basis_WK * weight_K)
+    del rest_TW
     whole_NK = _words(z_TK, whole_NW @ (basis_WK * weight_K), _MORE_ROUNDS, pull=_PULL)
     whole_T = Nearest(whole_NK)(z_TK)
     z_TK -= whole_NK[whole_T]
@@ -109,9 +112,9 @@ def _drawn(x_TE: Tensor, count: int, seed: int, what: object) -> Tensor:
 
 def _words(x_TE: Tensor, words_NE: Tensor, rounds: int, mass_T: Optional[Tensor] = None, pull: float = 0.0) -> Tensor:
     """Lloyd's algorithm: each word becomes the mean of the rows that it is nearest to."""
-    mass_T = x_TE.new_ones(len(x_TE)) if mass_T is None else mass_T
     x_TE = x_TE.contiguous()
-    weighed_TE = x_TE * mass_T[:, None]
+    weighed_TE = x_TE if mass_T is None else x_TE * mass_T[:, None]
+    mass_T = x_TE.new_ones(len(x_TE)) if mass_T is None else mass_T
     for _ in range(rounds):
         number_T = Nearest(words_NE)(x_TE)
         mass_N = torch.zeros(len(words_NE)).index_add_(0, number_T, mass_T)
