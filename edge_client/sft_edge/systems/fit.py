@@ -12,7 +12,7 @@ from sft.batch import Batch
 from sft.errors import UsageError
 from sft.models import Net1
 from sft.models.seeding import derive_seed
-from sft.wire.codec.fitted import LARGEST, NO_NUMBER, STEPPED, WORDS, Nearest
+from sft.wire.codec.fitted import LARGEST, NO_NUMBER, WORDS, Nearest
 from sft.wire.codec.packing import pack
 
 FIT_TOKENS = 10_000
@@ -54,17 +54,22 @@ def fit_tables(x_TW: Tensor, seed: int) -> Dict[str, Tensor]:
     """
     if not bool((x_TW.abs() <= LARGEST).all()):  # nor NaN
         raise UsageError("activations here are no numbers, or too large, for --codec fitted: choose another")
-    mean_W = x_TW.mean(dim=0)
+    mean_W = _half(_middle(x_TW)).float()
     rest_TW = x_TW - mean_W
     whole_NW = _words(rest_TW, _drawn(rest_TW, NO_NUMBER, seed, "whole"), _ROUNDS, pull=_PULL)
     left_TW = whole_NW[Nearest(whole_NW)(rest_TW)].neg_().add_(rest_TW)  # in place: an edge has little memory
     variance_K, basis_WK = _components(left_TW)
     del left_TW
-    weight_K = (variance_K / variance_K.mean()).pow(_EMPHASIS)
+    basis_WK = basis_WK / (variance_K / variance_K.mean()).pow(_EMPHASIS)
+    basis_steps_K = _steps(basis_WK)
+    basis_WK = _in_steps(basis_WK, basis_steps_K)
 
-    z_TK = rest_TW @ (basis_WK * weight_K)
+    # The rest is fitted to the basis as it is written. Otherwise a channel that is thousands of times larger than the
+    # others in some rows, as where GPT-2 and Llama rest their attention, has its error in all of them.
+    inverse_WK = torch.linalg.pinv((basis_WK * basis_steps_K).double()).T.float()
+    z_TK = rest_TW @ inverse_WK
     del rest_TW
-    whole_NK = _words(z_TK, whole_NW @ (basis_WK * weight_K), _MORE_ROUNDS, pull=_PULL)
+    whole_NK = _words(z_TK, whole_NW @ inverse_WK, _MORE_ROUNDS, pull=_PULL)
     whole_T = Nearest(whole_NK)(z_TK)
     z_TK -= whole_NK[whole_T]
     scale_N = _scales(z_TK, whole_T)
@@ -78,19 +83,27 @@ def fit_tables(x_TW: Tensor, seed: int) -> Dict[str, Tensor]:
         _words(z_TE, _drawn(z_TE, WORDS, seed, group), _ROUNDS, mass_T)
         for group, z_TE in enumerate(torch.split(z_TK[:, order], sizes, dim=1))
     ]
-    stepped = {
-        "basis": (basis_WK / weight_K)[:, order],
-        "whole": torch.nn.functional.pad(whole_NK[:, order], (0, 0, 0, WORDS - NO_NUMBER)),
-        "words": torch.cat(words, dim=1),
-    }
-    steps_3K = torch.stack([_half(stepped[name].abs().amax(dim=0) / 127) for name in STEPPED])
+    words_NK = torch.cat(words, dim=1)
+    whole_NK = torch.nn.functional.pad(whole_NK[:, order], (0, 0, 0, WORDS - NO_NUMBER))
+    steps_3K = torch.stack([basis_steps_K[order], _steps(whole_NK), _steps(words_NK)])
     return {
-        **{name: _in_steps(stepped[name], steps_K) for name, steps_K in zip(STEPPED, steps_3K)},
+        "basis": basis_WK[:, order].contiguous(),
+        "whole": _in_steps(whole_NK, steps_3K[1]),
+        "words": _in_steps(words_NK, steps_3K[2]),
         "steps": steps_3K,
         "mean": _half(mean_W),
         "scale": _half(torch.nn.functional.pad(scale_N, (0, WORDS - NO_NUMBER), value=1.0)),
         "sizes": torch.tensor(sizes, dtype=torch.int32),
     }
+
+
+def _middle(x_TW: Tensor) -> Tensor:
+    """Medians, not means: what is far from the others is in few rows, and the others should be near."""
+    return torch.stack([x_T.median() for x_T in x_TW.unbind(dim=1)])
+
+
+def _steps(x_NK: Tensor) -> Tensor:
+    return _half(x_NK.abs().amax(dim=0) / 127)
 
 
 def _half(x: Tensor) -> Tensor:
@@ -132,7 +145,7 @@ def _components(x_TW: Tensor) -> Tuple[Tensor, Tensor]:
 def _scales(z_TK: Tensor, whole_T: Tensor) -> Tensor:
     """For each word of whole rows, the root of what it leaves of a row's square."""
     square_T = z_TK.square().sum(dim=1)
-    sum_N = torch.zeros(NO_NUMBER).index_add_(0, whole_T, square_T) + _LIKE_ALL * square_T.mean()
+    sum_N = torch.zeros(NO_NUMBER).index_add_(0, whole_T, square_T) + _LIKE_ALL * square_T.median()
     count_N = torch.bincount(whole_T, minlength=NO_NUMBER) + _LIKE_ALL
     return (sum_N / count_N).sqrt().clamp(min=1e-3)
 

@@ -54,6 +54,25 @@ def test_bytes_of_a_row(width: int, size: int) -> None:
         assert Fitted(fit_tables(activations(40, 0, width), 0), CPU).row_bytes(width) == size
 
 
+@pytest.mark.parametrize("spread", [0.0, 0.05])
+def test_rows_beside_those_with_a_massive_channel(spread: float) -> None:
+    """As where GPT-2 and Llama rest their attention: thousands of times larger, in a row of twelve."""
+
+    def rows(count: int, seed: int, massive: float) -> Tensor:
+        x, drawn = activations(count, seed) / 50, torch.Generator().manual_seed(seed + 100)
+        x[::12, 5] += massive * (1 + spread * torch.randn(len(x[::12]), generator=drawn))
+        return x
+
+    def error_of_others(massive: float) -> float:
+        code, x = Fitted(fit_tables(rows(3000, 0, massive), 5), CPU), rows(600, 1, massive)
+        others = torch.arange(600) % 12 > 0
+        moved = code.decode(code.encode(x), 64) - x
+        assert moved[~others].norm() < 0.05 * x[~others].norm() or not massive
+        return float(moved[others].norm() / (x[others] - x[others].mean(dim=0)).norm())
+
+    assert error_of_others(2000.0) < 1.25 * error_of_others(0.0)
+
+
 @pytest.mark.parametrize("count", [1, 3, 300])
 def test_few_rows_and_rows_that_are_alike(count: int) -> None:
     """Fewer than words, and none that varies: it is a code all the same."""
