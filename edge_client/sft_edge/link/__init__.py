@@ -6,13 +6,14 @@ from sft_edge.link.grpc_transport import GrpcTransport, transport_of
 from sft_edge.link.link import Blob, Left, Link, PendingReply
 from sft_edge.link.reliable_stream import TRANSIENT
 from sft_edge.link.request import model_fields, offer, session_request
-from sft_edge.link.retries import Retries, RetryPolicy, Wake, retry_policy_of
+from sft_edge.link.retries import GivenUpError, Retries, RetryPolicy, Wake, retry_policy_of
 from sft_edge.link.transport import Transport
 
 __all__ = [
     "NUMBERS",
     "TRANSIENT",
     "Blob",
+    "GivenUpError",
     "GrpcTransport",
     "Left",
     "Link",

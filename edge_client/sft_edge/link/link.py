@@ -10,9 +10,10 @@ from sft.errors import CloudMemoryError, ProtocolError, StorageError
 from sft.printable import said
 from sft.v1 import split_training_pb2 as pb
 from sft.wire.ledger import Traffic
+from sft_edge.link.left import Left
 from sft_edge.link.opening import Opening
 from sft_edge.link.reliable_stream import BREAK_TIMEOUT_SECONDS, TRANSIENT, Counts, ReliableStream
-from sft_edge.link.replies import Blob, Left, PendingReply, Reply
+from sft_edge.link.replies import Blob, PendingReply, Reply
 from sft_edge.link.retries import Retries, RetryPolicy
 from sft_edge.link.tracing import StepSpans, edge_tracer
 from sft_edge.link.transport import Transport
@@ -103,7 +104,11 @@ class Link:
         return response
 
     def attach(self, left: Left, step: int) -> None:
-        """Instead of `open`: the session as an edge has left it before so many steps, whose messages are made again."""
+        """Instead of `open`: the session as an edge has left it after so many steps, whose messages are made again.
+
+        Raises SessionLostError where the cloud says that it is gone.
+        """
+        self._transport.check_session(left.session_id)
         self._session_id, self._step = left.session_id, step
         self.takes_ahead = self.takes_detach = True
         self._stream.begin(left.session_id, left)
@@ -115,11 +120,11 @@ class Link:
         is closed."""
         return self._stream.makes_again
 
-    def leave(self, messages: Callable[[], None]) -> Left:
+    def leave(self, messages: Callable[[], None], announce: Callable[[Left], None]) -> None:
         """Has the cloud do what `messages` sends, one after the other, when the link is closed; the session stays.
 
-        `messages` is called, and may wait for nothing. Raises CloudMemoryError where the cloud does not take it: then
-        nothing was done.
+        `messages` is called, and may wait for nothing; then `announce`, before anything is sent. Raises what they do,
+        and CloudMemoryError where the cloud does not take it: then nothing was done.
         """
         self._settle()
         message = pb.EdgeMessage(step=self._step, micro_batch=self._without_body)
@@ -127,17 +132,16 @@ class Link:
         self._without_body = 0  # as it is for who makes them again
         try:
             messages()
+            pending = self._stream.leave(message, announce)
         except BaseException:
             self._stream.drop_collected()
             raise
         finally:
             self._held, self._step, self._without_body = pb.EdgeMessage(), message.step, message.micro_batch + 1
-        left, pending = self._stream.leave(message)
         detached = pending.result().message.detached
         if detached.error:
+            self._stream.stay()
             raise CloudMemoryError(said(detached.error))
-        self._stream.stay()
-        return left
 
     def forward(
         self,
@@ -245,7 +249,7 @@ class Link:
     def forget_held(self) -> None:
         """What is held is for a step that the cloud has undone, or will never take."""
         self._held = pb.EdgeMessage()
-        self._stream.skip_left()
+        self._stream.give_up_left()
 
     def keep_gradients(self) -> None:
         """Net_2's gradients are not forgotten after the commit that is held. Raises ProtocolError when none is."""

@@ -14,7 +14,7 @@ import logging
 import queue
 import threading
 from contextlib import suppress
-from typing import Callable, List, Optional, Tuple
+from typing import Callable, List, Optional
 
 from google.protobuf.message import DecodeError
 
@@ -35,7 +35,8 @@ from sft.wire.parts import sent_size
 from sft.wire.protocol import MAX_MESSAGE_BYTES, MAX_UNANSWERED
 from sft_edge.link.answers import check_answer
 from sft_edge.link.cuts import Cuts
-from sft_edge.link.replies import Left, PendingReply, Sent, Unanswered
+from sft_edge.link.left import Digest, Left
+from sft_edge.link.replies import PendingReply, Sent, Unanswered
 from sft_edge.link.retries import Retries, RetryPolicy, Wake
 from sft_edge.link.transport import Stream, Transport
 
@@ -46,6 +47,9 @@ BREAK_TIMEOUT_SECONDS = 1.0
 """The same after an error, or Ctrl-C: somebody wants to be gone."""
 
 _JOIN_SECONDS = 0.1
+
+_MOST_LEFT = 100_000
+"""Messages; a server looks through no more fields of one than that, and somewhat."""
 
 TRANSIENT = (StreamBrokenError, ServerUnavailableError, ServerFullError, StaleAccessError)
 """After these another stream may go on."""
@@ -86,7 +90,8 @@ class ReliableStream:
         self._retries = Retries(policy, self.wake, self._say)
         self._session_id = ""
         self._is_over = False
-        self._stays = False  # the session, when this ends
+        self._digest = Digest()  # of what is left, or made again
+        self._left_sha256 = ""
         self._collected: Optional[List[bytes]] = None  # instead of being sent
         self._collected_bytes = 0
         self._outgoing: _Queue[Optional[bytes]] = queue.SimpleQueue()
@@ -117,36 +122,45 @@ class ReliableStream:
         """
         self._session_id = session_id
         if left is not None:
-            self._unanswered.next_number, self._unanswered.left_to = left.number + 1, left.last
+            self._unanswered.next_number = left.number + 1
+            self._unanswered.left_from, self._unanswered.left_to = left.number, left.last
+            self._left_sha256 = left.sha256
 
     def collect(self) -> None:
         """From now on messages are put aside, for `leave`."""
-        self._collected, self._collected_bytes = [], 0
+        self._collected, self._collected_bytes, self._digest = [], 0, Digest()
 
     def drop_collected(self) -> None:
         """As if none of them had been made."""
         self._collected = None
 
-    def leave(self, message: pb.EdgeMessage) -> Tuple[Left, PendingReply]:
-        """Sends `message` with all that was put aside in it. Once it is answered well, the session is to `stay`."""
+    def leave(self, message: pb.EdgeMessage, announce: Callable[[Left], None]) -> PendingReply:
+        """Sends `message` with all that was put aside in it; `announce` is told before, and may raise. From now on the
+        session stays when the link is closed, until `stay`.
+        """
         collected, self._collected = self._collected or [], None
         message.detach.messages.extend(collected)
-        left = Left(self._session_id, self._unanswered.next_number, self._unanswered.next_number + len(collected))
-        return left, self.send("detached", message, payload_bytes=0)
+        number = self._unanswered.next_number
+        announce(Left(self._session_id, number, number + len(collected), self._digest.hexdigest()))
+        with self._lock:
+            self._unanswered.left_from, self._unanswered.left_to = number, number + len(collected)
+        return self.send("detached", message, payload_bytes=0)
 
     def stay(self) -> None:
-        """The session stays when the link is closed."""
-        self._stays = True
+        """The cloud does not take what was left to it, and has done nothing of it."""
+        with self._lock:
+            self._unanswered.stay()
 
     @property
     def makes_again(self) -> bool:
-        """Whether messages are those that an edge has left."""
-        return self._unanswered.answered < self._unanswered.left_to
+        """Whether messages are those that an edge has left, or will be; the session then stays when the link is
+        closed."""
+        return self._unanswered.makes_again
 
-    def skip_left(self) -> None:
-        """A step that was left is undone: it is sent again, as are those after it."""
+    def give_up_left(self) -> None:
+        """The cloud takes no step of what was left and is not answered."""
         with self._lock:
-            self._unanswered.skip_left()
+            self._unanswered.give_up_left()
 
     def check(self) -> None:
         """Raises what ended the session, if it is known to have ended."""
@@ -169,20 +183,30 @@ class ReliableStream:
             message.number, message.answered = self._unanswered.next_number, self._unanswered.answered
             if self._collected is not None:
                 message.number += 1 + len(self._collected)  # one is for the message that they are in
+                self._digest.add(message)
                 self._collected.append(message.SerializeToString())
                 self._collected_bytes += len(self._collected[-1])
-                if self._collected_bytes > MAX_MESSAGE_BYTES // 2:
+                if self._collected_bytes > MAX_MESSAGE_BYTES // 2 or len(self._collected) > _MOST_LEFT:
                     raise CloudMemoryError("what is left to do takes more than a message may hold")
                 return PendingReply(Traffic(), self._policy.reply_timeout_seconds, self._break_off, span)
+            if self._unanswered.is_left(message.number):
+                self._check_left(message)
             data = message.SerializeToString()
             sent = Traffic(payload_bytes_sent=payload_bytes, bytes_sent=sent_size(len(data)))
             pending = PendingReply(sent, self._policy.reply_timeout_seconds, self._break_off, span)
             self._unanswered.add(Sent(kind, message.step, message.micro_batch, data, pending))
             self._total += sent
-            if self._flows and message.number > self._unanswered.left_to:
+            if self._flows and not self._unanswered.is_left(message.number):
                 self._outgoing.put(data)
                 self._sent_bytes += len(data)
         return pending
+
+    def _check_left(self, message: pb.EdgeMessage) -> None:
+        self._digest.add(message)
+        if message.number == self._unanswered.left_to and self._digest.hexdigest() != self._left_sha256:
+            raise ProtocolError(
+                "what was left to the cloud is not what is made again here: other rows, or other options"
+            )
 
     def make_room(self) -> None:
         """Waits while so many answers are due that the cloud would remember no more."""
@@ -209,7 +233,7 @@ class ReliableStream:
     def abandon(self) -> None:
         """Ends the session without waiting for anything. For finalizers: it takes no lock and starts no thread."""
         self._is_over = True
-        if not (self._stays or self.makes_again):
+        if not self.makes_again:
             self._outgoing.put(_CLOSE)
         self._outgoing.put(None)
         self.wake.put(None)

@@ -88,16 +88,6 @@ class PendingReply:
         self._settled.set()
 
 
-class Left(NamedTuple):
-    """How an edge has left a session."""
-
-    session_id: str
-    number: int
-    """Of the message with which it left; it is answered."""
-    last: int
-    """Of the last message that it left to do."""
-
-
 class Sent(NamedTuple):
     """A message on its way."""
 
@@ -115,9 +105,9 @@ class Unanswered:
     def __init__(self) -> None:
         self.next_number = 1
         """Of the message that is sent next."""
-        self.left_to = 0
-        """Up to this number the cloud has all messages, as an edge has left them that went away: what they were is
-        made again, and their answers may come before that."""
+        self.left_from = self.left_to = 0
+        """Messages above the one number, up to the other, the cloud has as an edge has left them: they are made again,
+        and not sent, and their answers may come before that."""
         self._sent: Dict[int, Sent] = {}
         self._early: Dict[int, Tuple[pb.CloudMessage, Traffic]] = {}
 
@@ -126,8 +116,22 @@ class Unanswered:
 
     @property
     def answered(self) -> int:
-        """The answers to all messages up to this number are here."""
+        """The answers to all messages up to this number are here, and need not be given again: those to what was left
+        may have to be, to who comes back once more, until all are here."""
+        return min(self._done, self.left_from) if self.makes_again else self._done
+
+    @property
+    def makes_again(self) -> bool:
+        """Whether not all that was left is made again and answered."""
+        return self._done < self.left_to
+
+    @property
+    def _done(self) -> int:
         return min(self._sent, default=self.next_number) - 1
+
+    def is_left(self, number: int) -> bool:
+        """Whether the cloud has the message of this number as it was left."""
+        return self.left_from < number <= self.left_to
 
     def add(self, sent: Sent) -> None:
         """The message of number `next_number`. Raises ProtocolError for an early answer that is none to it."""
@@ -136,9 +140,16 @@ class Unanswered:
         if number in self._early:
             self.resolve(*self._early.pop(number))
 
-    def skip_left(self) -> None:
-        """What was left and is not made again, as its step was undone, is of no account."""
+    def give_up_left(self) -> None:
+        """What was left, and is not answered yet, is of no account: the cloud takes none of its steps."""
         self.next_number = max(self.next_number, self.left_to + 1)
+        self._sent = {number: sent for number, sent in self._sent.items() if number > self.left_to}
+        self.left_from = self.left_to = 0
+        self._early.clear()
+
+    def stay(self) -> None:
+        """The cloud does not take what was to be left."""
+        self.left_from = self.left_to = 0
         self._early.clear()
 
     def oldest(self) -> PendingReply:
@@ -147,13 +158,15 @@ class Unanswered:
 
     def after(self, number: int) -> List[bytes]:
         """What the cloud has not had yet, when it has had all up to `number`. Raises ProtocolError for a number of no
-        message."""
+        message, SessionLostError where it never heard that its edge left."""
+        if number < self.left_from and self.left_from not in self._sent:
+            raise SessionLostError("the cloud never heard that its edge left")
         if number > max(self.next_number - 1, self.left_to) or number < self.answered:
             raise ProtocolError(
                 f"the cloud has had {number} messages of this session, and answered {self.answered} of "
                 f"{self.next_number - 1}: it is not the one that it was"
             )
-        return [sent.data for own, sent in self._sent.items() if own > max(number, self.left_to)]
+        return [sent.data for own, sent in self._sent.items() if own > number and not self.is_left(own)]
 
     def resolve(self, answer: pb.CloudMessage, received: Traffic) -> bool:
         """Hands an answer to who waits for it; False for one that came before.
@@ -165,8 +178,9 @@ class Unanswered:
             if 1 <= answer.number < self.next_number:
                 return False
             if self.next_number <= answer.number <= self.left_to:
+                is_new = answer.number not in self._early
                 self._early[answer.number] = (answer, received)
-                return True
+                return is_new
             raise ProtocolError(f"the cloud answered message {answer.number}, which was never sent")
         kind = answer.WhichOneof("body")
         if kind not in (sent.kind, "step_skipped") or (answer.step, answer.micro_batch) != sent[1:3]:

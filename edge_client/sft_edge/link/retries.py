@@ -66,6 +66,10 @@ class RetryPolicy(NamedTuple):
             due = min(2 * due, self.backoff_max_seconds)
 
 
+class GivenUpError(SessionLostError):
+    """The link was tried to be mended for long enough; the session may still be there."""
+
+
 class Retries:
     """The tries since something last went well."""
 
@@ -104,7 +108,7 @@ class Retries:
         not renewed in time; who only waits for a session gets the class of `error`.
         """
         policy, now, timeout = self._policy, self._policy.clock(), self.timeout_seconds
-        given_up: Type[LinkError] = type(error) if self._is_waiting else SessionLostError
+        given_up: Type[LinkError] = type(error) if self._is_waiting else GivenUpError
         is_stale = isinstance(error, StaleAccessError)
         if is_stale:
             timeout, given_up = min(timeout, RENEWAL_SECONDS), AccessError

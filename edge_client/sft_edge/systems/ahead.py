@@ -33,6 +33,7 @@ class StepOnItsWay(SentStep):
         split learning would have sent of it; the step is added to `ledger` when it is settled.
         """
         self.wire_bytes = 0
+        self.cloud_seconds = 0.0
         self.number = step
         self._link, self._ledger = link, ledger
         self._cross, self._plain_bytes_of = cross, plain_bytes
@@ -64,6 +65,7 @@ class StepOnItsWay(SentStep):
 
     def _answer(self, pending: PendingReply) -> pb.CloudMessage:
         reply = pending.result()
+        self.cloud_seconds += reply.cloud_seconds
         self._timer.add("cloud", reply.cloud_seconds)
         self._timer.add("uplink_wait", max(reply.waited_seconds - reply.cloud_seconds, 0.0))
         self._traffic = self._traffic + reply.traffic

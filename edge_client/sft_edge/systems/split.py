@@ -20,7 +20,7 @@ from sft.optim.gradients import scale_gradients, squared_gradient_norm
 from sft.tensors.stream import Shard, safetensors_chunks
 from sft.v1 import split_training_pb2 as pb
 from sft.wire.codec.elements import Codecs
-from sft.wire.codec.messages import decode_logits, encode_labels, encode_logits, outputs_of
+from sft.wire.codec.messages import decode_logits, encode_labels, encode_logits, is_packed, outputs_of
 from sft.wire.codec.packing import pack, unpack
 from sft.wire.ledger import Ledger, Traffic, plain_split_bytes
 from sft_edge.link import Left, Link, PendingReply, RetryPolicy, Transport, checked_weights
@@ -35,6 +35,9 @@ _EVALUATIONS_AHEAD = 2
 """While the cloud works on one evaluation batch, the edge makes the next."""
 
 _KEEPS_NONE = "the cloud keeps no activations (an older release, or --max-kept-bytes 0)"
+
+_MOST_ASKED_BYTES = 256 << 20
+"""Of logits that a cloud has to remember for an edge that is away; it remembers four times as much of all answers."""
 
 _LEAVES = 4
 """Times the model's size, of the disk that activations are kept on: the result, and a checkpoint with Adam's states."""
@@ -76,6 +79,7 @@ class SplitSystem(System):
         self._step = StepTimer()
         self._traffic = Traffic()
         self._plain_bytes = 0
+        self._asked_bytes = 0  # of logits, since the edge began to leave
         self._cloud_squared_norm = 0.0
 
     def forward_backward(self, batch: Batch, step: int, micro_batch: int, loss_scale: float) -> float:
@@ -240,12 +244,12 @@ class SplitSystem(System):
         """See System."""
         return self.link.makes_again
 
-    def leave(self, sends: Callable[[], None]) -> Left:
+    def leave(self, sends: Callable[[], None], announce: Callable[[Left], None]) -> None:
         """See System."""
         assert isinstance(self.kept, KeptOnCloud)
-        held = len(self.kept)
+        held, self._asked_bytes = len(self.kept), 0
         try:
-            return self.link.leave(sends)
+            self.link.leave(sends, announce)
         except BaseException:
             self.kept.forget_after(held)
             raise
@@ -256,6 +260,10 @@ class SplitSystem(System):
         self.link.send_held()
         for index, batch in enumerate(batches):
             self._evaluate(batch, step, index)
+            rows = sum(batch.lengths) if is_packed(self.net_1.head) else len(batch.lengths)
+            self._asked_bytes += 4 * rows * outputs_of(self.net_1.model.config, self.net_1.head)
+        if self._asked_bytes > _MOST_ASKED_BYTES:
+            raise CloudMemoryError("the logits of all evaluations that are left are more than the cloud remembers")
 
     def own_parameters(self) -> Dict[str, nn.Parameter]:
         return self.net_1.whole_parameters()

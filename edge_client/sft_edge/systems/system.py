@@ -71,9 +71,9 @@ class System(ABC):
         """Whether steps and evaluations are those that were left to the other side, and are not sent anew."""
         return False
 
-    def leave(self, sends: Callable[[], None]) -> Left:
-        """Has the other side do what `sends`, by `send` and `ask`, leaves to it. Raises CloudMemoryError where it does
-        not take that: then nothing was done."""
+    def leave(self, sends: Callable[[], None], announce: Callable[[Left], None]) -> None:
+        """Has the other side do what `sends`, by `send` and `ask`, leaves to it; `announce` is told before. Raises what
+        they do, and CloudMemoryError where the other side does not take that: then nothing was done."""
         raise NotImplementedError
 
     def ask(self, batches: Iterable[Batch], step: int) -> None:
@@ -133,6 +133,9 @@ class SentStep(ABC):
 
     wire_bytes: int
     """Of its messages."""
+
+    cloud_seconds: float
+    """That the cloud worked on it; known once it is settled."""
 
     @abstractmethod
     def forward(self, batch: Batch, micro_batch: int, loss_scale: float) -> None:

@@ -6,7 +6,7 @@ from collections import deque
 from typing import Deque, List, NamedTuple, Sequence
 
 from sft.batch import Batch
-from sft.errors import CloudMemoryError
+from sft.errors import CloudMemoryError, SessionLostError
 from sft_edge.signals import interrupts_deferred
 from sft_edge.systems import SentStep, System
 
@@ -15,6 +15,9 @@ MEMORY_TRIES = 3
 
 _MOST = 16
 """More than a link of 100 ms needs to keep a cloud busy whose steps take 10."""
+
+_MOST_SECONDS = 1.0
+"""That the cloud works on them: who is to stop waits for all, and two keep the cloud busy."""
 
 _MOST_BYTES = 16 << 20
 """Of their messages, all of which are kept until they are answered."""
@@ -49,6 +52,7 @@ class StepsAhead:
         self._system = system
         self._max_grad_norm = max_grad_norm
         self._steps: Deque[_Step] = deque()
+        self._most = 2
 
     def __len__(self) -> int:
         return len(self._steps)
@@ -56,7 +60,7 @@ class StepsAhead:
     @property
     def is_full(self) -> bool:
         """Whether one is to be settled before another is sent."""
-        return len(self._steps) >= _MOST or sum(step.sent.wire_bytes for step in self._steps) > _MOST_BYTES
+        return len(self._steps) >= self._most or sum(step.sent.wire_bytes for step in self._steps) > _MOST_BYTES
 
     def send(self, number: int, group: List[Batch], rates: Sequence[float]) -> None:
         """A step of these micro-batches with these learning rates."""
@@ -72,13 +76,16 @@ class StepsAhead:
             try:
                 losses, norm = oldest.sent.settle()
                 break
-            except CloudMemoryError:
+            except CloudMemoryError as error:
+                if self._system.makes_again:  # and it may have done without memory what came later
+                    raise SessionLostError(f"the cloud undid a step that was left to it ({error})") from error
                 oldest.tries_left -= 1
                 if not oldest.tries_left:
                     self.forget()
                     raise
                 self._send_again()
         self._steps.popleft()
+        self._most = 2 + min(_MOST - 2, int(_MOST_SECONDS / max(oldest.sent.cloud_seconds, 1e-3)))
         return Settled(losses, norm, oldest.rates[0])
 
     def forget(self) -> None:

@@ -111,14 +111,15 @@ class TrainingLoop:
             if self._training.eval_strategy == "epoch":
                 self.evaluate()
 
-    def leave(self) -> Left:
+    def leave(self, announce: Callable[[Left], None]) -> None:
         """Has the cloud take all steps that are left, and answer all evaluations: `run` makes them again and notes what
-        came of them, in a loop that goes on from here. Raises CloudMemoryError where the cloud does not take that.
+        came of them, in a loop that goes on from here. `announce` is told before. Raises what it does, and
+        CloudMemoryError where the cloud does not take that; the loop is then as it was.
         """
         before = self._scheduler.state_dict()
         try:
-            return self.system.leave(self._send_rest)
-        except CloudMemoryError:
+            self.system.leave(self._send_rest, announce)
+        except BaseException:
             self._scheduler.load_state_dict(before)
             self.take_up_schedule()
             raise

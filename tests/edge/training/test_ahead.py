@@ -6,7 +6,7 @@ from typing import Any, Dict, List, Sequence, Tuple
 
 import pytest
 
-from sft.errors import CloudMemoryError
+from sft.errors import CloudMemoryError, SessionLostError
 from sft_edge.training import ahead
 from sft_edge.training.ahead import MEMORY_TRIES, StepsAhead
 
@@ -22,6 +22,9 @@ class Cloud:
         """Steps that were begun, and whether ahead."""
         self.taken: List[Tuple[int, List[Any], Sequence[float], float]] = []
         self.forgotten = 0
+        self.makes_again = False
+        self.seconds = 0.0
+        """That it works on a step."""
         self._skips = False
 
     def send(self, step: int, ahead: bool) -> Sent:
@@ -39,7 +42,7 @@ class Cloud:
 
 class Sent:
     def __init__(self, cloud: Cloud, step: int, skipped: bool) -> None:
-        self.wire_bytes = cloud.size
+        self.wire_bytes, self.cloud_seconds = cloud.size, cloud.seconds
         self._cloud, self._step, self._skipped = cloud, step, skipped
         self._batches: List[Any] = []
 
@@ -91,8 +94,34 @@ def test_a_step_that_is_undone_every_time() -> None:
     assert [step for step, *_ in cloud.taken] == [3]
 
 
-def test_it_is_full_by_number_and_by_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ahead, "_MOST", 3)
+def test_what_was_left_is_not_sent_again() -> None:
+    """The cloud may have done what came later, in other steps."""
+    cloud = Cloud({4: 1})
+    cloud.makes_again = True
+    queue = send_all(cloud, range(3, 7))
+    queue.settle()
+    with pytest.raises(SessionLostError, match="undid a step that was left to it"):
+        queue.settle()
+    assert [step for step, _ in cloud.heard] == [3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(("seconds", "most"), [(5.0, 2), (0.4, 4), (0.001, 16), (0.0, 16)])
+def test_it_is_full_by_the_time_that_a_cloud_needs(seconds: float, most: int) -> None:
+    """Two until that is known."""
+    cloud = Cloud({})
+    cloud.seconds = seconds
+    queue = send_all(cloud, range(2))
+    assert queue.is_full
+    queue.settle()
+    for step in range(2, most + 1):
+        assert not queue.is_full
+        queue.send(step, [], [0.0])
+    assert queue.is_full
+
+
+def test_it_is_full_by_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ahead, "_MOST_BYTES", 100)
-    assert [send_all(Cloud({}), range(n)).is_full for n in range(5)] == [False, False, False, True, True]
-    assert [send_all(Cloud({}, size=60), range(n)).is_full for n in range(3)] == [False, False, True]
+    cloud = Cloud({}, size=60)
+    queue = send_all(cloud, range(1))
+    queue.settle()
+    assert [not queue.send(step, [], [0.0]) and queue.is_full for step in range(1, 3)] == [False, True]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +13,13 @@ import pytest
 from support.jobs import Job, error_line, read_json, same_bits
 from support.resuming import SECONDS, Clouds, Outcome
 
+from sft.errors import StorageError, StreamBrokenError
+from sft.v1 import split_training_pb2 as pb
 from sft_cloud.engine.in_process import InProcessEngine
+from sft_cloud.session.session import Session
+from sft_cloud.session.upper_half import TransformersUpperHalf
 from sft_edge.cli import main
+from sft_edge.link.reliable_stream import ReliableStream
 from sft_edge.systems.ahead import StepOnItsWay
 from sft_edge.systems.split import SplitSystem
 
@@ -168,6 +175,160 @@ def refuses(*arguments: object) -> None:
     from sft_cloud.errors import NoMemoryError
 
     raise NoMemoryError("there is no room")
+
+
+def test_a_link_that_breaks_before_the_cloud_has_answered(
+    run: Callable[..., int], clouds: Clouds, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cloud goes on at once, and the edge hears that it has left when it is back."""
+    assert run(**LEAVES, output_dir=tmp_path / "stayed") == 0
+    right, broken = ReliableStream._take, []
+
+    def breaks(self, data: bytes) -> None:
+        if pb.CloudMessage.FromString(data).HasField("detached") and not broken:
+            broken.append(True)
+            raise StreamBrokenError("for a test")
+        right(self, data)
+
+    monkeypatch.setattr(ReliableStream, "_take", breaks)
+    assert run(**LEAVES, detach=True) == 0
+    assert broken
+    assert main(["attach", str(out)]) == 0
+    check_same(out, tmp_path / "stayed", clouds.store)
+
+
+def test_an_edge_that_comes_back_twice_over_a_bad_link(
+    run: Callable[..., int], clouds: Clouds, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it was told before the link broke, and before it was stopped, it is told again."""
+    assert run(**LEAVES, output_dir=tmp_path / "stayed") == 0
+    assert run(**LEAVES, detach=True) == 0
+    take, settle, fired = ReliableStream._take, StepOnItsWay.settle, []
+
+    def breaks(self, data: bytes) -> None:
+        take(self, data)
+        if pb.CloudMessage.FromString(data).HasField("result") and not fired:
+            fired.append("link")
+            raise StreamBrokenError("for a test")
+
+    def interrupted(self):
+        if self.number == 6 and fired == ["link"]:
+            fired.append("edge")
+            raise KeyboardInterrupt
+        return settle(self)
+
+    monkeypatch.setattr(ReliableStream, "_take", breaks)
+    monkeypatch.setattr(StepOnItsWay, "settle", interrupted)
+    assert main(["attach", str(out)]) == 130
+    assert fired == ["link", "edge"]
+    assert main(["attach", str(out)]) == 0
+    check_same(out, tmp_path / "stayed", clouds.store)
+
+
+def test_a_disk_that_does_not_take_what_is_to_be_written_down(
+    run: Callable[..., int],
+    clouds: Clouds,
+    out: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The cloud never hears of it, and the run stays, with the learning rates that are its own."""
+    options = {**LEAVES, "lr_scheduler_type": "linear"}
+    assert run(**options, output_dir=tmp_path / "stayed") == 0
+
+    def full(*arguments: object) -> None:
+        raise StorageError("the disk is full")
+
+    monkeypatch.setattr("sft_edge.commands.train.leaving.write_left", full)
+    assert run(**options, detach=True) == 0
+    assert "cannot leave after step 3: the disk is full; staying" in capsys.readouterr().err
+    check_same(out, tmp_path / "stayed", clouds.store)
+    assert len(clouds.server.sessions) == 0
+
+
+def test_a_step_that_is_undone_while_nobody_is_there(
+    run: Callable[..., int], clouds: Clouds, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run goes on from its checkpoint."""
+    assert run(**LEAVES, output_dir=tmp_path / "stayed") == 0
+    right, struck = Session._check_forward, []
+
+    def full(self, message: pb.EdgeMessage, *arguments):
+        work = right(self, message, *arguments)
+        if message.step != 5 or struck:
+            return work
+        struck.append(message.number)
+        return self._skips("there is none, for a test")
+
+    monkeypatch.setattr(Session, "_check_forward", full)
+    assert run(**LEAVES, detach=True) == 0
+    assert main(["attach", str(out)]) == 0
+    assert struck
+    assert read_json(out / "all_results.json")["recoveries"] == 1
+    check_same(out, tmp_path / "stayed", clouds.store)
+
+
+def test_a_loss_that_is_none_while_nobody_is_there(
+    run: Callable[..., int],
+    clouds: Clouds,
+    out: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As in a run that stayed: no step is taken with it, and the model of the step before is saved."""
+    right, losses = TransformersUpperHalf.loss, itertools.count(1)
+
+    def sick(self, *arguments):
+        return right(self, *arguments) * (math.nan if next(losses) == 6 else 1.0)
+
+    monkeypatch.setattr(TransformersUpperHalf, "loss", sick)
+    assert run(**LEAVES, detach=True) == 0
+    capsys.readouterr()
+    assert main(["attach", str(out)]) == 6
+    line = error_line(capsys.readouterr().err)
+    assert line.startswith("the loss is nan at step 6; ")
+    assert line.endswith(f"; the model as of step 5 is in {out}")
+    assert read_json(out / "trainer_state.json")["global_step"] == 5
+    assert list(out.glob("model*.safetensors"))
+    assert len(clouds.server.sessions) == 0
+
+
+def test_what_is_made_again_is_not_what_was_left(
+    run: Callable[..., int], clouds: Clouds, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As where a file with rows was changed: the answers are not for these, and the run goes on from its checkpoint."""
+    assert run(**LEAVES, output_dir=tmp_path / "stayed") == 0
+    assert run(**LEAVES, detach=True) == 0
+    content = read_json(out / "detached.json")
+    content["left"]["sha256"] = "0" * 64
+    (out / "detached.json").write_text(json.dumps(content))
+    assert main(["attach", str(out)]) == 0
+    assert "what was left to the cloud is not what is made again here" in capsys.readouterr().err
+    check_same(out, tmp_path / "stayed", clouds.store)
+
+
+def test_another_run_where_one_has_left(
+    run: Callable[..., int], clouds: Clouds, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(**LEAVES, detach=True) == 0
+    capsys.readouterr()
+    assert run(**LEAVES, resume_from_checkpoint=True) == 2
+    assert f"sft-edge attach {out} comes back to it" in error_line(capsys.readouterr().err)
+    (out / "detached.json").unlink()
+    assert run(**LEAVES, resume_from_checkpoint=True) == 0
+    assert run(**LEAVES, output_dir=tmp_path / "stayed") == 0
+    check_same(out, tmp_path / "stayed", clouds.store)
+    assert len(clouds.server.sessions) == 0, "that which was left has ended, too"
+
+
+def test_nobody_answers(run: Callable[..., int], clouds: Clouds, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The cloud may be at it: what is known of it stays."""
+    assert run(**LEAVES, reconnect_timeout="1ms", detach=True) == 0
+    clouds.server.stop(grace_seconds=0)
+    capsys.readouterr()
+    assert main(["attach", str(out)]) == 5
+    assert (out / "detached.json").exists()
 
 
 @pytest.mark.parametrize("content", [None, b"", b"[]", b'{"left": {}}', b"\xff"])

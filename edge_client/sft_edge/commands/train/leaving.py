@@ -51,16 +51,44 @@ class Leaving:
     def after_step(self, loop: TrainingLoop) -> None:
         """Leaves where an epoch has ended: the cloud has all rows. Raises Detached; returns where that cannot be."""
         step = loop.state.global_step
-        if step % loop.steps_per_epoch or step == loop.state.max_steps or not loop.system.can_leave:
+        if step % loop.steps_per_epoch or step == loop.state.max_steps:
             return
         try:
+            if not loop.system.can_leave:
+                raise CloudMemoryError("the cloud keeps no activations, or does not go on without its edge")
             self._checkpointing.save_now(loop)
-            left = loop.leave()
-            write_left(self._output_dir, LeftRun(left, step, list(self._arguments), os.getcwd()))
+            directory = working_directory()
+
+            def announce(left: Left) -> None:
+                # Before the cloud hears of it: whatever happens then, somebody can come back.
+                write_left(self._output_dir, LeftRun(left, step, list(self._arguments), directory))
+
+            loop.leave(announce)
         except (StorageError, CloudMemoryError) as error:
+            forget_left(self._output_dir)
             self._progress.status(f"cannot leave after step {step}: {error}; staying")
             return
         raise Detached(step, self._output_dir)
+
+
+def working_directory() -> str:
+    """That of the process; empty where it was deleted."""
+    try:
+        return os.getcwd()
+    except OSError:
+        return ""
+
+
+def check_not_left(output_dir: Path, overwrite: bool) -> None:
+    """For a run that begins, or goes on, there. Raises UsageError where one has left that somebody may come back to."""
+    path = output_dir / FILE
+    if overwrite:
+        forget_left(output_dir)
+    elif path.exists():
+        raise UsageError(
+            f"{output_dir} is of a run that has left its session: sft-edge attach {output_dir} comes back to it; "
+            f"without {path.name} there, this command would give it up"
+        )
 
 
 def write_left(output_dir: Path, run: LeftRun) -> None:
@@ -76,7 +104,12 @@ def read_left(output_dir: Path) -> LeftRun:
     path = output_dir / FILE
     try:
         content: Dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        left = Left(str(content["left"]["session_id"]), int(content["left"]["number"]), int(content["left"]["last"]))
+        left = Left(
+            session_id=str(content["left"]["session_id"]),
+            number=int(content["left"]["number"]),
+            last=int(content["left"]["last"]),
+            sha256=str(content["left"]["sha256"]),
+        )
         arguments = [str(argument) for argument in content["arguments"]]
         run = LeftRun(left, int(content["step"]), arguments, str(content["directory"]))
     except FileNotFoundError:

@@ -14,7 +14,7 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
 from torch import Tensor
 
 from sft.batch import Batch
-from sft.errors import LinkError, StorageError, UsageError
+from sft.errors import LinkError, ProtocolError, SessionLostError, StorageError, UsageError
 from sft.models import build_whole
 from sft.printable import printable
 from sft.v1 import split_training_pb2 as pb
@@ -22,10 +22,10 @@ from sft.wire.codec.elements import FITTED
 from sft_edge.checkpoints import Checkpointing, Stopped, keep_key_of, likeness, read_codec_tables
 from sft_edge.commands.train.attempt import Attempt
 from sft_edge.commands.train.job import Job, try_end
-from sft_edge.commands.train.leaving import Detached, Leaving, LeftRun, forget_left
+from sft_edge.commands.train.leaving import Detached, Leaving, LeftRun, check_not_left, forget_left
 from sft_edge.commands.train.start import open_start
 from sft_edge.files import check_room
-from sft_edge.link import Link, retry_policy_of
+from sft_edge.link import GivenUpError, Link, retry_policy_of
 from sft_edge.model_files import Source
 from sft_edge.options import ACTIVATIONS, RunOptions
 from sft_edge.signals import Termination, terminations_noted
@@ -69,6 +69,8 @@ class TrainingRun:
         error goes on. One that is terminated leaves a checkpoint, and returns nothing. Raises any SFTError.
         """
         options = self.options
+        if self._left is None:
+            check_not_left(self.output_dir, options.training.overwrite_output_dir)
         job = self._job()
         with ExitStack() as stack:
             progress = stack.enter_context(open_progress(options.logging.logging_steps, options.logging.disable_tqdm))
@@ -147,13 +149,19 @@ class TrainingRun:
                 forget_left(self.output_dir)
                 return results
             except LinkError as error:
-                self._left = None  # whatever was left is lost
+                had_session = attempt is not None or self._left is not None
+                if self._left is not None:
+                    if isinstance(error, GivenUpError) or not isinstance(error, (SessionLostError, ProtocolError)):
+                        raise  # the cloud may still be at it
+                    # It is gone, or none that this run can come back to: its checkpoint is.
+                    error, self._left = SessionLostError(str(error)), None
+                    forget_left(self.output_dir)
                 steps = attempt.steps if attempt is not None else 0
                 checkpointing.check_lost(steps, error)
-                if not (checkpointing.can_go_on and recovery.is_worth_trying(error, attempt is not None)):
+                if not (checkpointing.can_go_on and recovery.is_worth_trying(error, had_session)):
                     raise
                 progress.status(f"{error}: going on in another session")
-                if attempt is not None:
+                if had_session:
                     checkpointing.recover(steps)
             recovery.wait()
             checkpointing.check_stop()
@@ -170,6 +178,10 @@ class TrainingRun:
         """Opens a session, and what else ends with `stack`; the loop is where the run goes on."""
         options = self.options
         offered = checkpointing.offers()
+        if self._left is not None and not any(checkpoint.step == self._left.step for checkpoint in offered):
+            raise SessionLostError(
+                f"no checkpoint of step {self._left.step}, after which the session was left, is here"
+            )
         keep_key = b""
         if options.cut.activations == "keep-on-cloud":
             keep_key = (keep_key_of(offered[0]) if offered else None) or self._keep_key
