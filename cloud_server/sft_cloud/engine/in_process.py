@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 import torch
 
@@ -23,10 +23,11 @@ _TRAINING_SECONDS = 0.2
 """Between two messages of sessions that train."""
 
 
-class _Live(NamedTuple):
+@dataclass(frozen=True)
+class _Live:
     session: Session
-    request: pb.OpenSessionRequest
-    """As it was opened with."""
+    request: pb.OpenSessionRequest = field(repr=False)
+    """As it was opened with, keys and all."""
     owner: Identity
     listed: dict[bool, list[StoredTensor]]
     """What a download reads, of the weights and of the optimizer's state, until the session is told something else: to

@@ -127,4 +127,6 @@ class TransformersOpener:
     def _keeps(
         self, request: pb.OpenSessionRequest, owner: Identity, saved: Mapping[str, Path] | None = None
     ) -> KeptRows | None:
-        return self._kept.open(owner, request.keep_key, saved) if self._kept is not None and request.keep_key else None
+        if self._kept is None or not request.keep_key:
+            return None
+        return self._kept.open(owner, request.keep_key, saved, request.run_id)

@@ -27,7 +27,7 @@ from sft_cloud.engine.worker import Run, at_once
 from sft_cloud.errors import PreconditionError
 from sft_cloud.identity import Identity
 from sft_cloud.session import Session
-from sft_cloud.storage import CheckpointStore, Part, check_sha256
+from sft_cloud.storage import CheckpointStore, Part, Saved, check_sha256
 
 NET_2, OPTIMIZER, SETTINGS = "net_2.safetensors", "optimizer.safetensors", "settings.json"
 
@@ -46,16 +46,29 @@ class Checkpoints:
         """Writes a session that `owner` has opened with `request`, in the caller's thread; nobody may change it
         meanwhile. The device is touched in `run`.
 
-        Raises StorageError; earlier checkpoints are then as they were.
+        Raises StorageError; earlier checkpoints are then as they were. Activations that are kept are left out, once and
+        for all, where there is no room for them a second time.
         """
         parts = run(lambda: parts_of(session, request, run))
-        self._check_quota(owner, sum(part.total_bytes for part in parts.values()))
-        saved = self._store.run(owner.name, request.run_id).save(session.next_step, parts)
+        kept = session.kept.parts() if session.kept is not None else {}
+        try:
+            saved = self._save(session, request, owner, {**parts, **kept})
+        except StorageError as error:
+            if session.kept is None or not kept:
+                raise
+            saved = self._save(session, request, owner, parts)
+            session.kept.leave_out(error)
         if session.kept is not None:
             session.kept.were_saved(saved.files)
         return pb.CheckpointSaved(
             id=pb.CheckpointId(step=saved.step, sha256=saved.sha256), total_bytes=saved.total_bytes
         )
+
+    def _save(
+        self, session: Session, request: pb.OpenSessionRequest, owner: Identity, parts: Mapping[str, Part]
+    ) -> Saved:
+        self._check_quota(owner, sum(part.total_bytes for part in parts.values()))
+        return self._store.run(owner.name, request.run_id).save(session.next_step, parts)
 
     def keep(self, session: Session, request: pb.OpenSessionRequest, owner: Identity, steps: Iterable[int]) -> None:
         """Deletes the other steps of the session's run. Raises StorageError.
@@ -96,7 +109,7 @@ class Checkpoints:
 
 
 def parts_of(session: Session, request: pb.OpenSessionRequest, run: Run = at_once) -> dict[str, Part]:
-    """The files of a checkpoint. Tensors are read, each in `run`, as the files are written."""
+    """The files of a checkpoint but for kept activations. Tensors are read, each in `run`, as the files are written."""
     settings = json.dumps({"next_step": session.next_step, "groups": group_settings(session.optimizer)}).encode()
     parameters = session.half.all_parameters()
 
@@ -112,7 +125,6 @@ def parts_of(session: Session, request: pb.OpenSessionRequest, run: Run = at_onc
         OPTIMIZER: part(stored_state(session.optimizer, parameters)),
         SETTINGS: Part(len(settings), lambda: [settings]),
         SESSION: Part(told.ByteSize(), lambda: [told.SerializeToString(deterministic=True)]),
-        **(session.kept.parts() if session.kept is not None else {}),  # encrypted, with a key that is nowhere here
     }
 
 

@@ -43,7 +43,7 @@ class Entry:
 
     session_id: str = field(repr=False)
     """Whoever knows it, and is its owner, can use the session, so no log holds all of it."""
-    request: pb.OpenSessionRequest
+    request: pb.OpenSessionRequest = field(repr=False)
     """As it was opened with."""
     owner: Identity
     opened_at: float

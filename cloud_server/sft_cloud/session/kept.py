@@ -9,7 +9,7 @@ from sft.errors import ProtocolError, StorageError
 from sft.v1 import split_training_pb2 as pb
 from sft.wire.codec.elements import check_tensor, encoded_size
 from sft.wire.codec.rows import CODES, Codes
-from sft.wire.protocol import MAX_MESSAGE_BYTES, MAX_PADDED_TOKENS
+from sft.wire.protocol import MAX_KEPT_SEQUENCES, MAX_MESSAGE_BYTES, MAX_PADDED_TOKENS
 from sft_cloud.errors import NoMemoryError, PreconditionError
 from sft_cloud.identity import Identity
 from sft_cloud.memory import Kind, MemoryBudget
@@ -79,6 +79,8 @@ def _check(activation: pb.Activation, kept: KeptRows, codes: Codes) -> None:
     for numbers in (activation.keep, activation.kept):
         if len(numbers) not in (0, B):
             raise ProtocolError(f"{len(numbers)} numbers of kept sequences came, for {B} sequences")
+    if B > MAX_KEPT_SEQUENCES:
+        raise ProtocolError(f"{B} numbers of kept sequences came; at most {MAX_KEPT_SEQUENCES} go at once")
     if B * max(1, activation.padded_length) > MAX_PADDED_TOKENS:
         raise ProtocolError(f"a batch of {B} sequences is too large; at most {MAX_PADDED_TOKENS} padded tokens go")
     check_tensor(activation.packed, codes)
@@ -90,7 +92,11 @@ def _check(activation: pb.Activation, kept: KeptRows, codes: Codes) -> None:
             f"the activation has shape {list(activation.packed.shape)}, and {came} rows should be in it"
         )
     following = kept.count + 1
-    for number, known in zip(_numbers(activation.keep, B), _numbers(activation.kept, B), strict=True):
+    for number, known, length in zip(
+        _numbers(activation.keep, B), _numbers(activation.kept, B), activation.lengths, strict=True
+    ):
+        if number and not (length and activation.packed.shape[1]):
+            raise ProtocolError(f"a sequence came to be kept as {number}, but it has no rows")
         if number and known:
             raise ProtocolError(f"sequence {known} is kept, and cannot be kept again as {number}")
         if number and number != following and not kept.is_full:  # then the edge has not heard of it yet
@@ -108,7 +114,7 @@ def _looked_up(activation: pb.Activation, kept: KeptRows, codes: Codes) -> int:
     whole = row_bytes * sum(activation.lengths)
     if whole > MAX_MESSAGE_BYTES:
         raise ProtocolError(f"the activation would have {whole} bytes, where {MAX_MESSAGE_BYTES} are the most")
-    for known, length in zip(activation.kept, activation.lengths, strict=True):
+    for known, length in sorted(zip(activation.kept, activation.lengths, strict=True)):  # the first to be damaged first
         if known > kept.count:
             raise StorageError(f"the cloud has no room for more activations: sequence {known} was not kept")
         if known and kept.rows_bytes(known) != row_bytes * length:
@@ -121,7 +127,9 @@ def _whole(message: pb.EdgeMessage, activation: pb.Activation, kept: KeptRows, c
     if not any(activation.kept):
         return message
     came = dict(_rows_that_came(activation, codes))
-    rows = b"".join(came[i] if i in came else kept.read(number) for i, number in enumerate(activation.kept))
+    # In this order, what is held after damage is before all of it that the message has: it need not find the next.
+    read = {number: kept.read(number) for number in sorted(set(activation.kept)) if number}
+    rows = b"".join(came[i] if i in came else read[number] for i, number in enumerate(activation.kept))
     whole = pb.EdgeMessage()
     whole.CopyFrom(message)
     packed = activation_of(whole).packed  # type: ignore[union-attr]  # as that of the message

@@ -42,8 +42,15 @@ _HEAD = b"sft kept rows 1\n"
 _LENGTH, _NUMBER = struct.Struct("<I"), struct.Struct("<Q")
 _NONCE_BYTES, _TAG_BYTES = 12, 16
 _RECORD_BYTES = _LENGTH.size + _NONCE_BYTES + _TAG_BYTES
-"""Beside the rows themselves."""
+"""Beside the rows themselves, of which there is at least one byte."""
+_COST_BYTES = _RECORD_BYTES + _NUMBER.size
+"""Of a sequence, beside its rows, with its place in the index."""
 _CHUNK_BYTES = 1 << 20
+_INDEX_PIECE = 1 << 16
+"""Places that are written at once when an index is made anew."""
+
+_MAX_SEQUENCES = 1 << 22
+"""Of a session, however small they are: an index of 32 MB, made anew in some seconds."""
 
 _LEFT_BYTES = 1 << 30
 """Of the disk, for what else there is: uploads and checkpoints, also of others."""
@@ -74,9 +81,12 @@ class KeptStore:
         self._lock = threading.Lock()
         self._rows: weakref.WeakSet[KeptRows] = weakref.WeakSet()
 
-    def open(self, owner: Identity, key: bytes, saved: Mapping[str, Path] | None = None) -> KeptRows | None:
+    def open(
+        self, owner: Identity, key: bytes, saved: Mapping[str, Path] | None = None, run_id: str = ""
+    ) -> KeptRows | None:
         """For a session of `owner`, with what is among the files of a checkpoint, by name; where there is no room for
-        that, it is full and holds nothing. None where nothing is kept here.
+        that, it is full and holds nothing. An older session of the same run keeps no more: it is about to end, and is
+        in nobody's way. None where nothing is kept here.
 
         Raises PreconditionError where `saved` was kept with another key, CheckpointError where it is none of ours.
         """
@@ -84,11 +94,13 @@ class KeptStore:
             return None
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
-            rows = KeptRows(self, owner, key, self._directory)
+            rows = KeptRows(self, owner, key, self._directory, run_id)
         except OSError as error:
             _log.error("activations cannot be kept", extra={"fields": {"reason": error.strerror}})
             return None
         with self._lock:
+            for each in self._rows:
+                each.is_replaced |= bool(run_id) and (each.owner, each.run_id) == (rows.owner, run_id)
             self._rows.add(rows)
         files = sorted((name for name in saved or () if _PART.fullmatch(name)), key=lambda name: int(name[5:-4]))
         if saved and files:
@@ -98,8 +110,11 @@ class KeptStore:
     def grows(self, rows: KeptRows, size: int) -> bool:
         """Counts so many bytes more for one of them; whether there is room."""
         with self._lock:
-            held = sum(each.total_bytes for each in self._rows if each.owner == rows.owner)
-            if held + size > self._max_bytes or free_bytes(self._directory) < size + _LEFT_BYTES:
+            held = sum(each.total_bytes for each in self._rows if each.owner == rows.owner and not each.is_replaced)
+            comes = size * (2 if rows.is_to_be_saved else 1) + sum(each.bytes_to_come for each in self._rows)
+            if rows.is_replaced or held + size > self._max_bytes:
+                return False
+            if free_bytes(self._directory) < comes + _LEFT_BYTES:
                 return False
             rows.total_bytes += size
             return True
@@ -108,15 +123,19 @@ class KeptStore:
 class KeptRows:
     """Of one session. Numbers count from 1. Not for several threads at once."""
 
-    def __init__(self, store: KeptStore, owner: Identity, key: bytes, directory: Path) -> None:
+    def __init__(self, store: KeptStore, owner: Identity, key: bytes, directory: Path, run_id: str) -> None:
         """Holds nothing. Raises OSError."""
-        self.owner = owner.name
+        self.owner, self.run_id = owner.name, run_id
+        self.is_saved = True
+        """Checkpoints have it, too, where the run has a name to be saved under."""
+        self.is_replaced = False
+        """There is a newer session of its run."""
         self.count = 0
         """How many sequences it holds, and the newest number."""
         self.is_full = False
         """No more is kept, now or later."""
         self.total_bytes = 0
-        """On the disk, for what is kept."""
+        """On the disk, for what is kept or is about to be."""
         self._store = store
         self._cipher = AESGCM(key)
         self._data = _nameless(directory)
@@ -126,15 +145,26 @@ class KeptRows:
         os.pwrite(self._data, _HEAD, 0)
         self._end = len(_HEAD)
         self._saved: list[_Saved] = []
+        self._was_damaged = False
+
+    @property
+    def is_to_be_saved(self) -> bool:
+        """The next checkpoint needs as much room as what is added, most likely on the same disk."""
+        return self.is_saved and bool(self.run_id)
+
+    @property
+    def bytes_to_come(self) -> int:
+        """That the disk has still to take: what is being written, and what the next checkpoint will have anew."""
+        written = self._end - len(_HEAD) + _NUMBER.size * self.count
+        saved = self._saved[-1].end if self._saved else 0
+        return max(0, self.total_bytes - written) + (max(0, self._end - saved) if self.is_to_be_saved else 0)
 
     def add(self, rows: Sequence[bytes | memoryview]) -> None:
-        """Keeps the rows of the next sequences: of all, or of none, and is full then."""
-        size = sum(len(data) + _RECORD_BYTES for data in rows)
+        """Keeps the rows of the next sequences, each of at least a byte: of all, or of none, and is full then."""
         if self.is_full or not rows:
             return
         try:
-            if not self._store.grows(self, size):
-                raise OSError(errno.EDQUOT, _NO_ROOM)
+            self._grow(sum(len(data) + _COST_BYTES for data in rows), self.count + len(rows))
             end = self._end
             for number, data in enumerate(rows, self.count + 1):
                 end = self._write(number, data, end)
@@ -151,18 +181,18 @@ class KeptRows:
     def read(self, number: int) -> bytes:
         """The rows of a sequence that it holds.
 
-        Raises StorageError where the disk does not give back what was written; it then holds those before it alone, and
-        is full: the edge still has the others.
+        Raises StorageError where the disk does not give back what was written; it then holds those before it alone, the
+        second time none, and is full: the edge still has the others.
         """
         begin, end = self._place(number)
         try:
-            record = os.pread(self._data, end - begin, begin)[_LENGTH.size :]
-            return self._cipher.decrypt(record[:_NONCE_BYTES], record[_NONCE_BYTES:], _NUMBER.pack(number))
+            return self._opened(number, begin, end)
         except (OSError, InvalidTag, ValueError) as error:  # a nonce that is cut short
             raise self._is_damaged(number, error) from error
 
     def parts(self) -> dict[str, Part]:
-        """The files of a checkpoint, for which nothing may be added until it is written; none where nothing is held.
+        """The files of a checkpoint, for which nothing may be added until it is written; none where nothing is held,
+        or checkpoints do not have it.
 
         What older ones have is in files of its own, which need not be written again. Small ones become one with those
         after them, so that there are few, and little is written twice.
@@ -175,7 +205,7 @@ class KeptRows:
             files.append(_Saved(begin, self._end, None))
         return {
             f"kept-{index}.bin": Part(each.end - each.begin, partial(self._chunks, each.begin, each.end), each.held)
-            for index, each in enumerate(files if self.count else [])
+            for index, each in enumerate(files if self.count and self.is_saved else [])
         }
 
     def were_saved(self, files: Mapping[str, Held]) -> None:
@@ -186,6 +216,14 @@ class KeptRows:
             begin += part.total_bytes
         self._saved = saved
 
+    def leave_out(self, error: Exception) -> None:
+        """Checkpoints from now on do not have it: who goes on from one sends it again."""
+        _log.warning(
+            "checkpoints are saved without the activations that are kept",
+            extra={"fields": {"owner": self.owner, "reason": str(error)}},
+        )
+        self.is_saved = False
+
     def stop(self, error: Exception) -> None:
         """Keeps what it holds, and no more."""
         reason = str(error) or type(error).__name__
@@ -194,7 +232,12 @@ class KeptRows:
         with contextlib.suppress(OSError):
             os.ftruncate(self._data, self._end)
             os.ftruncate(self._index, _NUMBER.size * self.count)
-        self.total_bytes = self._end - len(_HEAD)
+        self.total_bytes = self._end - len(_HEAD) + _NUMBER.size * self.count
+
+    def _grow(self, size: int, count: int) -> None:
+        """Raises OSError where there is no room for so many bytes more, or for so many sequences together."""
+        if count > _MAX_SEQUENCES or not self._store.grows(self, size):
+            raise OSError(errno.EDQUOT, _NO_ROOM)
 
     def _chunks(self, begin: int, end: int) -> Iterator[bytes]:
         for at in range(begin, end, _CHUNK_BYTES):
@@ -204,39 +247,46 @@ class KeptRows:
         """Holds what the files of a checkpoint do, and nothing else. Raises as `KeptStore.open` does."""
         try:
             size = sum(path.stat().st_size for path in saved)
-            if not self._store.grows(self, size - len(_HEAD)):
-                raise OSError(errno.EDQUOT, _NO_ROOM)
+            self._grow(size - len(_HEAD), 0)
             at = 0
             for path in saved:
                 with path.open("rb") as file:
                     while chunk := file.read(_CHUNK_BYTES):
                         _write_all(self._data, chunk, at)
                         at += len(chunk)
-            ends = self._ends(size)
-            _write_all(self._index, b"".join(map(_NUMBER.pack, ends[1:])), 0)
+                        self._end = max(self._end, at)  # so much of what was granted is written
+            count = self._index_of(size)
         except OSError as error:
+            self._end = len(_HEAD)
             self.stop(error)
             return
-        self.count, self._end = len(ends) - 1, size
+        self.count, self._end = count, size
 
-    def _ends(self, size: int) -> list[int]:
-        """Of the head, and of each record of the file."""
-        ends = [len(_HEAD)]
-        with os.fdopen(os.dup(self._data), "rb") as file:
+    def _index_of(self, size: int) -> int:
+        """Makes it anew of the records of the data; how many there are."""
+        ends: list[int] = []
+        end, count = len(_HEAD), 0
+        with os.fdopen(os.dup(self._data), "rb", buffering=_INDEX_PIECE) as file:
             file.seek(0)
             if file.read(len(_HEAD)) != _HEAD:
                 raise CheckpointError("the cloud's half of the checkpoint holds activations of another release")
-            while ends[-1] < size:
+            while end < size:
                 head = file.read(_LENGTH.size)
                 length = _LENGTH.unpack(head)[0] if len(head) == _LENGTH.size else size
-                if length < _RECORD_BYTES - _LENGTH.size or ends[-1] + _LENGTH.size + length > size:
+                if _LENGTH.size + length <= _RECORD_BYTES or end + _LENGTH.size + length > size:
                     raise CheckpointError("the cloud's half of the checkpoint holds activations that are cut short")
-                if len(ends) == 1:
+                if end == len(_HEAD):
                     self._check_key(file.read(length))
                 else:
                     file.seek(length, os.SEEK_CUR)
-                ends.append(ends[-1] + _LENGTH.size + length)
-        return ends
+                end += _LENGTH.size + length
+                ends.append(end)
+                if len(ends) == _INDEX_PIECE or end == size:
+                    self._grow(_NUMBER.size * len(ends), count + len(ends))
+                    _write_all(self._index, struct.pack(f"<{len(ends)}Q", *ends), _NUMBER.size * count)
+                    count += len(ends)
+                    ends.clear()
+        return count
 
     def _check_key(self, record: bytes) -> None:
         try:
@@ -255,11 +305,16 @@ class KeptRows:
         _write_all(self._index, _NUMBER.pack(end), _NUMBER.size * (number - 1))
         return end
 
+    def _opened(self, number: int, begin: int, end: int) -> bytes:
+        """The rows in a record."""
+        record = os.pread(self._data, end - begin, begin)[_LENGTH.size :]
+        return self._cipher.decrypt(record[:_NONCE_BYTES], record[_NONCE_BYTES:], _NUMBER.pack(number))
+
     def _place(self, number: int) -> tuple[int, int]:
         """Of a record."""
         try:
             begin, end = self._end_of(number - 1), self._end_of(number)
-            if not begin + _RECORD_BYTES <= end <= self._end:
+            if not begin + _RECORD_BYTES < end <= self._end:
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
             return begin, end
         except (OSError, struct.error) as error:
@@ -274,11 +329,15 @@ class KeptRows:
     def _is_damaged(self, number: int, error: Exception) -> StorageError:
         reason = str(error) or type(error).__name__
         _log.error("kept activations cannot be read", extra={"fields": {"owner": self.owner, "reason": reason}})
-        self.is_full = True
-        try:
-            self.count, self._end = number - 1, self._end_of(number - 1)
-        except (OSError, struct.error):
-            self.count, self._end = 0, len(_HEAD)
+        before, self.is_full = self._end, True
+        self.count, self._end = 0, len(_HEAD)
+        if number > 1 and not self._was_damaged:
+            self._was_damaged = True  # whoever calls may find more: a second time there is nothing left to find it in
+            with contextlib.suppress(OSError, struct.error, InvalidTag, ValueError):
+                begin, end = self._end_of(number - 2), self._end_of(number - 1)
+                if begin + _RECORD_BYTES < end <= before:  # else a length that no memory holds
+                    self._opened(number - 1, begin, end)
+                    self.count, self._end = number - 1, end
         return StorageError("the cloud's disk does not give back the activations that were kept")
 
 

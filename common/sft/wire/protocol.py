@@ -34,6 +34,9 @@ MAX_RECEIVED_BYTES = (4 << 20) + 4096
 MAX_PADDED_TOKENS = 1 << 18
 """Largest B x S of a batch: 512 sequences of 512 tokens. A few bytes of lengths could otherwise ask for any memory."""
 
+MAX_KEPT_SEQUENCES = 4096
+"""Of a message in which sequences are kept, or have been: each is looked up, opened and written by itself."""
+
 MAX_PROBE_BYTES = 4 << 20
 """What one probe of the way may carry in each direction."""
 

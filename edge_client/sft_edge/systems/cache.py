@@ -27,12 +27,13 @@ KEY_BYTES = 16
 _HEAD = struct.Struct(f"<{KEY_BYTES}sII")  # key, bytes of the rows, CRC-32 of both
 
 
-def keys_of(batch: Batch) -> List[bytes]:
-    """One for each sequence: of its tokens, whatever it is padded to and beside whichever it is."""
+def keys_of(batch: Batch, salt: bytes = b"") -> List[bytes]:
+    """One for each sequence: of its tokens, whatever it is padded to and beside whichever it is; with another `salt`
+    another."""
     keys = []
     columns = sorted(batch.inputs)
     for index, length in enumerate(batch.lengths):
-        digest = hashlib.blake2b(digest_size=KEY_BYTES)
+        digest = hashlib.blake2b(digest_size=KEY_BYTES, salt=salt)
         for name in columns:
             digest.update(f"{name} {length} ".encode())
             digest.update(batch.inputs[name][index, :length].contiguous().numpy().tobytes())

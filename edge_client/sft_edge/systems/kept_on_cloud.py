@@ -11,6 +11,7 @@ from sft.batch import Batch
 from sft.errors import CheckpointError
 from sft.models import Net1
 from sft.wire.codec.elements import Codecs
+from sft.wire.protocol import MAX_KEPT_SEQUENCES
 from sft_edge.systems.cache import KEY_BYTES, keys_of
 from sft_edge.systems.crossing import Activation
 from sft_edge.systems.kept import computed_rows
@@ -18,6 +19,8 @@ from sft_edge.systems.kept import computed_rows
 _KEY, _SEQUENCES, _IS_FULL = "key", "sequences", "is_full"
 """Of what a checkpoint holds: the key that the cloud keeps rows with; a hash of each sequence, in the order of numbers;
 whether the cloud keeps no more."""
+
+_EVALUATION = b"evaluation"
 
 
 class KeptOnCloud:
@@ -51,15 +54,20 @@ class KeptOnCloud:
         self._numbers: Dict[bytes, int] = {}  # in the order of the numbers, which is from 1 on
         self._is_full = False
 
-    def activation(self, net_1: Net1, batch: Batch) -> Activation:
-        """Of a batch, without dropout and gradient, with the rows that the cloud lacks alone."""
+    def activation(self, net_1: Net1, batch: Batch, is_evaluation: bool = False) -> Activation:
+        """Of a batch, without dropout and gradient, with the rows that the cloud lacks alone.
+
+        Sequences of evaluation are others, whatever their tokens: how a run is evaluated is nothing to its training. Of
+        more sequences than the cloud looks up at once, none is kept.
+        """
         self._hear()
-        keys = keys_of(batch)
-        kept = [self._numbers.get(key, 0) for key in keys]
+        keys = keys_of(batch, _EVALUATION if is_evaluation else b"")
+        takes = len(keys) <= MAX_KEPT_SEQUENCES
+        kept = [self._numbers.get(key, 0) if takes else 0 for key in keys]
         new = {key: index for index, key in reversed(list(enumerate(keys))) if not kept[index]}  # where each is first
         rows = self._computed(net_1, batch, sorted(new.values()))
         keep = [0] * len(keys)
-        if not self._is_full:
+        if takes and not self._is_full:
             for index in rows:
                 keep[index] = self._numbers[keys[index]] = len(self._numbers) + 1
         padded_length = next(iter(batch.inputs.values())).shape[1]

@@ -228,8 +228,8 @@ class SplitSystem(System):
             yield self._evaluated(step, *on_their_way.popleft())
 
     def _evaluate(self, batch: Batch, step: int, index: int) -> PendingReply:
-        if self.kept is not None and self.kept.on_cloud:
-            activation = self.kept.activation(self.net_1, batch)
+        if isinstance(self.kept, KeptOnCloud):
+            activation = self.kept.activation(self.net_1, batch, is_evaluation=True)
         else:
             activation = _activation(self._without_gradient(batch), batch)
         return self.link.evaluate(step, index, activation.encoded(self.codecs))

@@ -10,9 +10,11 @@ from support.calls import SECONDS, Stream, download, open_session, refusal
 from support.engine_elsewhere import EngineElsewhere
 from support.tiny_edge import TinyEdge, attach
 
+from sft.errors import StorageError
 from sft.v1 import split_training_pb2 as pb
 from sft_cloud.options import LimitOptions
 from sft_cloud.server import CloudServer
+from sft_cloud.storage.files import LocalFiles
 
 RUN = "0123456789abcdef" * 2
 KEY = bytes(range(32))
@@ -207,3 +209,41 @@ def test_what_is_kept_goes_with_the_session(start_server, connect, edge: TinyEdg
         assert not answer.HasField("keeps_only")
         if end == "closed":
             run.stream.end()
+
+
+def test_a_checkpoint_that_has_no_room_for_them(
+    stub, edge: TinyEdge, expected, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is saved without them, which is said once, and who goes on from it sends them again."""
+    write, tried = LocalFiles.write, []
+
+    def full(self: LocalFiles, name: str, chunks) -> None:
+        if name.endswith(".bin"):
+            tried.append(name)
+            raise StorageError("the cloud's checkpoint store failed: No space left on device")
+        write(self, name, chunks)
+
+    monkeypatch.setattr(LocalFiles, "write", full)
+    run = Run(stub, edge, **KEEP)
+    answers = [run.train(keeping(run.message(), 1, 2, 3))]
+    run.save()
+    answers.append(run.train(kept(run.message(), 1, 2, 3)))
+    saved = run.save()
+    assert len(tried) == 1
+    assert [record.message for record in caplog.records if "without the activations" in record.message] == [
+        "checkpoints are saved without the activations that are kept"
+    ]
+    run.stream.end()
+    monkeypatch.undo()
+    assert run.resume(stub, saved, **KEEP).kept == 0
+    answers += [run.train(keeping(run.message(), 1, 2, 3)), run.train(kept(run.message(), 1, 2, 3))]
+    assert (answers, run.weights()) == expected
+
+
+def test_the_key_is_in_no_log(server: CloudServer, stub, edge: TinyEdge) -> None:
+    """Also of who logs what the server knows of a session."""
+    Run(stub, edge, **KEEP)
+    known = [*server.sessions.entries(), *server.engine._sessions.values()]
+    assert len(known) == 2
+    for each in known:
+        assert "keep_key" not in repr(each)

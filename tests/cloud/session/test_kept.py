@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -112,7 +113,10 @@ def test_messages_that_have_nothing_to_do_with_it(kept: KeptRows) -> None:
         (message(torch.zeros(0, 0), kept=(1, 2, 3)), "sequence 1 was kept with rows of other sizes"),
         (message(NOTHING, kept=(1, 2, 3), lengths=(7, 3, 2**31)), f"where {MAX_MESSAGE_BYTES} are the most"),
         (message(NOTHING, kept=(1, 2, 3), padded_length=MAX_PADDED_TOKENS), "a batch of 3 sequences is too large"),
-        (message(NOTHING, kept=(1,) * 40000, lengths=(7,) * 40000), "a batch of 40000 sequences is too large"),
+        (message(NOTHING, kept=(1,) * 4096, lengths=(7,) * 4096, padded_length=65), "a batch of 4096 sequences is too"),
+        (message(NOTHING, kept=(1,) * 4097, lengths=(7,) * 4097), "4097 numbers of kept sequences came; at most 4096"),
+        (message(keep=(4, 5, 6), lengths=(15, 0, 0)), "a sequence came to be kept as 5, but it has no rows"),
+        (message(torch.zeros(15, 0), keep=(4, 5, 6)), "a sequence came to be kept as 4, but it has no rows"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -160,3 +164,14 @@ def test_what_is_looked_up_is_charged_as_if_it_had_come(kept: KeptRows, monkeypa
     monkeypatch.setattr("sft_cloud.session.kept._WAIT_SECONDS", 0.0)
     _, lacks = applied(kept, lookup, MemoryBudget(100))
     assert lacks.startswith("this message would take 480 B")
+
+
+def test_after_damage_a_message_finds_no_more(kept: KeptRows) -> None:
+    """What is held then is before all of it that is damaged, in whatever order its numbers are."""
+    applied(kept, message(torch.cat([a_TR, a_TR]), keep=(1, 2, 3, 4, 5, 6), lengths=LENGTHS * 2))
+    for number in (3, 5):
+        os.pwrite(kept._data, b"!", kept._place(number)[1] - 1)
+    lookup = message(NOTHING, kept=(5, 3, 1), lengths=(3, 5, 7))
+    assert applied(kept, lookup)[1] == "the cloud's disk does not give back the activations that were kept"
+    assert kept.count == 2
+    assert applied(kept, message(NOTHING, kept=(1, 2), lengths=LENGTHS[:2]))[1] == ""

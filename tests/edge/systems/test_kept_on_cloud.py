@@ -13,6 +13,7 @@ from sft.batch import Batch
 from sft.errors import CheckpointError
 from sft.v1 import split_training_pb2 as pb
 from sft.wire.codec.elements import IN_FULL, encode_tensor
+from sft.wire.protocol import MAX_KEPT_SEQUENCES
 from sft_edge.systems.kept_on_cloud import KeptOnCloud, key_of
 
 WIDTH, FLOAT32, KEY = 2, pb.DATA_TYPE_FLOAT32, bytes(range(32))
@@ -85,6 +86,28 @@ def test_a_sequence_that_is_twice_in_a_batch_is_computed_and_kept_once() -> None
     twice = rig.send(A, B, A, A)
     assert twice == pb.Activation(packed=rows(2, A, B, A, A), lengths=[3, 1, 3, 3], padded_length=3, keep=[1, 2, 0, 0])
     assert list(rig.send(A, C, A, C).kept) == [1, 0, 1, 0]
+
+
+def test_sequences_of_evaluation_are_others() -> None:
+    """Computed in a batch of training, one would have other bits for having been evaluated before or not."""
+    rig = Rig()
+    first = rig.kept.activation(rig.net, batch(A, B), is_evaluation=True).encoded(IN_FULL)
+    assert list(first.keep) == [1, 2]
+    assert rig.send(B, C) == pb.Activation(packed=rows(2, B, C), lengths=[1, 2], padded_length=2, keep=[3, 4])
+    again = rig.kept.activation(rig.net, batch(B, C, A), is_evaluation=True).encoded(IN_FULL)
+    assert (list(again.kept), list(again.keep)) == ([2, 0, 1], [0, 5, 0])
+
+
+def test_more_sequences_than_the_cloud_looks_up_are_sent_without() -> None:
+    rig = Rig()
+    rig.send(B)
+    many = [B, C] * (MAX_KEPT_SEQUENCES // 2)
+    assert any(rig.send(*many).kept)
+    for _ in range(2):
+        sent = rig.send(A, *many)
+        assert not any([*sent.keep, *sent.kept])
+        assert sent.packed.shape[0] == 3 + 3 * len(many) // 2
+    assert list(rig.send(A, B, C).keep) == [3, 0, 0]
 
 
 def test_when_the_cloud_keeps_no_more() -> None:

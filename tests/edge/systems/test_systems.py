@@ -310,9 +310,9 @@ def test_rows_are_kept_where_both_sides_mean_it(source: Source, asked: bool, kee
         (request,) = rig.cloud.requests
         assert len(request.keep_key) == (32 if asked else 0)
         if asked and keeps:
-            assert [list(activation.keep) for activation in activations] == [[1, 2], [], [3], []]
-            assert [list(activation.kept) for activation in activations] == [[], [1, 2], [], [1, 2]]
-            assert [len(activation.packed.data) for activation in activations] == [8 * 16, 0, 4 * 16, 0]
+            assert [list(activation.keep) for activation in activations] == [[1, 2], [], [3], [4, 5]]
+            assert [list(activation.kept) for activation in activations] == [[], [1, 2], [], []]
+            assert [len(activation.packed.data) for activation in activations] == [8 * 16, 0, 4 * 16, 8 * 16]
             assert rig.system.ledger.traffic.payload_bytes_sent == 8 * 16
         else:
             assert not any(activation.keep or activation.kept for activation in activations)

@@ -13,6 +13,7 @@ from support.resuming import Clouds, Outcome, PowerCut
 from sft.batch import Batch
 from sft_cloud.options import LimitOptions
 from sft_cloud.storage import KeptRows, KeptStore
+from sft_edge.checkpoints import keep_key_of
 from sft_edge.link import Link
 from sft_edge.systems.kept_on_cloud import KeptOnCloud
 
@@ -136,6 +137,17 @@ def test_another_key_is_refused(run: Callable[..., int], clouds: Clouds, out: Pa
     monkeypatch.setattr("sft_edge.commands.train.train.keep_key_of", lambda checkpoint: b"k" * 32)
     assert run(**{**KEPT, "max_steps": 3}, resume_from_checkpoint=True) == 5
     assert "kept with another keep_key" in capsys.readouterr().err
+
+
+def test_the_key_of_any_checkpoint(run: Callable[..., int], clouds: Clouds, out: Path, monkeypatch) -> None:
+    """The newest may be of a session in which nothing was kept; the cloud may go on from an older one."""
+    assert run(**{**KEPT, "max_steps": 5}) == 0
+    assert {path.name for path in out.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
+    monkeypatch.setattr(
+        "sft_edge.commands.train.train.keep_key_of",
+        lambda checkpoint: None if checkpoint.step == 4 else keep_key_of(checkpoint),
+    )
+    assert run(**{**KEPT, "max_steps": 5}, resume_from_checkpoint=True) == 0
 
 
 # No room.

@@ -184,7 +184,7 @@ class TrainingRun:
             )
         keep_key = b""
         if options.cut.activations == "keep-on-cloud":
-            keep_key = (keep_key_of(offered[0]) if offered else None) or self._keep_key
+            keep_key = next(filter(None, map(keep_key_of, offered)), self._keep_key)
         progress.status(self._opening())
         if offered:
             self._codec_tables = read_codec_tables(offered[0])
