@@ -58,6 +58,11 @@ class PendingReply:
         while not self._settled.wait(self._timeout_seconds):
             self._is_late()
 
+    @property
+    def traffic(self) -> Traffic:
+        """Of the message and, once it is here, its answer."""
+        return self._sent + self._received
+
     def result(self) -> Reply:
         """Waits for the answer. Raises the link's error, and CloudMemoryError when the cloud has undone the step."""
         began = time.perf_counter()
@@ -69,7 +74,7 @@ class PendingReply:
             raise CloudMemoryError(said(self._message.step_skipped.reason))
         return Reply(
             message=self._message,
-            traffic=self._sent + self._received,
+            traffic=self.traffic,
             round_trip_seconds=self._answered - self._asked,
             waited_seconds=waited,
             cloud_seconds=self._message.cloud_seconds,

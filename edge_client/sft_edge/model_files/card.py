@@ -67,7 +67,8 @@ def _wire(results: Mapping[str, Any]) -> Mapping[str, str]:
     for way in ("sent", "received"):
         payload, total = results[f"wire_payload_bytes_{way}"], results[f"wire_bytes_{way}"]
         rows[f"{way} by the edge in training"] = f"{format_bytes(total)}, of which {format_bytes(payload)} are payload"
-    rows["less payload than plain split learning, padded, float32"] = f"{results['wire_reduction']:.1f} times"
+    if results["wire_reduction"] is not None:  # without payload: all of it was kept on the cloud
+        rows["less payload than plain split learning, padded, float32"] = f"{results['wire_reduction']:.1f} times"
     if results["mode"] != "sft":
         rows["the text, from what was sent"] = (
             "more readily than from a rank-R activation; the lower the cut, the more so"

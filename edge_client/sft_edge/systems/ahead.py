@@ -7,7 +7,7 @@ gradients are clipped, and that no step is taken with what is not finite. So the
 from __future__ import annotations
 
 import math
-from typing import Callable, List, Sequence, Tuple
+from typing import Callable, Dict, List, Sequence, Tuple
 
 from sft.batch import Batch
 from sft.v1 import split_training_pb2 as pb
@@ -15,6 +15,31 @@ from sft.wire.ledger import Ledger, Traffic
 from sft_edge.link import Link, PendingReply
 from sft_edge.systems.crossing import Crossing
 from sft_edge.systems.system import SentStep, StepTimer
+
+
+class Unsettled:
+    """What steps on their way have sent. Where the cloud undoes them, that has crossed all the same; and rows that the
+    cloud keeps do not cross again.
+    """
+
+    def __init__(self) -> None:
+        self._sent: Dict[int, Traffic] = {}
+        self._undone = Traffic()
+
+    def sent(self, step: int, traffic: Traffic) -> None:
+        """By a micro-batch of a step."""
+        self._sent[step] = self._sent.get(step, Traffic()) + traffic
+
+    def undo(self) -> None:
+        """None of the steps is settled any more."""
+        self._undone = sum(self._sent.values(), self._undone)
+        self._sent.clear()
+
+    def settle(self, step: int) -> Traffic:
+        """What is to be counted with a step that the cloud takes, beside its own."""
+        undone, self._undone = self._undone, Traffic()
+        self._sent.pop(step, None)
+        return undone
 
 
 class StepOnItsWay(SentStep):
@@ -28,14 +53,16 @@ class StepOnItsWay(SentStep):
         cross: Callable[[Batch, int, int, float, StepTimer, Callable[[PendingReply], pb.CloudMessage]], Crossing],
         plain_bytes: Callable[[Batch], int],
         ledger: Ledger,
+        unsettled: Unsettled,
     ) -> None:
         """`cross` sends a micro-batch of a step, and has its seconds added to a timer; `plain_bytes` is what plain
-        split learning would have sent of it; the step is added to `ledger` when it is settled.
+        split learning would have sent of it; the step is added to `ledger` when it is settled, and is among
+        the `unsettled` until then.
         """
         self.wire_bytes = 0
         self.cloud_seconds = 0.0
         self.number = step
-        self._link, self._ledger = link, ledger
+        self._link, self._ledger, self._unsettled = link, ledger, unsettled
         self._cross, self._plain_bytes_of = cross, plain_bytes
         self._timer = StepTimer()
         self._crossings: List[Crossing] = []
@@ -44,10 +71,10 @@ class StepOnItsWay(SentStep):
 
     def forward(self, batch: Batch, micro_batch: int, loss_scale: float) -> None:
         """See SentStep."""
-        before = self._link.total.bytes_sent
         self._crossings.append(self._cross(batch, self.number, micro_batch, loss_scale, self._timer, self._answer))
         self._link.ahead = True
-        self.wire_bytes += self._link.total.bytes_sent - before
+        self._unsettled.sent(self.number, self._crossings[-1].traffic)
+        self.wire_bytes += self._crossings[-1].traffic.bytes_sent
         self._timer.samples += len(batch.lengths)
         self._plain_bytes += self._plain_bytes_of(batch)
 
@@ -60,7 +87,8 @@ class StepOnItsWay(SentStep):
         losses = [crossing.loss() for crossing in self._crossings]
         squared_norm = self._crossings[-1].squared_norm
         if all(map(math.isfinite, [*losses, squared_norm])):  # otherwise the cloud does not take it
-            self._ledger.add(self._timer.record(self.number, self._traffic, self._plain_bytes))
+            traffic = self._traffic + self._unsettled.settle(self.number)
+            self._ledger.add(self._timer.record(self.number, traffic, self._plain_bytes))
         return losses, math.sqrt(squared_norm)
 
     def _answer(self, pending: PendingReply) -> pb.CloudMessage:
@@ -68,5 +96,5 @@ class StepOnItsWay(SentStep):
         self.cloud_seconds += reply.cloud_seconds
         self._timer.add("cloud", reply.cloud_seconds)
         self._timer.add("uplink_wait", max(reply.waited_seconds - reply.cloud_seconds, 0.0))
-        self._traffic = self._traffic + reply.traffic
+        self._traffic += reply.traffic
         return reply.message

@@ -103,7 +103,8 @@ class Crossing:
         packed = activation.packed
         self._shape, self._device, self._is_frozen = packed.shape, packed.device, not packed.requires_grad
         self._answer = pb.CloudMessage()
-        self._pending: Optional[PendingReply] = link.forward(
+        self._pending: Optional[PendingReply]
+        self._pending = link.forward(
             step,
             micro_batch,
             activation.encoded(codecs),
@@ -114,6 +115,8 @@ class Crossing:
             frozen_edge=self._is_frozen,
             autocast=autocast,
         )
+        self.traffic = self._pending.traffic
+        """Of what was sent."""
 
     def wait(self) -> pb.CloudMessage:
         """Until the answer to what was asked last is here."""

@@ -24,7 +24,7 @@ from sft.wire.codec.messages import decode_logits, encode_labels, encode_logits,
 from sft.wire.codec.packing import pack, unpack
 from sft.wire.ledger import Ledger, Traffic, plain_split_bytes
 from sft_edge.link import Left, Link, PendingReply, RetryPolicy, Transport, checked_weights
-from sft_edge.systems.ahead import StepOnItsWay
+from sft_edge.systems.ahead import StepOnItsWay, Unsettled
 from sft_edge.systems.crossing import Activation, Crossing
 from sft_edge.systems.halves import Halves
 from sft_edge.systems.kept import KeptActivations
@@ -78,6 +78,7 @@ class SplitSystem(System):
         self._model_width = int(net_1.model.config.hidden_size)
         self._step = StepTimer()
         self._traffic = Traffic()
+        self._unsettled = Unsettled()
         self._plain_bytes = 0
         self._asked_bytes = 0  # of logits, since the edge began to leave
         self._cloud_squared_norm = 0.0
@@ -111,7 +112,7 @@ class SplitSystem(System):
         def cross(*arguments: Any) -> Crossing:
             return self._cross(*arguments)[1]
 
-        return StepOnItsWay(self.link, step, ahead, cross, self._plain_bytes_of, self.ledger)
+        return StepOnItsWay(self.link, step, ahead, cross, self._plain_bytes_of, self.ledger, self._unsettled)
 
     def _cross(
         self,
@@ -182,10 +183,14 @@ class SplitSystem(System):
 
     def _answer(self, pending: PendingReply) -> pb.CloudMessage:
         """Waits, and notes what it took."""
-        reply = pending.result()
+        try:
+            reply = pending.result()
+        except CloudMemoryError:
+            self._traffic += pending.traffic
+            raise
         self._step.add("cloud", reply.cloud_seconds)
         self._step.add("uplink_wait", max(reply.waited_seconds - reply.cloud_seconds, 0.0))
-        self._traffic = self._traffic + reply.traffic
+        self._traffic += reply.traffic
         return reply.message
 
     def _decode_logits(
@@ -198,6 +203,7 @@ class SplitSystem(System):
         """See System."""
         super().undo()
         self.link.forget_held()
+        self._unsettled.undo()
         self._step.samples = self._plain_bytes = 0  # counted again when the step is begun anew
 
     def gradient_norm(self) -> float:
@@ -307,6 +313,7 @@ class SplitSystem(System):
         try:
             reply = pending.result()
         except CloudMemoryError:
+            self.ledger.add_evaluation(pending.traffic, samples=0)
             if self.kept is None or not self.kept.on_cloud:
                 raise
             if self.makes_again:

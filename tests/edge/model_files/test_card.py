@@ -69,6 +69,18 @@ def test_the_residual_is_told(residual: str, says: str) -> None:
     assert f"| residual at the split layer | {says} |\n" in model_card(description, results)
 
 
+def test_a_run_whose_rows_were_all_kept_already() -> None:
+    results = {
+        "train_steps": 4,
+        "train_loss": 0.5,
+        "wire_reduction": None,
+        "mode": "frozen",
+        **{f"wire_{what}_{way}": 9 for what in ("bytes", "payload_bytes") for way in ("sent", "received")},
+    }
+    description = Description("sst2", "sequence-classification", None, None, 128, "minilm", "frozen", 2)
+    assert "less payload" not in model_card(description, results)
+
+
 def test_what_a_system_does_not_have_is_left_out() -> None:
     text = card("local", eval_accuracy=82.5)
     assert "wire" not in text

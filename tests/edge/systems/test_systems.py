@@ -30,6 +30,7 @@ from sft_edge.systems.halves import halve
 from sft_edge.systems.local import LocalSystem
 from sft_edge.systems.split import SplitSystem, open_split_system
 from sft_edge.systems.system import StepTimer
+from sft_edge.training.ahead import StepsAhead
 
 CPU = torch.device("cpu")
 HEAD = "sequence-classification"
@@ -345,6 +346,38 @@ def test_an_evaluation_that_counts_on_rows_that_are_not_held(source: Source, tim
         sent = [message.evaluate.activation for message in rig.messages("evaluate")]
         assert [len(activation.packed.data) for activation in sent] == [5 * 16, 0, 5 * 16]
         assert not sent[2].keep
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_what_crossed_in_a_step_that_was_undone_is_counted(source: Source, ahead: bool) -> None:
+    """The cloud keeps the rows all the same: begun anew, the step carries none."""
+
+    def skips(answer: pb.CloudMessage) -> pb.CloudMessage:
+        if answer.number in ((1, 2) if ahead else (1, 3)):
+            answer.step_skipped.reason = "no memory"
+        return _with_norm(answer)
+
+    rows = [batch(5, 3), batch(4)]
+    with split(source, freeze_edge=True, keep_key=b"k" * 32, keeps=True) as rig:
+        rig.cloud.change_answer = skips
+        system, ledger = rig.system, rig.system.ledger
+        if ahead:
+            steps = StepsAhead(system, 1.0)
+            for step in range(2):
+                steps.send(step, [rows[step]], [0.1])
+            assert [steps.settle().losses for step in range(2)] == [[0.0], [1.0]]
+        else:
+            for step in range(2):
+                with pytest.raises(CloudMemoryError):
+                    system.forward_backward(rows[step], step, 0, 1.0)
+                system.undo()
+                system.forward_backward(rows[step], step, 0, 1.0)
+                system.update(step, 1.0)
+        assert [record.step for record in ledger] == [0, 1]
+        assert ledger.traffic.payload_bytes_sent == 12 * 16
+        sent = rig.messages("forward")
+        assert len(sent) == 4
+        assert ledger.traffic.bytes_sent == sum(framed_size(message.ByteSize()) for message in sent)
 
 
 def test_evaluation_is_not_asked_far_ahead(source: Source) -> None:
