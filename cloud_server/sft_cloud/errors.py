@@ -22,6 +22,10 @@ class NoSuchServiceError(SFTError):
     """Somebody asks for the health of a service that is not here."""
 
 
+class FullOfAnswersError(ServerFullError):
+    """As much of answers waits for an edge that has left as is remembered."""
+
+
 class NoMemoryError(ServerFullError):
     """The memory for sessions is taken, or too little for this one."""
 

@@ -40,7 +40,7 @@ from sft_cloud.engine import Opener, make_opener, start_engine, uploads
 from sft_cloud.observability import NOBODY, AuditLog, Observer, observing, open_observer
 from sft_cloud.options import LimitOptions, MetricsOptions, ServeOptions
 from sft_cloud.rpc import CallInterceptor
-from sft_cloud.service import HEALTH_SERVICE, Entry, Health, Registry, SplitTrainingService, log_closed
+from sft_cloud.service import HEALTH_SERVICE, Checks, Entry, Health, Registry, SplitTrainingService, log_closed
 
 GRACE_SECONDS = 3.0
 """How long calls may take to end once the server stops."""
@@ -146,7 +146,7 @@ class CloudServer:
             detached_timeout_seconds=options.detached_timeout,
         )
         observer.metrics.watch_sessions(
-            lambda: [(entry.owner.name, entry.stream is not None) for entry in self.sessions.entries()],
+            lambda: [(entry.owner.name, entry.has_edge) for entry in self.sessions.entries()],
             options.max_sessions,
         )
         observer.metrics.watch_memory(self.memory)
@@ -157,7 +157,13 @@ class CloudServer:
         if access.credentials is not None:
             observer.metrics.watch_certificate(access.certificate_expires)
         self.service = SplitTrainingService(
-            self.engine, uploads(options, limits), self.sessions, observer, self.memory, self.pace.rest
+            self.engine,
+            uploads(options, limits),
+            self.sessions,
+            observer,
+            self.memory,
+            self.pace.rest,
+            Checks(self.admission.check_left, self.quotas.seconds_to_wait, access.still_valid),
         )
         pb_grpc.add_SplitTrainingServicer_to_server(self.service, self._server)
         self._health = Health(("", SERVICE), self.deadlines, self.pace.check)
@@ -194,7 +200,7 @@ class CloudServer:
         self.service.stopping.set()
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and any(
-            entry.stream is not None and entry.request.run_id and entry.saves == before.get(entry.session_id, 0)
+            entry.has_edge and entry.request.run_id and entry.saves == before.get(entry.session_id, 0)
             for entry in self.sessions.entries()
         ):
             if hurry.wait(_LOOK_SECONDS):

@@ -13,7 +13,7 @@ from sft.errors import UsageError
 from sft_cloud.access.authentication import Authentication
 from sft_cloud.access.interceptor import AuthenticationInterceptor
 from sft_cloud.access.tokens import LiveTokens
-from sft_cloud.identity import ANONYMOUS
+from sft_cloud.identity import ANONYMOUS, Identity
 from sft_cloud.options import ServerAccess, check_exposure, check_together
 from sft_cloud.rpc import Identify
 
@@ -36,6 +36,9 @@ class Access:
 
     certificate_expires: Callable[[], float | None] = lambda: None
     """When the certificate in use expires, in Unix seconds; None without TLS."""
+
+    still_valid: Callable[[Identity], bool] = lambda identity: True
+    """Whether who was let in would be now."""
 
 
 def make_access(
@@ -66,7 +69,9 @@ def make_access(
     authentication = Authentication(tokens, needs_certificate=options.tls_client_ca is not None)
     interceptor = AuthenticationInterceptor(authentication, on_refused)
     names: Callable[[], Iterable[str]] = tuple if tokens is None else tokens.names
-    return Access(credentials, interceptor, authentication.identify, names, certificate_expires)
+    return Access(
+        credentials, interceptor, authentication.identify, names, certificate_expires, authentication.still_valid
+    )
 
 
 def is_here_alone(host: str, dashes: str = "") -> bool:

@@ -25,6 +25,7 @@ from sft_cloud.admission.deadlines import Deadlines
 from sft_cloud.admission.pace import Pace
 from sft_cloud.admission.quotas import Quotas
 from sft_cloud.admission.wire_check import check_wire
+from sft_cloud.identity import Identity
 from sft_cloud.memory import Charge, Kind, MemoryBudget
 from sft_cloud.observability import AuditLog, CallRecord
 from sft_cloud.rpc import Call, Handler, behaviour_of, outcome, raw
@@ -65,6 +66,11 @@ class AdmissionInterceptor(grpc.ServerInterceptor):
         self._budget = budget
         self._pace = pace
         self._wait = wait
+
+    def check_left(self, owner: Identity, data: bytes) -> None:
+        """The form of a message of a stream that came within another one. Raises ProtocolError."""
+        with self._quotas.check_of_form(owner):
+            check_wire(data, _METHODS["Train"].input_type)
 
     def intercept_service(
         self,

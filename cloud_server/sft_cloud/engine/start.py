@@ -58,8 +58,10 @@ def _of_process(limit: int) -> MemoryBudget:
 
 
 def start_engine(options: ServeOptions, opener: Opener) -> InProcessEngine:
-    """Each call waits for at most one piece of work, so the worker's queue holds whatever is admitted."""
-    return InProcessEngine(opener, options.max_calls, options.threads)
+    """Each call waits for at most one piece of work, and so does each session whose edge has left, in no call: the
+    worker's queue holds whatever is admitted.
+    """
+    return InProcessEngine(opener, options.max_calls + options.max_sessions, options.threads)
 
 
 def uploads(options: ServeOptions, limits: LimitOptions) -> BlobStore:

@@ -2,7 +2,7 @@
 
 from sft_cloud.rpc.call import Call, CallInterceptor, Identify
 from sft_cloud.rpc.handlers import Handler, around, at_once, behaviour_of, raw, remade
-from sft_cloud.rpc.status_codes import ends_session, outcome
+from sft_cloud.rpc.status_codes import ends_session, one_line, outcome
 
 __all__ = [
     "Call",
@@ -13,6 +13,7 @@ __all__ = [
     "at_once",
     "behaviour_of",
     "ends_session",
+    "one_line",
     "outcome",
     "raw",
     "remade",

@@ -12,7 +12,8 @@
       NoSuchServiceError: a health check of something else
     UnauthenticatedError: no identity, or it is no longer good          UNAUTHENTICATED
     AccessError: a known caller, but this is not for it                 PERMISSION_DENIED
-    ServerFullError, QuotaError, StorageError, out of memory: no room   RESOURCE_EXHAUSTED
+    ServerFullError, QuotaError, StorageError, out of memory: no room;  RESOURCE_EXHAUSTED
+      FullOfAnswersError: until the edge has taken some
     ServerUnavailableError: the server is shutting down                 UNAVAILABLE
     anything else, logged here with its traceback                       INTERNAL
 

@@ -11,7 +11,7 @@ from google.protobuf.message import Message
 from sft.errors import ProtocolError
 from sft.v1 import split_training_pb2 as pb
 from sft.wire.protocol import MAX_MESSAGE_BYTES, MAX_UNANSWERED
-from sft_cloud.errors import GapError, PreconditionError
+from sft_cloud.errors import FullOfAnswersError, GapError, PreconditionError
 
 MAX_BYTES = 4 * MAX_MESSAGE_BYTES
 """Of all answers that one session has remembered."""
@@ -51,8 +51,8 @@ class ExactlyOnce:
         is away, and hears of no answer before it is back.
 
         Raises GapError when a message before this one has not come, ProtocolError for a number that stands for another
-        message, PreconditionError when too many answers are not yet known to have arrived, and what `work` raises:
-        then the message was not applied.
+        message, PreconditionError when too many answers are not yet known to have arrived, or FullOfAnswersError where
+        none of them can, and what `work` raises: then the message was not applied.
         """
         if message.number < 1:
             raise ProtocolError("messages of a session are numbered from 1")
@@ -65,7 +65,9 @@ class ExactlyOnce:
             raise GapError(
                 f"message {message.number} came, but {self.last_number + 1} is next: send again what is missing"
             )
-        if (len(self._answers) >= MAX_UNANSWERED and not is_left) or self._bytes > MAX_BYTES:
+        if is_left and self._bytes > MAX_BYTES:
+            raise FullOfAnswersError(f"{self._bytes} bytes of answers wait for the edge; at most {MAX_BYTES} may")
+        if not is_left and (len(self._answers) >= MAX_UNANSWERED or self._bytes > MAX_BYTES):
             raise PreconditionError(
                 f"{len(self._answers)} answers, of {self._bytes} bytes, are not known to have arrived; at most "
                 f"{MAX_UNANSWERED} and {MAX_BYTES} are remembered"

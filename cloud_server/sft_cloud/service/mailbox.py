@@ -13,17 +13,25 @@ _BODIES = ("forward", "evaluate", None)
 
 
 class Mailbox:
-    """What an edge has left to do, in order. Not for several threads at once."""
+    """What an edge has left to do, in order. Safe to use from several threads."""
 
-    def __init__(self, message: pb.EdgeMessage, release: Callable[[], None] = lambda: None) -> None:
-        """Of a message with a Detach; `release` is called once, when nothing is left. Raises ProtocolError."""
+    def __init__(
+        self,
+        message: pb.EdgeMessage,
+        check_form: Callable[[bytes], object] = lambda data: None,
+        release: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Of a message with a Detach; `check_form` looks at each before it is parsed, `release` is called when nobody
+        needs them any more. Raises ProtocolError.
+        """
         self._messages = list(message.detach.messages)
         self._first = message.number + 1
         self._release = release
         if not self._messages:
             raise ProtocolError("a detach leaves nothing to do")
-        for number in range(self._first, self.last + 1):
-            _check(self._parsed(number), number)
+        for number, data in enumerate(self._messages, self._first):
+            check_form(data)
+            _check(_parsed(data, number), number)
 
     @property
     def last(self) -> int:
@@ -32,19 +40,24 @@ class Mailbox:
 
     def after(self, number: int) -> pb.EdgeMessage | None:
         """The message that comes after that of this number; None where all are done."""
-        return self._parsed(number + 1) if self._first <= number + 1 <= self.last else None
+        messages, place = self._messages, number + 1 - self._first  # as they are now: another thread may close it
+        return _parsed(messages[place], number + 1) if 0 <= place < len(messages) else None
+
+    def is_done(self, number: int) -> bool:
+        """Whether nothing comes after that of this number."""
+        return not self._first <= number + 1 <= self.last
 
     def close(self) -> None:
-        """Nobody needs it any more."""
-        self._messages.clear()
-        release, self._release = self._release, lambda: None
-        release()
+        """Nobody needs it any more: nothing comes after any."""
+        self._messages = []
+        self._release()
 
-    def _parsed(self, number: int) -> pb.EdgeMessage:
-        try:
-            return pb.EdgeMessage.FromString(self._messages[number - self._first])
-        except DecodeError:
-            raise ProtocolError(f"what a detach holds as message {number} is none") from None
+
+def _parsed(data: bytes, number: int) -> pb.EdgeMessage:
+    try:
+        return pb.EdgeMessage.FromString(data)
+    except DecodeError:
+        raise ProtocolError(f"what a detach holds as message {number} is none") from None
 
 
 def _check(message: pb.EdgeMessage, number: int) -> None:

@@ -33,8 +33,17 @@ _IS_BEING_OPENED = "this session is being opened; ask again"
 class StreamHandle:
     """A stream that has, or had, a session. Compared by identity."""
 
-    def __init__(self, cancel: Callable[[], object]) -> None:
-        self.cancel = cancel
+    def __init__(self, cancel: Callable[[], object] = lambda: None, is_absent: bool = False) -> None:
+        """`is_absent`: no stream in truth, but who does what an edge has left."""
+        self.is_absent = is_absent
+        self.over = threading.Event()
+        """Set once it has ended, or is to."""
+        self._cancel = cancel
+
+    def cancel(self) -> None:
+        """Another has the session, or it has ended."""
+        self.over.set()
+        self._cancel()
 
 
 @dataclass
@@ -66,6 +75,18 @@ class Entry:
     """Checkpoints that both sides have, of the step that was the last one then."""
     bytes_received: int = 0
     bytes_sent: int = 0
+
+    @property
+    def has_edge(self) -> bool:
+        """Whether its edge is there, which is more than that somebody works for it."""
+        stream = self.stream
+        return stream is not None and not stream.is_absent
+
+    @property
+    def is_done(self) -> bool:
+        """Whether its edge has left, and all is done that it left to do."""
+        left = self.left
+        return left is not None and left.is_done(self.messages.last_number)
 
     @cached_property
     def model(self) -> str:
@@ -140,7 +161,8 @@ class Registry:
         """Holds a place while a session is made, and gives the function that puts it there: its id and next step.
 
         An older session of the same run makes room, as its edge begins anew; where that is not enough, as many as have
-        to of those that have been without a stream for a while: the owner's before others', the longest idle first.
+        to of those that have been without a stream for a while: the owner's before others', the longest idle first. One
+        whose edge has left makes room for its owner alone, when all is done, after the owner's that wait for theirs.
         Raises ServerFullError when there is no room, QuotaError when the owner has used up its own; all stay then.
         """
         self.reap()
@@ -197,6 +219,16 @@ class Registry:
         if entry is not None:
             self._closed(entry, reason)
 
+    def end(self, session_id: str, stream: StreamHandle, reason: str) -> None:
+        """As `close`, by a stream of it, which is not cancelled; nothing happens where another has the session."""
+        with self._lock:
+            entry = self._entries.get(session_id)
+            if entry is None or entry.stream not in (stream, None):
+                return
+            entry.stream = None
+            del self._entries[session_id]
+        self._closed(entry, reason)
+
     def touch(self, entry: Entry) -> None:
         """A message came."""
         entry.used_at = self._clock()
@@ -235,8 +267,8 @@ class Registry:
         again = [entry for entry in entries if request.run_id and _is_run(entry, request, owner)]
         stay = [entry for entry in entries if entry not in again]
         idle = sorted(
-            (e for e in stay if e.stream is None and e.left is None and self.idle(e) > SPARED_SECONDS),
-            key=lambda entry: (entry.owner.name != owner.name, entry.used_at),
+            (e for e in stay if self._may_end(e, owner)),
+            key=lambda entry: (entry.owner.name != owner.name, entry.left is not None, entry.used_at),
         )
         own = [entry for entry in idle if entry.owner.name == owner.name]
         allowed = owner.limits.sessions_of(self.max_sessions)
@@ -252,6 +284,11 @@ class Registry:
         return [(entry, "its run goes on in another session") for entry in again] + [
             (entry, reason) for entry in idle[:too_many]
         ]
+
+    def _may_end(self, entry: Entry, owner: Identity) -> bool:
+        """Whether it may for another of this owner."""
+        waits = entry.left is None or (entry.owner.name == owner.name and entry.is_done)
+        return entry.stream is None and waits and self.idle(entry) > SPARED_SECONDS
 
     def _closed(self, entry: Entry, reason: str) -> None:
         """Whoever is told of it keeps neither the place nor those that end with it."""

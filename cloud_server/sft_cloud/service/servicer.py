@@ -23,7 +23,7 @@ from sft_cloud.identity import Identity
 from sft_cloud.memory import Kind, MemoryBudget
 from sft_cloud.observability import NOBODY, Observer, Watch
 from sft_cloud.rpc import Call, ends_session
-from sft_cloud.service.absent import Absent, Asked
+from sft_cloud.service.absent import Absent, Checks
 from sft_cloud.service.registry import DONE, Entry, Registry, StreamHandle
 from sft_cloud.service.status import Status
 from sft_cloud.storage import BlobStore
@@ -51,10 +51,12 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
         observer: Observer = NOBODY,
         memory: MemoryBudget | None = None,
         rest: Callable[[str, int], object] = lambda name, size: None,
+        checks: Checks | None = None,
     ) -> None:
         """`store` takes uploads; `observer` is told what happens; `memory` is what downloads are charged to; `rest` is
         called after a message of a caller that was no work for the engine, and of how many bytes it was with its
-        answer, and may wait. Whoever closes one of `sessions` closes it in the `engine`, too.
+        answer, and may wait; `checks` are for messages that came in no call of their own. Whoever closes one of
+        `sessions` closes it in the `engine`, too.
         """
         self._memory = MemoryBudget() if memory is None else memory
         self._rest = rest
@@ -66,7 +68,7 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
         self.sessions = sessions
         self.stopping = threading.Event()
         """Set some time before `drain`: every answer tells its edge to save a checkpoint now."""
-        self._absent = Absent(sessions, Asked(self._next_left, self._answer_left, self._failed), self._memory)
+        self._absent = Absent(sessions, self._answer_left, self._memory, checks or Checks())
         self._status = Status(sessions, engine.device, lambda: self.stopping.is_set() or self._draining.is_set())
 
     def drain(self) -> None:
@@ -155,13 +157,13 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
             if not context.add_callback(lambda: self._detach(session_id, caller, stream)):
                 return
             yield from self._attached(session_id, caller, stream, answered)
-            while (message := self._next_left(session_id, caller)) is not None:
-                self._check_draining()
-                yield self._answer_left(session_id, caller, stream, message)
+            for answer in self._absent.answers(session_id, caller, stream):
+                yield answer
+                del answer
                 self._sent(session_id, caller, stream)
             while (message := self._wait_for_message(request_iterator, context)) is not None:
                 if message.WhichOneof("body") == "close":
-                    self._end(session_id, caller, stream, DONE)
+                    self.sessions.end(session_id, stream, DONE)
                     return
                 answer, repeated = self._answer(session_id, caller, stream, message)
                 if repeated or message.WhichOneof("body") == "keep_checkpoints":
@@ -170,7 +172,9 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
                 del answer, message  # a stream that idles must not keep it
                 self._sent(session_id, caller, stream)
         except Exception as error:
-            self._failed(session_id, caller, stream, error)
+            if ends_session(error):
+                reason = str(error) if isinstance(error, SFTError) else "internal error"
+                self.sessions.end(session_id, stream, reason)
             raise
         finally:
             self._sent(session_id, caller, stream)
@@ -302,18 +306,10 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
             watch.answered(answer, (received, sent), entry.next_step - before, repeated)
         return answer, repeated
 
-    def _next_left(self, session_id: str, caller: Identity) -> pb.EdgeMessage | None:
-        entry = self.sessions.get(session_id, caller)
-        return None if entry.left is None else entry.left.after(entry.messages.last_number)
-
     def _answer_left(
         self, session_id: str, caller: Identity, stream: StreamHandle, message: pb.EdgeMessage
     ) -> pb.CloudMessage:
         return self._answer(session_id, caller, stream, message, is_left=True)[0]
-
-    def _failed(self, session_id: str, caller: Identity, stream: StreamHandle, error: Exception) -> None:
-        if ends_session(error):
-            self._end(session_id, caller, stream, str(error) if isinstance(error, SFTError) else "internal error")
 
     def _handle(self, entry: Entry, message: pb.EdgeMessage, watch: Watch) -> pb.CloudMessage:
         handled = self._engine.handle(entry.session_id, message, entry.messages.held_bytes)
@@ -334,13 +330,10 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
             return pb.CheckpointSaved(error=str(error))
 
     def _detach(self, session_id: str, caller: Identity, stream: StreamHandle) -> None:
+        stream.over.set()
         with suppress(SessionLostError):  # it has ended
             self.sessions.detach(self.sessions.get(session_id, caller), stream)
             self._absent.go_on(session_id, caller)
-
-    def _end(self, session_id: str, caller: Identity, stream: StreamHandle, reason: str) -> None:
-        self._detach(session_id, caller, stream)  # first, or the call would end as cancelled
-        self.sessions.close(session_id, reason)
 
     def _check_draining(self) -> None:
         if self._draining.is_set():

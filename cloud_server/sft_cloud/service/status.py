@@ -74,7 +74,7 @@ class Status:
             idle_seconds=self._sessions.idle(entry),
             bytes_received=entry.bytes_received,
             bytes_sent=entry.bytes_sent,
-            attached=entry.stream is not None,
+            attached=entry.has_edge,
             split_rank=entry.request.cut.split_rank,
             detached=entry.left is not None,
         )

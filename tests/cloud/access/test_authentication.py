@@ -4,9 +4,11 @@ import pytest
 from support.tls import make_token
 
 from sft_cloud.access.authentication import Authentication
+from sft_cloud.access.protection import make_access
 from sft_cloud.access.tokens import LiveTokens, TokenFile
 from sft_cloud.errors import UnauthenticatedError
 from sft_cloud.identity import ANONYMOUS, Limits
+from sft_cloud.options import ServerAccess
 
 DAY = 86400
 
@@ -160,6 +162,14 @@ def test_both_together_end_with_the_first_that_ends(by_both, certificates, alice
     assert by_both.still_valid(identity)
     clock.ahead = 11 * DAY  # the token lasts thirty days, the certificate ten
     assert not by_both.still_valid(identity)
+
+
+def test_a_server_can_ask_whether_somebody_would_still_be_let_in(file, alice):
+    access = make_access(ServerAccess(tokens=file), "127.0.0.1")
+    identity = access.identify(Call(bearer(alice)))
+    assert access.still_valid(identity)
+    TokenFile(file).revoke(lambda token: True)
+    assert not access.still_valid(identity)
 
 
 def test_without_tokens_and_certificates_everybody_is_the_same():

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sft import errors
-from sft_cloud.errors import PreconditionError, QuotaError, UnauthenticatedError
+from sft_cloud.errors import FullOfAnswersError, PreconditionError, QuotaError, UnauthenticatedError
 from sft_cloud.rpc.status_codes import MAX_DETAILS, ends_call, outcome, status_of
 
 CODES = {
@@ -18,6 +18,7 @@ CODES = {
     errors.TrainingError: "INVALID_ARGUMENT",
     errors.SessionLostError: "NOT_FOUND",
     QuotaError: "RESOURCE_EXHAUSTED",
+    FullOfAnswersError: "RESOURCE_EXHAUSTED",
     errors.AccessError: "PERMISSION_DENIED",
     errors.ServerFullError: "RESOURCE_EXHAUSTED",
     errors.StorageError: "RESOURCE_EXHAUSTED",

@@ -8,7 +8,11 @@ from support.calls import SECONDS, Stream, download, open_session, refusal, wait
 from support.tiny_edge import attach
 
 from sft.v1 import split_training_pb2 as pb
+from sft_cloud.access import Access
+from sft_cloud.admission.wire_check import MAX_FIELDS
 from sft_cloud.errors import NoMemoryError
+from sft_cloud.identity import Identity, Limits
+from sft_cloud.options import ServeOptions
 
 STEPS = 4
 
@@ -30,9 +34,9 @@ def detach(messages):
     return pb.EdgeMessage(detach=pb.Detach(messages=[message.SerializeToString() for message in messages]))
 
 
-def begin(stub, edge):
+def begin(stub, edge, **overrides):
     """A stream of a session that has had one message."""
-    session_id = open_session(stub, edge)
+    session_id = open_session(stub, edge, **overrides)
     stream = Stream(stub, attach(session_id))
     next(stream.call)
     stream.ask(edge.forward(0, frozen_edge=True))
@@ -225,7 +229,8 @@ def test_it_waits_longer_than_one_whose_link_broke(start_server, connect, edge):
     del details
 
 
-def test_it_stops_where_a_step_was_undone(stub, edge, server, handled, monkeypatch):
+@pytest.mark.parametrize("is_back", [False, True])
+def test_it_stops_where_a_step_was_undone(stub, edge, server, handled, is_back):
     """What comes after it would be answered so, too: the edge is to begin it anew."""
     session_id, stream = begin(stub, edge)
     stream.ask(detach(left_by(edge, 2)))
@@ -248,10 +253,81 @@ def test_it_stops_where_a_step_was_undone(stub, edge, server, handled, monkeypat
         return right(session, edge.evaluate(1), remembered)._replace(answer=answer)
 
     handled._right = undone
+    handled.holds = 4 if is_back else 0
     stream.outgoing.put(None)
-    assert stopped.wait(SECONDS)
-    assert handled.numbers == [1, 3, 4, 5]
-    assert skipped == [5]
-    back = come_back(stub, session_id)
+    if is_back:
+        assert handled.held.wait(SECONDS)
+        back = come_back(stub, session_id)
+        handled.released.set()
+    else:
+        assert stopped.wait(SECONDS)
+        back = come_back(stub, session_id)
     next(back.call)
     assert [next(back.call).WhichOneof("body") for _ in range(3)] == ["result", "result", "step_skipped"]
+    assert back.end() == []
+    assert handled.numbers == [1, 3, 4, 5]
+    assert skipped == [5]
+    assert len(server.sessions) == 0
+
+
+def test_what_is_left_is_looked_at_before_it_is_parsed(stub, edge, server, monkeypatch):
+    server.quotas._sleep = lambda seconds: None  # after a long look
+    _, stream = begin(stub, edge)
+    messages = left_by(edge, 2)
+    messages[0].weights.extend([pb.Weight()] * (MAX_FIELDS + 1))
+    monkeypatch.setattr("sft_cloud.service.mailbox._parsed", None)
+    code, details = refusal(lambda: stream.ask(detach(messages)))
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert f"more than {MAX_FIELDS} fields" in details
+    assert len(server.sessions) == 0
+
+
+def test_what_is_left_is_done_as_fast_as_its_owner_may(start_server, connect, edge):
+    few = Identity("few", Limits(steps_per_second=1.0))
+    server = start_server(access=Access(identify=lambda context: few))
+    server.quotas._clock = lambda: 0.0  # so that three may come at once, and no more
+    waits = []
+    server.service._absent._wait = lambda over, seconds: waits.append(seconds)
+    handled = Handled(server.engine)
+    handled.until = 7
+    stub = connect(server.address)
+    _, stream = begin(stub, edge)
+    stream.ask(detach(left_by(edge, 2)))
+    stream.outgoing.put(None)
+    assert handled.done.wait(SECONDS)
+    assert waits == [1.0]
+
+
+def test_whoever_is_not_let_in_any_more_has_nothing_done(start_server, connect, edge):
+    asked = []
+    server = start_server(access=Access(still_valid=lambda identity: asked.append(identity.name)))
+    stub, closed = connect(server.address), wait_until_closed(server)
+    session_id, stream = begin(stub, edge)
+    stream.ask(detach(left_by(edge, 2)))
+    stream.outgoing.put(None)
+    assert closed()
+    assert asked == ["anonymous"]
+    assert refusal(lambda: list(stub.Train(iter([attach(session_id)]))))[0] is grpc.StatusCode.NOT_FOUND
+
+
+def test_who_has_left_saves_nothing_when_the_server_stops(stub, edge, server, handled):
+    _, stream = begin(stub, edge, run_id="a" * 32)
+    stream.ask(detach(left_by(edge, 2)))
+    handled.holds = 4
+    stream.outgoing.put(None)
+    assert handled.held.wait(SECONDS)
+    status = stub.Status(pb.StatusRequest(), timeout=SECONDS).sessions[0]
+    assert (status.attached, status.detached) == (False, True)
+
+    class Hurry(threading.Event):
+        def wait(self, timeout=None):
+            raise AssertionError("it waits for an edge that is not there")
+
+    server.wait_for_checkpoints(SECONDS, Hurry())
+    handled.released.set()
+
+
+def test_all_of_them_find_a_place_beside_the_calls(start_server):
+    server = start_server(max_sessions=3)
+    calls = ServeOptions(max_sessions=3).max_calls
+    assert server.engine._worker._queue.maxsize == calls + 3

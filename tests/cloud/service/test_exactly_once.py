@@ -7,7 +7,8 @@ from support.session_parts import gradients_of, same_bits, weigh, weights_of
 from sft.errors import ProtocolError
 from sft.v1 import split_training_pb2 as pb
 from sft.wire.protocol import MAX_UNANSWERED
-from sft_cloud.errors import GapError, PreconditionError
+from sft_cloud.errors import FullOfAnswersError, GapError, PreconditionError
+from sft_cloud.rpc import ends_session
 from sft_cloud.service import exactly_once
 from sft_cloud.service.exactly_once import ExactlyOnce
 
@@ -128,6 +129,24 @@ def test_large_answers_are_limited_by_their_bytes(cloud, edge, monkeypatch):
     with pytest.raises(PreconditionError, match="are not known to have arrived"):
         cloud.take(edge.forward(0, 3), 4)
     cloud.take(edge.forward(0, 3), 4, answered=3)
+
+
+def test_an_edge_that_has_left_has_all_the_room_and_no_more(monkeypatch):
+    numbered = ExactlyOnce()
+
+    def take(number, answered=0):
+        message = weigh(0, gradient_scale=0.5)
+        message.number, message.answered = number, answered
+        return numbered.apply(message, lambda: pb.CloudMessage(step=1), is_left=True)
+
+    for number in range(1, MAX_UNANSWERED + 2):
+        answer, _ = take(number)
+    monkeypatch.setattr(exactly_once, "MAX_BYTES", numbered.held_bytes - answer.ByteSize())
+    with pytest.raises(FullOfAnswersError, match="bytes of answers wait for the edge"):
+        take(MAX_UNANSWERED + 2)
+    assert not ends_session(FullOfAnswersError())
+    assert len(numbered.answers_after(1)) == MAX_UNANSWERED
+    take(MAX_UNANSWERED + 2)
 
 
 def test_a_step_that_is_undone_is_answered_so_again(cloud, edge, monkeypatch):

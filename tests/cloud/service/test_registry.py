@@ -8,6 +8,7 @@ from sft.errors import ServerFullError, ServerUnavailableError, SessionLostError
 from sft.v1 import split_training_pb2 as pb
 from sft_cloud.errors import PreconditionError, QuotaError
 from sft_cloud.identity import Identity, Limits
+from sft_cloud.service.mailbox import Mailbox
 from sft_cloud.service.registry import SPARED_SECONDS, Registry, StreamHandle
 
 ANN, BOB, CAT = Identity("ann"), Identity("bob"), Identity("cat")
@@ -167,6 +168,57 @@ def test_who_has_been_away_makes_room_where_there_is_no_other(registry, clock, c
     add(registry, BOB)
     assert closed == [(waiting.session_id, "it had no stream, and its place was needed")]
     assert registry.get(attached.session_id, ANN) is attached
+
+
+def leave(registry, entry, done):
+    """Its edge has left one message to do, and it is `done` or not."""
+    inner = pb.EdgeMessage(number=2, ahead=True, gradient_scale=1.0).SerializeToString()
+    entry.left = Mailbox(pb.EdgeMessage(number=1, detach=pb.Detach(messages=[inner])))
+    entry.messages.last_number = 2 if done else 1
+    assert entry.is_done is done
+
+
+def test_what_is_done_while_its_edge_is_away_makes_room_for_its_owner_alone(registry, clock, closed):
+    first, second = add(registry), add(registry)
+    clock.now = 1.0
+    registry.touch(first)
+    leave(registry, first, done=True)
+    leave(registry, second, done=False)
+    clock.now = SPARED_SECONDS + 1
+    with pytest.raises(ServerFullError):  # it has waited for a while, and not for more
+        add(registry)
+    clock.now += 1
+    with pytest.raises(ServerFullError):
+        add(registry, BOB)
+    assert not closed
+    third = add(registry)
+    assert [session_id for session_id, _ in closed] == [first.session_id]
+    leave(registry, second, done=True)
+    clock.now += SPARED_SECONDS + 1
+    add(registry)  # one that waits for its edge goes first, however short its wait
+    add(registry)
+    assert [session_id for session_id, _ in closed] == [first.session_id, third.session_id, second.session_id]
+
+
+def test_who_ends_its_session_ends_none_that_another_stream_has(registry, closed):
+    entry, first, second = add(registry), Stream(), Stream()
+    registry.attach(entry.session_id, ANN, first)
+    registry.attach(entry.session_id, ANN, second)
+    registry.end(entry.session_id, first, "in vain")
+    assert not closed
+    registry.end(entry.session_id, second, "done")
+    registry.end(entry.session_id, second, "again")
+    assert closed == [(entry.session_id, "done")]
+    assert second.cancelled == 0, "whose call goes on to its end"
+
+
+def test_who_works_for_an_edge_is_none(registry):
+    entry = add(registry)
+    leave(registry, entry, done=False)
+    assert registry.attach_absent(entry.session_id, ANN, StreamHandle(is_absent=True))
+    assert not entry.has_edge
+    registry.attach(entry.session_id, ANN, Stream())
+    assert entry.has_edge
 
 
 def test_a_request_that_comes_again_finds_its_session(registry):
