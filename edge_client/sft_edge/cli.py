@@ -29,7 +29,7 @@ from sft_edge.options import (
 def train(prog: str, argv: List[str]) -> int:
     """fine-tune a model across this machine and a cloud"""
     options = RunOptions(*parse(TRAIN_OPTIONS, argv, prog, train.__doc__))
-    check_together(options.cut, options.link, options.training)
+    check_together(options.cut, options.link, options.training, options.lora)
     with imports():
         from sft_edge.commands.train.train import TrainingRun
 

@@ -34,7 +34,7 @@ def commands_in(path: Path) -> list[list[str]]:
 def test_the_command_understands_it(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # where `out` is not there yet
     options = options_of(["--config", str(CONFIGS[name])])
-    check_together(options[CutOptions], options[LinkOptions], options[TrainingOptions])
+    check_together(options[CutOptions], options[LinkOptions], options[TrainingOptions], options[LoraOptions])
     assert options[CutOptions].mode == MODES.get(name, "sft")
     assert (options[LinkOptions].labels == "local") is (name == "sft_labels_local")
     assert (options[LoraOptions].lora_r > 0) is (name == "lora")

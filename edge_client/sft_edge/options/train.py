@@ -282,8 +282,13 @@ TRAIN_OPTIONS = tuple(get_type_hints(RunOptions).values())
 """What it takes, in the order of its help."""
 
 
-def check_together(cut: CutOptions, link: LinkOptions, training: TrainingOptions) -> None:
-    """Raises UsageError where options of the link would do nothing, as there is none, or cannot be left."""
+def check_together(cut: CutOptions, link: LinkOptions, training: TrainingOptions, lora: LoraOptions) -> None:
+    """Raises UsageError where options of the link would do nothing, as there is none, or cannot be left, and where
+    adapters are asked for of a half that is not trained.
+    """
+    if cut.freeze_edge and lora.on_edge:
+        frozen = "--mode frozen" if cut.mode == "frozen" else "--freeze-edge"
+        raise UsageError(f"{frozen} trains nothing of the edge's half: add --lora-half cloud, or leave out --lora-r")
     if training.detach and cut.activations != "keep-on-cloud":
         raise UsageError("--detach needs --activations keep-on-cloud: what the cloud goes on with has to be there")
     if training.detach and link.labels == "local":

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from sft.batch import Batch
 from sft.cli.devices import find_device
-from sft.errors import UsageError
 from sft.models import Cut, build_whole
 from sft.models.lora import add_lora
 from sft.models.weights import fill
@@ -70,8 +69,6 @@ def open_system(
 
     Raises what building, connecting and opening a session raise: CutError, CheckpointError, UsageError, LinkError.
     """
-    if options.cut.freeze_edge and options.lora.on_edge:
-        raise UsageError("--freeze-edge trains nothing of the edge's half: leave it out, or add --lora-half cloud")
     cut, device = cut_of(options.cut, source), find_device(options.training.device)
     whole = build_whole(source.config, head, cut)
     if options.cut.mode == "local":

@@ -16,6 +16,7 @@ from sft.wire.codec.rows import NAMES
 from sft_edge.cli import main
 from sft_edge.options.commands import DoctorOptions, VerifyOptions
 from sft_edge.options.link import LinkOptions
+from sft_edge.options.lora import LoraOptions
 from sft_edge.options.train import (
     ACTIVATIONS,
     TRAIN_OPTIONS,
@@ -237,9 +238,20 @@ def test_what_makes_no_sense_is_named(make, message):
 )
 def test_what_one_process_has_no_use_for_is_named(link, message):
     with pytest.raises(UsageError, match=message):
-        check_together(CutOptions("local"), link, TrainingOptions())
-    check_together(CutOptions("sl", 3, wire_dtype="float16"), link, TrainingOptions())
-    check_together(CutOptions("local"), LinkOptions(), TrainingOptions())
+        check_together(CutOptions("local"), link, TrainingOptions(), LoraOptions())
+    check_together(CutOptions("sl", 3, wire_dtype="float16"), link, TrainingOptions(), LoraOptions())
+    check_together(CutOptions("local"), LinkOptions(), TrainingOptions(), LoraOptions())
+
+
+@pytest.mark.parametrize(
+    ("cut", "named"),
+    [(CutOptions("frozen", 2), "--mode frozen"), (CutOptions("sl", 2, freeze_edge=True), "--freeze-edge")],
+)
+@pytest.mark.parametrize("half", ["both", "edge"])
+def test_adapters_of_a_half_that_is_not_trained(cut, named, half):
+    with pytest.raises(UsageError, match=f"{named} trains nothing of the edge's half: add --lora-half cloud"):
+        check_together(cut, LinkOptions(), TrainingOptions(), LoraOptions(lora_r=4, lora_half=half))
+    check_together(cut, LinkOptions(), TrainingOptions(), LoraOptions(lora_r=4, lora_half="cloud"))
 
 
 @pytest.mark.parametrize("flags", ["--labels local", "--server localhost:50051", "--wire-dtype float16"])

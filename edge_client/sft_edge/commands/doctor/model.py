@@ -63,7 +63,9 @@ def _look(options: DoctorOptions, transport: Transport, way: Optional[Way]) -> F
 
 
 def step_bytes(options: DoctorOptions) -> Optional[Tuple[int, int]]:
-    """Bytes of a full micro-batch's activation and of its gradient; None where the width is not known."""
+    """Bytes of a full micro-batch's activation and gradient, none where the edge is not trained; None where the
+    width is not known.
+    """
     width = options.split_rank
     if options.mode != "sft":
         if options.model is None and options.from_config is None:
@@ -71,9 +73,9 @@ def step_bytes(options: DoctorOptions) -> Optional[Tuple[int, int]]:
         width = int(_source(options).config.hidden_size)
     tokens = options.per_device_train_batch_size * options.max_seq_length
     codecs = _codecs(options)
-    if codecs.needs_tables:
-        return tokens * row_bytes_of(width), encoded_size((tokens, width), codecs.gradient)
-    return encoded_size((tokens, width), codecs.activation), encoded_size((tokens, width), codecs.gradient)
+    fitted, is_frozen = codecs.needs_tables, codecs.needs_tables or options.mode == "frozen"
+    sent = tokens * row_bytes_of(width) if fitted else encoded_size((tokens, width), codecs.activation)
+    return sent, 0 if is_frozen else encoded_size((tokens, width), codecs.gradient)
 
 
 def _codecs(options: DoctorOptions) -> Codecs:
