@@ -19,6 +19,9 @@ def figures(**changes: object) -> dict[str, object]:
     return {
         "eval_accuracy": 81.25,
         "train_steps": 10,
+        "train_samples": 320,
+        "edge_forward_seconds": 1.6,
+        "edge_backward_seconds": 3.2,
         "train_runtime": 83.0,
         "edge_peak_memory_bytes": 3e8,
         **wire,
@@ -33,8 +36,8 @@ def test_the_table_has_a_row_for_every_system() -> None:
     Console(file=screen, width=120).print(table)
     rows = [line.split("  ") for line in screen.getvalue().splitlines()]
     cells = [[cell.strip() for cell in row if cell.strip()] for row in rows]
-    assert ["local", "81.2", "-", "-", "1m23s", "300 MB"] in cells
-    assert ["sft", "80.0", "12.1 kB", "48.0x", "1m23s", "300 MB"] in cells
+    assert ["local", "81.2", "-", "-", "1m23s", "15.0", "300 MB"] in cells
+    assert ["sft", "80.0", "12.1 kB", "48.0x", "1m23s", "15.0", "300 MB"] in cells
 
 
 @pytest.mark.parametrize("theirs", ["notes.txt", "data/SST-2/test.tsv", "data/MRPC/train.tsv"])
@@ -59,9 +62,9 @@ def test_it_trains_the_three_side_by_side(
     for _ in range(2):
         assert main([*demo, "--split-rank", "4", "--max-train-samples", "64", "--num-train-epochs", "1"]) == 0
         told = capsys.readouterr().out
-        for mode in ("local", "sl", "sft"):
+        for mode in ("local", "sl", "sft", "frozen"):
             results = read_json(tmp_path / "demo" / mode / "all_results.json")
             assert (results["mode"], results["train_samples"], results["eval_samples"]) == (mode, 64, 400)
-        assert "the three systems on the synthetic set" in told
+        assert "the systems on the synthetic set" in told
     assert main(["predict", "--model", str(tmp_path / "demo" / "sft"), "--text", "the plot is not bad at all"]) == 0
     assert capsys.readouterr().out.split("\t")[0] in ("negative", "positive")

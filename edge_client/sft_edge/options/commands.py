@@ -244,7 +244,7 @@ class DemoOptions:
     num_train_epochs: float = 2.0
     """passes over the training rows"""
 
-    max_train_samples: int = 2000
+    max_train_samples: int = 1600
     """train on the first so many rows"""
 
     learning_rate: float = 1e-4
