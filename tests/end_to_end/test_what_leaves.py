@@ -124,6 +124,9 @@ def _commands(address: str, model: Path, tmp_path: Path) -> None:
     }
     for name, options in {**others, "named": {"model_name": "tiny"}}.items():
         assert main(["train", *job.flags(**common, **options, output_dir=tmp_path / name)]) == 0
+    leaves = {**common, **KEPT, "per_device_train_batch_size": 2, "detach": True, "output_dir": tmp_path / "left"}
+    assert main(["train", *job.flags(**leaves)]) == 0
+    assert main(["attach", str(tmp_path / "left")]) == 0
     look = ["--server", address, "--model", str(model), "--split-layer", "2", "--idle", "10ms"]
     assert main(["doctor", *look]) == 0
 
