@@ -4,9 +4,8 @@
 
 Processor seconds of the edge's process, user and system, and the most memory it held. Each run is one of its own, with
 one thread, and the cloud of the split one is another process, which does not count. What every run takes before its
-second step (importing, reading, opening a session) is measured by runs of one step, and left out of the second column,
-but for fitting the codec, which takes about as long for few rows as for many. Evaluation is of 16 rows. MiniLM has its
-weights, BERT-base's shape random ones, and a tenth of the rows.
+second step (importing, reading, opening a session) is measured by runs of one step, and left out of the second
+column. Evaluation is of 16 rows. MiniLM has its weights, BERT-base's shape random ones, and a tenth of the rows.
 """
 
 from __future__ import annotations
@@ -34,8 +33,6 @@ RUNS = {
     "one process": ["--mode=local"],
     f"frozen edge, cut at block {SPLIT_LAYER}": ["--mode=frozen", f"--split-layer={SPLIT_LAYER}"],
 }
-UNFITTED = {"--mode=frozen": ["--codec=int8"]}
-"""What is not fitted, for the run of one step."""
 
 
 class Cost(NamedTuple):
@@ -61,8 +58,7 @@ def main() -> None:
         common += [f"--max-train-samples={rows}", "--max-eval-samples=16", f"--num-train-epochs={EPOCHS}"]
         for name, flags in RUNS.items():
             first, all_of_it = (
-                cost([*common, *flags, *more], Path(scratch) / "out")
-                for more in (["--max-steps=1", *UNFITTED.get(flags[0], [])], [])
+                cost([*common, *flags, *more], Path(scratch) / "out") for more in (["--max-steps=1"], [])
             )
             whole.append(all_of_it)
             steps.append(all_of_it.seconds - first.seconds)

@@ -268,7 +268,7 @@ def test_half_the_bytes(job: Job, model: Path, train: Callable[..., Path], wire_
 
 def test_a_frozen_edge(job: Job, model: Path, train: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
     """As easy as the others, said to give the text away, and the library opens what comes of it."""
-    spelled_out = {"mode": "sl", "freeze_edge": True, "codec": "fitted", "activations": "keep-on-cloud"}
+    spelled_out = {"mode": "sl", "freeze_edge": True, "codec": "int8", "activations": "keep-on-cloud"}
     options = {"split_layer": 1, "max_steps": 20, "seed": 3}
     output_dir = train(job, model=model, mode="frozen", **options)
     assert "gives the text away more readily than the paper's rank-R activation" in capsys.readouterr().err

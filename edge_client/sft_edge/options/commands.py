@@ -185,9 +185,9 @@ class DoctorOptions:
     """type of tensors on the wire, where --codec says nothing of them"""
 
     codec: Optional[Codec] = None
-    """how activations are written on the wire; int8 and int4 have a scale for every 64 elements of a token, fitted
-    has tables, which are fitted to the first training rows and sent once: with --mode frozen, where it is the default,
-    or sl and --freeze-edge"""
+    """how activations are written on the wire, with --mode frozen int8 by default; int8 and int4 have a scale for every
+    64 elements of a token, fitted has tables, which are fitted to the first training rows and sent once: with --mode
+    frozen, or sl and --freeze-edge"""
 
     gradient_codec: Optional[GradientCodec] = None
     """how their gradients are, which come back; by default as --codec. int8 and int4 round them up or down by chance"""
@@ -211,7 +211,7 @@ class DoctorOptions:
         at_least(self, 1, "split_layer", "split_rank", "per_device_train_batch_size", "max_seq_length")
         at_least(self, 0, "seed", "idle")
         if self.mode == "frozen":
-            self.codec = self.codec or "fitted"
+            self.codec = self.codec or "int8"
         check_codecs(self.codec, None, self.mode, freeze_edge=True)  # how a run is to be trained is not asked here
         if self.model is not None and self.from_config is not None:
             raise UsageError("only one of --model and --from-config may be given")

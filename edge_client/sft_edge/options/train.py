@@ -88,16 +88,16 @@ class CutOptions:
     """type of tensors on the wire, where --codec says nothing of them"""
 
     codec: Optional[Codec] = None
-    """how activations are written on the wire; int8 and int4 have a scale for every 64 elements of a token, fitted
-    has tables, which are fitted to the first training rows and sent once: with --mode frozen, where it is the default,
-    or sl and --freeze-edge"""
+    """how activations are written on the wire, with --mode frozen int8 by default; int8 and int4 have a scale for every
+    64 elements of a token, fitted has tables, which are fitted to the first training rows and sent once: with --mode
+    frozen, or sl and --freeze-edge"""
 
     gradient_codec: Optional[GradientCodec] = None
     """how their gradients are, which come back; by default as --codec. int8 and int4 round them up or down by chance"""
 
     def __post_init__(self) -> None:
         if self.mode == "frozen":
-            self.freeze_edge, self.codec = True, self.codec or "fitted"
+            self.freeze_edge, self.codec = True, self.codec or "int8"
             self.activations = self.activations or "keep-on-cloud"
         self.activations = self.activations or "resend"
         if self.residual == "full" and self.mode != "local":

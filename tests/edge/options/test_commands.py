@@ -154,9 +154,9 @@ def test_every_mode_takes_the_same_flags(mode):
 
 def test_a_frozen_edge_has_what_pays_unless_it_is_told_otherwise():
     short = CutOptions("frozen", 2)
-    assert (short.freeze_edge, short.codec, short.activations) == (True, "fitted", "keep-on-cloud")
-    other = CutOptions("frozen", 2, activations="resend", codec="int8")
-    assert (other.freeze_edge, other.codec, other.activations) == (True, "int8", "resend")
+    assert (short.freeze_edge, short.codec, short.activations) == (True, "int8", "keep-on-cloud")
+    other = CutOptions("frozen", 2, activations="resend", codec="fitted")
+    assert (other.freeze_edge, other.codec, other.activations) == (True, "fitted", "resend")
     for mode in ("sft", "sl", "local"):
         usual = CutOptions(mode, 2)
         assert (usual.freeze_edge, usual.codec, usual.activations) == (False, None, "resend")
