@@ -64,7 +64,7 @@ def comparison(results: Dict[str, Dict[str, Any]]) -> Table:
     ms/row` is the edge's own work for each row that it trains on, once an epoch.
     """
     table = Table(box=box.SIMPLE, title="the systems on the synthetic set", title_justify="left")
-    for column in ("system", "accuracy", "bytes/step", "reduction", "seconds", "edge ms/row", "edge memory"):
+    for column in ("system", "accuracy", "B/step", "reduction", "time", "edge ms/row", "edge memory"):
         table.add_column(column, justify="left" if column == "system" else "right", no_wrap=True)
     for mode, result in results.items():
         wire = (result["wire_bytes_sent"] + result["wire_bytes_received"]) / result["train_steps"]
