@@ -116,7 +116,7 @@ def env(prog: str, argv: List[str]) -> int:
 
 
 def demo(prog: str, argv: List[str]) -> int:
-    """train the paper's three systems and a frozen edge side by side on a synthetic text set"""
+    """train the paper's systems and a frozen edge side by side on a synthetic set"""
     (options,) = parse((DemoOptions,), argv, prog, demo.__doc__)
     with imports():
         from sft_edge.commands.demo import demo as run_demo

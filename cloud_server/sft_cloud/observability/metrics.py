@@ -33,6 +33,7 @@ _REFUSALS = {
     "QuotaError": "limits",
     "AccessError": "limits",
     "UnauthenticatedError": "stranger",
+    "FullOfAnswersError": "memory",
     "StorageError": "storage",
     "ServerUnavailableError": "stopping",
     "INTERNAL": "internal",

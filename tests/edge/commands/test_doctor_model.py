@@ -45,7 +45,7 @@ def test_a_codec_whose_tables_only_a_run_has(tmp_path: Path, knows: bool) -> Non
     assert not request.activation_codec, "which would need tables"
     B, S = options.per_device_train_batch_size, options.max_seq_length
     assert step_bytes(options) == (B * S * row_bytes_of(32), 0), "what it is fitted to is not trained"
-    for codec, size in ((None, row_bytes_of(32)), ("float16", 2 * 32)):
+    for codec, size in ((None, 32 + 1), ("fitted", row_bytes_of(32)), ("float16", 2 * 32)):
         options = DoctorOptions(from_config=tmp_path / "config.json", mode="frozen", codec=codec)
         assert step_bytes(options) == (B * S * size, 0)
     options = DoctorOptions(from_config=tmp_path / "config.json", mode="sl")
