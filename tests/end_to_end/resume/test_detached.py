@@ -110,6 +110,7 @@ def test_the_bits_are_those_of_a_run_that_stayed(
     assert len(clouds.server.sessions) == 0
 
 
+@pytest.mark.slow
 def test_an_edge_that_comes_back_at_once(run: Callable[..., int], clouds: Clouds, out: Path, tmp_path: Path) -> None:
     assert run(**LEAVES, output_dir=tmp_path / "stayed") == 0
     assert run(**LEAVES, detach=True) == 0
@@ -129,6 +130,7 @@ def test_a_server_that_is_replaced_while_nobody_is_there(
     check_same(out, tmp_path / "stayed", clouds.store)
 
 
+@pytest.mark.slow
 def test_an_edge_that_is_interrupted_when_it_is_back(
     run: Callable[..., int], clouds: Clouds, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,6 +153,7 @@ def test_an_edge_that_is_interrupted_when_it_is_back(
     check_same(out, tmp_path / "stayed", clouds.store)
 
 
+@pytest.mark.slow
 def test_a_cloud_that_does_not_go_on_alone(
     run: Callable[..., int],
     clouds: Clouds,
@@ -197,6 +200,7 @@ def test_a_link_that_breaks_before_the_cloud_has_answered(
     check_same(out, tmp_path / "stayed", clouds.store)
 
 
+@pytest.mark.slow
 def test_an_edge_that_comes_back_twice_over_a_bad_link(
     run: Callable[..., int], clouds: Clouds, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -225,6 +229,7 @@ def test_an_edge_that_comes_back_twice_over_a_bad_link(
     check_same(out, tmp_path / "stayed", clouds.store)
 
 
+@pytest.mark.slow
 def test_a_disk_that_does_not_take_what_is_to_be_written_down(
     run: Callable[..., int],
     clouds: Clouds,
@@ -294,6 +299,7 @@ def test_a_loss_that_is_none_while_nobody_is_there(
     assert len(clouds.server.sessions) == 0
 
 
+@pytest.mark.slow
 def test_what_is_made_again_is_not_what_was_left(
     run: Callable[..., int], clouds: Clouds, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -308,6 +314,7 @@ def test_what_is_made_again_is_not_what_was_left(
     check_same(out, tmp_path / "stayed", clouds.store)
 
 
+@pytest.mark.slow
 def test_another_run_where_one_has_left(
     run: Callable[..., int], clouds: Clouds, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -165,6 +165,7 @@ def limited(monkeypatch: pytest.MonkeyPatch, clouds: Clouds) -> Callable[[int], 
     return limit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"labels": "local"}], ids=str)
 def test_a_quota_that_is_full_in_mid_epoch(
     run: Callable[..., int],
@@ -202,6 +203,7 @@ def test_a_quota_that_is_full_in_mid_epoch(
     Outcome(out, clouds.store).check_same(full)
 
 
+@pytest.mark.slow
 def test_a_cloud_that_keeps_none(
     run: Callable[..., int],
     whole: Callable[..., Outcome],
