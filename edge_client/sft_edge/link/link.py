@@ -104,10 +104,7 @@ class Link:
         return response
 
     def attach(self, left: Left, step: int) -> None:
-        """Instead of `open`: the session as an edge has left it after so many steps, whose messages are made again.
-
-        Raises SessionLostError where the cloud says that it is gone.
-        """
+        """Instead of `open`: a session as an edge has left it after so many steps. Raises SessionLostError."""
         self._transport.check_session(left.session_id)
         self._session_id, self._step = left.session_id, step
         self.takes_ahead = self.takes_detach = True
