@@ -19,6 +19,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from sft.batch import Batch
+
 FAMILIES = ("bert", "roberta", "electra", "distilbert")
 """Encoders of which whole jobs are tested."""
 
@@ -133,3 +135,10 @@ def make_tiny_model(
     model.save_pretrained(str(directory), max_shard_size=max_shard_size)
     tiny_tokenizer(family).save_pretrained(str(directory))
     return Path(directory)
+
+
+def tiny_batch(*lengths: int, seed: int = 0) -> Batch:
+    """Sequences of these lengths, of two classes by turns."""
+    generator = torch.Generator().manual_seed(seed)
+    ids_BS = torch.randint(5, 100, (len(lengths), max(lengths)), generator=generator)
+    return Batch({"input_ids": ids_BS}, list(lengths), {"labels": torch.arange(len(lengths)) % 2})

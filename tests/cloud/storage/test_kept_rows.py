@@ -10,36 +10,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from support.kept_rows import KEY, ROWS, RUN, content, keeping, opened, read, saved
 
-from sft.errors import CheckpointError, StorageError
-from sft_cloud.errors import PreconditionError
+from sft.errors import StorageError
 from sft_cloud.identity import ANONYMOUS, Identity
-from sft_cloud.storage import CheckpointStore, KeptRows, KeptStore, kept_rows
-from sft_cloud.storage.files import LocalFiles
-
-KEY, OTHER_KEY = b"k" * 32, b"o" * 32
-RUN = "0123456789abcdef" * 2
-ROWS = [b"the rows of one", b"2", b"and of another sequence" * 100]
-
-
-def keeping(directory: Path, max_bytes: int = 1 << 20, owner: Identity = ANONYMOUS) -> KeptRows:
-    return opened(KeptStore(directory, max_bytes), owner)
-
-
-def opened(
-    store: KeptStore, owner: Identity = ANONYMOUS, saved: dict[str, Path] | None = None, run_id: str = ""
-) -> KeptRows:
-    rows = store.open(owner, KEY, saved, run_id)
-    assert rows is not None
-    return rows
-
-
-def content(rows: KeptRows) -> bytes:
-    return b"".join(rows._chunks(0, rows._end))
-
-
-def read(rows: KeptRows) -> list[bytes]:
-    return [rows.read(number) for number in range(1, rows.count + 1)]
+from sft_cloud.storage import CheckpointStore, KeptStore, kept_rows
 
 
 def test_what_is_read_back(tmp_path: Path) -> None:
@@ -102,16 +77,6 @@ def test_what_is_for_one_caller(tmp_path: Path) -> None:
     second.add([b"y"])
     assert (second.count, second.is_full) == (2, False)
     assert KeptStore(tmp_path, 0).open(ANONYMOUS, KEY) is None
-
-
-@pytest.fixture
-def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Says how many bytes more than has to be left the disk has."""
-
-    def has(size: int) -> None:
-        monkeypatch.setattr(kept_rows, "free_bytes", lambda path: kept_rows._LEFT_BYTES + size)
-
-    return has
 
 
 def test_a_disk_that_is_full(tmp_path: Path, free: Callable[[int], None]) -> None:
@@ -319,131 +284,3 @@ def test_rows_in_the_place_of_others(tmp_path: Path) -> None:
     os.pwrite(rows._data, two + one, begin)
     with pytest.raises(StorageError):
         rows.read(2)
-
-
-# What a checkpoint holds.
-
-
-def saved(rows: KeptRows, store: CheckpointStore, step: int = 0) -> dict[str, Path]:
-    """A checkpoint of it, as an engine saves one."""
-    files = store.run("ann", RUN).save(step, rows.parts())
-    rows.were_saved(files.files)
-    with store.run("ann", RUN).newest_of([(step, files.sha256)]) as found:
-        assert found is not None
-        return found
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> CheckpointStore:
-    return CheckpointStore(tmp_path / "checkpoints")
-
-
-def test_what_a_checkpoint_held_goes_on(tmp_path: Path, store: CheckpointStore) -> None:
-    rows = keeping(tmp_path)
-    assert saved(rows, store) == {}
-    rows.add(ROWS)
-    files = saved(rows, store)
-    on = opened(KeptStore(tmp_path / "elsewhere", 1 << 20), saved={**files, "else.bin": tmp_path})
-    for path in files.values():
-        path.unlink()
-    assert read(on) == ROWS
-    assert on.total_bytes == rows.total_bytes
-    rows.add([b"more"])
-    on.add([b"else"])
-    assert (on.read(4), rows.read(4)) == (b"else", b"more")
-    assert content(on)[: -len(b"else") - 16] != content(rows)[: -len(b"more") - 16]  # nonces were drawn for each
-
-
-@pytest.mark.parametrize("links", [True, False])
-def test_what_a_checkpoint_held_is_not_written_again(
-    tmp_path: Path, store: CheckpointStore, monkeypatch: pytest.MonkeyPatch, links: bool
-) -> None:
-    """A checkpoint after every few sequences: few files, each written a few times at most, whatever was deleted."""
-    written: list[int] = []
-    write = LocalFiles.write
-
-    def counted(self: LocalFiles, name: str, chunks) -> None:
-        data = b"".join(chunks)
-        written.append(len(data) if name.endswith(".bin") else 0)
-        write(self, name, [data])
-
-    monkeypatch.setattr(LocalFiles, "write", counted)
-    if not links:
-
-        def none(*arguments: object) -> None:
-            raise OSError(errno.EPERM, os.strerror(errno.EPERM))
-
-        monkeypatch.setattr(os, "link", none)
-    rows = keeping(tmp_path)
-    for step in range(64):
-        if step < 50:
-            rows.add([b"x" * 100])
-        files = saved(rows, store, step)
-        assert len(files) <= 6
-        store.run("ann", RUN).keep([step], step)
-    on = opened(KeptStore(tmp_path / "elsewhere", 1 << 20), saved=files)
-    assert read(on) == read(rows) == [b"x" * 100] * 50
-    assert (sum(written) < 4 * rows.total_bytes) is links
-    assert sorted(path.stat().st_nlink for path in files.values()) == [1] * len(files)
-
-
-def test_more_than_ten_files_are_in_order(tmp_path: Path, store: CheckpointStore) -> None:
-    rows = keeping(tmp_path)
-    for size in range(12, 0, -1):
-        rows.add([bytes(2**size)])
-        files = saved(rows, store, size)
-    assert len(files) > 10
-    assert read(opened(KeptStore(tmp_path, 1 << 20), saved=files)) == read(rows)
-
-
-def test_damage_after_a_checkpoint(tmp_path: Path, store: CheckpointStore) -> None:
-    """What is held then is saved again, and nothing else."""
-    rows = keeping(tmp_path)
-    for _ in range(2):
-        rows.add(ROWS)
-        saved(rows, store)
-    os.pwrite(rows._data, b"!", rows._place(2)[1] - 1)
-    with pytest.raises(StorageError):
-        rows.read(2)
-    assert read(opened(KeptStore(tmp_path, 1 << 20), saved=saved(rows, store, 1))) == ROWS[:1]
-
-
-def test_a_checkpoint_of_another_key(tmp_path: Path, store: CheckpointStore) -> None:
-    rows = keeping(tmp_path)
-    rows.add(ROWS)
-    with pytest.raises(PreconditionError, match="another keep_key"):
-        KeptStore(tmp_path, 1 << 20).open(ANONYMOUS, OTHER_KEY, saved(rows, store))
-
-
-@pytest.mark.parametrize("change", [lambda d: d[:-1], lambda d: d + b"x", lambda d: d + b"\0" * 9, lambda d: b"x" + d])
-def test_a_checkpoint_that_is_none_of_ours(tmp_path: Path, store: CheckpointStore, change) -> None:
-    rows = keeping(tmp_path)
-    rows.add(ROWS)
-    files = saved(rows, store)
-    (path,) = files.values()
-    path.write_bytes(change(path.read_bytes()))
-    with pytest.raises(CheckpointError):
-        KeptStore(tmp_path, 1 << 20).open(ANONYMOUS, KEY, files)
-
-
-def test_a_checkpoint_for_which_there_is_no_room(
-    tmp_path: Path, store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rows = keeping(tmp_path)
-    rows.add(ROWS)
-    files = saved(rows, store)
-    on = opened(KeptStore(tmp_path, 2000), saved=files)
-    assert (on.count, on.is_full) == (0, True)
-    roomy = KeptStore(tmp_path, 1 << 20)
-    write = os.pwrite
-
-    def full(descriptor: int, data: bytes, at: int) -> int:
-        if len(data) > 16:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return write(descriptor, data, at)
-
-    monkeypatch.setattr(os, "pwrite", full)
-    on = opened(roomy, saved=files)
-    assert (on.count, on.is_full) == (0, True)
-    monkeypatch.undo()
-    assert read(on) == []

@@ -1,8 +1,7 @@
-"""What the training loop trains: one process, and the edge's half with a scripted cloud at the other end."""
+"""The edge's half, with a scripted cloud: its gradient is the activation, its loss the number of the step."""
 
 from __future__ import annotations
 
-import copy
 import json
 from contextlib import contextmanager
 from typing import Iterator, List
@@ -10,13 +9,13 @@ from typing import Iterator, List
 import pytest
 import torch
 from support.scripted_cloud import ScriptedCloud, serving
-from support.tiny import make_tiny_model
+from support.tiny import tiny_batch
 
 from sft.batch import Batch
 from sft.errors import CloudMemoryError, ProtocolError
-from sft.models import Cut, Whole, build_net_2, build_whole
-from sft.models.weights import fill, pretrained_tensors
-from sft.optim.spec import OptimizerSpec, decay_groups, make_optimizer
+from sft.models import Cut, build_net_2, build_whole
+from sft.models.weights import fill
+from sft.optim.spec import OptimizerSpec, decay_groups
 from sft.tensors.stream import in_memory, safetensors_chunks
 from sft.v1 import split_training_pb2 as pb
 from sft.wire.codec.elements import codecs_named, decode_tensor, encode_tensor
@@ -24,135 +23,14 @@ from sft.wire.codec.messages import decode_activation
 from sft.wire.ledger import framed_size
 from sft.wire.protocol import PROTOCOL_VERSION
 from sft_edge.link.grpc_transport import GrpcTransport
-from sft_edge.model_files.source import Source, open_source
-from sft_edge.options.train import ModelOptions
+from sft_edge.model_files.source import Source
 from sft_edge.systems.halves import halve
-from sft_edge.systems.local import LocalSystem
 from sft_edge.systems.split import SplitSystem, open_split_system
-from sft_edge.systems.system import StepTimer
 from sft_edge.training.ahead import StepsAhead
 
 CPU = torch.device("cpu")
 HEAD = "sequence-classification"
 ROW_BYTES = {"float32": 16, "bfloat16": 8, "float16": 8, "int8": 1 + 4, "int4": 1 + 2}
-OVERRIDES = {"num_labels": 2, "problem_type": "single_label_classification"}
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
-    model = make_tiny_model(tmp_path_factory.mktemp("models") / "tiny", layers=3)
-    return open_source(ModelOptions(model=str(model)), OVERRIDES)
-
-
-def batch(*lengths: int, seed: int = 0) -> Batch:
-    generator = torch.Generator().manual_seed(seed)
-    ids_BS = torch.randint(5, 100, (len(lengths), max(lengths)), generator=generator)
-    return Batch({"input_ids": ids_BS}, list(lengths), {"labels": torch.arange(len(lengths)) % 2})
-
-
-# One process.
-
-
-@pytest.fixture
-def net(source: Source) -> Whole:
-    whole = build_whole(source.config, HEAD)
-    fill(whole, pretrained_tensors(whole, source.checkpoint), seed=0)
-    return whole
-
-
-def local(net: Whole, lr: float = 0.1, seed: int = 0) -> LocalSystem:
-    spec = OptimizerSpec("SGD", decay_groups(net, {"lr": lr, "weight_decay": 0.0}))
-    return LocalSystem(net, make_optimizer(spec, net.whole_parameters()), seed)
-
-
-def test_micro_batches_add_up_to_their_batch(net: Whole) -> None:
-    """Without dropout, whose masks differ."""
-    for module in net.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    twin = copy.deepcopy(net)
-    whole, parts = local(net), local(twin)
-    rows = batch(6, 6, 6, 6)
-    halves = [
-        Batch({"input_ids": rows.inputs["input_ids"][at]}, [6, 6], {"labels": rows.labels["labels"][at]})
-        for at in (slice(0, 2), slice(2, 4))
-    ]
-    loss = whole.forward_backward(rows, 0, 0, 1.0)
-    losses = [parts.forward_backward(half, 0, index, 0.5) for index, half in enumerate(halves)]
-    assert sum(losses) / 2 == pytest.approx(loss, rel=1e-5)
-    assert parts.gradient_norm() == pytest.approx(whole.gradient_norm(), rel=1e-4)
-    for one, other in zip(net.parameters(), twin.parameters()):
-        assert one.grad is not None
-        assert other.grad is not None
-        torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-6)
-
-
-def test_clipping_is_torch_s(net: Whole) -> None:
-    twin = copy.deepcopy(net)
-    system = local(net)
-    for each in (system, local(twin)):
-        each.forward_backward(batch(5, 3), 0, 0, 1.0)
-    norm = torch.nn.utils.clip_grad_norm_(twin.parameters(), 0.01)
-    assert system.gradient_norm() == pytest.approx(float(norm), rel=1e-5)
-    before = {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
-    clipped = {name: parameter.grad for name, parameter in twin.named_parameters()}
-    system.update(0, min(1.0, 0.01 / (system.gradient_norm() + 1e-6)))
-    for name, parameter in net.named_parameters():
-        expected = before[name] - 0.1 * (0 if clipped[name] is None else clipped[name])
-        torch.testing.assert_close(parameter.detach(), expected, rtol=1e-6, atol=1e-8)
-        assert parameter.grad is None, "the next step begins anew"
-
-
-def test_dropout_is_of_the_seed_the_step_and_the_micro_batch_alone(net: Whole) -> None:
-    rows = batch(7, 4)
-
-    def loss(seed: int, step: int, micro_batch: int) -> float:
-        system = local(copy.deepcopy(net), seed=seed)
-        torch.manual_seed(step)  # what others do with the global generator
-        return system.forward_backward(rows, step, micro_batch, 1.0)
-
-    assert loss(0, 3, 1) == loss(0, 3, 1)
-    assert len({loss(0, 3, 1), loss(1, 3, 1), loss(0, 4, 1), loss(0, 3, 0)}) == 4
-
-
-def test_asking_leaves_no_trace(net: Whole) -> None:
-    system = local(net)
-    state = torch.random.get_rng_state()
-    first, again = (list(system.logits([batch(5, 3), batch(2)], 0)) for _ in range(2))
-    assert [logits.shape for logits in first] == [(2, 2), (1, 2)]
-    assert all(one.equal(other) for one, other in zip(first, again))
-    assert torch.random.get_rng_state().equal(state)
-    assert not any(logits.requires_grad for logits in first)
-    assert len(system.ledger) == 0
-
-
-def test_the_ledger_of_one_process(net: Whole) -> None:
-    system = local(net)
-    for step in range(2):
-        for micro_batch in range(2):
-            system.forward_backward(batch(3, 4, 5), step, micro_batch, 0.5)
-        system.update(step, 1.0)
-    first, second = system.ledger
-    assert (first.step, second.step, first.samples, second.samples) == (0, 1, 6, 6)
-    assert min(first.edge_forward, first.edge_backward, second.edge_forward, second.edge_backward) > 0
-    assert first.uplink_wait == first.cloud == 0
-    assert system.ledger.wire_reduction() is None
-
-
-def test_a_timer_begins_anew_with_each_record() -> None:
-    timer = StepTimer()
-    timer.add("cloud", 1.5)
-    timer.add("cloud", 0.25)
-    timer.samples += 4
-    with timer.phase("edge_forward"):
-        pass
-    record = timer.record(7)
-    assert (record.step, record.samples, record.cloud, record.uplink_wait) == (7, 4, 1.75, 0.0)
-    assert record.edge_forward > 0
-    assert timer.record(8) == type(record)(8, 0)
-
-
-# The edge's half. The scripted cloud's gradient is the activation, its loss the number of the step.
 
 
 class Rig:
@@ -224,13 +102,13 @@ def test_plain_split_learning_ships_no_factors(source: Source) -> None:
     with split(source, mode="sl") as rig:
         (request,) = rig.cloud.requests
         assert (request.cut.mode, request.cut.split_rank, request.factors_sha256) == (pb.MODE_SL, 0, "")
-        rig.system.forward_backward(batch(4, 2), 0, 0, 1.0)
+        rig.system.forward_backward(tiny_batch(4, 2), 0, 0, 1.0)
         (message,) = rig.messages("forward")
     assert list(message.forward.activation.packed.shape) == [6, 32]
 
 
 def test_what_a_step_sends(source: Source) -> None:
-    rows = batch(5, 2, 3)
+    rows = tiny_batch(5, 2, 3)
     with split(source) as rig:
         system = rig.system
         loss = system.forward_backward(rows, 0, 0, 0.5)
@@ -251,7 +129,7 @@ def test_the_commit_rides_with_the_next_step(source: Source) -> None:
     with split(source) as rig:
         system = rig.system
         for step in range(2):
-            assert system.forward_backward(batch(5, 2), step, 0, 1.0) == float(step)
+            assert system.forward_backward(tiny_batch(5, 2), step, 0, 1.0) == float(step)
             for index, group in enumerate(system.optimizer.param_groups):
                 group["lr"] = 0.1 * (step + 1) + index  # what a scheduler sets holds on both sides
             system.update(step, 0.25)
@@ -260,14 +138,14 @@ def test_the_commit_rides_with_the_next_step(source: Source) -> None:
         assert (second.commit.step, second.commit.clip_scale) == (0, 0.25)
         assert list(second.commit.learning_rates) == [0.1, 1.1]
         assert not [message for message in rig.cloud.received if message.WhichOneof("body") is None]
-        list(system.logits([batch(1)], 2))
+        list(system.logits([tiny_batch(1)], 2))
         (alone,) = [message for message in rig.cloud.received if message.WhichOneof("body") is None]
         assert (alone.commit.step, list(alone.commit.learning_rates)) == (1, [0.2, 1.2])
 
 
 def test_the_edge_steps_by_the_gradient_that_came_back(source: Source) -> None:
     """SGD by hand: the scripted gradient of the activation is the activation itself."""
-    rows = batch(5, 2)
+    rows = tiny_batch(5, 2)
     with split(source) as rig:
         net = rig.system.net_1
         before = {name: x.detach().clone() for name, x in net.named_parameters()}
@@ -288,7 +166,7 @@ def test_the_edge_steps_by_the_gradient_that_came_back(source: Source) -> None:
 
 def test_evaluation_batches_come_back_in_order(source: Source) -> None:
     with split(source) as rig:
-        batches = [batch(*range(2, 3 + index)) for index in range(5)]
+        batches = [tiny_batch(*range(2, 3 + index)) for index in range(5)]
         logits = list(rig.system.logits(batches, 0))
         assert [one.shape for one in logits] == [(index + 1, 2) for index in range(5)]
         assert [float(one[0, 0]) for one in logits] == [1.0, 2.0, 3.0, 4.0, 5.0]
@@ -303,9 +181,9 @@ def test_evaluation_batches_come_back_in_order(source: Source) -> None:
 def test_rows_are_kept_where_both_sides_mean_it(source: Source, asked: bool, keeps: bool) -> None:
     with split(source, freeze_edge=True, keep_key=b"k" * 32 if asked else b"", keeps=keeps) as rig:
         for step in range(2):
-            rig.system.forward_backward(batch(5, 3), step, 0, 1.0)
+            rig.system.forward_backward(tiny_batch(5, 3), step, 0, 1.0)
             rig.system.update(step, 1.0)
-        list(rig.system.logits([batch(4, seed=1), batch(5, 3)], 2))
+        list(rig.system.logits([tiny_batch(4, seed=1), tiny_batch(5, 3)], 2))
         activations = [message.forward.activation for message in rig.messages("forward")]
         activations += [message.evaluate.activation for message in rig.messages("evaluate")]
         (request,) = rig.cloud.requests
@@ -335,13 +213,13 @@ def test_an_evaluation_that_counts_on_rows_that_are_not_held(source: Source, tim
 
     skipped: List[int] = []
     with split(source, freeze_edge=True, keep_key=b"k" * 32, keeps=True) as rig:
-        list(rig.system.logits([batch(5)], 0))
+        list(rig.system.logits([tiny_batch(5)], 0))
         rig.cloud.change_answer = skips
         if times == 2:
             with pytest.raises(CloudMemoryError, match="it was not kept"):
-                list(rig.system.logits([batch(5)], 0))
+                list(rig.system.logits([tiny_batch(5)], 0))
             return
-        (logits,) = rig.system.logits([batch(5)], 0)
+        (logits,) = rig.system.logits([tiny_batch(5)], 0)
         assert logits.shape == (1, 2)
         sent = [message.evaluate.activation for message in rig.messages("evaluate")]
         assert [len(activation.packed.data) for activation in sent] == [5 * 16, 0, 5 * 16]
@@ -357,7 +235,7 @@ def test_what_crossed_in_a_step_that_was_undone_is_counted(source: Source, ahead
             answer.step_skipped.reason = "no memory"
         return _with_norm(answer)
 
-    rows = [batch(5, 3), batch(4)]
+    rows = [tiny_batch(5, 3), tiny_batch(4)]
     with split(source, freeze_edge=True, keep_key=b"k" * 32, keeps=True) as rig:
         rig.cloud.change_answer = skips
         system, ledger = rig.system, rig.system.ledger
@@ -387,7 +265,7 @@ def test_evaluation_is_not_asked_far_ahead(source: Source) -> None:
     def batches() -> Iterator[Batch]:
         for index in range(8):
             made.append(index)
-            yield batch(*range(2, 3 + index))
+            yield tiny_batch(*range(2, 3 + index))
 
     with split(source) as rig:
         logits = rig.system.logits(batches(), 0)
@@ -399,8 +277,8 @@ def test_evaluation_is_not_asked_far_ahead(source: Source) -> None:
 @pytest.mark.parametrize(("codec", "size"), ROW_BYTES.items())
 def test_the_ledger_counts_what_travelled(source: Source, codec: str, size: int) -> None:
     with split(source, codec=codec) as rig:
-        rig.system.forward_backward(batch(5, 2, 3), 0, 0, 0.5)
-        rig.system.forward_backward(batch(4, 4), 0, 1, 0.5)
+        rig.system.forward_backward(tiny_batch(5, 2, 3), 0, 0, 0.5)
+        rig.system.forward_backward(tiny_batch(4, 4), 0, 1, 0.5)
         rig.system.update(0, 1.0)
         (record,) = rig.system.ledger
         sent = rig.messages("forward")
@@ -419,9 +297,9 @@ def test_every_byte_is_in_the_ledger(source: Source) -> None:
     """Of training or of evaluation; a commit that had nothing to ride on counts for the evaluation that sent it."""
     with split(source) as rig:
         for step in range(2):
-            rig.system.forward_backward(batch(5, 2), step, 0, 1.0)
+            rig.system.forward_backward(tiny_batch(5, 2), step, 0, 1.0)
             rig.system.update(step, 1.0)
-        list(rig.system.logits([batch(3), batch(2, 2)], 2))
+        list(rig.system.logits([tiny_batch(3), tiny_batch(2, 2)], 2))
         attached, *messages = rig.cloud.received
         assert attached.HasField("attach")
         ledger = rig.system.ledger
@@ -468,7 +346,7 @@ def test_labels_that_stay_are_in_no_message(source: Source) -> None:
     """The scripted cloud answers with the activation, which is no row of logits a sequence."""
     with split(source, labels="local") as rig:
         with pytest.raises(ProtocolError, match=r"of shape \[7, 4\] came; it has to be \[2, 2\]"):
-            rig.system.forward_backward(batch(5, 2), 0, 0, 1.0)
+            rig.system.forward_backward(tiny_batch(5, 2), 0, 0, 1.0)
         (message,) = rig.messages("forward")
         assert not message.forward.HasField("labels")
         assert not rig.messages("backward")
@@ -480,7 +358,7 @@ def test_a_frozen_edge_has_nothing_to_step(source: Source) -> None:
         before = {name: x.detach().clone() for name, x in system.net_1.named_parameters()}
         assert [len(group["params"]) for group in system.optimizer.param_groups] == [0, 0]
         for step in range(2):
-            system.forward_backward(batch(5, 2), step, 0, 1.0)
+            system.forward_backward(tiny_batch(5, 2), step, 0, 1.0)
             assert system.gradient_norm() == 3.0, "the cloud's alone"
             system.update(step, 1.0)
         assert all(message.forward.frozen_edge for message in rig.messages("forward"))
