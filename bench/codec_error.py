@@ -1,11 +1,11 @@
 """How far a code at the cut moves what comes out at the top: the error of MiniLM's last hidden state, for every codec.
 
-    python bench/codec_error.py --data-dir DATA [--task sst2] [--split-layer 2] [--fit-tokens 10000]
+    python bench/codec_error.py --data-dir DATA [--task sst2] [--split-layer 2]
 
-Validation rows run through the model in one piece, as it was pretrained; what its lower blocks give is written and read
-in a codec there. `fitted` is fitted to the first training rows, to as many of their tokens as are asked for. Errors are
-root mean squares over all tokens, of what crosses beside the spread of that, and of the last hidden state beside its
-length.
+Rows of the validation file, from all over it, run through the model in one piece, as it was pretrained; what its lower
+blocks give is written and read in a codec there. `fitted` is fitted as a run on the first 20,000 training rows fits it.
+Errors are root mean squares over all tokens, of what crosses beside the spread of that, and of the last hidden state
+beside its length.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from sft.wire.codec.packing import pack, unpack
 from sft.wire.codec.rows import NAMES
 from sft_edge.model_files.source import open_source
 from sft_edge.options.train import ModelOptions
-from sft_edge.systems import FIT_TOKENS, fit_tables
-from sft_edge.tasks import batches_of, make_task
+from sft_edge.systems import fit_tables, rows_to_fit
+from sft_edge.tasks import Feature, batches_of, make_task
 
 CPU = torch.device("cpu")
 BATCH_SIZE, LONGEST = 32, 128
@@ -43,7 +43,6 @@ def main() -> int:
     parser.add_argument("--task", default="sst2")
     parser.add_argument("--split-layer", type=int, default=2)
     parser.add_argument("--rows", type=int, default=200, help="to judge by (default: 200)")
-    parser.add_argument("--fit-tokens", type=int, default=FIT_TOKENS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     task = make_task(options.task, options.data_dir)
@@ -52,21 +51,18 @@ def main() -> int:
     fill(net, pretrained_tensors(net, source.checkpoint), 0)
     net.eval()
 
-    def batches(split: str, rows: int) -> Iterator[Batch]:
-        return batches_of(task, task.encode(task.read(split, rows), source.tokenizer, LONGEST), BATCH_SIZE)
+    def features(split: str, limit: int | None = None) -> list[Feature]:
+        return task.encode(task.read(split, limit), source.tokenizer, LONGEST)
 
-    judged = list(batches("validation", options.rows))
+    validation, training = features("validation"), features("train", 20_000)
+    judged = list(batches_of(task, validation[:: max(1, len(validation) // options.rows)], BATCH_SIZE))
     x_TW, top_TW = both_ends(net, judged, options.split_layer)
-    fitted_to: list[Tensor] = []
-    for batch in batches("train", options.fit_tokens):
-        fitted_to.append(both_ends(net, [batch], options.split_layer)[0])
-        if sum(map(len, fitted_to)) >= options.fit_tokens:
-            break
+    drawn = rows_to_fit([feature.length for feature in training], 0)
+    to_fit = list(batches_of(task, [training[row] for row in drawn], BATCH_SIZE))
+    fit_TW, _ = both_ends(net, to_fit, options.split_layer)
     began = time.process_time()
-    tables = fit_tables(torch.cat(fitted_to)[: options.fit_tokens], 0)
-    print(
-        f"fitted to {min(options.fit_tokens, sum(map(len, fitted_to)))} tokens in {time.process_time() - began:.1f} s"
-    )
+    tables = fit_tables(fit_TW, 0)
+    print(f"fitted to {len(fit_TW)} tokens in {time.process_time() - began:.1f} s")
     codes = codecs_named("float32", FITTED).with_tables(tables, CPU).codes
     spread = (x_TW - x_TW.mean(dim=0)).norm()
     print(f"{'codec':<10}{'bytes a row':>12}{'what crosses':>14}{'last hidden state':>19}")
@@ -75,10 +71,10 @@ def main() -> int:
         def crossed(x: Tensor, codec: Any = codec) -> Tensor:
             return decode_tensor(encode_tensor(x, codec, codes=codes), CPU, codes)
 
-        size = codes[codec].row_bytes(x_TW.shape[1])
+        size = len(encode_tensor(x_TW, codec, codes=codes).data) / len(x_TW)
         there_TW, moved_TW = both_ends(net, judged, options.split_layer, crossed)
         error, above = (there_TW - x_TW).norm() / spread, (moved_TW - top_TW).norm() / top_TW.norm()
-        print(f"{name:<10}{size:>12}{error:>14.4f}{above:>19.4f}")
+        print(f"{name:<10}{size:>12.1f}{error:>14.4f}{above:>19.4f}")
     return 0
 
 

@@ -14,6 +14,7 @@ from support.mutations import Mutator
 from support.tiny_edge import TinyEdge, attach
 
 from sft.v1 import split_training_pb2 as pb
+from sft.wire.codec.elements import row_ends
 from sft.wire.parts import parts_of
 
 SERVICE = "/sft.v1.SplitTraining/"
@@ -248,8 +249,9 @@ class _Course:
         if self._sequences:
             by_number = edge.forward(step, micro_batch)
             activation = _activation(by_number)
-            row_bytes = len(activation.packed.data) // sum(activation.lengths)
-            activation.packed.data = activation.packed.data[row_bytes * activation.lengths[0] :]
+            packed, first = activation.packed, activation.lengths[0]
+            ends = row_ends(packed, packed.data, packed.shape[0], edge.codecs.codes)
+            activation.packed.data = packed.data[ends[first - 1] :]
             activation.packed.shape[0] -= activation.lengths[0]
             activation.kept.extend([self._draw.randint(1, self._sequences), 0, 0])
             yield "kept", by_number

@@ -7,34 +7,42 @@ from typing import Dict
 import torch
 from torch import Tensor
 
-from sft.wire.codec.fitted import WORDS
+from sft.wire.codec.rans import SLOTS
+
+WORDS, CLASSES, KINDS, REACH = 40, 2, 3, 4
 
 
-def made_up_tables(width: int, groups: int = 3) -> Dict[str, Tensor]:
-    """For rows of `width` elements, in so many groups of components."""
+def made_up_tables(width: int, words: int = WORDS, reach: int = REACH) -> Dict[str, Tensor]:
+    """For rows of `width` elements; numbers q from -`reach` to it come, in one of the kinds but not so far."""
     generator = torch.Generator().manual_seed(width)
-    sizes = torch.full((groups,), width // groups, dtype=torch.int32)
-    sizes[0] += width - int(sizes.sum())
     basis, _ = torch.linalg.qr(torch.randn(width, width, generator=generator))
-    numbers = torch.arange(WORDS)
-    steps = torch.tensor([[1 / 64], [16.0], [1 / 16]])
+    q = torch.arange(-reach, reach + 1)
+    falls = 0.5 ** (q.abs() * torch.tensor([[0.1], [1.0], [2.0]]))
+    falls[2, [0, -1]] = 0.0
+    numbers = torch.arange(words)
     tables = {
         "basis": basis / basis.abs().amax(dim=0) * torch.linspace(32, 127, width),
-        "whole": (numbers[:, None] - 128.0).expand(WORDS, width),
-        "words": torch.cat([_apart(numbers, int(size)) for size in sizes], dim=1),
+        "whole": ((numbers[:, None] * 7 + torch.arange(width) * 3) % words - words // 2) * (100 // words),
     }
     halves = {
+        "basis_steps": torch.full((width,), 1 / 64),
+        "whole_steps": torch.full((width,), 4.0),
         "mean": torch.randn(width, generator=generator),
-        "scale": torch.linspace(0.25, 0.5, WORDS),
-        "steps": steps.expand(3, width),
+        "step": torch.linspace(0.25, 0.5, words),
+        "points": (q + 0.125 * q.sign()).expand(KINDS, -1),
     }
     return {
         **{name: x.round().to(torch.int8).contiguous() for name, x in tables.items()},
         **{name: x.to(torch.float16).contiguous() for name, x in halves.items()},
-        "sizes": sizes,
+        "class": (numbers % CLASSES).to(torch.uint8),
+        "kind": torch.arange(CLASSES * width).reshape(CLASSES, width).remainder(KINDS).to(torch.uint8),
+        "word_frequencies": of_slots(torch.linspace(1, 3, words)),
+        "frequencies": torch.stack([of_slots(row) for row in falls]),
     }
 
 
-def _apart(numbers_N: Tensor, size: int) -> Tensor:
-    """Words of so many components, the nearest of them a step apart."""
-    return ((numbers_N[:, None] * 37) % WORDS - 128.0).expand(WORDS, size)
+def of_slots(likely_S: Tensor) -> Tensor:
+    """Whole numbers in these proportions, as tables have them."""
+    of_S = (likely_S / likely_S.sum() * SLOTS).floor().to(torch.int32)
+    of_S[len(of_S) // 2] += SLOTS - int(of_S.sum())
+    return of_S

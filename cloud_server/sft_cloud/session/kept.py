@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 
 from sft.errors import ProtocolError, StorageError
 from sft.v1 import split_training_pb2 as pb
-from sft.wire.codec.elements import check_tensor, encoded_size
+from sft.wire.codec.elements import check_tensor, row_ends
 from sft.wire.codec.rows import CODES, Codes
 from sft.wire.protocol import MAX_KEPT_SEQUENCES, MAX_MESSAGE_BYTES, MAX_PADDED_TOKENS
 from sft_cloud.errors import NoMemoryError, PreconditionError
@@ -107,28 +107,27 @@ def _check(activation: pb.Activation, kept: KeptRows, codes: Codes) -> None:
 
 
 def _looked_up(activation: pb.Activation, kept: KeptRows, codes: Codes) -> int:
-    """Bytes. Raises StorageError for what is not held, ProtocolError for rows of other sizes than the lengths say."""
-    if not any(activation.kept):
-        return 0
-    row_bytes = encoded_size((1, activation.packed.shape[1]), activation.packed.data_type, codes)
-    whole = row_bytes * sum(activation.lengths)
-    if whole > MAX_MESSAGE_BYTES:
-        raise ProtocolError(f"the activation would have {whole} bytes, where {MAX_MESSAGE_BYTES} are the most")
-    for known, length in sorted(zip(activation.kept, activation.lengths, strict=True)):  # the first to be damaged first
+    """Bytes. Raises StorageError for what is not held, ProtocolError for more than a message may have."""
+    whole = len(activation.packed.data)
+    for known in sorted(activation.kept):  # the first to be damaged first
         if known > kept.count:
             raise StorageError(f"the cloud has no room for more activations: sequence {known} was not kept")
-        if known and kept.rows_bytes(known) != row_bytes * length:
-            raise ProtocolError(f"sequence {known} was kept with rows of other sizes than {length} tokens have")
-    return _COPIES * whole
+        whole += kept.rows_bytes(known) if known else 0
+    if whole > MAX_MESSAGE_BYTES:
+        raise ProtocolError(f"the activation would have {whole} bytes, where {MAX_MESSAGE_BYTES} are the most")
+    return _COPIES * whole if any(activation.kept) else 0
 
 
 def _whole(message: pb.EdgeMessage, activation: pb.Activation, kept: KeptRows, codes: Codes) -> pb.EdgeMessage:
-    """Raises StorageError."""
+    """Raises StorageError, ProtocolError for sequences of other lengths than they were kept with."""
     if not any(activation.kept):
         return message
     came = dict(_rows_that_came(activation, codes))
     # In this order, what is held after damage is before all of it that the message has: it need not find the next.
     read = {number: kept.read(number) for number in sorted(set(activation.kept)) if number}
+    for number, length in zip(activation.kept, activation.lengths, strict=True):
+        if number:
+            _check_length(activation, number, read[number], length, codes)
     rows = b"".join(came[i] if i in came else read[number] for i, number in enumerate(activation.kept))
     whole = pb.EdgeMessage()
     whole.CopyFrom(message)
@@ -140,13 +139,20 @@ def _whole(message: pb.EdgeMessage, activation: pb.Activation, kept: KeptRows, c
 
 def _rows_that_came(activation: pb.Activation, codes: Codes) -> Iterator[tuple[int, memoryview]]:
     """With the number of each sequence in its batch."""
-    packed, data, at = activation.packed, memoryview(activation.packed.data), 0
-    row_bytes = encoded_size((1, packed.shape[1]), packed.data_type, codes)
+    packed, data, row, begin = activation.packed, memoryview(activation.packed.data), 0, 0
+    ends = row_ends(packed, packed.data, packed.shape[0], codes)
     for index, known in enumerate(_numbers(activation.kept, len(activation.lengths))):
         if not known:
-            end = at + row_bytes * activation.lengths[index]
-            yield index, data[at:end]
-            at = end
+            row += activation.lengths[index]
+            yield index, data[begin : ends[row - 1]]
+            begin = ends[row - 1]
+
+
+def _check_length(activation: pb.Activation, number: int, rows: bytes, length: int, codes: Codes) -> None:
+    try:
+        row_ends(activation.packed, rows, length, codes)
+    except ProtocolError as error:
+        raise ProtocolError(f"sequence {number} was kept with other rows than those of {length} tokens") from error
 
 
 def _numbers(field: object, count: int) -> list[int]:

@@ -89,7 +89,7 @@ class CutOptions:
 
     codec: Optional[Codec] = None
     """how activations are written on the wire, with --mode frozen int8 by default; int8 and int4 have a scale for every
-    64 elements of a token, fitted has tables, which are fitted to the first training rows and sent once: with --mode
+    64 elements of a token, fitted has tables, which are fitted to training rows and sent once: with --mode
     frozen, or sl and --freeze-edge"""
 
     gradient_codec: Optional[GradientCodec] = None

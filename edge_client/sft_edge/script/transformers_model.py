@@ -33,6 +33,7 @@ from sft.models.losses import head_loss
 from sft.models.weights import live_factors
 from sft.tensors.stream import in_memory
 from sft.v1 import split_training_pb2 as pb
+from sft.wire.codec.elements import encoded_size
 from sft.wire.codec.messages import encode_labels, is_packed, outputs_of
 from sft.wire.codec.packing import pack, unpack
 from sft_edge.link import model_fields
@@ -167,7 +168,7 @@ class _CutForward:
         is_language_model = self._head == "causal-lm"
         if travelling is None or not is_language_model:
             rows = sum(lengths) if is_packed(self._head) else len(lengths)
-            check_size("output", [rows, outputs_of(self._config, self._head)], pb.DATA_TYPE_FLOAT32)
+            check_size("output", encoded_size([rows, outputs_of(self._config, self._head)], pb.DATA_TYPE_FLOAT32))
         crossed = self._cross(
             pack(a_BSR, lengths),
             lengths,

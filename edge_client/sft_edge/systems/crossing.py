@@ -19,7 +19,7 @@ from sft.errors import ProtocolError, UsageError
 from sft.v1 import split_training_pb2 as pb
 from sft.wire.codec.elements import Codecs, decode_tensor, encoded_size, shown
 from sft.wire.codec.messages import encode_activation
-from sft.wire.codec.rows import CODES, Codes, name_of
+from sft.wire.codec.rows import name_of
 from sft.wire.protocol import MAX_MESSAGE_BYTES, MAX_PADDED_TOKENS
 from sft_edge.link import Link, PendingReply
 
@@ -47,9 +47,12 @@ class Activation(NamedTuple):
         if tokens > MAX_PADDED_TOKENS:
             raise UsageError(f"a batch of {tokens} padded tokens is too large; at most {MAX_PADDED_TOKENS} go at once")
         codec, codes = codecs.activation, codecs.codes
-        check_size("activation", self.packed.shape, codec, codes)
+        check_size("activation", encoded_size(self.packed.shape, codec, codes))
         if self.rows is None:
-            return encode_activation(self.packed, codec, self.lengths, self.padded_length, codes)
+            message = encode_activation(self.packed, codec, self.lengths, self.padded_length, codes)
+            check_size("activation", len(message.packed.data))
+            return message
+        check_size("activation", len(self.rows))
         held = sum(length for length, number in zip(self.lengths, self.kept) if number)
         shape = [self.packed.shape[0] - held, *self.packed.shape[1:]]
         packed = pb.Tensor(data_type=codec, shape=shape, data=self.rows)
@@ -58,9 +61,8 @@ class Activation(NamedTuple):
         )
 
 
-def check_size(what: str, shape: Sequence[int], data_type: pb.DataType, codes: Codes = CODES) -> None:
-    """Raises UsageError for a tensor that does not go into a message."""
-    size = encoded_size(shape, data_type, codes)
+def check_size(what: str, size: int) -> None:
+    """Raises UsageError for a tensor of so many bytes if it does not go into a message."""
     if size > MAX_MESSAGE_BYTES - _BESIDE_BYTES:
         raise UsageError(
             f"the {what} of this batch takes {size} bytes, a message at most {MAX_MESSAGE_BYTES - _BESIDE_BYTES}: "

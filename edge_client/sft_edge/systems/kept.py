@@ -11,7 +11,7 @@ import torch
 
 from sft.batch import Batch
 from sft.models import Net1
-from sft.wire.codec.elements import Codecs
+from sft.wire.codec.elements import Codecs, row_ends
 from sft.wire.codec.packing import pack
 from sft.wire.codec.rows import name_of
 from sft_edge.systems.cache import ActivationCache, keys_of
@@ -83,7 +83,7 @@ def computed_rows(net_1: Net1, batch: Batch, codecs: Codecs) -> List[bytes]:
     net_1.eval()
     with torch.no_grad():
         a_BSR = net_1(batch.inputs, batch.lengths)
-    data = Activation(pack(a_BSR, batch.lengths), batch.lengths, a_BSR.shape[1]).encoded(codecs).packed.data
-    row_bytes = codecs.codes[codecs.activation].row_bytes(a_BSR.shape[-1])
-    ends = [row_bytes * tokens for tokens in accumulate(batch.lengths)]
-    return [data[begin:end] for begin, end in zip([0, *ends], ends)]
+    packed = Activation(pack(a_BSR, batch.lengths), batch.lengths, a_BSR.shape[1]).encoded(codecs).packed
+    row_end = row_ends(packed, packed.data, sum(batch.lengths), codecs.codes)
+    ends = [row_end[tokens - 1] for tokens in accumulate(batch.lengths)]
+    return [packed.data[begin:end] for begin, end in zip([0, *ends], ends)]

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import sft_cloud.session.kept
 from sft.errors import ProtocolError
 from sft.v1 import split_training_pb2 as pb
 from sft.wire.codec.elements import encode_tensor
-from sft.wire.protocol import MAX_MESSAGE_BYTES, MAX_PADDED_TOKENS
+from sft.wire.protocol import MAX_PADDED_TOKENS
 from sft_cloud.errors import PreconditionError
 from sft_cloud.identity import ANONYMOUS
 from sft_cloud.memory import Kind, MemoryBudget
@@ -51,6 +52,20 @@ def applied(kept: KeptRows, given: pb.EdgeMessage, budget: MemoryBudget | None =
 
 
 NOTHING = a_TR[:0]
+
+
+def test_more_than_a_message_may_have(kept: KeptRows, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not read: each sequence was small enough."""
+    applied(kept, message(keep=(1, 2, 3)))
+    monkeypatch.setattr(sft_cloud.session.kept, "MAX_MESSAGE_BYTES", 15 * 4 * 4)
+    applied(kept, message(NOTHING, kept=(1, 2, 3)))
+    monkeypatch.setattr(KeptRows, "read", None)
+    for some in (
+        message(NOTHING, kept=(1, 1, 2), lengths=(7, 7, 3)),
+        message(a_TR[:8], kept=(1, 1, 0), lengths=(7, 7, 8)),
+    ):
+        with pytest.raises(ProtocolError, match=r"the activation would have \d+ bytes, where 240 are the most"):
+            applied(kept, some)
 
 
 def test_what_is_kept_makes_others_whole(kept: KeptRows) -> None:
@@ -108,10 +123,10 @@ def test_messages_that_have_nothing_to_do_with_it(kept: KeptRows) -> None:
         (message(kept=(1, 2, 3)), r"has shape \[15, 4\], and 0 rows should be in it"),
         (message(a_TR[:3], kept=(1, 0, 0)), r"has shape \[3, 4\], and 8 rows"),
         (message(a_TR.reshape(-1), keep=(4, 5, 6)), r"has shape \[60\], and 15 rows"),
-        (message(NOTHING, kept=(1, 2, 3), lengths=(7, 3, 6)), "sequence 3 was kept with rows of other sizes than 6"),
-        (message(torch.zeros(0, 8), kept=(1, 2, 3)), "sequence 1 was kept with rows of other sizes"),
-        (message(torch.zeros(0, 0), kept=(1, 2, 3)), "sequence 1 was kept with rows of other sizes"),
-        (message(NOTHING, kept=(1, 2, 3), lengths=(7, 3, 2**31)), f"where {MAX_MESSAGE_BYTES} are the most"),
+        (message(NOTHING, kept=(1, 2, 3), lengths=(7, 3, 6)), "sequence 3 was kept with other rows than those of 6"),
+        (message(torch.zeros(0, 8), kept=(1, 2, 3)), "sequence 1 was kept with other rows than those of 7"),
+        (message(torch.zeros(0, 0), kept=(1, 2, 3)), "sequence 1 was kept with other rows than those of 7"),
+        (message(NOTHING, kept=(1, 2, 3), lengths=(7, 3, 2**31)), "other rows than those of 2147483648 tokens"),
         (message(NOTHING, kept=(1, 2, 3), padded_length=MAX_PADDED_TOKENS), "a batch of 3 sequences is too large"),
         (message(NOTHING, kept=(1,) * 4096, lengths=(7,) * 4096, padded_length=65), "a batch of 4096 sequences is too"),
         (message(NOTHING, kept=(1,) * 4097, lengths=(7,) * 4097), "4097 numbers of kept sequences came; at most 4096"),

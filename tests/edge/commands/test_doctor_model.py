@@ -13,7 +13,7 @@ from sft.v1 import split_training_pb2 as pb
 from sft_edge.commands.doctor.model import look_at_model, step_bytes
 from sft_edge.link import GrpcTransport
 from sft_edge.options import DoctorOptions
-from sft_edge.systems import row_bytes_of
+from sft_edge.systems import mean_row_bytes
 
 
 @pytest.mark.parametrize(
@@ -44,9 +44,9 @@ def test_a_codec_whose_tables_only_a_run_has(tmp_path: Path, knows: bool) -> Non
     (request,) = cloud.requests
     assert not request.activation_codec, "which would need tables"
     B, S = options.per_device_train_batch_size, options.max_seq_length
-    assert step_bytes(options) == (B * S * row_bytes_of(32), 0), "what it is fitted to is not trained"
-    for codec, size in ((None, 32 + 1), ("fitted", row_bytes_of(32)), ("float16", 2 * 32)):
+    assert step_bytes(options) == (int(B * S * mean_row_bytes(32)), 0), "what it is fitted to is not trained"
+    for codec, size in ((None, 32 + 1), ("fitted", mean_row_bytes(32)), ("float16", 2 * 32)):
         options = DoctorOptions(from_config=tmp_path / "config.json", mode="frozen", codec=codec)
-        assert step_bytes(options) == (B * S * size, 0)
+        assert step_bytes(options) == (int(B * S * size), 0)
     options = DoctorOptions(from_config=tmp_path / "config.json", mode="sl")
     assert step_bytes(options) == (B * S * 32 * 4, B * S * 32 * 4)

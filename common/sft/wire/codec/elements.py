@@ -11,7 +11,7 @@ from torch import Tensor
 from sft.errors import ProtocolError, UsageError
 from sft.v1 import split_training_pb2 as pb
 from sft.wire.codec.fitted import Fitted
-from sft.wire.codec.rows import CODES, NAMES, Codes
+from sft.wire.codec.rows import CODES, NAMES, Codes, Data
 
 FLOATS = ("float32", "bfloat16", "float16")
 """Of the codecs' names those that `wire_data_type` may have: for all tensors."""
@@ -97,8 +97,8 @@ def encode_tensor(
     width = _width(x.shape)
     if not x.numel():
         return pb.Tensor(data_type=data_type, shape=list(x.shape))
-    rows_TX = codes[data_type].encode(x.detach().float().reshape(-1, width), rounding)
-    return pb.Tensor(data_type=data_type, shape=list(x.shape), data=rows_TX.cpu().numpy().tobytes())
+    data = codes[data_type].encode(x.detach().float().reshape(-1, width), rounding)
+    return pb.Tensor(data_type=data_type, shape=list(x.shape), data=data)
 
 
 def check_tensor(message: pb.Tensor, codes: Codes = CODES) -> None:
@@ -107,9 +107,7 @@ def check_tensor(message: pb.Tensor, codes: Codes = CODES) -> None:
         raise ProtocolError(f"tensor of unknown element type {int(message.data_type)}")
     if len(message.shape) > MAX_DIMENSIONS:
         raise ProtocolError(f"tensor of {len(message.shape)} dimensions; at most {MAX_DIMENSIONS} are accepted")
-    size = encoded_size(message.shape, message.data_type, codes)
-    if size != len(message.data):
-        raise ProtocolError(f"tensor of shape {list(message.shape)} needs {size} bytes, {len(message.data)} came")
+    row_ends(message, message.data, math.prod(message.shape[:-1]), codes)
 
 
 def decode_tensor(message: pb.Tensor, device: torch.device, codes: Codes = CODES) -> Tensor:
@@ -118,12 +116,18 @@ def decode_tensor(message: pb.Tensor, device: torch.device, codes: Codes = CODES
     if not message.data:
         return torch.zeros(_without_elements(message.shape), device=device)
     code, width = codes[message.data_type], _width(message.shape)
-    rows_TX = torch.frombuffer(bytearray(message.data), dtype=torch.uint8).reshape(-1, code.row_bytes(width))
-    return code.decode(rows_TX.to(device), width).reshape(tuple(message.shape))
+    x_TW = code.decode(message.data, math.prod(message.shape[:-1]), width, device)
+    return x_TW.reshape(tuple(message.shape))
+
+
+def row_ends(like: pb.Tensor, data: Data, rows: int, codes: Codes = CODES) -> Sequence[int]:
+    """Where each of so many rows ends in `data`, if they are written as those of `like` are. Raises ProtocolError where
+    they are not all that is in it."""
+    return codes[like.data_type].ends(data, rows, _width(like.shape))
 
 
 def encoded_size(shape: Sequence[int], data_type: pb.DataType, codes: Codes = CODES) -> int:
-    """Bytes of such a tensor. Raises ProtocolError for rows of a width that the code is not fitted to."""
+    """Bytes of such a tensor; the least, where rows differ. Raises ProtocolError for a width without tables."""
     return math.prod(shape[:-1]) * codes[data_type].row_bytes(_width(shape))
 
 

@@ -1,4 +1,4 @@
-"""How the rows of a tensor are written: each in so many bytes of its own, whatever the others are.
+"""How the rows of a tensor are written: each in bytes of its own, whatever the others are, one row after the other.
 
 So the bytes of a row can be kept, and sent with other rows another time. Floats are written as they are. In `int8` and
 `int4` every 64 elements of a row are mixed, so that one that is much larger than the others makes no large steps for
@@ -19,11 +19,12 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import Callable, Dict, List, Mapping, Optional, Protocol
+from typing import Callable, Dict, List, Mapping, Optional, Protocol, Sequence, Union
 
 import torch
 from torch import Tensor, nn
 
+from sft.errors import ProtocolError
 from sft.models.seeding import derive_seed
 from sft.v1 import split_training_pb2 as pb
 
@@ -35,22 +36,61 @@ _ONE = 170  # the scale that is 1
 _STEPS_OF_TWO = 4
 
 
+Data = Union[bytes, memoryview]
+
+
 class RowCode(Protocol):
     """One way of writing rows. It keeps nothing from one to the next."""
 
     def row_bytes(self, width: int) -> int:
-        """X, of a row of so many elements."""
+        """X, of a row of so many elements; the least, where rows differ."""
 
-    def encode(self, x_TW: Tensor, rounding: Optional[int] = None) -> Tensor:
-        """Float32 to (T, X) uint8, on the same device. `rounding`: a seed, to round up or down by chance, so that the
-        mean is right, instead of to the nearest; of no account where nothing is rounded by us.
+    def ends(self, data: Data, rows: int, width: int) -> Sequence[int]:
+        """Where each of so many rows ends in `data`. Raises ProtocolError where they are not all that is in it."""
+
+    def encode(self, x_TW: Tensor, rounding: Optional[int] = None) -> bytes:
+        """Of float32. `rounding`: a seed, to round up or down by chance, so that the mean is right, instead of to the
+        nearest; of no account where nothing is rounded by us.
         """
 
-    def decode(self, rows_TX: Tensor, width: int) -> Tensor:
-        """(T, X) uint8 to (T, W) float32, on the same device. Any bytes have a meaning."""
+    def decode(self, data: Data, rows: int, width: int, device: torch.device) -> Tensor:
+        """(T, W) float32, on `device`. Raises ProtocolError as `ends` does, and where rows are none of the code's."""
 
 
-class Floats:
+class EvenRows:
+    """All of as many bytes; any bytes are rows."""
+
+    def row_bytes(self, width: int) -> int:
+        """See RowCode."""
+        raise NotImplementedError
+
+    def ends(self, data: Data, rows: int, width: int) -> Sequence[int]:
+        """See RowCode."""
+        size = self.row_bytes(width)
+        if rows * size != len(data):
+            raise ProtocolError(f"{rows} rows of {width} elements: it needs {rows * size} bytes, {len(data)} came")
+        return range(size, rows * size + 1, max(1, size))
+
+    def encode(self, x_TW: Tensor, rounding: Optional[int] = None) -> bytes:
+        """See RowCode."""
+        return self.written(x_TW, rounding).cpu().numpy().tobytes()
+
+    def decode(self, data: Data, rows: int, width: int, device: torch.device) -> Tensor:
+        """See RowCode."""
+        self.ends(data, rows, width)
+        rows_TX = torch.frombuffer(bytearray(data), dtype=torch.uint8).reshape(rows, -1)
+        return self.read(rows_TX.to(device), width)
+
+    def written(self, x_TW: Tensor, rounding: Optional[int] = None) -> Tensor:
+        """(T, X) uint8, on the same device."""
+        raise NotImplementedError
+
+    def read(self, rows_TX: Tensor, width: int) -> Tensor:
+        """The inverse of `written`."""
+        raise NotImplementedError
+
+
+class Floats(EvenRows):
     """Elements of a type of torch's, little-endian."""
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -61,16 +101,16 @@ class Floats:
         """See RowCode."""
         return self._element_bytes * width
 
-    def encode(self, x_TW: Tensor, rounding: Optional[int] = None) -> Tensor:
-        """See RowCode. Always to the nearest."""
+    def written(self, x_TW: Tensor, rounding: Optional[int] = None) -> Tensor:
+        """See EvenRows. Always to the nearest."""
         return x_TW.to(self._dtype).contiguous().view(torch.uint8)
 
-    def decode(self, rows_TX: Tensor, width: int) -> Tensor:
-        """See RowCode."""
+    def read(self, rows_TX: Tensor, width: int) -> Tensor:
+        """See EvenRows."""
         return rows_TX.view(self._dtype).to(torch.float32)
 
 
-class Quantised:
+class Quantised(EvenRows):
     """Whole numbers of 8 or 4 bits, behind the scales of their groups; of two numbers in a byte the first is low."""
 
     def __init__(self, bits: int) -> None:
@@ -81,8 +121,8 @@ class Quantised:
         """See RowCode."""
         return math.ceil(width / GROUP) + math.ceil(width * self._bits / 8)
 
-    def encode(self, x_TW: Tensor, rounding: Optional[int] = None) -> Tensor:
-        """See RowCode."""
+    def written(self, x_TW: Tensor, rounding: Optional[int] = None) -> Tensor:
+        """See EvenRows."""
         q_TW = _mixed(x_TW)
         scales_TG = _scale_of(torch.cat([y_TGE.abs().amax(dim=-1) for y_TGE in _groups(q_TW)], dim=1))
         _multiply(q_TW, self._most / _values(x_TW.device)[scales_TG.to(torch.int64)])
@@ -95,8 +135,8 @@ class Quantised:
         q_TW = q_TW.nan_to_num(0.0, 0.0, 0.0).clamp(-self._most, self._most).to(torch.int8)
         return torch.cat([scales_TG, self._packed(q_TW)], dim=1)
 
-    def decode(self, rows_TX: Tensor, width: int) -> Tensor:
-        """See RowCode."""
+    def read(self, rows_TX: Tensor, width: int) -> Tensor:
+        """See EvenRows."""
         G = math.ceil(width / GROUP)
         y_TW = self._unpacked(rows_TX[:, G:])[:, :width].float()
         _multiply(y_TW, _values(rows_TX.device)[rows_TX[:, :G].to(torch.int64)] / self._most)

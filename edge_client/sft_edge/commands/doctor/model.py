@@ -14,7 +14,7 @@ from sft_edge.commands.doctor.server import Way
 from sft_edge.link import Transport, check_codecs
 from sft_edge.model_files import Source, open_model
 from sft_edge.options import DoctorOptions, OptimizerOptions
-from sft_edge.systems import halve, optimizer_spec, row_bytes_of
+from sft_edge.systems import halve, mean_row_bytes, optimizer_spec
 
 _LONG_SECONDS = 600.0
 """An upload that takes longer is worth a warning."""
@@ -74,7 +74,7 @@ def step_bytes(options: DoctorOptions) -> Optional[Tuple[int, int]]:
     tokens = options.per_device_train_batch_size * options.max_seq_length
     codecs = _codecs(options)
     fitted, is_frozen = codecs.needs_tables, codecs.needs_tables or options.mode == "frozen"
-    sent = tokens * row_bytes_of(width) if fitted else encoded_size((tokens, width), codecs.activation)
+    sent = int(tokens * mean_row_bytes(width)) if fitted else encoded_size((tokens, width), codecs.activation)
     return sent, 0 if is_frozen else encoded_size((tokens, width), codecs.gradient)
 
 

@@ -29,8 +29,8 @@ from sft_edge.link import GivenUpError, Link, retry_policy_of
 from sft_edge.model_files import Source
 from sft_edge.options import ACTIVATIONS, RunOptions
 from sft_edge.signals import Termination, terminations_noted
-from sft_edge.systems import FIT_TOKENS, cut_of, is_ours, open_system
-from sft_edge.tasks import Feature, Task, batches_of
+from sft_edge.systems import cut_of, is_ours, open_system, rows_to_fit
+from sft_edge.tasks import Task, batches_of
 from sft_edge.training import EvaluationSet, Progress, Recovery, TensorBoard, TrainingLoop, ask, evaluate, open_progress
 
 CALIBRATION_ROWS = 256
@@ -244,7 +244,8 @@ class TrainingRun:
         """The same for every system, so that all decompose alike."""
         batch_size = self.options.training.per_device_train_batch_size
         if self.options.cut.codec == FITTED:
-            return list(batches_of(job.task, _first_of(job.features, FIT_TOKENS), batch_size))
+            drawn = rows_to_fit([feature.length for feature in job.features], self.options.training.seed)
+            return list(batches_of(job.task, [job.features[row] for row in drawn], batch_size))
         if self.options.cut.residual != "low-rank" or job.source.cut is not None:
             return []
         return list(batches_of(job.task, job.features[:CALIBRATION_ROWS], batch_size))
@@ -256,12 +257,3 @@ class TrainingRun:
             return f"coming back to the session at {self.options.link.server}"
         server = self.options.link.server
         return f"opening a session at {server}" if server else "starting a cloud here"
-
-
-def _first_of(features: Sequence[Feature], tokens: int) -> Sequence[Feature]:
-    """Those that hold so many tokens together, or all."""
-    for index, feature in enumerate(features):
-        tokens -= feature.length
-        if tokens <= 0:
-            return features[: index + 1]
-    return features
