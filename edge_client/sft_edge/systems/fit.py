@@ -76,9 +76,15 @@ def rows_to_fit(lengths: Sequence[int], seed: int) -> List[int]:
 def activations_of(net_1: Net1, batches: Sequence[Batch]) -> Tensor:
     """Of all tokens, (T, W) float32 on the CPU; without dropout."""
     net_1.eval()
-    with torch.no_grad():
-        packed = [pack(net_1(batch.inputs, batch.lengths), batch.lengths).float().cpu() for batch in batches]
-    return torch.cat(packed)
+    x_TW, end = torch.empty(0), 0
+    for batch in batches:
+        with torch.no_grad():
+            a_TW = pack(net_1(batch.inputs, batch.lengths), batch.lengths)
+        if not end:  # not joined in the end: an edge has little memory
+            x_TW = torch.empty(sum(sum(every.lengths) for every in batches), a_TW.shape[1])
+        x_TW[end : end + len(a_TW)] = a_TW
+        end += len(a_TW)
+    return x_TW
 
 
 def fit_tables(x_TW: Tensor, seed: int) -> Dict[str, Tensor]:
@@ -91,11 +97,11 @@ def fit_tables(x_TW: Tensor, seed: int) -> Dict[str, Tensor]:
     """
     if not bool((x_TW.abs() <= LARGEST).all()):  # nor NaN
         raise UsageError("activations here are no numbers, or too large, for --codec fitted: choose another")
-    mean_W = _half(_middle(x_TW)).float()
-    last = len(x_TW) // 8
-    rest_TW, others_TW = (part_TW - mean_W for part_TW in (x_TW[: len(x_TW) - last], x_TW[-last or -len(x_TW) :]))
+    mean_W, last = _half(_middle(x_TW)).float(), len(x_TW) // 8
+    x_TW = x_TW - mean_W  # likewise: what was given goes, if nobody else has it
+    rest_TW, others_TW = x_TW[: len(x_TW) - last], x_TW[-last:]  # of few, all of them
     whole_NW = _words(rest_TW, seed)
-    left_TW = whole_NW[Nearest(whole_NW)(rest_TW)].neg_().add_(rest_TW)  # in place: an edge has little memory
+    left_TW = whole_NW[Nearest(whole_NW)(rest_TW)].neg_().add_(rest_TW)
     variance_K, basis_WK = _components(left_TW)
     basis_WK = basis_WK / (variance_K / variance_K.mean()).pow(_EMPHASIS)
     basis_steps_K = _steps(basis_WK)

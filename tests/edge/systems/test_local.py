@@ -45,7 +45,7 @@ def test_micro_batches_add_up_to_their_batch(net: Whole) -> None:
     ]
     loss = whole.forward_backward(rows, 0, 0, 1.0)
     losses = [parts.forward_backward(half, 0, index, 0.5) for index, half in enumerate(halves)]
-    assert sum(losses) / 2 == pytest.approx(loss, rel=1e-5)
+    assert sum(losses) / 2 == pytest.approx(loss, rel=1e-4)
     assert parts.gradient_norm() == pytest.approx(whole.gradient_norm(), rel=1e-4)
     for one, other in zip(net.parameters(), twin.parameters()):
         assert one.grad is not None

@@ -171,7 +171,7 @@ class Nearest:
 
     def __call__(self, x_TK: Tensor) -> Tensor:
         """Their numbers, (T,) int64."""
-        numbers = [self._found(x_BE) for x_BE in torch.split(x_TK[:, self._columns], BLOCK)]
+        numbers = [self._found(x_BK[:, self._columns]) for x_BK in torch.split(x_TK, BLOCK)]
         return torch.cat(numbers).to(torch.int64)
 
     def _found(self, x_BE: Tensor) -> Tensor:
