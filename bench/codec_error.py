@@ -11,6 +11,7 @@ beside its length.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -42,7 +43,7 @@ def main() -> int:
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--task", default="sst2")
     parser.add_argument("--split-layer", type=int, default=2)
-    parser.add_argument("--rows", type=int, default=200, help="to judge by (default: 200)")
+    parser.add_argument("--rows", type=int, default=200, help="to judge by, at most (default: 200)")
     options = parser.parse_args()
     torch.set_num_threads(1)
     task = make_task(options.task, options.data_dir)
@@ -55,7 +56,7 @@ def main() -> int:
         return task.encode(task.read(split, limit), source.tokenizer, LONGEST)
 
     validation, training = features("validation"), features("train", 20_000)
-    judged = list(batches_of(task, validation[:: max(1, len(validation) // options.rows)], BATCH_SIZE))
+    judged = list(batches_of(task, validation[:: math.ceil(len(validation) / options.rows)], BATCH_SIZE))
     x_TW, top_TW = both_ends(net, judged, options.split_layer)
     drawn = rows_to_fit([feature.length for feature in training], 0)
     to_fit = list(batches_of(task, [training[row] for row in drawn], BATCH_SIZE))

@@ -16,6 +16,9 @@ from sft_cloud.storage import read_blob
 _COPIES = 6
 """Of the file: as it is, and in float32, which is four times as large, and what is looked at on the way."""
 
+_BESIDE_BYTES = 6 << 20
+"""For what distributions are looked up by, whatever the width, while it is made."""
+
 
 def missing_tables(spec: SessionSpec, find_blob: Callable[[str], Path | None]) -> list[str]:
     """The hash of the tables that the session needs and that are not here."""
@@ -31,7 +34,7 @@ def tables_bytes(spec: SessionSpec, width: int, find_blob: Callable[[str], Path 
     size = path.stat().st_size
     if size > most_bytes(width):
         raise ProtocolError(f"a codec's tables for rows of {width} elements take at most {most_bytes(width)} bytes")
-    return _COPIES * size
+    return _COPIES * size + _BESIDE_BYTES
 
 
 def with_tables(spec: SessionSpec, width: int, find_blob: Callable[[str], Path | None], device: torch.device) -> Codecs:

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 
 from sft.errors import ProtocolError, StorageError
 from sft.v1 import split_training_pb2 as pb
-from sft.wire.codec.elements import check_tensor, row_ends
+from sft.wire.codec.elements import check_tensor, row_ends, shown
 from sft.wire.codec.rows import CODES, Codes
 from sft.wire.protocol import MAX_KEPT_SEQUENCES, MAX_MESSAGE_BYTES, MAX_PADDED_TOKENS
 from sft_cloud.errors import NoMemoryError, PreconditionError
@@ -50,13 +50,14 @@ def made_whole(
 ) -> Iterator[tuple[pb.EdgeMessage, str]]:
     """For the block: a message that was checked, with all rows of its activation; or what it lacks, in a sentence.
 
-    What is looked up is charged as if it had come with the message.
+    What is looked up is charged as if it had come with the message. Raises ProtocolError for more than a message may
+    have, and for sequences that were kept with other lengths than the message says.
     """
     activation = activation_of(message)
     assert activation is not None
     with ExitStack() as held:
         try:
-            held.enter_context(budget.charge(Kind.MESSAGES, _looked_up(activation, kept, codes), owner, _WAIT_SECONDS))
+            held.enter_context(budget.charge(Kind.MESSAGES, _looked_up(activation, kept), owner, _WAIT_SECONDS))
             whole, lacks = _whole(message, activation, kept, codes), ""
         except (NoMemoryError, StorageError) as error:
             whole, lacks = message, str(error)
@@ -83,20 +84,18 @@ def _check(activation: pb.Activation, kept: KeptRows, codes: Codes) -> None:
         raise ProtocolError(f"{B} numbers of kept sequences came; at most {MAX_KEPT_SEQUENCES} go at once")
     if B * max(1, activation.padded_length) > MAX_PADDED_TOKENS:
         raise ProtocolError(f"a batch of {B} sequences is too large; at most {MAX_PADDED_TOKENS} padded tokens go")
+    lengths = activation.lengths
+    if not B or min(lengths) < 1 or max(lengths) > activation.padded_length:
+        raise ProtocolError(f"lengths must be from 1 to the padded length {activation.padded_length}, and at least one")
     check_tensor(activation.packed, codes)
     came = sum(
         length for length, known in zip(activation.lengths, _numbers(activation.kept, B), strict=True) if not known
     )
-    if len(activation.packed.shape) != 2 or activation.packed.shape[0] != came:
-        raise ProtocolError(
-            f"the activation has shape {list(activation.packed.shape)}, and {came} rows should be in it"
-        )
+    shape = activation.packed.shape
+    if len(shape) != 2 or shape[0] != came or not shape[1]:
+        raise ProtocolError(f"the activation has shape {shown(shape)}, and {came} rows should be in it")
     following = kept.count + 1
-    for number, known, length in zip(
-        _numbers(activation.keep, B), _numbers(activation.kept, B), activation.lengths, strict=True
-    ):
-        if number and not (length and activation.packed.shape[1]):
-            raise ProtocolError(f"a sequence came to be kept as {number}, but it has no rows")
+    for number, known in zip(_numbers(activation.keep, B), _numbers(activation.kept, B), strict=True):
         if number and known:
             raise ProtocolError(f"sequence {known} is kept, and cannot be kept again as {number}")
         if number and number != following and not kept.is_full:  # then the edge has not heard of it yet
@@ -106,7 +105,7 @@ def _check(activation: pb.Activation, kept: KeptRows, codes: Codes) -> None:
             raise ProtocolError(f"sequence {known} is not kept; {kept.count} are")
 
 
-def _looked_up(activation: pb.Activation, kept: KeptRows, codes: Codes) -> int:
+def _looked_up(activation: pb.Activation, kept: KeptRows) -> int:
     """Bytes. Raises StorageError for what is not held, ProtocolError for more than a message may have."""
     whole = len(activation.packed.data)
     for known in sorted(activation.kept):  # the first to be damaged first
@@ -125,7 +124,7 @@ def _whole(message: pb.EdgeMessage, activation: pb.Activation, kept: KeptRows, c
     came = dict(_rows_that_came(activation, codes))
     # In this order, what is held after damage is before all of it that the message has: it need not find the next.
     read = {number: kept.read(number) for number in sorted(set(activation.kept)) if number}
-    for number, length in zip(activation.kept, activation.lengths, strict=True):
+    for number, length in set(zip(activation.kept, activation.lengths, strict=True)):
         if number:
             _check_length(activation, number, read[number], length, codes)
     rows = b"".join(came[i] if i in came else read[number] for i, number in enumerate(activation.kept))

@@ -277,7 +277,9 @@ class Session:
             self._half, forward.activation, not has_labels or forward.want_logits, has_labels
         )
         try:
-            self._memory.hold(waits, answers, batch)  # before it is decoded: a code may stand for eight times its bytes
+            self._memory.hold(
+                waits, answers, batch
+            )  # before it is decoded: a code may stand for hundreds of times its bytes
         except NoMemoryError as error:
             return self._skips(_REFUSED.format(error))
         rounding = rounding_of(self._seed, message.step, message.micro_batch)

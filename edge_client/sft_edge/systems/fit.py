@@ -17,10 +17,10 @@ from sft.wire.codec.packing import pack
 from sft.wire.codec.rans import SLOTS
 
 FIT_TOKENS = 20_000
-"""Rows that are enough: with twice as many a row takes 3% fewer bytes, and fitting takes twice as long."""
+"""That are enough: with twice as many, fitting takes twice as long."""
 
 _ROWS_A_WORD = 16
-"""At least: a word of fewer says more of them than of others."""
+"""On average, at least: a word of few says more of them than of others."""
 
 _COMPONENTS = 192
 """By which words are found at first."""
@@ -169,15 +169,15 @@ def _words(x_TW: Tensor, seed: int) -> Tensor:
     count = min(MOST_WORDS, max(1, len(x_TW) // _ROWS_A_WORD))
     words_NE = some_TE[torch.randperm(len(x_TW), generator=generator)[:count]]
     for _ in range(_ROUNDS):
-        words_NE = _means(some_TE, Nearest(words_NE)(some_TE), words_NE)
-    return _means(x_TW, Nearest(words_NE)(some_TE), words_NE @ basis_WK[:, :_COMPONENTS].T)
+        words_NE = _means(some_TE, Nearest(words_NE)(some_TE))
+    return _means(x_TW, Nearest(words_NE)(some_TE))
 
 
-def _means(x_TE: Tensor, word_T: Tensor, words_NE: Tensor) -> Tensor:
-    """Of the rows of each word; that of none stays what it was."""
-    seen_N = torch.bincount(word_T, minlength=len(words_NE))[:, None]
-    sum_NE = torch.zeros_like(words_NE).index_add_(0, word_T, x_TE)
-    return torch.where(seen_N > 0, sum_NE / (seen_N + _PULL), words_NE)
+def _means(x_TE: Tensor, word_T: Tensor) -> Tensor:
+    """Of the rows of each word; those of none go."""
+    seen_N = torch.bincount(word_T)
+    sum_NE = torch.zeros(len(seen_N), x_TE.shape[1]).index_add_(0, word_T, x_TE)
+    return (sum_NE / (seen_N[:, None] + _PULL))[seen_N > 0]
 
 
 def _components(x_TW: Tensor) -> Tuple[Tensor, Tensor]:
@@ -201,7 +201,7 @@ def _classes(left_N: Tensor, seen_N: Tensor) -> Tensor:
     below_N = seen_N[order_N].cumsum(0) - seen_N[order_N]
     class_N = torch.empty_like(order_N)
     class_N[order_N] = below_N * _CLASSES // max(1, int(seen_N.sum()))
-    return class_N
+    return class_N.clamp(max=_CLASSES - 1)  # of those that no row is nearest to, as they are written
 
 
 class _Symbols(NamedTuple):
@@ -252,7 +252,7 @@ def _with_step(z_TK: Tensor, class_T: Tensor, step: float) -> _Symbols:
     prior_DQ = (mean_D1 / (1 + mean_D1)).clamp(min=1e-3) ** Q
     reaches = (seen_DQ > 0) | (prior_DQ * SLOTS > 1.0)
     reach_D1 = (reaches * Q).amax(dim=1, keepdim=True)
-    likely_DQ = (seen_DQ + _PRIOR * prior_DQ / prior_DQ.sum(dim=1, keepdim=True)) * (reach_D1 >= Q)
+    likely_DQ = (seen_DQ + _PRIOR * prior_DQ / prior_DQ.sum(dim=1, keepdim=True)).clamp(min=1e-6) * (reach_D1 >= Q)
     likely_DQ[:, 1:] /= 2
     frequencies_DS = _of_slots(torch.cat([likely_DQ[:, 1:].flip(1), likely_DQ], dim=1))
     points_DS = torch.cat([-points_DQ[:, 1:].flip(1), points_DQ], dim=1)

@@ -15,8 +15,9 @@ from sft.errors import ProtocolError, UsageError
 from sft.tensors.stream import in_memory, safetensors_size
 from sft.v1 import split_training_pb2 as pb
 from sft.wire.codec.elements import IN_FULL, Codecs, codecs_named, codecs_of, decode_tensor, encode_tensor, encoded_size
-from sft.wire.codec.fitted import BLOCK, Fitted, most_bytes
+from sft.wire.codec.fitted import BLOCK, Fitted, Nearest, most_bytes
 from sft.wire.codec.rows import CODES
+from sft.wire.protocol import MAX_PADDED_TOKENS
 
 CPU = torch.device("cpu")
 W = 10
@@ -28,7 +29,7 @@ NO_NUMBER = bytes(5)
 def rows_of(count: int, tables: Dict[str, Tensor]) -> Tensor:
     """That the tables have words and points for."""
     generator = torch.Generator().manual_seed(1)
-    width, reach = len(tables["mean"]), tables["points"].shape[1] // 2 - 1
+    width, reach = tables["basis"].shape[1], tables["points"].shape[1] // 2 - 1
     word_T = torch.randint(len(tables["step"]), (count,), generator=generator)
     q_TK = torch.randint(-reach, reach + 1, (count, width), generator=generator)
     points_TK = q_TK + 0.125 * q_TK.sign()
@@ -94,7 +95,18 @@ def test_what_was_read_is_written_alike() -> None:
     back = read(data, rows=len(x))
     torch.testing.assert_close(back, x, rtol=1e-4, atol=1e-2)
     assert CODE.encode(back) == data
-    assert CODE.encode(x + 1e-3 * torch.randn(x.shape)) == data
+    assert CODE.encode(x + 1e-3 * torch.randn(x.shape, generator=torch.Generator().manual_seed(2))) == data
+
+
+def test_the_nearest_word() -> None:
+    """Of as many as there may be, but for those that are about as near."""
+    generator = torch.Generator().manual_seed(4)
+    words_NK = torch.randn(1024, 300, generator=generator) * torch.logspace(1, -3, 300)
+    x_TK = torch.randn(2 * BLOCK + 3, 300, generator=generator) * torch.logspace(1, -3, 300)
+    apart_TN = torch.cdist(x_TK, words_NK)
+    found_T = Nearest(words_NK)(x_TK)
+    torch.testing.assert_close(apart_TN.gather(1, found_T[:, None])[:, 0], apart_TN.amin(dim=1), rtol=1e-3, atol=0.0)
+    assert (found_T == apart_TN.argmin(dim=1)).float().mean() > 0.98
 
 
 def test_a_row_does_not_depend_on_the_others() -> None:
@@ -147,29 +159,52 @@ def test_rows_that_the_tables_did_not_write() -> None:
         data[bit // 8] ^= 1 << bit % 8
     assert refused > 7 * len(data)
     assert read(NO_NUMBER).isnan().all()
-    with pytest.raises(ProtocolError, match="a row came that was not written with the codec's tables"):
-        read(b"\x01" + bytes([255] * 6))
+    for row in (b"\x01" + bytes([255] * 6), b"\x01" + bytes(6), b"\x80\x01" + bytes(6)):
+        with pytest.raises(ProtocolError, match="a row came that was not written with the codec's tables"):
+            read(row)
 
 
-@pytest.mark.parametrize("drawn", range(20))
-def test_any_bytes(drawn: int) -> None:
-    draw = np.random.default_rng(drawn)
-    data = draw.bytes(draw.integers(1, 2000))
-    for rows in (1, 7):
-        try:
-            read(data, rows=rows)
-        except ProtocolError:
-            continue
+def test_rows_of_any_bytes() -> None:
+    draw = np.random.default_rng(1)
+    for _ in range(100):
+        count = int(draw.integers(1, W + 2))
+        row = bytes([count]) + draw.bytes(4 + 2 * count)
+        assert len(CODE.ends(row, 1, W)) == 1
+        with pytest.raises(ProtocolError, match="was not written with the codec's tables"):
+            read(row)
+
+
+def test_a_block_without_numbers() -> None:
+    assert CODE.encode(torch.full((3, W), math.nan)) == NO_NUMBER * 3
+    assert read(NO_NUMBER * 3, rows=3).isnan().all()
+
+
+def test_fewer_components_than_elements() -> None:
+    tables = made_up_tables(W)
+    cut_down(K=4)(tables)
+    code, x = Fitted(tables, CPU), rows_of(20, tables)
+    torch.testing.assert_close(read(code.encode(x), code, 20), x, rtol=1e-4, atol=1e-2)
 
 
 @pytest.mark.parametrize(
     ("data", "rows"),
     [(b"", 1), (b"\0", 1), (b"\0" * 4, 1), (b"\0" * 6, 1), (b"\0" * 10, 1), (b"\0" * 5, 2), (b"\x80", 1)]
-    + [(b"\x01" + b"\0" * 5, 1), (b"\x80\x01" + b"\0" * 5, 1), (b"\xff\xff" + b"\0" * 100, 1), (b"\0" * 5, 0)],
+    + [(b"\x01" + b"\0" * 5, 1), (b"\x80\x01" + b"\0" * 5, 1), (b"\xff\xff" + b"\0" * 100, 1), (b"\0" * 5, 0)]
+    + [(bytes([W + 2]) + bytes(4 + 2 * (W + 2)), 1), (bytes([255, 255]) + bytes(4 + 2 * 32767), 1)],
 )
 def test_rows_that_are_cut_off_or_too_many(data: bytes, rows: int) -> None:
-    with pytest.raises(ProtocolError, match=rf"{len(data)} bytes came for {rows} rows"):
+    with pytest.raises(ProtocolError, match=rf"{len(data)} bytes came, which are not {rows} rows in the codec fitted"):
         CODE.ends(data, rows, W)
+
+
+def test_more_rows_than_a_message_may_have_are_not_looked_at() -> None:
+    class Seen(bytes):
+        def __getitem__(self, index):
+            raise AssertionError("it is looked at")
+
+    for rows in (MAX_PADDED_TOKENS + 1, 1 << 60):
+        with pytest.raises(ProtocolError, match=f"which are not {rows} rows"):
+            CODE.ends(Seen(5 * (MAX_PADDED_TOKENS + 1)), rows, W)
 
 
 def test_a_tensor_of_any_shape() -> None:
@@ -179,7 +214,7 @@ def test_a_tensor_of_any_shape() -> None:
         assert decode_tensor(message, CPU, CODECS.codes).shape == shape
     message = encode_tensor(torch.ones(2, W), pb.DATA_TYPE_FITTED, codes=CODECS.codes)
     message.data += b"x"
-    with pytest.raises(ProtocolError, match="bytes came for 2 rows, and they hold"):
+    with pytest.raises(ProtocolError, match="which are not 2 rows in the codec fitted"):
         decode_tensor(message, CPU, CODECS.codes)
 
 

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from sft.errors import ProtocolError
 from sft.wire.codec.rans import SLOTS, Distributions, Reader, Writer, Written
+from sft.wire.protocol import MAX_PADDED_TOKENS
 
 MOST_WORDS, MOST_CLASSES, MOST_KINDS, MOST_SYMBOLS = 1024, 16, 64, 255
 
@@ -50,6 +51,9 @@ _LEAST_BYTES = 5
 """Of a row: length and state."""
 
 _LONG = 128
+
+_MOST_COMPONENTS = 128 * 256 - 2
+"""So that a row has a length."""
 
 _DTYPES = {
     **dict.fromkeys(("basis", "whole"), torch.int8),
@@ -74,13 +78,14 @@ class Fitted:
         """
         self.tables: Dict[str, Tensor] = dict(tables)
         self.width = _checked(tables)
-        floats = {name: tables[name].to(device, torch.float32) for name in _DTYPES if name not in ("class", "kind")}
-        self._mean_W, self._step_N = floats["mean"], floats["step"]
-        self._basis_WK = floats["basis"] * floats["basis_steps"]
-        self._whole_NK = floats["whole"] * floats["whole_steps"]
         self._device = device
+        self._mean_W, self._step_N = (tables[name].to(device, torch.float32) for name in ("mean", "step"))
+        self._basis_WK, self._whole_NK = (
+            tables[name].to(device, torch.float32) * tables[f"{name}_steps"].to(device, torch.float32)
+            for name in ("basis", "whole")
+        )
         self._points_DS = tables["points"].float().numpy()
-        self._kind_NK = tables["kind"].numpy()[tables["class"].numpy()].astype(np.int32)
+        self._class_N, self._kind_CK = tables["class"].numpy(), tables["kind"].numpy()
         self._words = Distributions(tables["word_frequencies"].numpy()[None])
         self._symbols = Distributions(tables["frequencies"].numpy())
         self._writing: Optional[_Writing] = None
@@ -95,18 +100,19 @@ class Fitted:
         """See RowCode."""
         self.row_bytes(width)
         ends, at = [], 0
-        try:
-            while at < len(data):
-                count = data[at]
-                if count >= _LONG:
-                    at += 1
-                    count = (count - _LONG) * 256 + data[at]
-                at += _LEAST_BYTES + 2 * count
-                ends.append(at)
-        except IndexError:
-            at = -1
+        most = self.tables["basis"].shape[1] + 1  # a symbol leaves no more than a word
+        # Before anything else is known of them: a message may have fifty million rows.
+        for _ in range(rows if rows <= min(MAX_PADDED_TOKENS, len(data) // _LEAST_BYTES) else 0):
+            count = data[at] if at < len(data) else most + 1
+            if count >= _LONG and at + 1 < len(data):
+                at += 1
+                count = (count - _LONG) * 256 + data[at]
+            if count > most:
+                break
+            at += _LEAST_BYTES + 2 * count
+            ends.append(at)
         if at != len(data) or len(ends) != rows:
-            raise ProtocolError(f"{len(data)} bytes came for {rows} rows, and they hold {len(ends)} and a part of one")
+            raise ProtocolError(f"{len(data)} bytes came, which are not {rows} rows in the codec fitted")
         return ends
 
     def encode(self, x_TW: Tensor, rounding: Optional[int] = None) -> bytes:
@@ -123,15 +129,15 @@ class Fitted:
         is_number_B = x_BW.abs().amax(dim=1) <= LARGEST  # NaN compares false
         z_BK = torch.where(is_number_B[:, None], x_BW - self._mean_W, 0.0) @ writing.inverse_WK
         word_B = writing.nearest(z_BK)
-        q_BK = rounded((z_BK - self._whole_NK[word_B]) / self._step_N[word_B][:, None])
-        word_B1 = word_B.to(torch.int32).cpu().numpy()[:, None]
-        kind_KB = self._kind_NK[word_B1[:, 0]].T
-        reach_KB = writing.reach_D[kind_KB]
         half = self._points_DS.shape[1] // 2
-        symbols_KB = np.clip(q_BK.to(torch.int32).cpu().numpy().T, -reach_KB, reach_KB) + np.int32(half)
+        q_BK = rounded((z_BK - self._whole_NK[word_B]) / self._step_N[word_B][:, None]).clamp_(-half, half)
+        word_1B = word_B.to(torch.int32).cpu().numpy()[None]
+        kind_KB = self._kinds(word_1B[0])
+        reach_KB = writing.reach_D[kind_KB]
+        symbols_KB = np.clip(q_BK.T.contiguous().to(torch.int32).cpu().numpy(), -reach_KB, reach_KB) + np.int32(half)
         writer = Writer(len(x_BW))
         writer.put(self._symbols, symbols_KB, kind_KB)
-        writer.put(self._words, word_B1.T, np.zeros_like(word_B1.T))
+        writer.put(self._words, word_1B, np.zeros_like(word_1B))
         return _joined(writer.written(), is_number_B.cpu().numpy())
 
     def decode(self, data: Union[bytes, memoryview], rows: int, width: int, device: torch.device) -> Tensor:
@@ -145,16 +151,22 @@ class Fitted:
         written, is_number_B = _parted(data, begin_B)
         reader = Reader(written)
         word_B = reader.take(self._words, np.zeros((1, len(is_number_B)), dtype=np.int32))[0]
-        kind_KB = self._kind_NK[word_B].T
+        kind_KB = self._kinds(word_B)
         symbols_KB = reader.take(self._symbols, kind_KB)
-        if not (reader.at_end() | ~is_number_B).all():
+        if not np.where(is_number_B, reader.at_end(), written.count_T == 0).all():
             raise ProtocolError("a row came that was not written with the codec's tables")
-        z_KB = torch.from_numpy(self._points_DS[kind_KB, symbols_KB]).to(self._device)
+        z_KB = torch.from_numpy(self._points_DS.take(kind_KB * np.int32(self._points_DS.shape[1]) + symbols_KB)).to(
+            self._device
+        )
         words_B = torch.from_numpy(word_B.astype(np.int64)).to(self._device)
         z_BK = z_KB.T * self._step_N[words_B][:, None] + self._whole_NK[words_B]
         x_BW = torch.addmm(self._mean_W, z_BK, self._basis_WK.T)
         x_BW[torch.from_numpy(~is_number_B).to(self._device)] = math.nan
         return x_BW
+
+    def _kinds(self, word_B: np.ndarray) -> np.ndarray:
+        """Of distributions, by component and row: int32 (K, B)."""
+        return np.ascontiguousarray(self._kind_CK[self._class_N[word_B]].T).astype(np.int32)
 
 
 class Nearest:
@@ -254,7 +266,7 @@ def _checked(tables: Mapping[str, Tensor]) -> int:
             raise ProtocolError(f"'{name}' of a codec's tables has shape {list(tables[name].shape)}")
     (W, K), N, C, (D, S) = tables["basis"].shape, len(tables["whole"]), len(tables["kind"]), tables["frequencies"].shape
     for what, count, most in (
-        ("components", K, W),
+        ("components", K, min(W, _MOST_COMPONENTS)),
         ("words", N, MOST_WORDS),
         ("classes", C, MOST_CLASSES),
         ("kinds", D, MOST_KINDS),

@@ -26,6 +26,7 @@ SLOTS = 1 << PRECISION
 _START = 1
 _WORD = np.uint32(16)
 _LOW = np.uint32(1 << 16)
+_LOWER_HALF = np.uint32((1 << 16) - 1)
 _PRECISION, _SLOTS, _LAST_SLOT = np.uint32(PRECISION), np.uint32(SLOTS), np.uint32(SLOTS - 1)
 _MOST = np.uint32(32 - PRECISION)
 
@@ -35,11 +36,17 @@ class Distributions:
 
     def __init__(self, frequencies_DS: np.ndarray) -> None:
         """Whole numbers, 4096 together in each distribution; what has none cannot be written."""
-        D, self._symbols = frequencies_DS.shape
-        of_DS = np.ascontiguousarray(frequencies_DS, dtype=np.int64)
-        self._frequency = of_DS.ravel().astype(np.uint32)
-        self._before = (np.cumsum(of_DS, axis=1) - of_DS).ravel().astype(np.uint32)
-        self._own = np.repeat(np.arange(D * self._symbols, dtype=np.int32), of_DS.ravel())  # at 4096 d + slot
+        D, self.symbols = frequencies_DS.shape
+        self.frequency = frequencies_DS.ravel().astype(np.uint32)
+        """Of symbol s of distribution d, at d S + s."""
+        self.before = (np.cumsum(frequencies_DS, axis=1) - frequencies_DS).ravel().astype(np.uint32)
+        """Likewise, of all lesser ones together."""
+        own = np.repeat(np.arange(D * self.symbols), self.frequency)
+        self.symbol = (own % self.symbols).astype(np.uint16)
+        """Of a slot of distribution d, at 4096 d + slot."""
+        slot = np.tile(np.arange(SLOTS, dtype=np.uint32), D)
+        self.step = self.frequency[own] << _WORD | (slot - self.before[own])
+        """Likewise, its frequency and, in the lower half, how far into it the slot is."""
 
 
 class Written(NamedTuple):
@@ -57,26 +64,32 @@ class Writer:
 
     def __init__(self, rows: int) -> None:
         self._state_T = np.full(rows, _START, dtype=np.uint32)
-        self._full: List[np.ndarray] = []
+        self._is_full: List[np.ndarray] = []
         self._left: List[np.ndarray] = []
 
     def put(self, distributions: Distributions, symbols_KT: np.ndarray, kinds_KT: np.ndarray) -> None:
         """Before what was put before: `symbols_KT` of distributions `kinds_KT`, int32 from 0."""
-        at_KT = kinds_KT * np.int32(distributions._symbols) + symbols_KT
-        frequency_KT, before_KT = distributions._frequency[at_KT], distributions._before[at_KT]
-        state_T = self._state_T
-        for frequency_T, before_T in zip(frequency_KT[::-1], before_KT[::-1]):
-            full_T = state_T >> _MOST >= frequency_T
-            self._full.append(full_T)
-            self._left.append(state_T.astype(np.uint16))
-            state_T = np.where(full_T, state_T >> _WORD, state_T)
-            state_T += state_T // frequency_T * (_SLOTS - frequency_T) + before_T
-        self._state_T = state_T
+        at_KT = np.ascontiguousarray(kinds_KT * np.int32(distributions.symbols) + symbols_KT)
+        frequency_KT, before_KT = distributions.frequency.take(at_KT), distributions.before.take(at_KT)
+        most_KT = (frequency_KT << _MOST) - np.uint32(1)  # where the frequency is 4096 that is all there is
+        more_KT = _SLOTS - frequency_KT
+        left_KT, is_full_KT = np.empty(at_KT.shape, dtype=np.uint16), np.empty(at_KT.shape, dtype=bool)
+        state_T, times_T = self._state_T, np.empty_like(self._state_T)
+        for k in reversed(range(len(at_KT))):
+            np.greater(state_T, most_KT[k], out=is_full_KT[k])
+            left_KT[k] = state_T
+            np.right_shift(state_T, _WORD, out=state_T, where=is_full_KT[k])
+            np.floor_divide(state_T, frequency_KT[k], out=times_T)
+            times_T *= more_KT[k]
+            state_T += times_T
+            state_T += before_KT[k]
+        self._left.append(left_KT)
+        self._is_full.append(is_full_KT)
 
     def written(self) -> Written:
         """All of it."""
-        full_TK = np.stack(self._full[::-1], axis=1)
-        return Written(self._state_T, np.stack(self._left[::-1], axis=1)[full_TK], full_TK.sum(axis=1))
+        left_TK, is_full_TK = (np.concatenate(of[::-1]).T for of in (self._left, self._is_full))
+        return Written(self._state_T, left_TK[is_full_TK], is_full_TK.sum(axis=1))
 
 
 class Reader:
@@ -91,20 +104,19 @@ class Reader:
     def take(self, distributions: Distributions, kinds_KT: np.ndarray) -> np.ndarray:
         """The next symbols, int32 (K, T), of distributions `kinds_KT`."""
         state_T = self._state_T
-        at_KT = np.empty(kinds_KT.shape, dtype=np.int32)
-        for slots_T, at_T in zip(kinds_KT << PRECISION, at_KT):
-            slot_T = state_T & _LAST_SLOT
-            distributions._own.take(slots_T | slot_T.view(np.int32), out=at_T)
+        at_KT = np.ascontiguousarray(kinds_KT << PRECISION)
+        for at_T in at_KT:
+            at_T |= (state_T & _LAST_SLOT).view(np.int32)
+            step_T = distributions.step.take(at_T)
             state_T >>= _PRECISION
-            state_T *= distributions._frequency.take(at_T)
-            state_T += slot_T - distributions._before.take(at_T)
-            low = np.flatnonzero(state_T < _LOW)
+            state_T *= step_T >> _WORD
+            state_T += step_T & _LOWER_HALF
+            (low,) = (state_T < _LOW).nonzero()
             low = low[self._next_T[low] < self._end_T[low]]
-            if len(low):
-                state_T[low] = state_T[low] << _WORD | self._words_L[self._next_T[low]]
-                self._next_T[low] += 1
-        at_KT -= kinds_KT * np.int32(distributions._symbols)
-        return at_KT
+            state_T[low] = state_T[low] << _WORD | self._words_L[self._next_T[low]]
+            self._next_T[low] += 1
+        symbols_KT: np.ndarray = distributions.symbol.take(at_KT).astype(np.int32)
+        return symbols_KT
 
     def at_end(self) -> np.ndarray:
         """Of which rows nothing is left, (T,) bool."""

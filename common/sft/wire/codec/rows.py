@@ -37,10 +37,11 @@ _STEPS_OF_TWO = 4
 
 
 Data = Union[bytes, memoryview]
+"""Rows, one after the other."""
 
 
 class RowCode(Protocol):
-    """One way of writing rows. It keeps nothing from one to the next."""
+    """One way of writing rows, of which there is at least one. It keeps nothing from one to the next."""
 
     def row_bytes(self, width: int) -> int:
         """X, of a row of so many elements; the least, where rows differ."""
@@ -69,7 +70,7 @@ class EvenRows:
         size = self.row_bytes(width)
         if rows * size != len(data):
             raise ProtocolError(f"{rows} rows of {width} elements: it needs {rows * size} bytes, {len(data)} came")
-        return range(size, rows * size + 1, max(1, size))
+        return range(size, len(data) + 1, size) if size else ()  # of rows without elements nobody asks
 
     def encode(self, x_TW: Tensor, rounding: Optional[int] = None) -> bytes:
         """See RowCode."""
