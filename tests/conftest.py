@@ -7,7 +7,7 @@ import importlib.util
 import os
 import signal
 from pathlib import Path
-from typing import Iterator
+from typing import Iterator, List
 
 import pytest
 
@@ -28,6 +28,18 @@ def pytest_configure(config: pytest.Config) -> None:
 
     os.environ["OMP_NUM_THREADS"] = "1"  # what the processes that tests start inherit
     torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: List[pytest.Item]) -> None:
+    """`first_only` becomes `slow`, before those that are slow are left out."""
+    seen = set()
+    for item in items:
+        if item.get_closest_marker("first_only") is not None:
+            function = item.nodeid.partition("[")[0]
+            if function in seen:
+                item.add_marker(pytest.mark.slow)
+            seen.add(function)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -12,6 +12,7 @@ from sft_cloud.options import LimitOptions
 KINDS = ("OpenSessionRequest", "UploadBlobRequest", "EdgeMessage, first", "DownloadWeightsRequest", "ProbeRequest")
 
 
+@pytest.mark.first_only
 @pytest.mark.parametrize(
     ("seed", "fitted"),
     [(0, False), *(pytest.param(seed, fitted, marks=pytest.mark.slow) for seed, fitted in ((1, False), (2, True)))],

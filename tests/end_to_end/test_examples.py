@@ -51,6 +51,7 @@ def accuracy(printed):
     return float(line.split()[-1])
 
 
+@pytest.mark.first_only
 @pytest.mark.parametrize("flags", [(), ("--mixed-precision", "bf16")], ids=("float32", "bf16"))
 def test_accelerate(run_example, steady_model, data_dir, cloud, flags):
     printed = run_example(
@@ -61,6 +62,7 @@ def test_accelerate(run_example, steady_model, data_dir, cloud, flags):
     assert accuracy(printed) == 100
 
 
+@pytest.mark.first_only
 @pytest.mark.parametrize("flags", [(), ("--precision", "bf16-mixed")], ids=("float32", "bf16"))
 def test_fabric(run_example, steady_model, data_dir, cloud, flags):
     printed = run_example(

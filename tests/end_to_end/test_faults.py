@@ -93,6 +93,7 @@ def test_a_server_that_freezes_for_a_while(
     assert same_bits(frozen, first_steps(5, job, model=model))
 
 
+@pytest.mark.slow
 def test_a_cloud_of_its_own_that_is_killed(
     failing: Callable[..., tuple[int, str]],
     at_step: Callable[[int, Callable[[], object]], None],

@@ -171,6 +171,7 @@ ODD_ENTRIES = st.dictionaries(st.sampled_from(sorted(ENTRY)), JSON | ODD_LIMITS,
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(JSON | ODD_ENTRIES | JSON.map(lambda entries: {"version": 1, "tokens": entries}))
 def test_whatever_json_is_in_the_file_it_is_tokens_or_one_error(tmp_path_factory, document):

@@ -138,6 +138,7 @@ def test_it_ends_though_an_edge_is_idle(start, connect, edge, number):
     assert caught.value.code() in (grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAVAILABLE)
 
 
+@pytest.mark.slow
 def test_it_ends_with_its_standard_input(start):
     process = start("--exit-with-stdin")
     process.child.stdin.write(b"anything")
@@ -146,6 +147,7 @@ def test_it_ends_with_its_standard_input(start):
     assert process.ends_with() == 0
 
 
+@pytest.mark.slow
 def test_what_it_cannot_use_is_one_line(tmp_path):
     """A port that is taken, and a state directory that is a file."""
     (tmp_path / "file").write_text("")

@@ -163,6 +163,7 @@ def scalars(values):
 SCALAR_STEP = {SCALARS: scalars({"classifier.weight": {"step": 3}})}
 
 
+@pytest.mark.first_only
 @pytest.mark.parametrize(
     ("change", "says"),
     [

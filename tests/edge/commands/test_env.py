@@ -100,6 +100,7 @@ def test_what_is_broken_is_told_in_its_line(tmp_path: Path) -> None:
     assert "cuda" not in rows
 
 
+@pytest.mark.first_only
 @pytest.mark.parametrize(
     ("content", "said"),
     [

@@ -134,6 +134,7 @@ def test_what_makes_no_sense(
     assert os.listdir(str(tmp_path / "full")) == ["file"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("difference", "there"), [(1e-3, True), (float("nan"), False)])
 def test_a_difference(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, export: Run, difference: float, there: bool

@@ -134,12 +134,14 @@ def test_a_base_model_that_is_another_is_noticed(exported: Path, tmp_path: Path)
     assert wrong.base_difference > 1e-3
 
 
+@pytest.mark.slow
 def test_code_that_may_not_run(exported: Path) -> None:
     """Nobody gets the library's own model with weights that are not its."""
     with pytest.raises(VerificationError, match=r"contains custom code|requires you to execute"):
         ask_elsewhere([question(exported, trust_remote_code=False)])
 
 
+@pytest.mark.slow
 def test_a_model_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(VerificationError, match="transformers cannot open the exported model: "):
         ask_elsewhere([question(tmp_path)])

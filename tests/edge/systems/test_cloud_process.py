@@ -142,6 +142,7 @@ def test_without_the_clouds_part_there_is_advice(monkeypatch: pytest.MonkeyPatch
         CloudProcess()
 
 
+@pytest.mark.slow
 def test_the_child_does_not_outlive_a_parent_that_is_killed() -> None:
     command = [*child(PARENT), ENDS_WITH_STDIN]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, universal_newlines=True) as parent:

@@ -111,6 +111,7 @@ OPTIONS = [
 ]
 
 
+@pytest.mark.first_only
 @pytest.mark.parametrize(
     "options",
     [*OPTIONS[:6], *(pytest.param(one, marks=pytest.mark.slow) for one in OPTIONS[6:])],

@@ -41,6 +41,7 @@ def test_the_edge_dies_in_the_middle_of_a_save(
     Outcome(out, clouds.store).check_same(expected)
 
 
+@pytest.mark.first_only
 @pytest.mark.parametrize("point", POINTS)
 def test_the_cloud_dies_in_the_middle_of_a_save(
     run: Callable[..., int],

@@ -32,9 +32,8 @@ def fits(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, torch.Tensor]]:
     return made
 
 
-@pytest.mark.parametrize(
-    ("step", "activations"), [(1, "resend"), (5, "keep-on-cloud"), pytest.param(5, "resend", marks=pytest.mark.slow)]
-)
+@pytest.mark.first_only
+@pytest.mark.parametrize(("step", "activations"), [(5, "keep-on-cloud"), (1, "resend"), (5, "resend")])
 def test_a_session_that_is_lost(
     run: Callable[..., int],
     whole: Callable[..., Outcome],

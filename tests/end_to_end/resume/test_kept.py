@@ -50,6 +50,7 @@ def test_every_row_is_computed_once(
     assert path.read_bytes() == b"somebody's"
 
 
+@pytest.mark.first_only
 @pytest.mark.parametrize("becomes", ["kept", "lost", "cut short", "another run's"])
 def test_the_file_after_a_cut(
     run: Callable[..., int],
@@ -86,10 +87,8 @@ def test_the_file_after_a_cut(
     Outcome(out, clouds.store).check_same(expected)
 
 
-@pytest.mark.parametrize(
-    ("step", "workers"),
-    [(1, 0), pytest.param(3, 1, marks=pytest.mark.slow), pytest.param(5, 0, marks=pytest.mark.slow)],
-)
+@pytest.mark.first_only
+@pytest.mark.parametrize(("step", "workers"), [(1, 0), (3, 1), (5, 0)])
 def test_a_session_that_is_lost(
     run: Callable[..., int],
     whole: Callable[..., Outcome],

@@ -49,6 +49,7 @@ def stores(monkeypatch: pytest.MonkeyPatch) -> list[KeptStore]:
     return made
 
 
+@pytest.mark.first_only
 @pytest.mark.parametrize(
     "options", [{}, {"mode": "sl", "codec": "fitted"}, {"codec": "int8", "labels": "local"}], ids=str
 )

@@ -33,6 +33,7 @@ QUICK = (2, 3, 4, 6, 10)
 """Of the kinds; the others are tried with the slow tests."""
 
 
+@pytest.mark.first_only
 @pytest.mark.parametrize(
     "options",
     [pytest.param(one, id=str(one), marks=[] if i in QUICK else [pytest.mark.slow]) for i, one in enumerate(KINDS)],
@@ -151,6 +152,7 @@ def test_a_cloud_that_lost_its_half(
     )
 
 
+@pytest.mark.first_only
 @pytest.mark.parametrize("side", ["edge", "cloud"])
 def test_a_newest_half_that_is_torn(
     run: Callable[..., int], whole: Callable[..., Outcome], clouds: Clouds, out: Path, side: str

@@ -23,8 +23,9 @@ from sft_edge.training.recovery import Recovery
 # SIGTERM.
 
 
+@pytest.mark.first_only
 @pytest.mark.usefixtures("default_sigterm")
-@pytest.mark.parametrize("mode", ["local", "sft"])
+@pytest.mark.parametrize("mode", ["sft", "local"])
 @pytest.mark.parametrize("save_steps", [2, None])
 def test_an_edge_that_is_told_to_stop(
     run: Callable[..., int],
@@ -109,6 +110,7 @@ def test_a_server_that_is_told_to_stop(
 # Disks that are full.
 
 
+@pytest.mark.first_only
 @pytest.mark.parametrize("side", ["edge", "cloud"])
 def test_a_save_for_which_there_is_no_room(
     run: Callable[..., int],

@@ -73,6 +73,7 @@ def test_two_of_one_step(
     Outcome(out, clouds.store).check_same(expected)
 
 
+@pytest.mark.first_only
 @pytest.mark.parametrize("step", [1, 3])
 def test_nothing_of_another_run_is_left_to_be_taken(
     run: Callable[..., int], out: Path, at_step: Callable[..., None], capsys: pytest.CaptureFixture[str], step: int
