@@ -5,9 +5,8 @@
 Rows of a batch of 32 sequences of 20 tokens, of the width of MiniLM (384), of BERT-base (768) and of the paper's ranks
 8 and 64: an activation is written and read, to the nearest, and a gradient, by chance; with `fitted` an activation
 alone. That is fitted to other random rows, which have nothing in common: its error is what it is at worst. The step
-beside it, measured in the same run, is that of the model in one piece, forward and backward, of MiniLM's shape, or for
-768 of BERT-base's with random weights. One thread; the median of the repeats. Runs on every Python and torch that the
-edge does.
+beside it is that of the model in one piece, forward and backward, of MiniLM's shape, or for 768 of BERT-base's with
+random weights. All take turns, a step in ten; medians. One thread. Runs on every Python and torch that the edge does.
 """
 
 from __future__ import annotations
@@ -46,31 +45,31 @@ def main() -> int:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     print(f"Python {sys.version.split()[0]}, torch {torch.__version__}")
-    steps = {width: step_seconds(width, max(3, repeats // 10)) for width in SHAPES}
     print(f"{'width':>5} {'codec':<10}{'bits an element':>16}{'error':>9}{'ms':>8}{'of a step':>11}")
+    steps = {width: step_of(width) for width in SHAPES}
     for width, model in WIDTHS.items():
         a_TR = torch.randn(SEQUENCES * TOKENS, width)
-        tables = fit_tables(torch.randn(FIT_TOKENS, width), 0)
-        codes = codecs_named("float32", FITTED).with_tables(tables, CPU).codes
+        codes = codecs_named("float32", FITTED).with_tables(fit_tables(torch.randn(FIT_TOKENS, width), 0), CPU).codes
+        works = {name: crossing_of(a_TR, codec, codes) for name, codec in NAMES.items()}
+        taken: dict[str, list[float]] = {name: [] for name in (*works, "step")}
+        for turn in range(repeats):
+            for name, work in works.items():
+                taken[name].append(seconds_of(work))
+            if turn % 10 == 0:
+                taken["step"].append(seconds_of(steps[model]))
+        a_step = statistics.median(taken.pop("step"))
         for name, codec in NAMES.items():
             written = encode_tensor(a_TR, codec, codes=codes)
             error = float((decode_tensor(written, CPU, codes) - a_TR).norm() / a_TR.norm())
-
-            def crossings(a_TR: torch.Tensor = a_TR, codec: int = codec, codes: Codes = codes) -> None:
-                decode_tensor(encode_tensor(a_TR, codec, codes=codes), CPU, codes)
-                if codec in CODES:
-                    decode_tensor(encode_tensor(a_TR, codec, rounding=1), CPU)
-
-            seconds = median_seconds(crossings, repeats)
             bits = 8 * len(written.data) / a_TR.numel()
-            print(
-                f"{width:>5} {name:<10}{bits:>16.2f}{error:>9.4f}{1e3 * seconds:>8.2f}{seconds / steps[model]:>11.2%}"
-            )
+            seconds = statistics.median(taken[name])
+            print(f"{width:>5} {name:<10}{bits:>16.2f}{error:>9.4f}{1e3 * seconds:>8.2f}{seconds / a_step:>11.2%}")
+        print(f"{width:>5} a step{'':>35}{1e3 * a_step:>8.0f}")
     return 0
 
 
-def step_seconds(width: int, repeats: int) -> float:
-    """Forward and backward of the model in one piece."""
+def step_of(width: int) -> Callable[[], None]:
+    """Forward and backward of the model in one piece, which has been done once."""
     config = BertConfig(vocab_size=1000, num_labels=2, problem_type="single_label_classification", **SHAPES[width])
     net = build_whole(config, "sequence-classification")
     fill(net, [], 0)
@@ -82,20 +81,27 @@ def step_seconds(width: int, repeats: int) -> float:
         assert loss is not None
         loss.backward()
 
-    seconds = median_seconds(step, repeats)
-    print(f"a step of width {width}: {1e3 * seconds:.0f} ms")
-    return seconds
+    step()
+    return step
 
 
-def median_seconds(work: Callable[[], None], repeats: int) -> float:
-    """Of so many, after one that does not count."""
+def crossing_of(a_TR: torch.Tensor, codec: int, codes: Codes) -> Callable[[], None]:
+    """There and back, which has been done once."""
+
+    def crossing() -> None:
+        decode_tensor(encode_tensor(a_TR, codec, codes=codes), CPU, codes)
+        if codec in CODES:
+            decode_tensor(encode_tensor(a_TR, codec, rounding=1), CPU)
+
+    crossing()
+    return crossing
+
+
+def seconds_of(work: Callable[[], None]) -> float:
+    """By the clock."""
+    began = time.perf_counter()
     work()
-    taken = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        work()
-        taken.append(time.perf_counter() - began)
-    return statistics.median(taken)
+    return time.perf_counter() - began
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from sft_cloud.storage import read_blob
 _COPIES = 6
 """Of the file: as it is, and in float32, which is four times as large, and what is looked at on the way."""
 
-_BESIDE_BYTES = 6 << 20
+_BESIDE_BYTES = 10 << 20
 """For what distributions are looked up by, whatever the width, while it is made."""
 
 

@@ -22,7 +22,7 @@ FIT_TOKENS = 20_000
 _ROWS_A_WORD = 16
 """On average, at least: a word of few says more of them than of others."""
 
-_COMPONENTS = 192
+_COMPONENTS = 128
 """By which words are found at first."""
 
 _ROUNDS = 8

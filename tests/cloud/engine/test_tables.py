@@ -125,7 +125,7 @@ def test_they_are_charged_before_they_are_read_and_given_back(store, sl, monkeyp
 
     monkeypatch.setattr("sft_cloud.engine.tables.read_blob", read)
     without, session = open_with(store, sl, plain), open_with(store, sl, budget, **fields)
-    assert budget.held_bytes - plain.held_bytes == 6 * size + (6 << 20)
+    assert budget.held_bytes - plain.held_bytes == 6 * size + (10 << 20)
     assert min(held) >= budget.held_bytes
     del session, without
     gc.collect()

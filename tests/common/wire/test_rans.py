@@ -16,9 +16,9 @@ KINDS = np.stack([STEEP, [0, 0, 0, SLOTS, 0, 0, 0], [1, SLOTS - 6, 1, 1, 1, 1, 1
 def drawn(rows: int, symbols: int, seed: int = 0) -> Tuple[np.ndarray, np.ndarray]:
     """Symbols as often as they are to come, and of which kind each is."""
     draw = np.random.default_rng(seed)
-    kinds = draw.integers(0, len(KINDS), (symbols, rows)).astype(np.int32)
+    kinds = draw.integers(0, len(KINDS), (symbols, rows)).astype(np.int64)
     slots = draw.integers(0, SLOTS, (symbols, rows))
-    return (slots[..., None] >= KINDS.cumsum(axis=1)[kinds]).sum(axis=-1).astype(np.int32), kinds
+    return (slots[..., None] >= KINDS.cumsum(axis=1)[kinds]).sum(axis=-1).astype(np.int64), kinds
 
 
 def written(symbols: np.ndarray, kinds: np.ndarray, frequencies: np.ndarray = KINDS) -> Written:
@@ -58,7 +58,7 @@ def test_a_row_does_not_depend_on_the_others() -> None:
 def test_two_alphabets_in_one_row() -> None:
     """What is put last is taken first."""
     wrote, kinds = drawn(40, 50)
-    first, none = np.arange(40, dtype=np.int32)[None] % 3, np.zeros((1, 40), dtype=np.int32)
+    first, none = np.arange(40, dtype=np.int64)[None] % 3, np.zeros((1, 40), dtype=np.int64)
     others = Distributions(np.array([[1, 2, SLOTS - 3]]))
     writer = Writer(40)
     writer.put(Distributions(KINDS), wrote, kinds)
@@ -70,7 +70,7 @@ def test_two_alphabets_in_one_row() -> None:
 
 
 def test_a_symbol_that_always_comes_takes_nothing() -> None:
-    kinds = np.ones((1000, 2), dtype=np.int32)
+    kinds = np.ones((1000, 2), dtype=np.int64)
     nothing = written(np.full_like(kinds, 3), kinds)
     assert (nothing.state_T.tolist(), nothing.words_L.tolist(), nothing.count_T.tolist()) == ([1, 1], [], [0, 0])
 
@@ -100,7 +100,7 @@ def check(other: Written, kinds: np.ndarray, wrote: np.ndarray) -> None:
 
 def test_any_numbers_have_a_meaning() -> None:
     draw = np.random.default_rng(3)
-    kinds = draw.integers(0, len(KINDS), (60, 500)).astype(np.int32)
+    kinds = draw.integers(0, len(KINDS), (60, 500)).astype(np.int64)
     words = draw.integers(0, 1 << 16, 4 * 500).astype(np.uint16)
     state = draw.integers(0, 1 << 32, 500).astype(np.uint32)
     reader = Reader(Written(state, words, np.full(500, 4)))

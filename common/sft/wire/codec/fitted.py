@@ -44,7 +44,7 @@ LARGEST = 65504.0
 BLOCK = 1024
 """Rows that are written or read at once: enough that numpy is not called for few, not so many that they fill memory."""
 
-_SEARCHED = 192
+_SEARCHED = 128
 """Components, those in which words differ most, by which the nearest word is found."""
 
 _LEAST_BYTES = 5
@@ -122,7 +122,7 @@ class Fitted:
             half_S = self.tables["frequencies"].shape[1] // 2
             reach_D = (self.tables["frequencies"][:, half_S:] > 0).sum(dim=1) - 1
             inverse_WK = torch.linalg.pinv(self._basis_WK.double()).T.float()
-            self._writing = _Writing(inverse_WK, Nearest(self._whole_NK), reach_D.to(torch.int32).numpy())
+            self._writing = _Writing(inverse_WK, Nearest(self._whole_NK), reach_D.numpy())
         return b"".join(self._written(x_BW, self._writing) for x_BW in torch.split(x_TW, BLOCK))
 
     def _written(self, x_BW: Tensor, writing: _Writing) -> bytes:
@@ -131,10 +131,11 @@ class Fitted:
         word_B = writing.nearest(z_BK)
         half = self._points_DS.shape[1] // 2
         q_BK = rounded((z_BK - self._whole_NK[word_B]) / self._step_N[word_B][:, None]).clamp_(-half, half)
-        word_1B = word_B.to(torch.int32).cpu().numpy()[None]
+        word_1B = word_B.cpu().numpy()[None]
         kind_KB = self._kinds(word_1B[0])
         reach_KB = writing.reach_D[kind_KB]
-        symbols_KB = np.clip(q_BK.T.contiguous().to(torch.int32).cpu().numpy(), -reach_KB, reach_KB) + np.int32(half)
+        q_KB = q_BK.T.contiguous().to(torch.int64).cpu().numpy()
+        symbols_KB = np.minimum(np.maximum(q_KB, -reach_KB), reach_KB) + half
         writer = Writer(len(x_BW))
         writer.put(self._symbols, symbols_KB, kind_KB)
         writer.put(self._words, word_1B, np.zeros_like(word_1B))
@@ -150,23 +151,23 @@ class Fitted:
     def _read(self, data: memoryview, begin_B: np.ndarray) -> Tensor:
         written, is_number_B = _parted(data, begin_B)
         reader = Reader(written)
-        word_B = reader.take(self._words, np.zeros((1, len(is_number_B)), dtype=np.int32))[0]
+        word_B = reader.take(self._words, np.zeros((1, len(is_number_B)), dtype=np.int64))[0]
         kind_KB = self._kinds(word_B)
         symbols_KB = reader.take(self._symbols, kind_KB)
         if not np.where(is_number_B, reader.at_end(), written.count_T == 0).all():
             raise ProtocolError("a row came that was not written with the codec's tables")
-        z_KB = torch.from_numpy(self._points_DS.take(kind_KB * np.int32(self._points_DS.shape[1]) + symbols_KB)).to(
+        z_KB = torch.from_numpy(self._points_DS.ravel()[kind_KB * self._points_DS.shape[1] + symbols_KB]).to(
             self._device
         )
-        words_B = torch.from_numpy(word_B.astype(np.int64)).to(self._device)
+        words_B = torch.from_numpy(word_B).to(self._device)
         z_BK = z_KB.T * self._step_N[words_B][:, None] + self._whole_NK[words_B]
         x_BW = torch.addmm(self._mean_W, z_BK, self._basis_WK.T)
         x_BW[torch.from_numpy(~is_number_B).to(self._device)] = math.nan
         return x_BW
 
     def _kinds(self, word_B: np.ndarray) -> np.ndarray:
-        """Of distributions, by component and row: int32 (K, B)."""
-        return np.ascontiguousarray(self._kind_CK[self._class_N[word_B]].T).astype(np.int32)
+        """Of distributions, by component and row: int64 (K, B)."""
+        return np.ascontiguousarray(self._kind_CK[self._class_N[word_B]].T).astype(np.int64)
 
 
 class Nearest:

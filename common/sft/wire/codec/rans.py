@@ -25,9 +25,7 @@ SLOTS = 1 << PRECISION
 
 _START = 1
 _WORD = np.uint32(16)
-_LOW = np.uint32(1 << 16)
-_LOWER_HALF = np.uint32((1 << 16) - 1)
-_PRECISION, _SLOTS, _LAST_SLOT = np.uint32(PRECISION), np.uint32(SLOTS), np.uint32(SLOTS - 1)
+_SLOTS = np.uint32(SLOTS)
 _MOST = np.uint32(32 - PRECISION)
 
 
@@ -42,10 +40,10 @@ class Distributions:
         self.before = (np.cumsum(frequencies_DS, axis=1) - frequencies_DS).ravel().astype(np.uint32)
         """Likewise, of all lesser ones together."""
         own = np.repeat(np.arange(D * self.symbols), self.frequency)
-        self.symbol = (own % self.symbols).astype(np.uint16)
+        self.symbol = own % self.symbols
         """Of a slot of distribution d, at 4096 d + slot."""
-        slot = np.tile(np.arange(SLOTS, dtype=np.uint32), D)
-        self.step = self.frequency[own] << _WORD | (slot - self.before[own])
+        slot = np.tile(np.arange(SLOTS), D)
+        self.step = self.frequency[own].astype(np.int64) << 16 | (slot - self.before[own])
         """Likewise, its frequency and, in the lower half, how far into it the slot is."""
 
 
@@ -68,9 +66,9 @@ class Writer:
         self._left: List[np.ndarray] = []
 
     def put(self, distributions: Distributions, symbols_KT: np.ndarray, kinds_KT: np.ndarray) -> None:
-        """Before what was put before: `symbols_KT` of distributions `kinds_KT`, int32 from 0."""
-        at_KT = np.ascontiguousarray(kinds_KT * np.int32(distributions.symbols) + symbols_KT)
-        frequency_KT, before_KT = distributions.frequency.take(at_KT), distributions.before.take(at_KT)
+        """Before what was put before: `symbols_KT` of distributions `kinds_KT`, int64 from 0."""
+        at_KT = np.ascontiguousarray(kinds_KT * distributions.symbols + symbols_KT)
+        frequency_KT, before_KT = distributions.frequency[at_KT], distributions.before[at_KT]
         most_KT = (frequency_KT << _MOST) - np.uint32(1)  # where the frequency is 4096 that is all there is
         more_KT = _SLOTS - frequency_KT
         left_KT, is_full_KT = np.empty(at_KT.shape, dtype=np.uint16), np.empty(at_KT.shape, dtype=bool)
@@ -96,26 +94,26 @@ class Reader:
     """The other way. Any numbers have a meaning; only what was written is `at_end` after its last symbol."""
 
     def __init__(self, written: Written) -> None:
-        self._state_T = written.state_T.astype(np.uint32)
-        self._words_L = written.words_L.astype(np.uint32)
+        self._state_T = written.state_T.astype(np.int64)  # as what it is an index of: numpy would make it so each time
+        self._words_L = written.words_L.astype(np.int64)
         self._end_T = np.cumsum(written.count_T)
         self._next_T = self._end_T - written.count_T
 
     def take(self, distributions: Distributions, kinds_KT: np.ndarray) -> np.ndarray:
-        """The next symbols, int32 (K, T), of distributions `kinds_KT`."""
+        """The next symbols, int64 (K, T), of distributions `kinds_KT`, int64."""
         state_T = self._state_T
         at_KT = np.ascontiguousarray(kinds_KT << PRECISION)
         for at_T in at_KT:
-            at_T |= (state_T & _LAST_SLOT).view(np.int32)
-            step_T = distributions.step.take(at_T)
-            state_T >>= _PRECISION
-            state_T *= step_T >> _WORD
-            state_T += step_T & _LOWER_HALF
-            (low,) = (state_T < _LOW).nonzero()
+            at_T |= state_T & (SLOTS - 1)
+            step_T = distributions.step[at_T]
+            state_T >>= PRECISION
+            state_T *= step_T >> 16
+            state_T += step_T & 0xFFFF
+            (low,) = (state_T < 1 << 16).nonzero()
             low = low[self._next_T[low] < self._end_T[low]]
-            state_T[low] = state_T[low] << _WORD | self._words_L[self._next_T[low]]
+            state_T[low] = state_T[low] << 16 | self._words_L[self._next_T[low]]
             self._next_T[low] += 1
-        symbols_KT: np.ndarray = distributions.symbol.take(at_KT).astype(np.int32)
+        symbols_KT: np.ndarray = distributions.symbol[at_KT]
         return symbols_KT
 
     def at_end(self) -> np.ndarray:

@@ -207,7 +207,7 @@ def _mixed(x_TW: Tensor) -> Tensor:
 
 
 def _unmixed(y_TW: Tensor) -> Tensor:
-    return _by_parts(y_TW, lambda y_TPN: _sylvester(y_TPN) / y_TPN.shape[-1] * _signs(y_TPN))
+    return _by_parts(y_TW, lambda y_TPN: _sylvester(y_TPN).div_(y_TPN.shape[-1]).mul_(_signs(y_TPN)))
 
 
 def _by_parts(x_TW: Tensor, work: Callable[[Tensor], Tensor]) -> Tensor:
@@ -219,13 +219,13 @@ def _by_parts(x_TW: Tensor, work: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def _sylvester(x_TPN: Tensor) -> Tensor:
-    """H x, by sums of two: in this order on every machine, however many rows there are."""
-    shape = x_TPN.shape
+    """H x, in place, by sums of two: in this order on every machine, however many rows there are."""
     half = 1
-    while half < shape[-1]:
-        pairs = x_TPN.reshape(*shape[:-1], -1, 2, half)
-        low, high = pairs[..., 0, :], pairs[..., 1, :]
-        x_TPN = torch.stack([low + high, low - high], dim=-2).reshape(shape)
+    while half < x_TPN.shape[-1]:
+        low, high = x_TPN.view(*x_TPN.shape[:-1], -1, 2, half).unbind(dim=-2)
+        less = low - high
+        low += high
+        high.copy_(less)
         half *= 2
     return x_TPN
 
