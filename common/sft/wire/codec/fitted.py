@@ -23,7 +23,7 @@ symbols (q from -(S - 1) / 2 on), Q of them from 0 on, B rows of a block, X byte
 from __future__ import annotations
 
 import math
-from typing import Dict, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Dict, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from torch import Tensor
 
 from sft.errors import ProtocolError
 from sft.wire.codec.rans import SLOTS, Distributions, Reader, Writer, Written
+from sft.wire.codec.rows import Data
 from sft.wire.protocol import MAX_PADDED_TOKENS
 
 MOST_WORDS, MOST_CLASSES, MOST_KINDS, MOST_SYMBOLS = 1024, 16, 64, 255
@@ -96,7 +97,7 @@ class Fitted:
             raise ProtocolError(f"rows of {width} elements came, and the codec's tables are for {self.width}")
         return _LEAST_BYTES
 
-    def ends(self, data: Union[bytes, memoryview], rows: int, width: int) -> Sequence[int]:
+    def ends(self, data: Data, rows: int, width: int) -> Sequence[int]:
         """See RowCode."""
         self.row_bytes(width)
         ends, at = [], 0
@@ -141,7 +142,7 @@ class Fitted:
         writer.put(self._words, word_1B, np.zeros_like(word_1B))
         return _joined(writer.written(), is_number_B.cpu().numpy())
 
-    def decode(self, data: Union[bytes, memoryview], rows: int, width: int, device: torch.device) -> Tensor:
+    def decode(self, data: Data, rows: int, width: int, device: torch.device) -> Tensor:
         """See RowCode. Raises ProtocolError also for rows that were not written with these tables."""
         begins, data = np.array([0, *self.ends(data, rows, width)]), memoryview(data)
         blocks = [begins[first : first + BLOCK + 1] for first in range(0, rows, BLOCK)]

@@ -18,6 +18,7 @@ Shape suffixes: T rows, W elements of a row, G groups of 64 elements, E elements
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from functools import lru_cache
 from typing import Callable, Dict, List, Mapping, Optional, Protocol, Sequence, Union
 
@@ -58,12 +59,12 @@ class RowCode(Protocol):
         """(T, W) float32, on `device`. Raises ProtocolError as `ends` does, and where rows are none of the code's."""
 
 
-class EvenRows:
+class EvenRows(ABC):
     """All of as many bytes; any bytes are rows."""
 
+    @abstractmethod
     def row_bytes(self, width: int) -> int:
         """See RowCode."""
-        raise NotImplementedError
 
     def ends(self, data: Data, rows: int, width: int) -> Sequence[int]:
         """See RowCode."""
@@ -82,13 +83,13 @@ class EvenRows:
         rows_TX = torch.frombuffer(bytearray(data), dtype=torch.uint8).reshape(rows, -1)
         return self.read(rows_TX.to(device), width)
 
+    @abstractmethod
     def written(self, x_TW: Tensor, rounding: Optional[int] = None) -> Tensor:
         """(T, X) uint8, on the same device."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read(self, rows_TX: Tensor, width: int) -> Tensor:
         """The inverse of `written`."""
-        raise NotImplementedError
 
 
 class Floats(EvenRows):
