@@ -85,10 +85,12 @@ class Fitted:
             tables[name].to(device, torch.float32) * tables[f"{name}_steps"].to(device, torch.float32)
             for name in ("basis", "whole")
         )
-        self._points_DS = tables["points"].float().numpy()
         self._class_N, self._kind_CK = tables["class"].numpy(), tables["kind"].numpy()
         self._words = Distributions(tables["word_frequencies"].numpy()[None])
         self._symbols = Distributions(tables["frequencies"].numpy())
+        self._half = self._symbols.symbols // 2
+        kind = np.arange(len(self._symbols.symbol)) // SLOTS
+        self._point = tables["points"].float().numpy()[kind, self._symbols.symbol]
         self._writing: Optional[_Writing] = None
 
     def row_bytes(self, width: int) -> int:
@@ -120,25 +122,20 @@ class Fitted:
         """See RowCode. Always the nearest word, and rounded as `ROUNDS_UP_FROM` says."""
         self.row_bytes(x_TW.shape[1])
         if self._writing is None:  # who only reads needs none
-            half_S = self.tables["frequencies"].shape[1] // 2
-            reach_D = (self.tables["frequencies"][:, half_S:] > 0).sum(dim=1) - 1
             inverse_WK = torch.linalg.pinv(self._basis_WK.double()).T.float()
-            self._writing = _Writing(inverse_WK, Nearest(self._whole_NK), reach_D.numpy())
+            self._writing = _Writing(inverse_WK, Nearest(self._whole_NK))
         return b"".join(self._written(x_BW, self._writing) for x_BW in torch.split(x_TW, BLOCK))
 
     def _written(self, x_BW: Tensor, writing: _Writing) -> bytes:
         is_number_B = x_BW.abs().amax(dim=1) <= LARGEST  # NaN compares false
         z_BK = torch.where(is_number_B[:, None], x_BW - self._mean_W, 0.0) @ writing.inverse_WK
         word_B = writing.nearest(z_BK)
-        half = self._points_DS.shape[1] // 2
-        q_BK = rounded((z_BK - self._whole_NK[word_B]) / self._step_N[word_B][:, None]).clamp_(-half, half)
+        q_BK = rounded((z_BK - self._whole_NK[word_B]) / self._step_N[word_B][:, None])
+        symbols_BK = q_BK.clamp_(-self._half, self._half).add_(self._half)
+        symbols_KB = symbols_BK.T.to(torch.int32).contiguous().cpu().numpy()
         word_1B = word_B.cpu().numpy()[None]
-        kind_KB = self._kinds(word_1B[0])
-        reach_KB = writing.reach_D[kind_KB]
-        q_KB = q_BK.T.contiguous().to(torch.int64).cpu().numpy()
-        symbols_KB = np.minimum(np.maximum(q_KB, -reach_KB), reach_KB) + half
         writer = Writer(len(x_BW))
-        writer.put(self._symbols, symbols_KB, kind_KB)
+        writer.put(self._symbols, symbols_KB, self._kinds(word_1B[0]))
         writer.put(self._words, word_1B, np.zeros_like(word_1B))
         return _joined(writer.written(), is_number_B.cpu().numpy())
 
@@ -152,15 +149,12 @@ class Fitted:
     def _read(self, data: memoryview, begin_B: np.ndarray) -> Tensor:
         written, is_number_B = _parted(data, begin_B)
         reader = Reader(written)
-        word_B = reader.take(self._words, np.zeros((1, len(is_number_B)), dtype=np.int64))[0]
-        kind_KB = self._kinds(word_B)
-        symbols_KB = reader.take(self._symbols, kind_KB)
+        word_B = self._words.symbol[reader.take(self._words, np.zeros((1, len(is_number_B)), dtype=np.int64))[0]]
+        point_KB = self._point[reader.take(self._symbols, self._kinds(word_B))]
         if not np.where(is_number_B, reader.at_end(), written.count_T == 0).all():
             raise ProtocolError("a row came that was not written with the codec's tables")
-        z_KB = torch.from_numpy(self._points_DS.ravel()[kind_KB * self._points_DS.shape[1] + symbols_KB]).to(
-            self._device
-        )
         words_B = torch.from_numpy(word_B).to(self._device)
+        z_KB = torch.from_numpy(point_KB).to(self._device)
         z_BK = z_KB.T * self._step_N[words_B][:, None] + self._whole_NK[words_B]
         x_BW = torch.addmm(self._mean_W, z_BK, self._basis_WK.T)
         x_BW[torch.from_numpy(~is_number_B).to(self._device)] = math.nan
@@ -201,8 +195,6 @@ class _Writing(NamedTuple):
 
     inverse_WK: Tensor
     nearest: Nearest
-    reach_D: np.ndarray
-    """The largest q that has a frequency."""
 
 
 def rounded(z: Tensor) -> Tensor:
