@@ -81,7 +81,7 @@ def test_what_a_run_leaves_works_without_a_cloud(
     mode: str,
 ) -> None:
     job = jobs[task]
-    cut = {} if mode != "local" else {"split_layer": None, "split_rank": None}
+    cut = {"wire_dtype": "float32"} if mode != "local" else {"split_layer": None, "split_rank": None}
     output_dir = train(job, model=model, mode=mode, max_steps=4, logging_steps=2, **cut)
     results = read_json(output_dir / "all_results.json")
 
@@ -257,7 +257,7 @@ def test_what_both_halves_hold_is_saved_once(job: Job, train: Callable[..., Path
 
 @pytest.mark.parametrize("wire_dtype", ["bfloat16", "float16"])
 def test_half_the_bytes(job: Job, model: Path, train: Callable[..., Path], wire_dtype: str) -> None:
-    full = read_json(train(job, model=model, max_steps=3) / "all_results.json")
+    full = read_json(train(job, model=model, max_steps=3, wire_dtype="float32") / "all_results.json")
     half = read_json(train(job, model=model, max_steps=3, wire_dtype=wire_dtype) / "all_results.json")
     assert 2 * half["wire_payload_bytes_sent"] == full["wire_payload_bytes_sent"]
     assert 2 * half["wire_payload_bytes_received"] == full["wire_payload_bytes_received"]
@@ -287,11 +287,15 @@ def test_a_frozen_edge(job: Job, model: Path, train: Callable[..., Path], capsys
 
 def test_codecs(job: Job, model: Path, train: Callable[..., Path]) -> None:
     """Of rank 4: a byte for the scale, and half a byte or a byte for each element."""
-    full = read_json(train(job, model=model, max_steps=3) / "all_results.json")
-    coded = read_json(train(job, model=model, max_steps=3, codec="int4", gradient_codec="int8") / "all_results.json")
+    full, usual, coded = (
+        read_json(train(job, model=model, max_steps=3, **how) / "all_results.json")
+        for how in ({"wire_dtype": "float32"}, {}, {"codec": "int4", "gradient_codec": "int8"})
+    )
+    assert 16 * usual["wire_payload_bytes_sent"] == 5 * full["wire_payload_bytes_sent"]
     assert 16 * coded["wire_payload_bytes_sent"] == 3 * full["wire_payload_bytes_sent"]
     assert 16 * coded["wire_payload_bytes_received"] == 5 * full["wire_payload_bytes_received"]
-    assert coded["train_loss"] == pytest.approx(full["train_loss"], abs=0.05)
+    for results in (usual, coded):
+        assert results["train_loss"] == pytest.approx(full["train_loss"], abs=0.05)
 
 
 def test_evaluation_in_between_and_tensorboard(

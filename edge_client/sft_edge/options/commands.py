@@ -10,7 +10,7 @@ from typing import Literal, Optional
 from sft.cli.durations import Duration
 from sft.cli.options import above_zero, at_least, flag
 from sft.errors import UsageError
-from sft_edge.options.train import Codec, GradientCodec, check_codecs, check_name
+from sft_edge.options.train import Codec, GradientCodec, check_codecs, check_name, default_codec
 
 
 @dataclass
@@ -181,13 +181,13 @@ class DoctorOptions:
     head: Literal["sequence-classification", "question-answering", "causal-lm"] = "sequence-classification"
     """what the model predicts"""
 
-    wire_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """type of tensors on the wire, where --codec says nothing of them"""
+    wire_dtype: Optional[Literal["float32", "bfloat16", "float16"]] = None
+    """type of tensors on the wire, where --codec says nothing of them; float32 by default"""
 
     codec: Optional[Codec] = None
-    """how activations are written on the wire, with --mode frozen int8 by default; int8 and int4 have a scale for every
-    64 elements of a token, fitted has tables, which are fitted to training rows and sent once: with --mode
-    frozen, or sl and --freeze-edge"""
+    """how activations are written on the wire: by default as --wire-dtype says, and where it is not given int8, but with
+    --mode sl float32; int8 and int4 have a scale for every 64 elements of a token, fitted has tables, which are fitted
+    to training rows and sent once: with --mode frozen, or sl and --freeze-edge"""
 
     gradient_codec: Optional[GradientCodec] = None
     """how their gradients are, which come back; by default as --codec. int8 and int4 round them up or down by chance"""
@@ -210,8 +210,7 @@ class DoctorOptions:
     def __post_init__(self) -> None:
         at_least(self, 1, "split_layer", "split_rank", "per_device_train_batch_size", "max_seq_length")
         at_least(self, 0, "seed", "idle")
-        if self.mode == "frozen":
-            self.codec = self.codec or "int8"
+        self.codec = self.codec or default_codec(self.mode, self.wire_dtype)
         check_codecs(self.codec, None, self.mode, freeze_edge=True)  # how a run is to be trained is not asked here
         if self.model is not None and self.from_config is not None:
             raise UsageError("only one of --model and --from-config may be given")

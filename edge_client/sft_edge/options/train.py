@@ -84,20 +84,20 @@ class CutOptions:
     and sl do; keep them in a file in --output-dir after the first, and send them again; or have the cloud keep them, so
     that each crosses once, which frozen does"""
 
-    wire_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """type of tensors on the wire, where --codec says nothing of them"""
+    wire_dtype: Optional[Literal["float32", "bfloat16", "float16"]] = None
+    """type of tensors on the wire, where --codec says nothing of them; float32 by default"""
 
     codec: Optional[Codec] = None
-    """how activations are written on the wire, with --mode frozen int8 by default; int8 and int4 have a scale for every
-    64 elements of a token, fitted has tables, which are fitted to training rows and sent once: with --mode
-    frozen, or sl and --freeze-edge"""
+    """how activations are written on the wire: by default as --wire-dtype says, and where it is not given int8, but with
+    --mode sl float32; int8 and int4 have a scale for every 64 elements of a token, fitted has tables, which are fitted
+    to training rows and sent once: with --mode frozen, or sl and --freeze-edge"""
 
     gradient_codec: Optional[GradientCodec] = None
     """how their gradients are, which come back; by default as --codec. int8 and int4 round them up or down by chance"""
 
     def __post_init__(self) -> None:
         if self.mode == "frozen":
-            self.freeze_edge, self.codec = True, self.codec or "int8"
+            self.freeze_edge = True
             self.activations = self.activations or "keep-on-cloud"
         self.activations = self.activations or "resend"
         if self.residual == "full" and self.mode != "local":
@@ -111,11 +111,14 @@ class CutOptions:
             )
         if self.freeze_edge and self.mode == "local":
             raise UsageError("--freeze-edge needs --mode sft, sl or frozen: one process has no edge")
-        if self.wire_dtype != "float32" and self.mode == "local":
-            raise UsageError(f"--wire-dtype {self.wire_dtype} needs --mode sft, sl or frozen: one process has no wire")
-        for option, codec in (("--codec", self.codec), ("--gradient-codec", self.gradient_codec)):
-            if codec is not None and self.mode == "local":
-                raise UsageError(f"{option} {codec} needs --mode sft, sl or frozen: one process has no wire")
+        for option, name in (
+            ("--wire-dtype", self.wire_dtype),
+            ("--codec", self.codec),
+            ("--gradient-codec", self.gradient_codec),
+        ):
+            if name is not None and self.mode == "local":
+                raise UsageError(f"{option} {name} needs --mode sft, sl or frozen: one process has no wire")
+        self.codec = self.codec or default_codec(self.mode, self.wire_dtype)
         check_codecs(self.codec, self.gradient_codec, self.mode, self.freeze_edge)
         if self.activations != "resend" and not self.freeze_edge:
             raise UsageError(
@@ -331,6 +334,11 @@ def check_output_dir(output_dir: Path, overwrite: bool, resumes: bool = False) -
         raise UsageError(f"--output-dir {output_dir}: {existing} is not a directory")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UsageError(f"--output-dir {output_dir}: no permission to write in {existing}")
+
+
+def default_codec(mode: str, wire_dtype: Optional[str]) -> Optional[Codec]:
+    """Of activations; None is what `wire_dtype` is."""
+    return "int8" if mode in ("sft", "frozen") and wire_dtype is None else None
 
 
 def check_codecs(codec: Optional[Codec], gradient_codec: Optional[GradientCodec], mode: str, freeze_edge: bool) -> None:

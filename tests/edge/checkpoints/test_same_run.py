@@ -65,7 +65,7 @@ MATTERS: Dict[str, Any] = {
     "freeze_edge": True,
     "activations": "keep-on-edge",
     "wire_dtype": "bfloat16",
-    "codec": "int8",
+    "codec": "int4",
     "gradient_codec": "int8",
     "task": "mrpc",
     "problem_type": "regression",
@@ -128,7 +128,7 @@ def test_other_rows_and_another_model(data_dir: Path) -> None:
 
 
 def test_an_option_of_another_release(data_dir: Path) -> None:
-    now = of(data_dir)
+    now = of(data_dir, wire_dtype="float32")
     added = ("--codec", "--gradient-codec", "--activations")
     check_same_run(now, {name: value for name, value in now.items() if name not in added}, Path("out"))
     with pytest.raises(UsageError, match=re.escape("out was trained with --colour red, now it is None")):

@@ -17,14 +17,14 @@ from sft_edge.systems import mean_row_bytes
 
 
 @pytest.mark.parametrize(
-    ("codec", "verdict", "says"),
-    [(None, "ok", "drawn from the seed"), ("int8", "failed", "does not know the codec int8; leave it out")],
+    ("wire_dtype", "verdict", "says"),
+    [("float32", "ok", "drawn from the seed"), (None, "failed", "does not know the codec int8; choose float32")],
 )
-def test_a_cloud_of_before_codecs(tmp_path: Path, codec: Optional[str], verdict: str, says: str) -> None:
+def test_a_cloud_of_before_codecs(tmp_path: Path, wire_dtype: Optional[str], verdict: str, says: str) -> None:
     tiny_config().save_pretrained(tmp_path)
     cloud = ScriptedCloud()
     cloud.codecs = []
-    options = DoctorOptions(from_config=tmp_path / "config.json", codec=codec)  # type: ignore[arg-type]  # any of them
+    options = DoctorOptions(from_config=tmp_path / "config.json", wire_dtype=wire_dtype)  # type: ignore[arg-type]  # any of them
     with serving(cloud) as address:
         (found,) = look_at_model(options, GrpcTransport(address), None)
     assert (found.verdict, says in found.found) == (verdict, True)

@@ -43,7 +43,7 @@ FROZEN = """
 --residual none
 --freeze-edge false
 --activations
---wire-dtype float32
+--wire-dtype
 --codec
 --gradient-codec
 --task required
@@ -157,9 +157,15 @@ def test_a_frozen_edge_has_what_pays_unless_it_is_told_otherwise():
     assert (short.freeze_edge, short.codec, short.activations) == (True, "int8", "keep-on-cloud")
     other = CutOptions("frozen", 2, activations="resend", codec="fitted")
     assert (other.freeze_edge, other.codec, other.activations) == (True, "fitted", "resend")
-    for mode in ("sft", "sl", "local"):
+    for mode, codec in (("sft", "int8"), ("sl", None), ("local", None)):
         usual = CutOptions(mode, 2)
-        assert (usual.freeze_edge, usual.codec, usual.activations) == (False, None, "resend")
+        assert (usual.freeze_edge, usual.codec, usual.activations) == (False, codec, "resend")
+
+
+@pytest.mark.parametrize("mode", ["sft", "frozen"])
+def test_what_is_said_of_the_type_on_the_wire_holds(mode):
+    assert CutOptions(mode, 2, wire_dtype="float32").codec is None
+    assert CutOptions(mode, 2, wire_dtype="float32", codec="int4").codec == "int4"
 
 
 @pytest.mark.parametrize(
