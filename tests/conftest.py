@@ -7,7 +7,7 @@ import importlib.util
 import os
 import signal
 from pathlib import Path
-from typing import Iterator, List
+from typing import Dict, Iterator, List
 
 import pytest
 
@@ -32,14 +32,16 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: List[pytest.Item]) -> None:
-    """`first_only` becomes `slow`, before those that are slow are left out."""
-    seen = set()
+    """`first_only` and `one_in` become `slow`, before those that are slow are left out."""
+    seen: Dict[str, int] = {}
     for item in items:
-        if item.get_closest_marker("first_only") is not None:
-            function = item.nodeid.partition("[")[0]
-            if function in seen:
-                item.add_marker(pytest.mark.slow)
-            seen.add(function)
+        few, only = item.get_closest_marker("one_in"), item.get_closest_marker("first_only")
+        if few is None and only is None:
+            continue
+        function = item.nodeid.partition("[")[0]
+        before = seen[function] = seen.get(function, -1) + 1
+        if before if few is None else before % few.args[0]:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.hookimpl(wrapper=True)

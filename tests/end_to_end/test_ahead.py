@@ -42,6 +42,7 @@ def ahead(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return seen
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "options",
     [

@@ -29,6 +29,7 @@ def interrupt() -> None:
     signal.raise_signal(signal.SIGINT)
 
 
+@pytest.mark.first_only
 @pytest.mark.parametrize("mode", ["local", "sl", "sft"])
 def test_ctrl_c_between_steps(
     failing: Callable[..., tuple[int, str]],
@@ -50,6 +51,7 @@ def test_ctrl_c_between_steps(
     assert same_bits(weights_of(tmp_path / "out"), first_steps(4, job, model=model, mode=mode))
 
 
+@pytest.mark.first_only
 @pytest.mark.parametrize(
     ("module", "place"),
     [(split_system, "scale_gradients"), (crossing, "encode_activation"), (crossing, "decode_tensor")],

@@ -77,6 +77,7 @@ def run(name: str, job: Job, model: Path, cloud: str, output_dir: Path, **option
     return dict(results)
 
 
+@pytest.mark.first_only
 @pytest.mark.parametrize("name", sorted(CONFIGS.keys() - {"resume"}))
 def test_it_trains(name: str, job: Job, model: Path, cloud: str, tmp_path: Path) -> None:
     results = run(name, job, model, cloud, tmp_path / "out")

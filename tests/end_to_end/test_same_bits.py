@@ -24,6 +24,7 @@ def losses(output_dir: Path) -> list[float]:
     return [entry["loss"] for entry in read_json(output_dir / "trainer_state.json")["log_history"] if "loss" in entry]
 
 
+@pytest.mark.first_only
 @pytest.mark.parametrize("mode", ["sft", "sl", "local"])
 def test_the_seed_decides(job: Job, model: Path, train: Callable[..., Path], mode: str) -> None:
     one, same, other = (train(job, model=model, mode=mode, seed=seed, **STEPS) for seed in (1, 1, 2))
@@ -99,12 +100,13 @@ def test_a_configuration_file_is_as_good_as_flags(
 # Bytes.
 
 
+@pytest.mark.first_only
 @pytest.mark.parametrize("rank", [1, 4, 32])
 def test_payload_is_n_over_r_of_plain_split_learning(
     job: Job, model: Path, train: Callable[..., Path], rank: int
 ) -> None:
     """The same batches, packed alike: 32 numbers a token over `rank` numbers, exactly, each way."""
-    options = {"max_steps": 5, "gradient_accumulation_steps": 2}
+    options = {"max_steps": 5, "gradient_accumulation_steps": 2, "codec": "float32"}
     plain = read_json(train(job, model=model, mode="sl", **options) / "all_results.json")
     ours = read_json(train(job, model=model, mode="sft", split_rank=rank, **options) / "all_results.json")
     for way in ("sent", "received"):
@@ -119,7 +121,7 @@ def test_wire_reduction_is_padded_float32_over_payload(
     tmp_path: Path, model: Path, train: Callable[..., Path], write: Callable[..., Job]
 ) -> None:
     job = write(tmp_path, train_rows=10)
-    output_dir = train(job, model=model, per_device_train_batch_size=4, num_train_epochs=1)
+    output_dir = train(job, model=model, per_device_train_batch_size=4, num_train_epochs=1, codec="float32")
     results = read_json(output_dir / "all_results.json")
     task = make_task(job.task, job.data_dir)
     source = open_source(ModelOptions(model=str(model)), task.config_overrides())
@@ -131,7 +133,8 @@ def test_wire_reduction_is_padded_float32_over_payload(
     assert 32 / 4 < results["wire_reduction"] <= 32 / 4 * len(features) * longest / tokens
     all_in_one = train(job, model=model, per_device_train_batch_size=10, num_train_epochs=1)
     results = read_json(all_in_one / "all_results.json")
-    assert results["wire_reduction"] == pytest.approx(32 / 4 * len(features) * longest / tokens)
+    # In int8, rows of rank 4 have five bytes instead of 16.
+    assert results["wire_reduction"] == pytest.approx(16 / 5 * 32 / 4 * len(features) * longest / tokens)
 
 
 # Others on the same cloud.

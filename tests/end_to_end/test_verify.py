@@ -41,6 +41,7 @@ def verify(cloud: str, model: Path, capsys: pytest.CaptureFixture[str]) -> Calla
     return run
 
 
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize(
     "options",
     [
@@ -107,6 +108,7 @@ def test_every_family(verify: Callable[..., tuple[int, dict, str]], tmp_path: Pa
     assert (code, report["max_loss_difference"], report["max_parameter_difference"]) == (0, 0.0, 0.0)
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("labels", ["cloud", "local"])
 @pytest.mark.parametrize("head", ["causal-lm", "sequence-classification"])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])

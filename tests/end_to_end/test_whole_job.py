@@ -68,6 +68,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     return heard
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("task", JOBS)
 def test_what_a_run_leaves_works_without_a_cloud(
@@ -144,6 +145,7 @@ def test_what_a_run_leaves_works_without_a_cloud(
         assert prediction == json.loads(json.dumps(expected))
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("mode", ["local", "sl"])
 @pytest.mark.parametrize("task", JOBS)
 def test_an_undecomposed_model_is_a_plain_checkpoint(
@@ -191,6 +193,7 @@ def test_another_system_in_the_same_directory_leaves_nothing_of_the_first(
         assert same_bits(load_model(again).net.state_dict(), load_model(fresh).net.state_dict())
 
 
+@pytest.mark.first_only
 @pytest.mark.parametrize("mode", MODES)
 def test_training_learns(train: Callable[..., Path], tmp_path: Path, mode: str) -> None:
     """One word tells the classes apart, and rows never seen are told apart by it too."""

@@ -34,6 +34,7 @@ OPTIONS: dict[str, object] = {
     "device": "cpu",
     "split_layer": 1,
     "split_rank": 4,
+    "codec": "float32",  # the default then
 }
 
 

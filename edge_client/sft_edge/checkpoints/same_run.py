@@ -37,7 +37,9 @@ _FREE = {
 _LENGTH = ("--num-train-epochs", "--max-steps")
 """How long the run is to be may differ, which is told: learning rates are those of the length that is asked for now."""
 
-_BEFORE = {"--codec": str(None), "--gradient-codec": str(None), "--activations": "resend"}
+_FLOATS, _CODEC = "--wire-dtype", "--codec"
+
+_BEFORE = {_CODEC: str(None), "--gradient-codec": str(None), "--activations": "resend"}
 """What options would have been in checkpoints of releases that did not have them."""
 
 MODEL, ROWS = "--model", "the training rows, or their tokens"
@@ -56,6 +58,9 @@ def likeness(options: RunOptions, source: Source, features: Sequence[Feature]) -
             if field.name not in free:
                 value = getattr(group, field.name)
                 found[flag(field.name)] = " ".join(json_text(value).split()) if isinstance(value, dict) else str(value)
+    # However it was said: a default of one release may be another in the next.
+    found[_FLOATS] = options.cut.wire_dtype or "float32"
+    found[_CODEC] = options.cut.codec or found[_FLOATS]
     # The name of a model may change with its place; what it starts from is in the checkpoint.
     found[MODEL] = f"the model with {_shape_of(source)}"
     found[SETTINGS] = json.dumps(settings_of(source.values), sort_keys=True)
@@ -68,6 +73,8 @@ def check_same_run(now: Mapping[str, str], then: Mapping[str, str], directory: P
     skipped = {*_LENGTH, MODEL if SETTINGS in then else SETTINGS}
     for name in (*now, *sorted(then.keys() - now.keys())):
         theirs, ours = then.get(name, _BEFORE.get(name)), now.get(name)
+        if name == _CODEC and theirs == str(None):
+            theirs = then.get(_FLOATS)
         if theirs == ours or name in skipped:
             continue
         if name == SETTINGS:

@@ -62,6 +62,7 @@ def edge_loss(edge, outputs):
     return loss.item(), gradient if edge.head == "sequence-classification" else pack(gradient, edge.lengths)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("values", EDGES, ids=str)
 def test_the_three_ways_are_one_bit_for_bit(any_edge, open_session, values):
     """Dropout on, two micro-batches a step, two steps."""

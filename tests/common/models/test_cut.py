@@ -70,6 +70,7 @@ def across_the_wire(a_BSR, batch, net_2, config, head):
     return received.requires_grad_(), lengths, labels
 
 
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("mode", ["sft", "sl"])
 @pytest.mark.parametrize("kind", HEADS)
 @pytest.mark.parametrize("family", FAMILIES)
@@ -98,6 +99,7 @@ def test_halves_equal_the_whole(tmp_path, family, kind, mode):
         assert torch.equal(halves[name].grad, parameter.grad), name
 
 
+@pytest.mark.first_only
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_block_can_be_the_split_layer(tmp_path, family):
     directory = make_tiny_model(tmp_path, family, layers=3)

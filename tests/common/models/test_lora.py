@@ -78,6 +78,7 @@ def trained_names(net):
     return {net.whole_names[own] for own, parameter in net.named_parameters() if parameter.requires_grad}
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("family", ARCHITECTURES)
 def test_halves_train_as_one_process_does(family):
     config = shape(family)
@@ -388,6 +389,7 @@ def test_without_peft_the_extra_is_named(monkeypatch):
         resolve_lora(CONFIG, build_whole(shape(), HEAD, CUT))
 
 
+@pytest.mark.slow
 def test_peft_is_imported_only_for_lora():
     code = "import sys, sft.lora, sft.models.weights; assert not [m for m in sys.modules if m.startswith('peft')]"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -128,9 +128,12 @@ def test_other_rows_and_another_model(data_dir: Path) -> None:
 
 
 def test_an_option_of_another_release(data_dir: Path) -> None:
-    now = of(data_dir, wire_dtype="float32")
+    now = of(data_dir, codec="float32")
     added = ("--codec", "--gradient-codec", "--activations")
     check_same_run(now, {name: value for name, value in now.items() if name not in added}, Path("out"))
+    check_same_run(now, {**now, "--codec": "None"}, Path("out"))
+    with pytest.raises(UsageError, match=re.escape("out was trained with --codec float32, now it is int8: give the")):
+        check_same_run(of(data_dir), {**now, "--codec": "None"}, Path("out"))
     with pytest.raises(UsageError, match=re.escape("out was trained with --colour red, now it is None")):
         check_same_run(now, {**now, "--colour": "red"}, Path("out"))
     with pytest.raises(UsageError, match=re.escape("out was trained with --seed None, now it is 42")):

@@ -160,6 +160,7 @@ def test_a_difference(
     assert not there or os.listdir(str(tmp_path / "to")) == []
 
 
+@pytest.mark.slow
 def test_a_base_model_that_is_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, export: Run) -> None:
     save_tiny(tmp_path / "model", cut=CUT)
 

@@ -218,6 +218,7 @@ def test_evaluation_in_between(travels: bool) -> None:
     assert_same_training(script, sgd)
 
 
+@pytest.mark.first_only
 @both_label_modes
 def test_one_cycle_schedule_of_rates_and_betas(travels: bool) -> None:
     def script(model: Any, optimizer: Any) -> None:
@@ -288,6 +289,7 @@ def test_autocast(travels: bool) -> None:
     assert_same_training(script, sgd, tolerance=2e-3 if TWO_STACKS else 1e-3)
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("frozen", ["encoder.layer.0", "encoder.layer.1.output", "encoder.layer.2", "bert."])
 @both_label_modes
 def test_frozen_parameters(travels: bool, frozen: str) -> None:
@@ -338,6 +340,7 @@ def test_an_edge_that_trains_nothing(travels: bool) -> None:
     assert_same_training(script, adamw, model)
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("name", ["Adagrad", "Adam", "NAdam", "RMSprop", "Adadelta", "Adamax", "ASGD"])
 def test_optimizers_of_torch(name: str) -> None:
     def make(model: Any) -> torch.optim.Optimizer:

@@ -13,6 +13,7 @@ from support.resuming import POINTS, Clouds, Outcome, PowerCut, steps_in
 from sft_edge.systems.split import SplitSystem
 
 
+@pytest.mark.first_only
 @pytest.mark.parametrize("point", POINTS)
 @pytest.mark.parametrize("limit", [1, pytest.param(None, marks=pytest.mark.slow)])
 def test_the_edge_dies_in_the_middle_of_a_save(

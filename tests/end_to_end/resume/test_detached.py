@@ -72,6 +72,7 @@ def wait_for(alone: Alone, out: Path) -> None:
     assert alone.until in alone.numbers or alone.done.wait(SECONDS)
 
 
+@pytest.mark.first_only
 @pytest.mark.parametrize(
     "options",
     [

@@ -50,6 +50,7 @@ def test_the_one_that_is_named_in_one_process(
     assert f"going on from step 4, as it is in {tmp_path / 'named'}" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_two_of_one_step(
     run: Callable[..., int],
     whole: Callable[..., Outcome],
