@@ -30,7 +30,7 @@ def interrupt() -> None:
 
 
 @pytest.mark.first_only
-@pytest.mark.parametrize("mode", ["local", "sl", "sft"])
+@pytest.mark.parametrize("mode", ["sft", "sl", "local"])
 def test_ctrl_c_between_steps(
     failing: Callable[..., tuple[int, str]],
     at_step: Callable[[int, Callable[[], object]], None],

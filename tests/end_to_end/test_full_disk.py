@@ -107,7 +107,7 @@ def test_a_disk_without_room_from_the_start(failing: Callable[..., tuple[int, st
     assert re.search(r"the model needs [\d,]+ bytes, the disk has [\d,]+ free", line)
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("side", ["edge", "cloud"])
 @pytest.mark.parametrize("leave", [0, 20_000, 60_000])
 def test_a_disk_that_is_full_when_a_checkpoint_is_saved(

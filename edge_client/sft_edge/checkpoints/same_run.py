@@ -73,7 +73,7 @@ def check_same_run(now: Mapping[str, str], then: Mapping[str, str], directory: P
     skipped = {*_LENGTH, MODEL if SETTINGS in then else SETTINGS}
     for name in (*now, *sorted(then.keys() - now.keys())):
         theirs, ours = then.get(name, _BEFORE.get(name)), now.get(name)
-        if name == _CODEC and theirs == str(None):
+        if name == _CODEC and theirs == str(None):  # before: what the other says
             theirs = then.get(_FLOATS)
         if theirs == ours or name in skipped:
             continue

@@ -21,7 +21,7 @@ def check_codecs(response: pb.OpenSessionResponse, request: pb.OpenSessionReques
         if codec and codec not in response.codecs:
             raise UsageError(
                 f"the cloud (release {said(response.package_version[:20])}) does not know the {option} "
-                f"{name_of(codec)}; choose float32, or have the cloud updated"
+                f"{name_of(codec)}; have it updated, or give no codec, and wire dtype float32"
             )
 
 

@@ -85,12 +85,12 @@ class CutOptions:
     that each crosses once, which frozen does"""
 
     wire_dtype: Optional[Literal["float32", "bfloat16", "float16"]] = None
-    """type of tensors on the wire, where --codec says nothing of them; float32 by default"""
+    """type of tensors on the wire that no codec is for; without --codec of activations and gradients, too"""
 
     codec: Optional[Codec] = None
-    """how activations are written on the wire: by default as --wire-dtype says, and where it is not given int8, but with
-    --mode sl float32; int8 and int4 have a scale for every 64 elements of a token, fitted has tables, which are fitted
-    to training rows and sent once: with --mode frozen, or sl and --freeze-edge"""
+    """how activations are written on the wire: by default as --wire-dtype says, and where it is not given int8, with
+    --mode sl float32; int8 and int4 have a scale for every 64 elements of a token, fitted has tables, which are
+    fitted to training rows and sent once: with --mode frozen, or sl and --freeze-edge"""
 
     gradient_codec: Optional[GradientCodec] = None
     """how their gradients are, which come back; by default as --codec. int8 and int4 round them up or down by chance"""
@@ -112,7 +112,7 @@ class CutOptions:
         if self.freeze_edge and self.mode == "local":
             raise UsageError("--freeze-edge needs --mode sft, sl or frozen: one process has no edge")
         for option, name in (
-            ("--wire-dtype", self.wire_dtype),
+            ("--wire-dtype", None if self.wire_dtype == "float32" else self.wire_dtype),
             ("--codec", self.codec),
             ("--gradient-codec", self.gradient_codec),
         ):

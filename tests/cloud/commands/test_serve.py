@@ -186,7 +186,7 @@ def test_who_has_no_home_is_asked_for_a_directory(monkeypatch, capsys):
     assert "no home directory here to keep uploads in: give --state-dir" in capsys.readouterr().err
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize(
     ("flags", "says"),
     [

@@ -93,7 +93,7 @@ def check_goes_on(stub, other, edge: TinyEdge, **overrides: object) -> None:
     resumed.stream.end()
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize(
     "optimizer", ["AdamW", "SGD", "Adagrad", "NAdam", "RAdam", "Rprop", "Adamax", "ASGD", "RMSprop"]
 )
@@ -112,7 +112,7 @@ def test_every_cut_goes_on(stub, other_host, make_edge, mode: str) -> None:
     check_goes_on(stub, other_host(), make_edge(cut=cut))
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("family", ["deberta-v2", *DECODERS])
 def test_every_family_goes_on(stub, other_host, tmp_path: Path, family: str) -> None:
     """Also where a head was tied to embeddings, and where both halves have something that nobody trains."""

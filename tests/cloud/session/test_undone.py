@@ -53,7 +53,7 @@ def train(session, edge, steps):
     return undone
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize(
     "place",
     [

@@ -70,7 +70,7 @@ def across_the_wire(a_BSR, batch, net_2, config, head):
     return received.requires_grad_(), lengths, labels
 
 
-@pytest.mark.one_in(6)
+@pytest.mark.one_in(7)
 @pytest.mark.parametrize("mode", ["sft", "sl"])
 @pytest.mark.parametrize("kind", HEADS)
 @pytest.mark.parametrize("family", FAMILIES)

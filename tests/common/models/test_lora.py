@@ -78,7 +78,7 @@ def trained_names(net):
     return {net.whole_names[own] for own, parameter in net.named_parameters() if parameter.requires_grad}
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("family", ARCHITECTURES)
 def test_halves_train_as_one_process_does(family):
     config = shape(family)

@@ -81,7 +81,7 @@ def test_a_symbol_that_always_comes_takes_nothing() -> None:
     assert (nothing.state_T.tolist(), nothing.words_L.tolist(), nothing.count_T.tolist()) == ([1, 1], [], [0, 0])
 
 
-def test_what_no_symbol_reaches_is_written_as_the_last_that_has_some() -> None:
+def test_a_symbol_beyond_those_that_have_some_is_written_as_the_nearest() -> None:
     narrow = np.array([[0, 0, 96, 4000, 0, 0], [1000, 3096, 0, 0, 0, 0]])
     symbols, kinds = np.tile(np.arange(6), (2, 1)).T.copy(), np.tile([0, 1], (6, 1))
     made = written(symbols, kinds, narrow)

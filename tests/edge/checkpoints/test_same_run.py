@@ -132,6 +132,8 @@ def test_an_option_of_another_release(data_dir: Path) -> None:
     added = ("--codec", "--gradient-codec", "--activations")
     check_same_run(now, {name: value for name, value in now.items() if name not in added}, Path("out"))
     check_same_run(now, {**now, "--codec": "None"}, Path("out"))
+    half = of(data_dir, wire_dtype="bfloat16")
+    check_same_run(half, {**half, "--codec": "None"}, Path("out"))
     with pytest.raises(UsageError, match=re.escape("out was trained with --codec float32, now it is int8: give the")):
         check_same_run(of(data_dir), {**now, "--codec": "None"}, Path("out"))
     with pytest.raises(UsageError, match=re.escape("out was trained with --colour red, now it is None")):

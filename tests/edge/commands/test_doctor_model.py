@@ -18,7 +18,7 @@ from sft_edge.systems import mean_row_bytes
 
 @pytest.mark.parametrize(
     ("wire_dtype", "verdict", "says"),
-    [("float32", "ok", "drawn from the seed"), (None, "failed", "does not know the codec int8; choose float32")],
+    [("float32", "ok", "drawn from the seed"), (None, "failed", "does not know the codec int8; have it updated")],
 )
 def test_a_cloud_of_before_codecs(tmp_path: Path, wire_dtype: Optional[str], verdict: str, says: str) -> None:
     tiny_config().save_pretrained(tmp_path)

@@ -75,7 +75,6 @@ def of_others(tmp_path_factory: pytest.TempPathFactory) -> Dict[Kind, Tuple[floa
     return differences_of(OTHERS, tmp_path_factory)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", QUICK, ids="-".join)
 def test_it_says_what_the_trained_model_says(of_bert: Dict[Kind, Tuple[float, float]], kind: Kind) -> None:
     assert max(of_bert[kind]) <= TOLERANCES[kind[3]]

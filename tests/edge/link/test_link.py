@@ -56,7 +56,7 @@ def test_a_codec_that_the_cloud_lacks(cloud: ScriptedCloud) -> None:
     """A release before codecs takes no notice of what it is asked for: floats would come back."""
     cloud.codecs = []
     for asked, says in (
-        (pb.OpenSessionRequest(activation_codec=pb.DATA_TYPE_INT4), "does not know the codec int4; choose float32"),
+        (pb.OpenSessionRequest(activation_codec=pb.DATA_TYPE_INT4), "does not know the codec int4; have it updated"),
         (pb.OpenSessionRequest(gradient_codec=pb.DATA_TYPE_INT8), "does not know the gradient codec int8"),
     ):
         with serving(cloud) as address, pytest.raises(UsageError, match=says):

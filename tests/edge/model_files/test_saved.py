@@ -58,7 +58,7 @@ def save(tmp_path: Path) -> Callable[..., Path]:
     return run
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("family", ["bert", "roberta", "electra", "distilbert"])
 @pytest.mark.parametrize("head", HEADS[:2])
 @pytest.mark.parametrize(("cut", "count"), [(None, 1), (None, 2), (CUT, 1), (CUT, 2)])
@@ -83,7 +83,7 @@ def test_the_library_reads_configuration_and_tokenizer(save: Callable[..., Path]
     assert AutoTokenizer.from_pretrained(str(directory)).decode([5, 6])
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("first", [(None, 1), (None, 2), (CUT, 1), (CUT, 2)])
 @pytest.mark.parametrize("second", [(None, 1), (None, 2), (CUT, 1), (CUT, 2)])
 def test_a_new_model_takes_the_place_of_the_old(save: Callable[..., Path], first: tuple, second: tuple) -> None:

@@ -23,7 +23,7 @@ def travelling(model: Any, optimizer: Any) -> None:
         optimizer.step()
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("residual", ["none", "low-rank"])
 @pytest.mark.parametrize(
     ("family", "head"),

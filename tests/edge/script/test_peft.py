@@ -133,7 +133,7 @@ def assert_same_training(
     return first
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(5)
 @both_label_modes
 @pytest.mark.parametrize("make_optimizer", [sgd, adamw])
 @pytest.mark.parametrize(

@@ -27,15 +27,16 @@ _START = 1
 
 # Arrays, because numpy makes one of any other number each time, which takes as long as a step of few rows.
 _WORD, _SLOTS, _MOST = (np.array(value, dtype=np.uint32) for value in (16, SLOTS, 32 - PRECISION))
-_SLOT, _BITS, _HALF, _IN_HALF, _LEAST, _ONE = (np.array(n) for n in (SLOTS - 1, PRECISION, 16, 0xFFFF, 1 << 16, 1))
+_SLOT, _BITS, _ONE = (np.array(value) for value in (SLOTS - 1, PRECISION, 1))
+_HALF, _IN_HALF, _LEAST = (np.array(value) for value in (16, 0xFFFF, 1 << 16))
 
 
 class Distributions:
     """How often symbols come, of several kinds."""
 
     def __init__(self, frequencies_DS: np.ndarray) -> None:
-        """Whole numbers, 4096 together in each distribution. Symbols below all that have some, or above all, are written
-        as the nearest that has; others without cannot be written."""
+        """Whole numbers, 4096 together in each distribution. A symbol below all that have some, or above all, is
+        written as the nearest that has; others without cannot be written."""
         D, self.symbols = frequencies_DS.shape
         before_DS = np.cumsum(frequencies_DS, axis=1) - frequencies_DS
         own = np.repeat(np.arange(frequencies_DS.size), frequencies_DS.ravel())
@@ -72,7 +73,7 @@ class Writer:
         self._left: List[np.ndarray] = []
 
     def put(self, distributions: Distributions, symbols_KT: np.ndarray, kinds_KT: np.ndarray) -> None:
-        """Before what was put before: `symbols_KT` of distributions `kinds_KT`, int64 from 0."""
+        """Before what was put before: `symbols_KT` of distributions `kinds_KT`, from 0, these in int64."""
         at_KT = np.ascontiguousarray(kinds_KT * distributions.symbols + symbols_KT)
         frequency_KT, before_KT = distributions.frequency[at_KT], distributions.before[at_KT]
         most_KT = (frequency_KT << _MOST) - np.uint32(1)  # where the frequency is 4096 that is all there is
@@ -106,7 +107,7 @@ class Reader:
         self._next_T = self._end_T - written.count_T
 
     def take(self, distributions: Distributions, kinds_KT: np.ndarray) -> np.ndarray:
-        """The next symbols, of distributions `kinds_KT`, int64: where each is in `distributions.symbol`, int64 (K, T)."""
+        """The next symbols, of distributions `kinds_KT`, int64: where `distributions.symbol` has each, int64 (K, T)."""
         state_T, next_T, end_T, words_L = self._state_T, self._next_T, self._end_T, self._words_L
         at_KT = np.ascontiguousarray(kinds_KT << PRECISION)
         for at_T in at_KT:
