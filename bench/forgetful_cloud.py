@@ -13,7 +13,7 @@ from sft_cloud.service.exactly_once import ExactlyOnce
 
 
 def forgetful(
-    self: ExactlyOnce, message: pb.EdgeMessage, work: Callable[[], pb.CloudMessage]
+    self: ExactlyOnce, message: pb.EdgeMessage, work: Callable[[], pb.CloudMessage], is_left: bool = False
 ) -> tuple[pb.CloudMessage, bool]:
     """In the place of `apply`: checks and remembers nothing."""
     answer = work()
