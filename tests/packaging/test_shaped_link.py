@@ -111,7 +111,8 @@ def test_emulation_trains_both_systems_through_the_link(tmp_path: Path, minilm: 
     assert table[""] == ["sl", "sft"]
     assert table["steps"] == ["2", "2"]
     sl, sft = (json.loads((tmp_path / mode / "all_results.json").read_text()) for mode in ("sl", "sft"))
-    assert sl["wire_payload_bytes_sent"] == 48 * sft["wire_payload_bytes_sent"]
+    # A row of 384 floats, and one of rank 8 in int8: its elements and their scale.
+    assert 9 * sl["wire_payload_bytes_sent"] == 384 * 4 * sft["wire_payload_bytes_sent"]
     # What the link lets through in a second is the least that the bytes can have taken.
     assert sl["train_runtime"] > 8 * sl["wire_bytes_sent"] / 50e6
     assert namespaces_of(emulation) == []
