@@ -40,7 +40,7 @@ def pytest_collection_modifyitems(items: List[pytest.Item]) -> None:
             continue
         function = item.nodeid.partition("[")[0]
         before = seen[function] = seen.get(function, -1) + 1
-        if before if few is None else before % int(few.args[0]):
+        if before % (len(items) if few is None else int(few.args[0])):
             item.add_marker(pytest.mark.slow)
 
 

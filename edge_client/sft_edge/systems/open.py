@@ -90,7 +90,7 @@ def open_system(
             cut,
             optimizer_spec(options.optimizer, whole),
             options.training.seed,
-            codecs_named(options.cut.wire_dtype or "float32", options.cut.codec, options.cut.gradient_codec),
+            codecs_named(options.cut.wire_dtype, options.cut.codec, options.cut.gradient_codec),
             freeze_edge=options.cut.freeze_edge,
             calibration=calibration,
             lora=lora,

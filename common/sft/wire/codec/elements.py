@@ -54,10 +54,13 @@ class Codecs(NamedTuple):
 IN_FULL = Codecs(pb.DATA_TYPE_FLOAT32, pb.DATA_TYPE_FLOAT32, pb.DATA_TYPE_FLOAT32)
 
 
-def codecs_named(wire_dtype: str, codec: Optional[str] = None, gradient_codec: Optional[str] = None) -> Codecs:
-    """What the options of these names mean; None is what the one before says, and for gradients, which nothing is
-    fitted to, `wire_dtype` beside `fitted`. Raises UsageError for other names.
+def codecs_named(
+    wire_dtype: Optional[str], codec: Optional[str] = None, gradient_codec: Optional[str] = None
+) -> Codecs:
+    """What the options of these names mean; None is what the one before says, of the first float32, and for gradients,
+    which nothing is fitted to, `wire_dtype` beside `fitted`. Raises UsageError for other names.
     """
+    wire_dtype = "float32" if wire_dtype is None else wire_dtype
     codec = codec or wire_dtype
     gradient_codec = gradient_codec or (wire_dtype if codec == FITTED else codec)
     for option, name, names in (

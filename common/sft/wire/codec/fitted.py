@@ -91,6 +91,7 @@ class Fitted:
         self._half = self._symbols.symbols // 2
         kind = np.arange(len(self._symbols.symbol)) // SLOTS
         self._point = tables["points"].float().numpy()[kind, self._symbols.symbol]
+        """Of a slot, as `Distributions.symbol` has them."""
         self._writing: Optional[_Writing] = None
 
     def row_bytes(self, width: int) -> int:

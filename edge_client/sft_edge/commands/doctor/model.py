@@ -79,7 +79,7 @@ def step_bytes(options: DoctorOptions) -> Optional[Tuple[int, int]]:
 
 
 def _codecs(options: DoctorOptions) -> Codecs:
-    return codecs_named(options.wire_dtype or "float32", options.codec, options.gradient_codec)
+    return codecs_named(options.wire_dtype, options.codec, options.gradient_codec)
 
 
 def _upload(found: str, missing_bytes: int, way: Optional[Way]) -> Finding:
