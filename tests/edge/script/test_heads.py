@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutput,
     SequenceClassifierOutputWithPast,
 )
+
+from sft.errors import UsageError
 
 
 def travelling(model: Any, optimizer: Any) -> None:
@@ -155,3 +158,28 @@ def test_a_language_models_loss_by_the_number_of_items() -> None:
         model.eval()
         mean = model(**batch).loss
         torch.testing.assert_close(model(**batch, num_items_in_batch=2 * learned).loss, mean / 2)
+
+
+def test_a_classifications_loss_is_a_mean_whatever_the_number_of_items() -> None:
+    """As the library's own, to which a Trainer that was made before the cut gives that number."""
+    model = tiny_model("llama")
+    _skip_without_items(model)
+    (batch,) = batches(1, model)
+    whole = model.eval()(**batch, num_items_in_batch=9).loss
+    assert whole.equal(model(**batch).loss)
+    with wrap(model, adamw(model)):
+        assert model(**batch, num_items_in_batch=9).loss.equal(model(**batch).loss)
+
+
+def test_the_number_of_items_of_spans_is_refused() -> None:
+    model = tiny_model("bert", "question-answering")
+    _skip_without_items(model)
+    (batch,) = batches(1, model)
+    with wrap(model, adamw(model)), pytest.raises(UsageError, match="num_items_in_batch cannot cross"):
+        model(**batch, num_items_in_batch=9)
+
+
+def _skip_without_items(model: Any) -> None:
+    parameters = inspect.signature(type(model).forward).parameters.values()
+    if not any(one.kind is one.VAR_KEYWORD for one in parameters):
+        pytest.skip("this release's model takes no number of items")
