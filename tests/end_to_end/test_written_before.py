@@ -15,7 +15,8 @@ from support.servers import start_server
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from sft_edge.cli import main
-from sft_edge.commands.export.content import DENSE, FACTORED, Export
+from sft_edge.commands.export.content import Export
+from sft_edge.model_files import DENSE, FACTORED
 from sft_edge.model_files.saved import load_model
 
 WRITTEN = Path(__file__).parent / "written_before"

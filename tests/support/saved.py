@@ -10,7 +10,8 @@ from support.tiny import tiny_config, tiny_tokenizer
 from sft.models import Cut, build_whole
 from sft.models.weights import fill
 from sft.tensors.stream import Shard, in_memory, safetensors_chunks
-from sft_edge.model_files.saved import Description, save_model
+from sft_edge.model_files.description import Description
+from sft_edge.model_files.saved import save_model
 
 
 def save_tiny(

@@ -6,7 +6,17 @@ Listed here is what speaks of models, halves and cuts. Doors of their own are `w
 """
 
 from sft.models.calibration import Moments, output_moments
-from sft.models.cut import Cut, build_net_1, build_net_2, build_whole, ffn_out_name, last_of_edge, matrix_of, name_of_w
+from sft.models.cut import (
+    Cut,
+    Undrawn,
+    build_net_1,
+    build_net_2,
+    build_whole,
+    ffn_out_name,
+    last_of_edge,
+    matrix_of,
+    name_of_w,
+)
 from sft.models.families.catalogue import HEADS, family_of, head_of, max_positions
 from sft.models.in_place import check_live, cut_live, layer_to_cut, live_parameters, whole_name
 from sft.models.nets import Net, Net1, Net2, Output, TiedHead, Whole
@@ -22,6 +32,7 @@ __all__ = [
     "Net2",
     "Output",
     "TiedHead",
+    "Undrawn",
     "Whole",
     "build_net_1",
     "build_net_2",

@@ -145,7 +145,7 @@ def factor_tensors(
     if cut.mode != "sft":
         return [], []
     name = ffn_out_name(config, head, cut.split_layer)
-    kept = None if checkpoint is None else _kept_factors(config, head, cut, checkpoint, name)
+    kept = None if checkpoint is None else kept_factors(config, head, cut, checkpoint)
     if kept is not None:
         return kept
     moments = None
@@ -156,6 +156,31 @@ def factor_tensors(
         moments = output_moments(lower, cut.split_layer, calibration)
     w = _original_layer(config, head, name, checkpoint, seed)
     return _factors(name, w, cut, moments)
+
+
+def kept_factors(
+    config: PretrainedConfig, head: str, cut: Cut, checkpoint: PretrainedWeights
+) -> Optional[Tuple[List[StoredTensor], List[StoredTensor]]]:
+    """The factors of a layer that is decomposed in the checkpoint, as `factor_tensors` has them; None where it is not.
+
+    Raises CheckpointError.
+    """
+    name = ffn_out_name(config, head, cut.split_layer)
+    whole = build_whole(config, head, cut)
+    prefix = whole.model.base_model_prefix
+    if checkpoint.shape_of(f"{name}.ffn1.weight", prefix) is not None:
+        wanted = {own: shape for own, shape in shapes(whole).items() if own.startswith(f"{name}.ffn")}
+        factors = checkpoint.tensors(wanted, prefix)
+        edge = [tensor for tensor in factors if tensor.name == f"{name}.ffn1.weight"]
+        return edge, [tensor for tensor in factors if tensor.name != f"{name}.ffn1.weight"]
+    if checkpoint.shape_of(f"{name}.dense.weight", prefix) is None:
+        return None
+    first, last = (whole.model.get_submodule(f"{name}.{factor}") for factor in ("ffn1", "ffn3"))
+    dense = nn.Linear(first.in_features, last.out_features, bias=last.bias is not None)
+    wanted = {f"{name}.dense.{own}": tuple(parameter.shape) for own, parameter in dense.named_parameters()}
+    for tensor in checkpoint.tensors(wanted, prefix):
+        dense.get_parameter(tensor.name.rpartition(".")[2]).data = tensor.read().to(torch.float32, copy=True)
+    return _factors(name, dense, cut, None)
 
 
 def live_factors(
@@ -175,27 +200,6 @@ def live_factors(
         moments = output_moments(lower, cut.split_layer, calibration)
     name, w = layer_to_cut(model, cut)
     return _factors(name, w, cut, moments)
-
-
-def _kept_factors(
-    config: PretrainedConfig, head: str, cut: Cut, checkpoint: PretrainedWeights, name: str
-) -> Optional[Tuple[List[StoredTensor], List[StoredTensor]]]:
-    """The factors of a layer that is decomposed in the checkpoint; None where it is not."""
-    whole = build_whole(config, head, cut)
-    prefix = whole.model.base_model_prefix
-    if checkpoint.shape_of(f"{name}.ffn1.weight", prefix) is not None:
-        wanted = {own: shape for own, shape in shapes(whole).items() if own.startswith(f"{name}.ffn")}
-        factors = checkpoint.tensors(wanted, prefix)
-        edge = [tensor for tensor in factors if tensor.name == f"{name}.ffn1.weight"]
-        return edge, [tensor for tensor in factors if tensor.name != f"{name}.ffn1.weight"]
-    if checkpoint.shape_of(f"{name}.dense.weight", prefix) is None:
-        return None
-    first, last = (whole.model.get_submodule(f"{name}.{factor}") for factor in ("ffn1", "ffn3"))
-    dense = nn.Linear(first.in_features, last.out_features, bias=last.bias is not None)
-    wanted = {f"{name}.dense.{own}": tuple(parameter.shape) for own, parameter in dense.named_parameters()}
-    for tensor in checkpoint.tensors(wanted, prefix):
-        dense.get_parameter(tensor.name.rpartition(".")[2]).data = tensor.read().to(torch.float32, copy=True)
-    return _factors(name, dense, cut, None)
 
 
 def _check_calibration(calibration: Sequence[Batch]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, List, Mapping
 
 from sft.printable import format_bytes
-from sft_edge.model_files.saved import Description
+from sft_edge.model_files.description import Description
 
 _SYSTEMS = {
     "sft": "split fine-tuning: embeddings, lower blocks and FFN-1 on the edge, the rest on a cloud",

@@ -1,4 +1,4 @@
-"""A model in which a layer is decomposed already: what a run left, or what was exported of it."""
+"""A model in which a layer is decomposed already: what a run left, what was exported of it, or what a script saved."""
 
 from __future__ import annotations
 
@@ -7,9 +7,15 @@ from pathlib import Path
 from typing import Any, Dict, NamedTuple, Optional
 
 from sft.errors import CheckpointError
-from sft.models import RESIDUALS, Cut
+from sft.models import RESIDUALS, Cut, max_positions
+from sft.models.families.catalogue import AUTO_CLASSES
 from sft.tensors.pretrained import index_file, single_file
-from sft_edge.model_files.saved import DECOMPOSED, read_description
+from sft_edge.model_files.config_file import config_from, read_values
+from sft_edge.model_files.description import DECOMPOSED, Description, read_description
+from sft_edge.tasks import REGRESSION, SINGLE_LABEL
+
+_TASKS = {"sequence-classification": "text", "question-answering": "squad", "causal-lm": ""}
+"""What a model whose task nobody has told can be asked."""
 
 
 class Kept(NamedTuple):
@@ -27,9 +33,45 @@ def kept_of(path: Path, values: Dict[str, Any]) -> Kept:
     directory = path.parent
     if any((directory / name(DECOMPOSED)).is_file() for name in (single_file, index_file)):
         return Kept(values, DECOMPOSED, read_description(directory).cut)
-    if values["model_type"].startswith("sft-") and isinstance(values.get("sft"), dict):
+    if _is_export(values):
         return Kept(_of_library(values), "model", _cut_of_export(path, values["sft"]))
     return Kept(values, "model", None)
+
+
+def description_of(path: Path) -> Optional[Description]:
+    """What the config.json at `path` says of a split model that nobody has described: one that was exported, or saved
+    by a script. None where it is none. Raises CheckpointError."""
+    if not path.is_file():
+        return None
+    values = read_values(path)
+    if not _is_export(values):
+        return None
+    config, cut = config_from(path, _of_library(values), {}), _cut_of_export(path, values["sft"])
+    classes = values.get("auto_map")
+    named = [head for head, auto in AUTO_CLASSES.items() if isinstance(classes, dict) and auto.__name__ in classes]
+    if not named:
+        raise CheckpointError(f"{path}: its 'auto_map' does not say which head this model has")
+    (head, *_), kind, names = named, None, None
+    if head == "sequence-classification":
+        kind = config.problem_type or (REGRESSION if config.num_labels == 1 else SINGLE_LABEL)
+        # The library makes up names where nobody has given any.
+        names = None if kind == REGRESSION else [str(name) for _, name in sorted((config.id2label or {}).items())]
+    return Description(
+        task=_TASKS[head],
+        head=head,
+        problem_type=kind,
+        label_names=names,
+        max_seq_length=max_positions(config),
+        base_model="",
+        mode=cut.mode,
+        split_layer=cut.split_layer,
+        split_rank=cut.split_rank,
+        residual=cut.residual,
+    )
+
+
+def _is_export(values: Dict[str, Any]) -> bool:
+    return str(values["model_type"]).startswith("sft-") and isinstance(values.get("sft"), dict)
 
 
 def _of_library(values: Dict[str, Any]) -> Dict[str, Any]:

@@ -8,9 +8,8 @@ it would otherwise fill in random ones.
 from __future__ import annotations
 
 import copy
-import json
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, List, NamedTuple, Optional, Sequence
 
@@ -18,53 +17,19 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-import sft
-from sft.errors import CheckpointError, StorageError
+from sft.errors import CheckpointError, StorageError, UsageError
 from sft.files.temporary import TemporaryDirectory
-from sft.models import HEADS, RESIDUALS, Cut, Whole, build_whole
-from sft.models.weights import fill, shapes
+from sft.models import Whole, build_whole
+from sft.models.weights import fill, kept_factors, shapes
 from sft.printable import told_by
 from sft.tensors.pretrained import PretrainedWeights, index_file, single_file
-from sft.tensors.stream import Shard
+from sft.tensors.stream import Shard, StoredTensor
 from sft_edge.files import storage_errors, write_file, write_json
-from sft_edge.model_files.config_file import read_config
+from sft_edge.model_files.config_file import config_from, read_values
+from sft_edge.model_files.description import DECOMPOSED, DESCRIPTION_FILE, Description, read_description
+from sft_edge.model_files.kept import description_of, kept_of
 from sft_edge.model_files.tokenizer_file import check_vocabulary, read_tokenizer
 from sft_edge.tasks import Feature, Task, batches_of, make_task
-
-DESCRIPTION_FILE = "sft.json"
-
-DECOMPOSED = "decomposed"
-"""What the weight files of a decomposed model are called."""
-
-
-@dataclass(frozen=True)
-class Description:
-    """How a saved model was made, as far as using it needs that: the content of `sft.json`."""
-
-    task: str
-    head: str
-    problem_type: Optional[str]
-    label_names: Optional[List[str]]
-    max_seq_length: int
-    base_model: str
-    mode: str
-    text_fields: Optional[List[str]] = None
-    split_layer: Optional[int] = None
-    split_rank: Optional[int] = None
-    residual: str = "none"
-    package_version: str = sft.__version__
-
-    @property
-    def cut(self) -> Optional[Cut]:
-        """The decomposition that the model kept; None where no layer was decomposed."""
-        if self.split_rank is None or self.split_layer is None:
-            return None
-        return Cut("sft", self.split_layer, self.split_rank, self.residual)
-
-    @property
-    def stem(self) -> str:
-        """What the weight files are called."""
-        return "model" if self.cut is None else DECOMPOSED
 
 
 class SavedModel(NamedTuple):
@@ -160,11 +125,24 @@ def _write_beside(directory: Path, config: PretrainedConfig, tokenizer: Any, des
 
 
 def load_model(directory: Path) -> SavedModel:
-    """Reads what `save_model` wrote. Raises CheckpointError."""
-    description = read_description(directory)
-    config = read_config(directory / "config.json", {})
+    """Reads what `save_model` wrote, what was exported of it, or what a script has saved of a cut model.
+
+    Raises CheckpointError.
+    """
+    path = directory / "config.json"
+    described = None if (directory / DESCRIPTION_FILE).is_file() else description_of(path)
+    description = described or read_description(directory)
+    kept = kept_of(path, read_values(path))
+    config = config_from(path, kept.values, {})
     net = build_whole(config, description.head, description.cut)
-    tensors = PretrainedWeights(directory, description.stem).tensors(shapes(net), net.model.base_model_prefix)
+    checkpoint = PretrainedWeights(directory, kept.stem)
+    tensors: List[StoredTensor] = []
+    if description.cut is not None:  # of a dense export, whose matrix is decomposed again
+        for factors in kept_factors(config, description.head, description.cut, checkpoint) or ():
+            tensors += factors
+    own = {tensor.name for tensor in tensors}
+    others = {name: shape for name, shape in shapes(net).items() if name not in own}
+    tensors += checkpoint.tensors(others, net.model.base_model_prefix)
     held = {tensor.name for tensor in tensors}
     missing = sorted(set(net.whole_names.values()) - held)
     if missing:
@@ -172,32 +150,15 @@ def load_model(directory: Path) -> SavedModel:
     fill(net, tensors, seed=0)
     tokenizer = read_tokenizer(directory)
     check_vocabulary(tokenizer, config)
+    if described is not None:
+        description = replace(description, max_seq_length=min(description.max_seq_length, tokenizer.model_max_length))
     return SavedModel(description, net.eval(), tokenizer)
-
-
-def read_description(directory: Path) -> Description:
-    """The content of `sft.json`. Raises CheckpointError."""
-    path = directory / DESCRIPTION_FILE
-    if not path.is_file():
-        raise CheckpointError(f"{directory}: not a directory that sft-edge train wrote; it holds no {DESCRIPTION_FILE}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content.get("keep_residual"):  # of a release that knew nothing else
-            content["residual"] = "full"
-        known = {field.name for field in fields(Description)}
-        description = Description(**{name: value for name, value in content.items() if name in known})
-        sizes = (description.max_seq_length, description.split_layer, description.split_rank)
-        if not all(size is None or type(size) is int for size in sizes) or description.head not in HEADS:
-            raise ValueError("a value of the wrong type")
-        if description.residual not in RESIDUALS:
-            raise ValueError(f"unknown residual {description.residual!r}")
-        return description
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: not the description of a saved model ({error})") from error
 
 
 def task_of(description: Description, data_dir: Optional[Path] = None) -> Task:
     """The task that a saved model was trained for. Raises UsageError and DataError."""
+    if not description.task:
+        raise UsageError("a language model answers no rows: sft-edge export it, and open it with transformers")
     task = make_task(description.task, data_dir, description.problem_type, description.label_names)
     if description.text_fields is not None:
         task.expect(description.text_fields)

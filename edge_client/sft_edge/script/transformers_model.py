@@ -44,6 +44,7 @@ from sft_edge.script.cut_model import Cross, CutModel
 from sft_edge.script.forward import replace_forward
 from sft_edge.script.origin import by_origin
 from sft_edge.script.outputs import make_output, output_class
+from sft_edge.script.saving import Saving
 from sft_edge.systems import check_size
 
 
@@ -63,7 +64,8 @@ class TransformersModel(CutModel):
 
         Raises UsageError, CutError, UnsupportedModelError.
         """
-        adapters = adapters_of(model)
+        self._given = model
+        adapters = self._adapters = adapters_of(model)
         self._script_names = {whole_name(name): name for name, _ in model.named_parameters(remove_duplicate=False)}
         self._prefix = "" if isinstance(model, PreTrainedModel) else "base_model.model."
         library: Any = without_peft(model)
@@ -132,6 +134,7 @@ class TransformersModel(CutModel):
         model = self._model
         device = next(model.parameters()).device
         forward = _CutForward(model, self._head, self._config, cross)
+        saving = Saving(model, self._head, self._cut, self._adapters)
         net_1 = cut_live(model, self._head, self._cut)
         self.cloud_tensors, self.cloud_factors = [], []  # what the model does not hold any more nobody shall
         parameters = {whole_name(name): parameter for name, parameter in net_1.whole_parameters().items()}
@@ -143,6 +146,8 @@ class TransformersModel(CutModel):
             setattr(net_1.get_submodule(parent), child, parameters[factor.name])
         forward.net_1 = net_1
         replace_forward(model, forward)
+        for one in {id(one): one for one in (self._given, model)}.values():
+            saving.follow(one)
         model.accepts_loss_kwargs = False  # Trainer then divides the loss by its accumulation steps itself
         return parameters
 

@@ -17,6 +17,8 @@ TASK_NAMES = (*GLUE, SquadTask.name, TextTask.name)
 
 __all__ = [
     "PROBLEM_TYPES",
+    "REGRESSION",
+    "SINGLE_LABEL",
     "SPLITS",
     "TASK_NAMES",
     "Answer",

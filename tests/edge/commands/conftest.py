@@ -8,7 +8,8 @@ from typing import Any, Callable
 import pytest
 from support.saved import save_tiny
 
-from sft_edge.commands.export.content import DENSE, Export
+from sft_edge.commands.export.content import Export
+from sft_edge.model_files import DENSE
 from sft_edge.model_files.saved import load_model
 
 

@@ -16,8 +16,9 @@ from sft.errors import VerificationError
 from sft.models import Cut, family_of
 from sft.models.split_layer import RESIDUALS
 from sft_edge.commands.export.check import Answer, Question, ask_elsewhere, ask_here, largest_difference, texts_for
-from sft_edge.commands.export.content import DENSE, FACTORED, Export
+from sft_edge.commands.export.content import Export
 from sft_edge.commands.export.export import TOLERANCES
+from sft_edge.model_files import DENSE, FACTORED
 from sft_edge.model_files.saved import load_model
 
 Kind = Tuple[str, str, str, str]

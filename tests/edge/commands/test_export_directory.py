@@ -18,7 +18,8 @@ from support.tiny import tiny_tokenizer
 
 from sft.models import Cut
 from sft_edge.commands.export.card import export_card
-from sft_edge.commands.export.content import DENSE, FACTORED, Export
+from sft_edge.commands.export.content import Export
+from sft_edge.model_files import DENSE, FACTORED
 from sft_edge.model_files.saved import load_model
 
 CUT = Cut("sft", 2, 4)

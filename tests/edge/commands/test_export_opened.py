@@ -11,7 +11,7 @@ import transformers
 from support.opened import code_copied_to
 
 from sft.models import Cut
-from sft_edge.commands.export.content import DENSE, FACTORED
+from sft_edge.model_files import DENSE, FACTORED
 
 CUT = Cut("sft", 2, 4)
 

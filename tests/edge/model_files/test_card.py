@@ -9,7 +9,7 @@ import yaml
 
 from sft.wire.ledger import Ledger, StepRecord, Traffic
 from sft_edge.model_files.card import model_card
-from sft_edge.model_files.saved import Description
+from sft_edge.model_files.description import Description
 from sft_edge.training.report import all_results
 
 

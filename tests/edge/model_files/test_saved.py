@@ -18,7 +18,8 @@ from sft.errors import CheckpointError, SessionLostError, StorageError, UsageErr
 from sft.models import HEADS, Cut, Whole, build_whole
 from sft.models.weights import fill
 from sft.tensors.stream import Shard, in_memory, safetensors_chunks
-from sft_edge.model_files.saved import Description, load_model, read_description, save_model, task_of
+from sft_edge.model_files.description import Description, read_description
+from sft_edge.model_files.saved import load_model, save_model, task_of
 
 CUT = Cut("sft", 2, 4)
 

@@ -15,8 +15,9 @@ from support.saved import save_tiny
 from sft.errors import CheckpointError, CutError
 from sft.models import Cut, build_net_1, build_net_2, build_whole
 from sft.models.weights import factor_tensors, fill, pretrained_tensors
-from sft_edge.commands.export.content import DENSE, FACTORED, Export
+from sft_edge.commands.export.content import Export
 from sft_edge.commands.train.train import TrainingRun
+from sft_edge.model_files import DENSE, FACTORED
 from sft_edge.model_files.saved import load_model
 from sft_edge.model_files.source import Source, open_source
 from sft_edge.options.train import ModelOptions

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional
 
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file
+from support.opened import code_copied_to
 from support.script import EPS, OneMachine, Wire, batches, tiny_model, wrap
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from sft.errors import UsageError
 from sft.models import Cut, build_whole, head_of
+from sft.models.families.catalogue import AUTO_CLASSES
 from sft.models.lora import add_lora, resolve_lora
 from sft.models.weights import fill, live_factors, live_tensors
 
@@ -334,3 +338,45 @@ def test_no_adapter_on_what_both_halves_need() -> None:
     model = get_peft_model(base, LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["rel_embeddings"]))
     with pytest.raises(UsageError, match=r"both halves need 'deberta.encoder.rel_embeddings'"):
         wrap(model, sgd(model), server="127.0.0.1:9")
+
+
+@pytest.mark.parametrize(
+    ("family", "head", "settings"),
+    [
+        ("bert", "sequence-classification", {"use_rslora": True, "rank_pattern": {"layer.2.attention.self.value": 2}}),
+        (
+            "bert",
+            "sequence-classification",
+            {"target_modules": ["word_embeddings", "query"], "modules_to_save": ["pooler", "position_embeddings"]},
+        ),
+        ("bert", "sequence-classification", {"target_modules": ["layer.1.output.dense"]}),
+        ("gpt2", "causal-lm", {}),
+        ("llama", "sequence-classification", {"target_modules": "all-linear"}),
+    ],
+)
+def test_what_it_saves_is_all_that_was_trained(
+    tmp_path: Path, family: str, head: str, settings: Dict[str, Any]
+) -> None:
+    """Adapters are merged: nothing is needed beside the directory. From the file beside, training goes on."""
+    to = tmp_path / f"saved-{len(str(settings))}-{family}"
+    model = adapted(family, head, **settings)
+    (batch,) = batches(1, model.get_base_model(), labels=False)
+    with wrap(model, sgd(model)) as optimizer:
+        script(model, optimizer)
+        model.eval().save_pretrained(str(to))
+        said, trained_state = model(**batch).logits.detach(), model.state_dict()
+    assert not (to / "adapter_config.json").exists()
+    with code_copied_to(tmp_path / "modules"):
+        opened = AUTO_CLASSES[head].from_pretrained(str(to), trust_remote_code=True).eval()
+    assert not [name for name in opened.state_dict() if "lora" in name]
+    mask = batch["attention_mask"].bool() if head == "causal-lm" else slice(None)
+    torch.testing.assert_close(opened(**batch).logits.detach()[mask], said[mask], rtol=1e-4, atol=1e-5)
+
+    unmerged = load_file(str(to / "adapter_model.safetensors"))
+    assert all("lora" in name or "ffn" in name or "modules_to_save" in name for name in unmerged)
+    again = adapted(family, head, **settings)
+    with wrap(again, sgd(again)):
+        again.load_adapter(str(to), "default", is_trainable=True)
+        assert all(trained_state[name].equal(tensor) for name, tensor in again.state_dict().items())
+        with pytest.raises(UsageError, match=r"there is no .*adapter_model\.safetensors"):
+            again.load_adapter(str(tmp_path), "default")

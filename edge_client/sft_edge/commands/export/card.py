@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from sft_edge.commands.export.code import CODE_FILE
-from sft_edge.commands.export.content import FACTORED, Export
-from sft_edge.model_files import PIPELINES, RESIDUAL_IS
+from sft_edge.commands.export.content import Export
+from sft_edge.model_files import FACTORED, PIPELINES, RESIDUAL_IS, ModelingFile
 
 
 def export_card(exported: Export) -> str:
@@ -37,9 +36,10 @@ def export_card(exported: Export) -> str:
         "",
     ]
     if exported.has_code:
+        code = ModelingFile.name
         lines += [
-            f"`trust_remote_code=True` lets transformers run [{CODE_FILE}]({CODE_FILE}), which travels with the",
-            "weights: the library has no such architecture. It is short and needs torch and transformers alone.",
+            f"`trust_remote_code=True` lets transformers run [{code}]({code}), which travels with the weights: the",
+            "library has no such architecture. It is short and needs torch and transformers alone.",
             "",
         ]
     if description.label_names is not None:

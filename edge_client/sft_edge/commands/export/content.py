@@ -15,11 +15,8 @@ from sft.models import Cut, build_whole, ffn_out_name
 from sft.models.families.catalogue import AUTO_CLASSES
 from sft.printable import told_by
 from sft.tensors.stream import StoredTensor, in_memory, safetensors_chunks, safetensors_size
-from sft_edge.commands.export.code import CODE_FILE, base_name, config_name, model_type, modeling_code
 from sft_edge.files import storage_errors, write_file, write_json
-from sft_edge.model_files import SavedModel
-
-DENSE, FACTORED = "dense", "factored"
+from sft_edge.model_files import FACTORED, ModelingFile, SavedModel
 
 _LEFT_OUT = ("_name_or_path", "_attn_implementation_autoset", "dtype", "pretraining_tp")
 """Of the configuration: what speaks of this machine, and what this package sets whether a model has it or not."""
@@ -36,13 +33,18 @@ class Export:
             raise UsageError("--factored: no layer of this model was decomposed; leave it out")
         self.form: Optional[str] = None if cut is None else form
         """What stands where W was; None where W does."""
-        self.has_code = cut is not None and (form == FACTORED or cut.residual != "full")
-        """Whether a modeling file travels along: where the library's own class does not compute what the model does."""
+        self._code: Optional[ModelingFile] = None
+        if cut is not None and (form == FACTORED or cut.residual != "full"):
+            self._code = ModelingFile(self._net.model.config, self.description.head, cut, form)
         self.auto_class: str = AUTO_CLASSES[self.description.head].__name__
         self.architecture = type(self._net.model).__name__
         self.tensors: Sequence[StoredTensor] = in_memory(self._parameters(cut))
-        self._split = {} if cut is None else self._describe(cut)
         self.tokenizer = self._prepared(copy.deepcopy(saved.tokenizer))
+
+    @property
+    def has_code(self) -> bool:
+        """Whether a modeling file travels along: where the library's own class does not compute what the model does."""
+        return self._code is not None
 
     def size(self) -> int:
         """Bytes of the file of weights, which is all but nothing of the whole."""
@@ -59,15 +61,19 @@ class Export:
                     raise
                 raise OSError(0, told_by(error)) from error  # how the tokenizers package tells of a full disk
         tokenizer_class = _class_for_all_releases(directory / "tokenizer_config.json")
-        if self.has_code:
-            write_file(directory / CODE_FILE, [modeling_code(self._net.model, self.auto_class).encode()])
+        if self._code is not None:
+            write_file(directory / self._code.name, [self._code.text().encode()])
         write_json(directory / "config.json", {**self._config(), "tokenizer_class": tokenizer_class})
 
     def _parameters(self, cut: Optional[Cut]) -> Dict[str, Tensor]:
         parameters: Dict[str, Tensor] = {name: x.detach() for name, x in self._net.whole_parameters().items()}
-        if cut is None or self.form == FACTORED:
+        if cut is None:
             return parameters
-        layer = self._layer(cut)
+        if self._code is not None:
+            parameters.update(self._code.in_place_of_w())
+        if self.form == FACTORED:
+            return parameters
+        layer = ffn_out_name(self._net.model.config, self.description.head, cut.split_layer)
         u, s, v = (parameters.pop(f"{layer}.ffn{number}.weight").double().T for number in (1, 2, 3))
         w = (u @ s @ v).to(torch.float32)  # (F, D)
         stock = build_whole(self._net.model.config, self.description.head).model.get_submodule(layer)
@@ -77,22 +83,6 @@ class Export:
         if f"{layer}.ffn3.bias" in parameters:
             parameters[f"{place}.bias"] = parameters.pop(f"{layer}.ffn3.bias")
         return parameters
-
-    def _layer(self, cut: Cut) -> str:
-        return ffn_out_name(self._net.model.config, self.description.head, cut.split_layer)
-
-    def _describe(self, cut: Cut) -> Dict[str, Any]:
-        """What the modeling file is told, in config.json."""
-        family, layer = self._net.family, self._layer(cut)
-        block = layer[: -len(family.ffn_out)]
-        moves_dropout = cut.residual != "full" and family.ffn_dropout is not None
-        return {
-            "form": self.form,
-            "layer": layer,
-            "residual": cut.residual,
-            "rank": cut.split_rank,
-            "dropout": f"{block}{family.ffn_dropout}" if moves_dropout else None,
-        }
 
     def _prepared(self, tokenizer: Any) -> Any:
         """Makes what this package does by itself the tokenizer's own habit."""
@@ -120,15 +110,8 @@ class Export:
         content: Dict[str, Any] = json.loads(config.to_json_string())
         content = {name: value for name, value in content.items() if name not in _LEFT_OUT}
         content["torch_dtype"] = "float32"  # all releases understand the older name
-        if self.has_code:
-            module = CODE_FILE[: -len(".py")]
-            content["model_type"] = model_type(self._net.model)
-            content["auto_map"] = {
-                "AutoConfig": f"{module}.{config_name(self._net.model)}",
-                "AutoModel": f"{module}.{base_name(self._net.model)}",
-                self.auto_class: f"{module}.{self.architecture}",
-            }
-            content["sft"] = self._split
+        if self._code is not None:
+            content.update(self._code.config_fields())
         return content
 
 

@@ -8,15 +8,15 @@ import os
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Iterator, Optional
+from typing import Iterator, List, Optional
 
 from sft.errors import StorageError, VerificationError
 from sft.files.temporary import TemporaryDirectory
 from sft_edge.commands.export.card import export_card
 from sft_edge.commands.export.check import Question, ask_elsewhere, ask_here, largest_difference, texts_for
-from sft_edge.commands.export.content import DENSE, FACTORED, Export
+from sft_edge.commands.export.content import Export
 from sft_edge.files import check_room, json_text, storage_errors, write_file
-from sft_edge.model_files import load_model, read_description
+from sft_edge.model_files import DENSE, FACTORED, load_model
 from sft_edge.options import ExportOptions
 
 TOLERANCES = {DENSE: 1e-4, FACTORED: 1e-5}
@@ -79,13 +79,13 @@ def _export(options: ExportOptions) -> Report:
             max_logit_difference=0.0,
             tolerance=TOLERANCES[exported.form or DENSE],
         )
+        texts = texts_for(exported.description)
         del exported  # the other process holds the model, too: not both at once
-        _compare(report, directory, options.model)
+        _compare(report, directory, options.model, texts)
     return report
 
 
-def _compare(report: Report, directory: Path, model: Path) -> None:
-    texts = texts_for(read_description(model))
+def _compare(report: Report, directory: Path, model: Path, texts: List[List[str]]) -> None:
     (answer,) = ask_elsewhere([Question(directory, report.opened_with, report.trust_remote_code, texts)])
     expected = ask_here(load_model(model), texts)
     report.logits_compared = sum(x.numel() for x in expected.logits)

@@ -32,6 +32,9 @@ class SplitLayer(nn.Sequential):
         for name, child in children.items():
             self.add_module(name, child)
         self.residual = residual
+        # Under W's name, and of no shape that W could have: the library's own class, which would draw a W that it does
+        # not find, refuses these files.
+        self.register_buffer("weight", torch.empty(0, device="cpu"))
 
     def forward(self, x_BSF: Tensor) -> Any:
         if self.residual == "low-rank":
