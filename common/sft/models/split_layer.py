@@ -14,14 +14,21 @@ from typing import Any, Callable, Dict, Optional, Sequence
 import torch
 from torch import Tensor, nn
 
+from sft.errors import UsageError
+
 RESIDUALS = ("none", "low-rank", "full")
 
 
-class Reached(Exception):
-    """The place in the library's forward where one of ours ends; caught by `Net1.forward`."""
+class Reached(UsageError):
+    """The place in the library's forward where one of ours ends; caught by `Net1.forward`.
+
+    Who runs that forward otherwise, such as `model.bert(...)` of a script's cut model, gets it as the error it then is.
+    """
 
     def __init__(self, x: Tensor) -> None:
-        super().__init__()
+        super().__init__(
+            "this part of the model ends at the layer that is cut, and the rest is on the cloud: call the model itself"
+        )
         self.x = x
         """(B, S, width), or (B * S, width) where the library's block has flattened it."""
 

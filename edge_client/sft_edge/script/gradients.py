@@ -1,11 +1,12 @@
-"""The cloud's gradients as the script sees them: one number, the norm, as the gradient of one scalar parameter.
+"""The cloud's gradients as the script sees them: the gradient of one parameter of two numbers, of the same norm.
 
 The parameter `cloud_gradients` belongs to the script's model and to the first group of its optimizer. After every
-backward its `.grad` is the L2 norm of net_2's gradients, so whatever takes the norm of all gradients takes it of both
+backward its `.grad` has the L2 norm of net_2's gradients, so whatever takes the norm of all gradients takes it of both
 halves. Whatever a script does to gradients, it does to this one, too, and the cloud is told before it needs to know:
 
     clip_grad_norm_, GradScaler.unscale_    .grad multiplied     all of net_2's gradients are multiplied by as much
     zero_grad of optimizer or model         .grad None or 0      net_2's gradients are forgotten
+    clip_grad_value_, noise                 its two numbers have another ratio: refused
 
 While a backward is under way, and after one that was broken off, nobody here knows what the cloud has: `.grad` is NaN.
 """
@@ -17,20 +18,27 @@ from contextlib import contextmanager
 from typing import Iterator, Optional
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sft.errors import NonFiniteLossError, UsageError
 from sft_edge.link import Link
 
 PARAMETER_NAME = "cloud_gradients"
-"""Of the scalar parameter, in the script's model."""
+"""Of the parameter, in the script's model."""
+
+_SHARES = (math.sqrt(1 - 0.01**2), 0.01)
+"""Of the norm, in `.grad`: the first is so near to 1 that clipping single values touches it when it touches any of the
+cloud's, and the second so small that it then leaves it."""
+
+_ROUNDING = 1e-3
+"""How far the ratio of the two may be from that of the shares."""
 
 
 class CloudGradients:
     """Keeps the parameter and the cloud in agreement."""
 
     def __init__(self, link: Link, device: torch.device) -> None:
-        self.parameter = nn.Parameter(torch.zeros((), device=device))
+        self.parameter = nn.Parameter(torch.zeros(len(_SHARES), device=device))
         """Its value means nothing and never changes; its `.grad` is what counts."""
         self.generation = 0
         """Changes whenever the gradients that the cloud has added up change."""
@@ -56,8 +64,8 @@ class CloudGradients:
     def _set(self, norm: float) -> None:
         self.generation += 1
         # One that is too large becomes infinity.
-        self.parameter.grad = torch.tensor(norm, dtype=self.parameter.dtype, device=self.parameter.device)
-        self._norm = float(self.parameter.grad)  # as rounded
+        self.parameter.grad = torch.tensor(_SHARES, dtype=torch.float32).mul(norm).to(self.parameter.device)
+        self._norm = _norm_of(self.parameter.grad)  # as rounded
 
     def undone(self) -> None:
         """The cloud has forgotten its gradients by itself."""
@@ -66,7 +74,10 @@ class CloudGradients:
         self.generation += 1
 
     def tell(self) -> None:
-        """Tells the link what the script has done with gradients since; to be called before every message."""
+        """Tells the link what the script has done with gradients since; to be called before every message.
+
+        Raises UsageError for what the cloud cannot do with its own.
+        """
         if self._norm is None:
             return
         left = self._left()
@@ -88,11 +99,12 @@ class CloudGradients:
     def clip_scale(self) -> float:
         """What the cloud has to multiply its gradients by before it takes a step with them.
 
-        Raises UsageError when the script has zeroed them, NonFiniteLossError when they are not finite.
+        Raises UsageError when the script has zeroed them, or edited them as the cloud cannot, NonFiniteLossError when
+        they are not finite.
         """
         if self._norm is None or self.parameter.grad is None:
             raise UsageError("step() without gradients: they were zeroed after the last backward()")
-        left = float(self.parameter.grad)  # 0 where a script has made zeros of them, and steps with these
+        left = _norm_of(self.parameter.grad)  # 0 where a script has made zeros of them, and steps with these
         if not (math.isfinite(self._norm) and math.isfinite(left)):
             raise NonFiniteLossError(
                 "the gradients on the cloud are not finite, or a backward() was broken off; neither side has taken the "
@@ -103,7 +115,7 @@ class CloudGradients:
     def committed(self) -> None:
         """A commit with `clip_scale` is held."""
         if self.parameter.grad is not None:
-            self._norm = float(self.parameter.grad)
+            self._norm = _norm_of(self.parameter.grad)
         self._committed = True
 
     @contextmanager
@@ -119,7 +131,7 @@ class CloudGradients:
         """What the script has left of the norm; None where it zeroed the gradients."""
         if self.parameter.grad is None:
             return None
-        left = float(self.parameter.grad)
+        left = _norm_of(self.parameter.grad)
         return None if left == 0.0 and self._norm != 0.0 else left
 
 
@@ -127,3 +139,17 @@ def _quotient(left: float, norm: float) -> float:
     if norm == 0.0 or not (math.isfinite(left) and math.isfinite(norm)):
         return 1.0  # nothing that can be scaled
     return left / norm
+
+
+def _norm_of(grad: Tensor) -> float:
+    """The cloud's norm, with the sign of what the script has multiplied it by, from the gradient that stands for it."""
+    first, second = grad.tolist()
+    norm = first / _SHARES[0]
+    if math.isfinite(first) and math.isfinite(second):
+        expected = norm * _SHARES[1]
+        if abs(second - expected) > _ROUNDING * abs(expected) + torch.finfo(torch.float32).tiny:
+            raise UsageError(
+                "gradients were edited otherwise than by multiplying all of them by one number, which does not reach "
+                "those on the cloud: leave out clip_grad_value_ (clip_grad_norm_ works), noise, and the like"
+            )
+    return float(norm)

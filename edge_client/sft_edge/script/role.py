@@ -26,6 +26,7 @@ from sft_edge.script.crossing import LinkCross
 from sft_edge.script.cut_model import CutModel
 from sft_edge.script.gradients import PARAMETER_NAME
 from sft_edge.script.optimizer import ScriptGroups, arguments_of
+from sft_edge.script.other_optimizers import refuse_others
 from sft_edge.script.state import CloudState, check_state
 from sft_edge.script.transformers_model import TransformersModel
 from sft_edge.script.wrappers import check_wrappers
@@ -67,6 +68,7 @@ class EdgeRole(Role):
         )
         link = Link(transport, request, blobs, policy, _tell)
         link.open()  # from here on nothing is left that could be wrong
+        before = list(model.parameters())
         try:
             self._cross = LinkCross(link, codecs, next(model.parameters()).device)
             parameters = cut_model.install(self._cross)
@@ -75,6 +77,10 @@ class EdgeRole(Role):
         except BaseException:
             link.close()
             raise
+        kept = set(map(id, model.parameters()))
+        gone = [parameter for parameter in before if id(parameter) not in kept]
+        refuse_others(optimizer, gone, self._cross.gradients.parameter, until_end_of=self._cross)
+        del before, gone  # their memory is to be free
         own = weakref.ref(optimizer)
         self._cross.on_undone = lambda: _zero(own())
         weakref.finalize(self._cross, link.abandon)  # both model and optimizer hold it

@@ -166,6 +166,9 @@ class _CutForward:
         self._output_class = output_class(model, head)
 
     def __call__(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        for name in ("output_hidden_states", "output_attentions"):
+            if getattr(model.config, name, False):
+                raise UsageError(f"config.{name} asks for what stays on the cloud: set it to False")
         call = read_call(self._named(model, *args, **kwargs), self._config, self._head)
         inputs, lengths, labels = call.batch
         a_BSR = self.net_1(inputs, lengths)

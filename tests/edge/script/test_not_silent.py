@@ -1,0 +1,127 @@
+"""What would train half a model, or another than was meant, is refused where it happens, and the session goes on."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from typing import Any, Callable
+
+import pytest
+import torch
+from support.script import adamw, batches, sgd, tiny_model, wrap
+from torch import nn
+
+from sft.errors import UsageError
+
+
+def backward(model: Any) -> None:
+    model(**batches(1, model)[0]).loss.backward()
+
+
+def test_a_second_optimizer_over_what_is_on_the_cloud() -> None:
+    model = tiny_model()
+    head = [parameter for name, parameter in model.named_parameters() if name.startswith("classifier")]
+    body = [parameter for name, parameter in model.named_parameters() if not name.startswith("classifier")]
+    other = sgd(nn.ParameterList(head))
+    with wrap(model, torch.optim.SGD(body, lr=0.1)) as optimizer:
+        backward(model)
+        with pytest.raises(UsageError, match=r"this SGD is over parameters that are on the cloud: make one optimizer"):
+            other.step()
+        optimizer.step()
+
+
+def test_a_new_optimizer_over_a_cut_model() -> None:
+    model = tiny_model()
+    with wrap(model, sgd(model)) as optimizer:
+        other = adamw(model)
+        backward(model)
+        before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+        with pytest.raises(UsageError, match=r"this AdamW was made of a model that is cut, .* step the SFTOptimizer"):
+            other.step()
+        assert all(parameter.equal(before[name]) for name, parameter in model.named_parameters())
+        optimizer.step()
+
+
+def test_optimizers_over_something_else_and_over_the_edges_alone() -> None:
+    model, another = tiny_model(), nn.Linear(2, 2)
+    embeddings = sgd(model.bert.embeddings)
+    rest = [p for name, p in model.named_parameters() if "embeddings" not in name]
+    with wrap(model, torch.optim.SGD(rest, lr=0.1)) as optimizer:
+        before = model.bert.embeddings.word_embeddings.weight.detach().clone()
+        backward(model)
+        another(torch.ones(1, 2)).sum().backward()
+        for one in (sgd(another), embeddings, optimizer):
+            one.step()
+        assert not model.bert.embeddings.word_embeddings.weight.equal(before)
+
+
+def test_nothing_is_looked_at_once_the_model_is_gone() -> None:
+    hooks = sys.modules["torch.optim.optimizer"]._global_optimizer_pre_hooks  # type: ignore[attr-defined]
+    gc.collect()
+    before = len(hooks)
+    model = tiny_model()
+    optimizer = wrap(model, sgd(model))
+    assert len(hooks) == before + 1
+    optimizer.close()
+    del model, optimizer
+    gc.collect()
+    assert len(hooks) == before
+
+
+def clip_values(model: Any) -> None:
+    largest = max(float(parameter.grad.abs().max()) for parameter in model.parameters() if parameter.grad is not None)
+    nn.utils.clip_grad_value_(model.parameters(), 0.5 * largest)
+
+
+def add_noise(model: Any) -> None:
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.grad.add_(0.01 * torch.randn_like(parameter.grad))
+
+
+def signs(model: Any) -> None:
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.grad.sign_()
+
+
+@pytest.mark.parametrize("edit", [clip_values, add_noise, signs])
+def test_gradients_that_are_edited_one_by_one(edit: Callable[[Any], None]) -> None:
+    model = tiny_model()
+    with wrap(model, sgd(model)) as optimizer:
+        backward(model)
+        edit(model)
+        with pytest.raises(UsageError, match="gradients were edited otherwise than by multiplying all of them by one"):
+            optimizer.step()
+        optimizer.zero_grad()
+        backward(model)
+        optimizer.step()
+
+
+def test_values_that_clipping_leaves_are_no_edit() -> None:
+    model = tiny_model()
+    with wrap(model, sgd(model)) as optimizer:
+        backward(model)
+        nn.utils.clip_grad_value_(model.parameters(), 1e6)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("setting", ["output_hidden_states", "output_attentions"])
+def test_a_configuration_that_asks_for_more(setting: str) -> None:
+    model = tiny_model(attn_implementation="eager")
+    with wrap(model, sgd(model)) as optimizer:
+        setattr(model.config, setting, True)
+        with pytest.raises(UsageError, match=rf"config\.{setting} asks for what stays on the cloud"):
+            backward(model)
+        setattr(model.config, setting, False)
+        backward(model)
+        optimizer.step()
+
+
+def test_a_part_of_the_model_alone() -> None:
+    model = tiny_model()
+    with wrap(model, sgd(model)) as optimizer:
+        with pytest.raises(UsageError, match="the rest is on the cloud: call the model itself"):
+            model.bert(**batches(1, model, labels=False)[0])
+        backward(model)
+        optimizer.step()
