@@ -283,6 +283,12 @@ def test_a_trainers_checkpoint_of_a_model_with_adapters(cloud: str, tmp_path: Pa
     assert got.keys() == expected.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(got[name], tensor, rtol=0, atol=1e-6)
+    # The best one back: by a measure of which the first is.
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "runtime", "greater_is_better": True}
+    trainer, back = run_trainer(tmp_path / "best", cloud, steps=4, model=adapted(), **best)
+    saved = load_file(Path(trainer.state.best_model_checkpoint) / "adapter_model.safetensors")
+    assert saved
+    assert all(back[name].equal(tensor) for name, tensor in saved.items())
 
 
 def test_a_trainer_takes_its_best_model_back(cloud: str, tmp_path: Path) -> None:

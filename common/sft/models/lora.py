@@ -115,16 +115,20 @@ class LoraSpec:
 
         Raises UsageError when no target module is among them.
         """
-        modules = _modules(net)
-        targets = [name for name in self.target_modules if name in modules]
-        if not targets:
+        of_half = self.of_modules(net)
+        if not of_half.target_modules:
             raise UsageError(
                 f"LoRA: the {side}'s half has none of the target modules ({_last_parts(self.target_modules)}); "
                 f"it has {_adaptable(net)}: name others, cut elsewhere, or leave LoRA to the other half"
             )
+        return of_half
+
+    def of_modules(self, net: Net) -> LoraSpec:
+        """What concerns the modules that a net has."""
+        modules = _modules(net)
         return replace(
             self,
-            target_modules=targets,
+            target_modules=[name for name in self.target_modules if name in modules],
             modules_to_save=[name for name in self.modules_to_save if name in modules],
             rank_pattern={name: r for name, r in self.rank_pattern.items() if name in modules},
             alpha_pattern={name: alpha for name, alpha in self.alpha_pattern.items() if name in modules},

@@ -16,7 +16,8 @@ def evaluate_saved(options: EvaluateOptions) -> None:
     """Prints the metrics as JSON. Raises CheckpointError, DataError, UsageError."""
     model = load_model(options.model)
     if options.task not in (None, model.description.task):
-        raise UsageError(f"--task {options.task}: this model was trained for {model.description.task}")
+        trained_for = model.description.task if model.description.mode else "nobody has said what; leave --task out"
+        raise UsageError(f"--task {options.task}: this model was trained for {trained_for}")
     task = task_of(model.description, options.data_dir)
     rows = task.read("validation", options.max_eval_samples)
     data = EvaluationSet(rows, task.encode(rows, model.tokenizer, model.description.max_seq_length))

@@ -19,7 +19,10 @@ DECOMPOSED = "decomposed"
 
 @dataclass(frozen=True)
 class Description:
-    """How a saved model was made, as far as using it needs that: the content of `sft.json`."""
+    """How a saved model was made, as far as using it needs that: the content of `sft.json`.
+
+    `mode` is empty where nobody has said how the model was trained, and on what.
+    """
 
     task: str
     head: str
@@ -51,7 +54,10 @@ def read_description(directory: Path) -> Description:
     """The content of `sft.json`. Raises CheckpointError."""
     path = directory / DESCRIPTION_FILE
     if not path.is_file():
-        raise CheckpointError(f"{directory}: not a directory that sft-edge train wrote; it holds no {DESCRIPTION_FILE}")
+        raise CheckpointError(
+            f"{directory}: not a trained model: it holds no {DESCRIPTION_FILE}, as sft-edge train writes it, and no "
+            "config.json of a model with a head"
+        )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content.get("keep_residual"):  # of a release that knew nothing else

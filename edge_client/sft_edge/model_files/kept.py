@@ -6,9 +6,11 @@ import re
 from pathlib import Path
 from typing import Any, Dict, NamedTuple, Optional
 
+from transformers import PretrainedConfig
+
 from sft.errors import CheckpointError
-from sft.models import RESIDUALS, Cut, max_positions
-from sft.models.families.catalogue import AUTO_CLASSES
+from sft.models import HEADS, RESIDUALS, Cut, max_positions
+from sft.models.families.catalogue import library_class
 from sft.tensors.pretrained import index_file, single_file
 from sft_edge.model_files.config_file import config_from, read_values
 from sft_edge.model_files.description import DECOMPOSED, Description, read_description
@@ -39,19 +41,21 @@ def kept_of(path: Path, values: Dict[str, Any]) -> Kept:
 
 
 def description_of(path: Path) -> Optional[Description]:
-    """What the config.json at `path` says of a split model that nobody has described: one that was exported, or saved
-    by a script. None where it is none. Raises CheckpointError."""
+    """What the config.json at `path` says of a model that nobody has described: one that was exported, or saved by a
+    script. None where it says of no head. Raises CheckpointError."""
     if not path.is_file():
         return None
     values = read_values(path)
-    if not _is_export(values):
+    is_export = _is_export(values)
+    config = config_from(path, _of_library(values) if is_export else values, {})
+    cut = _cut_of_export(path, values["sft"]) if is_export else None
+    classes = values.get("architectures") or []
+    if not isinstance(classes, list):
+        raise CheckpointError(f"{path}: its 'architectures' is no list of classes")
+    head = next((head for head in HEADS if _class_name(config, head) in classes), None)
+    if head is None:
         return None
-    config, cut = config_from(path, _of_library(values), {}), _cut_of_export(path, values["sft"])
-    classes = values.get("auto_map")
-    named = [head for head, auto in AUTO_CLASSES.items() if isinstance(classes, dict) and auto.__name__ in classes]
-    if not named:
-        raise CheckpointError(f"{path}: its 'auto_map' does not say which head this model has")
-    (head, *_), kind, names = named, None, None
+    kind, names = None, None
     if head == "sequence-classification":
         kind = config.problem_type or (REGRESSION if config.num_labels == 1 else SINGLE_LABEL)
         # The library makes up names where nobody has given any.
@@ -63,11 +67,16 @@ def description_of(path: Path) -> Optional[Description]:
         label_names=names,
         max_seq_length=max_positions(config),
         base_model="",
-        mode=cut.mode,
-        split_layer=cut.split_layer,
-        split_rank=cut.split_rank,
-        residual=cut.residual,
+        mode="",
+        split_layer=None if cut is None else cut.split_layer,
+        split_rank=None if cut is None else cut.split_rank,
+        residual="none" if cut is None else cut.residual,
     )
+
+
+def _class_name(config: PretrainedConfig, head: str) -> Optional[str]:
+    known = library_class(config, head)
+    return None if known is None else str(known.__name__)
 
 
 def _is_export(values: Dict[str, Any]) -> bool:

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import copy
-import functools
 import importlib.util
 import inspect
+import pkgutil
 import sys
-import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Dict
+from typing import Any, Dict, Iterator
 
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from sft.files.temporary import TemporaryDirectory
 from sft.models import Cut, Undrawn, build_whole, ffn_out_name
 from sft.models.families.catalogue import AUTO_CLASSES, family_of
 from sft.models.split_layer import AwaitingResidual
-from sft_edge.model_files import modeling_sft
 
 DENSE, FACTORED = "dense", "factored"
 """What stands where W was: one matrix, or three."""
@@ -27,6 +26,9 @@ DENSE, FACTORED = "dense", "factored"
 _FOR_MYPY = "# mypy: allow-untyped-calls\n"
 _FOR_RUFF = "  # noqa: F401"  # what is put in uses all that is imported
 _IMPORT = "from sft.models.split_layer import AwaitingResidual\n"
+
+_modules: Dict[str, ModuleType] = {}
+"""By their code."""
 
 
 class ModelingFile:
@@ -53,7 +55,9 @@ class ModelingFile:
 
     def text(self) -> str:
         """Its content. What the model was trained with is put in where it is imported, so the two cannot differ."""
-        text = inspect.getsource(modeling_sft)
+        source = pkgutil.get_data(__package__, self.name)  # not imported: it brings the library's BERT along
+        assert source is not None
+        text = source.decode("utf-8")
         for old, new in (
             (_FOR_MYPY, ""),
             (_FOR_RUFF, ""),
@@ -86,31 +90,35 @@ class ModelingFile:
         """What the file of weights holds under W's name, so that the library's own class refuses it."""
         return {f"{self._layer}.weight": torch.empty(0)}
 
-    def model(self) -> Any:
-        """A model of the file's own class, without memory; its `save_pretrained`, which is the library's, writes the
-        file, too."""
-        module = _imported(self.text(), self.name)
+    @contextmanager
+    def model(self) -> Iterator[Any]:
+        """For the block: a model of the file's own class, without memory. Its `save_pretrained` is the library's, which
+        writes the file, too. Raises OSError."""
         fields = self.config_fields()
         del fields["model_type"]  # the class has it
-        values = copy.deepcopy(self._config).to_dict()
+        values = self._config.to_dict()
         del values["model_type"]
-        config = getattr(module, f"Split{type(self._config).__name__}").from_dict({**values, **fields})
-        with torch.device("meta"), Undrawn():
-            return getattr(module, self._class)(config)
+        with _imported(self.text(), self.name) as module:
+            config = getattr(module, f"Split{type(self._config).__name__}").from_dict({**values, **fields})
+            with torch.device("meta"), Undrawn():
+                model = getattr(module, self._class)(config)
+            yield model
 
 
-@functools.lru_cache(maxsize=None)
-def _imported(code: str, name: str) -> ModuleType:
-    """Code as a module of this process, from a file: the library copies that to where it saves a model."""
-    place = tempfile.TemporaryDirectory(prefix="sft_modeling_")
-    path = Path(place.name) / name
-    path.write_text(code, encoding="utf-8")
-    # The library takes the last part of the name for that of the file.
-    spec = importlib.util.spec_from_file_location(f"{path.parent.name}.{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    module.__dict__["_place"] = place  # it is there as long as the module
-    sys.modules[module.__name__] = module
-    spec.loader.exec_module(module)
-    return module
+@contextmanager
+def _imported(code: str, name: str) -> Iterator[ModuleType]:
+    """Code as a module of this process, once; for the block as a file, too, which the library copies where it saves."""
+    with TemporaryDirectory("sft-modeling-") as place:
+        path = Path(place) / name
+        path.write_text(code, encoding="utf-8")
+        if code not in _modules:
+            # The library takes the last part of a module's name for that of its file.
+            spec = importlib.util.spec_from_file_location(f"sft_modeling_{len(_modules)}.{path.stem}", path)
+            assert spec is not None
+            assert spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            sys.modules[module.__name__] = module
+            spec.loader.exec_module(module)
+            _modules[code] = module
+        _modules[code].__file__ = str(path)
+        yield _modules[code]

@@ -64,7 +64,7 @@ def save_model(
         except StorageError as error:
             raise StorageError(str(error).replace(aside.name, str(directory))) from error
         with storage_errors(directory):
-            _remove_model(directory)
+            remove_model(directory)
             for path in sorted(Path(aside.name).iterdir()):
                 os.replace(str(path), str(directory / path.name))
 
@@ -85,12 +85,18 @@ def try_saving(directory: Path, config: PretrainedConfig, tokenizer: Any, descri
             ) from error
 
 
-def _remove_model(directory: Path) -> None:
-    """Deletes what makes a directory a model: old weights beside new ones could be taken for them."""
-    for stem in ("model", DECOMPOSED):
-        parts = directory.glob(f"{stem}-?????-of-?????.safetensors")
-        for path in (directory / DESCRIPTION_FILE, directory / index_file(stem), directory / single_file(stem), *parts):
-            path.unlink(missing_ok=True)
+def remove_model(directory: Path) -> None:
+    """Deletes what makes a directory a model, of whatever kind: old files beside new ones could be taken for them.
+
+    Raises OSError.
+    """
+    for stem, suffix in (("model", ".safetensors"), (DECOMPOSED, ".safetensors"), ("pytorch_model", ".bin")):
+        for path in directory.glob(f"{stem}-?????-of-?????{suffix}"):
+            path.unlink()
+        for name in (f"{stem}{suffix}", f"{stem}{suffix}.index.json"):
+            (directory / name).unlink(missing_ok=True)
+    for name in (DESCRIPTION_FILE, "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"):
+        (directory / name).unlink(missing_ok=True)
 
 
 def _write_model(
@@ -158,7 +164,7 @@ def load_model(directory: Path) -> SavedModel:
 def task_of(description: Description, data_dir: Optional[Path] = None) -> Task:
     """The task that a saved model was trained for. Raises UsageError and DataError."""
     if not description.task:
-        raise UsageError("a language model answers no rows: sft-edge export it, and open it with transformers")
+        raise UsageError("a language model is asked with transformers: AutoModelForCausalLM.from_pretrained opens it")
     task = make_task(description.task, data_dir, description.problem_type, description.label_names)
     if description.text_fields is not None:
         task.expect(description.text_fields)

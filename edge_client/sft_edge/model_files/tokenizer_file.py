@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import math
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Dict, Iterator
 
 from transformers import AutoTokenizer, PretrainedConfig
 
@@ -24,7 +26,8 @@ def read_tokenizer(directory: Path) -> Any:
     _check_no_own_code(directory)
     _check_sentencepiece(directory)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)  # nosec B615 # a directory
+        with _of_any_model():
+            tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)  # nosec B615 # a directory
     except Exception as error:  # of many kinds; the tokenizers package raises this very class
         raise CheckpointError(f"{directory}: no tokenizer can be read from here ({told_by(error)})") from error
     names = sorted(tokenizer.vocab_files_names.values())
@@ -38,6 +41,18 @@ def read_tokenizer(directory: Path) -> Any:
     if isinstance(longest, float) and math.isfinite(longest):
         tokenizer.model_max_length = int(longest)
     return tokenizer
+
+
+@contextmanager
+def _of_any_model() -> Iterator[None]:
+    """The library looks at the model's type, and warns of one of our own; a tokenizer does not depend on it."""
+    logger = logging.getLogger("transformers.configuration_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def check_vocabulary(tokenizer: Any, config: PretrainedConfig) -> None:

@@ -26,7 +26,7 @@ class EvaluateOptions:
     """The evaluation."""
 
     model: Path
-    """directory that `sft-edge train` or `sft-edge export` wrote, or a script's `save_pretrained`"""
+    """directory that `sft-edge train` or `export` wrote, or `save_pretrained` of a model with a head"""
 
     data_dir: Path
     """directory with the task's files"""
@@ -52,7 +52,7 @@ class PredictOptions:
     """The question."""
 
     model: Path
-    """directory that `sft-edge train` or `sft-edge export` wrote, or a script's `save_pretrained`"""
+    """directory that `sft-edge train` or `export` wrote, or `save_pretrained` of a model with a head"""
 
     text: Optional[str] = None
     """the text; of a pair of texts the first, of question answering the question"""
@@ -262,7 +262,7 @@ class ExportOptions:
     """The export."""
 
     model: Path
-    """directory that `sft-edge train` or `sft-edge export` wrote, or a script's `save_pretrained`"""
+    """directory that `sft-edge train` or `export` wrote, or `save_pretrained` of a model with a head"""
 
     to: Path
     """directory that the exported model becomes; a new one, or an empty one"""

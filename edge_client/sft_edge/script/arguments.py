@@ -30,9 +30,9 @@ class Call(NamedTuple):
 def read_call(arguments: Mapping[str, Any], config: PretrainedConfig, head: str) -> Call:
     """`arguments` by name. Raises UsageError for what cannot cross, and for labels that do not fit."""
     arguments = dict(arguments)
-    items = None if head == "question-answering" else arguments.pop("num_items_in_batch", None)
-    if head == "sequence-classification":
-        items = None  # Trainer gives it to any model that may take it; the library's classifications look away
+    items = arguments.pop("num_items_in_batch", None) if head == "causal-lm" else None
+    if head == "sequence-classification":  # a Trainer gives it to any; the library's classifications look away
+        arguments.pop("num_items_in_batch", None)
     for name, value in arguments.items():
         if name not in _TAKEN and not _says_nothing(value):
             raise UsageError(f"the argument {name} cannot cross to the cloud: call the model without it")

@@ -3,120 +3,190 @@
 Its weights are those of `state_dict()`, by the same names, so that transformers' `Trainer` goes on from what it saved.
 The library has no such architecture: a modeling file travels with them, as with `sft-edge export --factored`.
 
-Adapters are merged: no checkpoint that they could be put on has the factors that were trained beside them. To go on
-from there, what was trained stands unmerged in a file beside, which `load_adapter` reads.
+Adapters are merged: the factors that were trained beside them are in no other checkpoint, so adapters alone could be
+put on none. To go on from there, what was trained stands unmerged in a file beside, which `load_adapter` reads.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
+import os
 import types
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Mapping, Optional
+from typing import Any, Collection, Dict, Iterator, Mapping, Optional
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from sft.errors import UsageError
-from sft.models import Cut, build_whole, live_parameters, whole_name
-from sft.models.adapters import is_adapter
+from sft.errors import StorageError, UsageError
+from sft.files.temporary import TemporaryDirectory
+from sft.models import Cut, build_whole, whole_name
 from sft.models.lora import LoraSpec, add_lora, merged_tensors
+from sft.printable import told_by
 from sft.tensors.pretrained import index_file, single_file
-from sft_edge.files import write_json
-from sft_edge.model_files import FACTORED, ModelingFile
+from sft_edge.files import json_text
+from sft_edge.model_files import FACTORED, ModelingFile, remove_model
 
 UNMERGED_FILE = "adapter_model.safetensors"
 """What was trained of a model with adapters, by the names of `state_dict()`. A Trainer looks for this name."""
 
+_OF_PEFT = ("selected_adapters", "save_embedding_layers", "path_initial_model_for_weight_conversion")
+"""Arguments of its `save_pretrained` that say nothing of a whole model."""
+
 
 class Saving:
-    """What a cut model saves."""
+    """What a cut model saves, and loads again."""
 
-    def __init__(self, library: Any, head: str, cut: Cut, adapters: Optional[LoraSpec]) -> None:
-        """`library`: the model, not cut yet, with `adapters`."""
-        self._head, self._cut, self._adapters = head, cut, adapters
-        self._frozen = {name for name, parameter in live_parameters(library).items() if not parameter.requires_grad}
-        config = copy.deepcopy(library.config)
-        self._in_place_of_w = ModelingFile(config, head, cut, FACTORED).in_place_of_w()
+    def __init__(
+        self,
+        model: Any,
+        head: str,
+        cut: Cut,
+        adapters: Optional[LoraSpec],
+        names: Collection[str],
+        frozen: Collection[str],
+    ) -> None:
+        """`model` as the script has it; `adapters`: those that it had before the cut. `names`: those of `state_dict()`;
+        `frozen`: what was not trained before the cut, by names in the whole model."""
+        self._model, self._head, self._cut, self._adapters = model, head, cut, adapters
+        # Peft keeps what `modules_to_save` are copies of.
+        self._names = {name for name in names if ".original_module." not in name}
+        self._trained = {name for name in self._names if whole_name(name) not in frozen}
 
     def follow(self, model: Any) -> None:
         """From now on `model.save_pretrained(...)` saves the whole model, and `load_state_dict` takes what it wrote.
 
-        `model` is the library's, or a PeftModel around it; the arguments are those of the library's `save_pretrained`.
+        `model` is the script's, or the library's inside it. Its arguments stay what they were.
         """
-        signature = inspect.signature(PreTrainedModel.save_pretrained)
+        saves = type(model).save_pretrained
 
+        @functools.wraps(saves)
         def save_pretrained(self_: Any, *args: Any, **kwargs: Any) -> None:
-            named: Dict[str, Any] = dict(signature.bind(self_, *args, **kwargs).arguments)
+            named: Dict[str, Any] = dict(inspect.signature(saves).bind(self_, *args, **kwargs).arguments)
             named.pop(next(iter(named)))  # the model
             named.update(named.pop("kwargs", {}))
-            state_dict: Optional[Mapping[str, Tensor]] = named.pop("state_dict", None)
-            self._save(self_, self_.state_dict() if state_dict is None else state_dict, named)
+            self._save(**named)
+
+        @functools.wraps(getattr(type(model), "load_adapter", saves))
+        def load_adapter(_: Any, model_id: Any, adapter_name: Optional[str] = None, *args: Any, **kwargs: Any) -> None:
+            self._load_adapter(Path(str(model_id)), adapter_name)
 
         model.save_pretrained = types.MethodType(save_pretrained, model)
-        model._register_load_state_dict_pre_hook(self._drop)
+        model._register_load_state_dict_pre_hook(self._drop_place_of_w)
         if self._adapters is not None:
-            model.load_adapter = types.MethodType(_load_adapter, model)
+            model.load_adapter = types.MethodType(load_adapter, model)
 
-    def _save(self, model: Any, state_dict: Mapping[str, Tensor], arguments: Dict[str, Any]) -> None:
-        # Peft keeps what `modules_to_save` are copies of.
+    def _save(
+        self,
+        save_directory: Any,
+        is_main_process: bool = True,
+        state_dict: Optional[Mapping[str, Tensor]] = None,
+        push_to_hub: bool = False,
+        **more: Any,
+    ) -> None:
+        if push_to_hub:
+            raise UsageError("save_pretrained(push_to_hub=True) is not for a cut model: call model.push_to_hub(...)")
+        if more.get("selected_adapters") not in (None, ["default"]):
+            raise UsageError("save_pretrained: all adapters are merged; leave selected_adapters out")
+        more = {name: value for name, value in more.items() if name not in _OF_PEFT}
+        if not is_main_process:
+            return
+        state_dict = self._model.state_dict() if state_dict is None else state_dict
         state_dict = {name: tensor for name, tensor in state_dict.items() if ".original_module." not in name}
-        whole = self._whole(model, {whole_name(name): tensor for name, tensor in state_dict.items()})
-        whole.save_pretrained(**arguments)
-        if self._adapters is not None and arguments.get("is_main_process", True):
-            on_edge = dict(model.named_parameters())
-            trained = {
-                name: tensor.detach().contiguous()
-                for name, tensor in state_dict.items()
-                if (on_edge[name].requires_grad if name in on_edge else whole_name(name) not in self._frozen)
-            }
-            _save_beside(trained, Path(arguments["save_directory"]))
-
-    def _whole(self, model: Any, state_dict: Dict[str, Tensor]) -> Any:
-        """The model in one piece, of the class that opens what it saves; `state_dict` by names in the whole model."""
-        config = copy.deepcopy(model.config)
-        if any(map(is_adapter, state_dict)):
-            state_dict = self._merged(config, state_dict)
-        whole = ModelingFile(config, self._head, self._cut, FACTORED).model()
-        odd = whole.load_state_dict({**state_dict, **self._in_place_of_w}, strict=False, assign=True)
-        for name in (*odd.missing_keys, *odd.unexpected_keys):
-            has = "lacks" if name in odd.missing_keys else "has, and the model has not,"
+        for name in sorted(self._names ^ state_dict.keys()):
+            has = "lacks" if name in self._names else "has, and the model has not,"
             raise UsageError(f"save_pretrained: state_dict {has} '{name}'; leave it out, or give model.state_dict()")
-        if model.can_generate():
-            whole.generation_config = model.generation_config
-        return whole
+        directory = Path(save_directory)
+        with _disk_errors(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+            with TemporaryDirectory(".sft-aside-", directory) as aside:
+                self._write(Path(aside), state_dict, more)
+                remove_model(directory)
+                for path in sorted(Path(aside).iterdir()):
+                    os.replace(str(path), str(directory / path.name))
 
-    def _merged(self, config: PretrainedConfig, state_dict: Dict[str, Tensor]) -> Dict[str, Tensor]:
-        assert self._adapters is not None
+    def _write(self, directory: Path, state_dict: Mapping[str, Tensor], arguments: Dict[str, Any]) -> None:
+        config = copy.deepcopy(self._model.config)
+        tensors = {whole_name(name): tensor for name, tensor in state_dict.items()}
+        if self._adapters is not None:
+            tensors = self._merged(config, self._adapters, tensors)
+            if "safe_serialization" in inspect.signature(PreTrainedModel.save_pretrained).parameters:
+                arguments = {**arguments, "safe_serialization": True}  # what stands beside is, too
+        with self._file(config).model() as whole:
+            _fill(whole, {**tensors, **self._file(config).in_place_of_w()})
+            if self._model.can_generate():
+                whole.generation_config = self._model.generation_config
+            whole.save_pretrained(str(directory), **arguments)
+        if self._adapters is not None:
+            trained = {
+                name: tensor.detach().contiguous() for name, tensor in state_dict.items() if name in self._trained
+            }
+            save_file(trained, str(directory / UNMERGED_FILE))
+            if not isinstance(self._model, PreTrainedModel):
+                _in_parts(directory)
+
+    def _file(self, config: PretrainedConfig) -> ModelingFile:
+        return ModelingFile(config, self._head, self._cut, FACTORED)
+
+    def _merged(self, config: PretrainedConfig, adapters: LoraSpec, tensors: Dict[str, Tensor]) -> Dict[str, Tensor]:
         net = build_whole(config, self._head, self._cut)
-        add_lora(net, self._adapters.of_half(net, "edge"), seed=0)
-        net.load_state_dict({own: state_dict[whole] for own, whole in net.whole_names.items()}, assign=True)
+        adapters = adapters.of_modules(net)
+        if adapters.target_modules:  # that of W is in its factors
+            add_lora(net, adapters, seed=0)
+        _fill(net, {own: tensors[whole] for own, whole in net.whole_names.items()})
         return {tensor.name: tensor.read() for tensor in merged_tensors(net)}
 
-    def _drop(self, state_dict: Dict[str, Any], prefix: str, *_: Any) -> None:
-        for name in self._in_place_of_w:
-            if prefix + name in state_dict and not state_dict[prefix + name].numel():
+    def _load_adapter(self, directory: Path, adapter_name: Optional[str]) -> None:
+        """In the place of peft's: how a Trainer goes on from a checkpoint of a model with adapters."""
+        path = directory / UNMERGED_FILE
+        if adapter_name not in (None, "default"):
+            raise UsageError(f"load_adapter: a cut model has one adapter, 'default', and takes no '{adapter_name}'")
+        if not path.is_file():
+            raise UsageError(f"load_adapter: there is no {path}; a cut model takes what its own save_pretrained wrote")
+        tensors = load_file(str(path))
+        for name in sorted(self._trained ^ tensors.keys()):
+            has = "lacks" if name in self._trained else "has, and this model has not,"
+            raise UsageError(f"load_adapter: {path} is of another model or cut: it {has} '{name}'")
+        self._model.load_state_dict(tensors, strict=False)
+
+    def _drop_place_of_w(self, state_dict: Dict[str, Any], prefix: str, *_: Any) -> None:
+        for name in self._file(self._model.config).in_place_of_w():
+            tensor = state_dict.get(prefix + name)
+            if tensor is not None and not tensor.numel():
+                if self._adapters is not None:
+                    raise UsageError("these weights have their adapters merged: call model.load_adapter(DIR) instead")
                 del state_dict[prefix + name]
 
 
-def _save_beside(trained: Dict[str, Tensor], directory: Path) -> None:
-    save_file(trained, str(directory / UNMERGED_FILE))
+def _fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    try:
+        model.load_state_dict(tensors, assign=True)
+    except RuntimeError as error:
+        raise UsageError(f"save_pretrained: state_dict is not this model's: {told_by(error)}") from error
+
+
+def _in_parts(directory: Path) -> None:
+    """Weights in one file become one of one part: a Trainer would load such a file into a PeftModel, name by name."""
     whole = directory / single_file("model")
-    if whole.is_file():  # a Trainer would load what is merged into the model that has adapters, name by name
+    if whole.is_file():
         part = f"{whole.stem}-00001-of-00001{whole.suffix}"
         with safe_open(str(whole), "pt") as file:
-            weight_map = dict.fromkeys(file.keys(), part)
+            weight_map: Dict[str, str] = dict.fromkeys(file.keys(), part)
         index = {"metadata": {"total_size": whole.stat().st_size}, "weight_map": weight_map}
-        write_json(directory / index_file("model"), index)
+        (directory / index_file("model")).write_text(json_text(index), encoding="utf-8")
         whole.rename(directory / part)
 
 
-def _load_adapter(model: Any, model_id: Any, *_: Any, **__: Any) -> None:
-    """In the place of peft's: how transformers' `Trainer` goes on from a checkpoint of a model with adapters."""
-    path = Path(str(model_id)) / UNMERGED_FILE
-    if not path.is_file():
-        raise UsageError(f"load_adapter: there is no {path}; a cut model takes what its own save_pretrained wrote")
-    model.load_state_dict(load_file(str(path)), strict=False)
+@contextmanager
+def _disk_errors(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise StorageError(
+            f"save_pretrained: cannot write {directory}: {told_by(error)}; free some space, or give another directory"
+        ) from error

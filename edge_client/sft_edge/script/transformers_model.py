@@ -134,7 +134,7 @@ class TransformersModel(CutModel):
         model = self._model
         device = next(model.parameters()).device
         forward = _CutForward(model, self._head, self._config, cross)
-        saving = Saving(model, self._head, self._cut, self._adapters)
+        frozen = {name for name, parameter in live_parameters(model).items() if not parameter.requires_grad}
         net_1 = cut_live(model, self._head, self._cut)
         self.cloud_tensors, self.cloud_factors = [], []  # what the model does not hold any more nobody shall
         parameters = {whole_name(name): parameter for name, parameter in net_1.whole_parameters().items()}
@@ -146,8 +146,11 @@ class TransformersModel(CutModel):
             setattr(net_1.get_submodule(parent), child, parameters[factor.name])
         forward.net_1 = net_1
         replace_forward(model, forward)
-        for one in {id(one): one for one in (self._given, model)}.values():
-            saving.follow(one)
+        names = [*self._given.state_dict(), *map(self.script_name, self.cloud_names)]
+        saving = Saving(self._given, self._head, self._cut, self._adapters, names, frozen)
+        saving.follow(model)
+        if self._given is not model:
+            saving.follow(self._given)
         model.accepts_loss_kwargs = False  # Trainer then divides the loss by its accumulation steps itself
         return parameters
 

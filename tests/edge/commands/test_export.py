@@ -116,7 +116,11 @@ def test_the_report_as_json(tmp_path: Path, export: Run) -> None:
             7,
             "cannot write full/file/to: Not a directory; free some space or choose another --to",
         ),
-        ({"model": "plain"}, 4, "plain: not a directory that sft-edge train wrote; it holds no sft.json"),
+        (
+            {"model": "plain"},
+            4,
+            "plain: not a trained model: it holds no sft.json, as sft-edge train writes it, and no config.json of a",
+        ),
         ({"model": None}, 2, "--model must be given"),
     ],
     ids=str,

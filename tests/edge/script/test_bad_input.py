@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import functools
 from importlib import metadata
+from pathlib import Path
 from typing import Any, Dict, Optional
 
 import pytest
 import torch
+from support.opened import code_copied_to
 from support.script import adamw, batches, sgd, tiny_model, wrap
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForMaskedLM, BertForSequenceClassification
+from transformers import (
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    BertForSequenceClassification,
+)
 
 import sft.optimizer
 from sft import SFTOptimizer
@@ -301,3 +308,14 @@ def test_a_loss_of_ones_own_from_logits_whose_labels_travelled() -> None:
         with pytest.raises(UsageError, match="without labels"):
             (output.loss + output.logits.sum()).backward()
         _one_step(model, optimizer)
+
+
+def test_a_model_that_was_split_before_and_opened_again(tmp_path: Path) -> None:
+    model = tiny_model()
+    with wrap(model, sgd(model)):
+        model.save_pretrained(str(tmp_path / "split-before"))
+    with code_copied_to(tmp_path / "modules"):
+        again = AutoModelForSequenceClassification.from_pretrained(
+            str(tmp_path / "split-before"), trust_remote_code=True
+        )
+    check_refused(again, sgd(again), UnsupportedModelError, "was split before: cut the model that it was made from")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any, Dict, Iterator
 
@@ -11,10 +12,12 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from support.opened import code_copied_to
+from support.saved import save_tiny
 from support.script import batches, sgd, tiny_model, wrap
 from support.tiny import tiny_tokenizer
 
-from sft.errors import CheckpointError, SFTError, UsageError
+from sft.errors import CheckpointError, SFTError, StorageError, UsageError
+from sft.models import Cut
 from sft_edge.commands.export.content import Export
 from sft_edge.model_files import DENSE, FACTORED, load_model, task_of
 
@@ -86,7 +89,7 @@ def test_the_librarys_own_class_refuses_it(tmp_path: Path) -> None:
 def test_its_weights_are_those_of_state_dict(tmp_path: Path) -> None:
     """Also where the library cuts them into several files; what stands in W's place, loading passes over."""
     model = tiny_model()
-    with wrap(model, sgd(model)):
+    with wrap(model, sgd(model)) as optimizer:
         model.save_pretrained(str(tmp_path), max_shard_size="20KB")
         state_dict = model.state_dict()
         files = sorted(tmp_path.glob("model-*.safetensors"))
@@ -94,7 +97,12 @@ def test_its_weights_are_those_of_state_dict(tmp_path: Path) -> None:
         assert len(files) > 1
         assert saved.keys() - state_dict.keys() == {"bert.encoder.layer.1.output.dense.weight"}
         assert all(saved[name].equal(tensor) for name, tensor in state_dict.items())
+        for batch in batches(2, model):
+            optimizer.zero_grad()
+            model(**batch).loss.backward()
+            optimizer.step()
         model.load_state_dict(saved)
+        assert all(state_dict[name].equal(tensor) for name, tensor in model.state_dict().items())
 
 
 def test_a_state_dict_that_is_given_is_saved(tmp_path: Path) -> None:
@@ -121,6 +129,61 @@ def test_what_the_script_has_named_is_in_the_configuration(tmp_path: Path) -> No
     assert opened.config.id2label == {0: "no", 1: "perhaps", 2: "yes"}
     assert type(model.config).__name__ == "BertConfig"
     assert not hasattr(model.config, "sft")
+
+
+def test_another_model_was_there_before(tmp_path: Path) -> None:
+    """Of a run, of a save in several files or in one, of peft: nothing of it is left that could be opened instead."""
+    to = tmp_path / "saved-over"
+    save_tiny(to, cut=Cut("sft", 2, 4))
+    (to / "adapter_config.json").write_text("{}")
+    (to / "notes.txt").write_text("mine")
+    model = tiny_model()
+    with wrap(model, sgd(model)):
+        for size in ("20KB", "1GB", "20KB"):
+            model.save_pretrained(str(to), max_shard_size=size)
+            (single, index) = (to / "model.safetensors").exists(), (to / "model.safetensors.index.json").exists()
+            assert (single, index) == (size == "1GB", size == "20KB")
+            held = load_model(to).net.whole_parameters()
+            assert all(held[name].equal(tensor) for name, tensor in model.state_dict().items())
+    assert not [
+        path.name for path in to.iterdir() if "decomposed" in path.name or path.name.startswith(("adapter", "."))
+    ]
+    assert (to / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"push_to_hub": True}, r"push_to_hub=True\) is not for a cut model: call model\.push_to_hub"),
+        ({"state_dict": {}}, "state_dict lacks 'bert"),
+    ],
+)
+def test_what_saving_refuses(tmp_path: Path, options: Dict[str, Any], match: str) -> None:
+    model = tiny_model()
+    with wrap(model, sgd(model)):
+        with pytest.raises(UsageError, match=match):
+            model.save_pretrained(str(tmp_path / "saved"), **options)
+        wrong = {name: torch.zeros(3) for name in model.state_dict()}
+        with pytest.raises(UsageError, match=r"state_dict is not this model's: .*size mismatch"):
+            model.save_pretrained(str(tmp_path / "saved"), state_dict=wrong)
+        (tmp_path / "file").write_text("")
+        with pytest.raises(StorageError, match=r"^save_pretrained: cannot write .*file: .*; free some space, or give"):
+            model.save_pretrained(str(tmp_path / "file"))
+        assert not list(tmp_path.glob("saved/*"))
+
+
+def test_it_can_be_saved_often_and_nothing_is_left_in_the_systems_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "system"
+    place.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(place))
+    model = tiny_model()
+    with wrap(model, sgd(model)):
+        for name in ("first", "second"):
+            model.save_pretrained(str(tmp_path / name))
+            assert (tmp_path / name / "modeling_sft.py").stat().st_size > 1000
+    assert not list(place.iterdir())
 
 
 def test_a_session_that_is_over(tmp_path: Path) -> None:
@@ -164,7 +227,7 @@ def test_an_export_of_it(tmp_path: Path, form: str) -> None:
 def test_a_language_model_has_no_rows_to_answer(tmp_path: Path) -> None:
     trained(tiny_model("gpt2", "causal-lm"), tmp_path)
     tiny_tokenizer().save_pretrained(str(tmp_path))
-    with pytest.raises(UsageError, match="a language model answers no rows"):
+    with pytest.raises(UsageError, match="a language model is asked with transformers"):
         task_of(load_model(tmp_path).description)
 
 
@@ -172,10 +235,10 @@ def test_a_language_model_has_no_rows_to_answer(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"sft": {"form": "factored"}}, "does not say which layer is split"),
-        ({"auto_map": {}}, "does not say which head"),
-        ({"auto_map": None}, "does not say which head"),
-        ({"auto_map": ["AutoModelForCausalLM"]}, "does not say which head"),
-        ({"sft": None}, "holds no sft.json"),
+        ({"architectures": None}, "holds no sft.json"),
+        ({"architectures": 3}, "is no list of classes"),
+        ({"architectures": ["BertModel"]}, "holds no sft.json"),
+        ({"sft": None}, "no model of transformers"),
         ({"model_type": "sft-x"}, "no model of transformers"),
     ],
 )

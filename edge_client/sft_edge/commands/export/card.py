@@ -24,7 +24,7 @@ def export_card(exported: Export) -> str:
         f"base_model: {base_model or 'none'}",
         "---",
         "",
-        f"# {base_model or 'A model drawn from a seed'}, fine-tuned on {description.task}",
+        f"# {_title(exported)}",
         "",
         _architecture(exported),
         "",
@@ -44,11 +44,16 @@ def export_card(exported: Export) -> str:
         ]
     if description.label_names is not None:
         lines += [f"Labels: {', '.join(description.label_names)}.", ""]
-    lines += [
-        f"It was trained on at most {description.max_seq_length} tokens a text; `truncation=True` cuts there.",
-        "",
-    ]
+    trained = "It was trained on" if description.mode else "It reads"
+    lines += [f"{trained} at most {description.max_seq_length} tokens a text; `truncation=True` cuts there.", ""]
     return "\n".join(lines)
+
+
+def _title(exported: Export) -> str:
+    description = exported.description
+    if not description.mode:  # nobody has said what it was made from
+        return f"A {exported.architecture}"
+    return f"{description.base_model or 'A model drawn from a seed'}, fine-tuned on {description.task}"
 
 
 def _architecture(exported: Export) -> str:
