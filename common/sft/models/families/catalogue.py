@@ -51,8 +51,8 @@ def check_type(model_type: object) -> None:
         shown = str(model_type)[:80]
         if shown.startswith("sft-"):  # opened with the code that travels with it
             raise UnsupportedModelError(
-                f"this model of type '{shown}' was split before: cut the model that it was made from alike, and load these "
-                "weights with load_state_dict"
+                f"this model of type '{shown}' was split before: cut the model that it was made from alike, and load "
+                "these weights with load_state_dict"
             )
         raise UnsupportedModelError(f"models of type '{shown}' cannot be cut; supported types: {known}")
 
