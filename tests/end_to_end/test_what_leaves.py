@@ -165,6 +165,7 @@ def _script(model: Any, address: str) -> None:
             next(iter(model(**inputs).values())).float().square().mean().backward()
             with torch.no_grad():
                 model(**inputs)
+                model(**second)
         for group in optimizer.param_groups:
             group["momentum"], group["nesterov"], group["dampening"] = 0.25, True, 0
         optimizer.step()

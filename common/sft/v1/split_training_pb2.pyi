@@ -345,12 +345,14 @@ class Close(_message.Message):
     def __init__(self) -> None: ...
 
 class Evaluate(_message.Message):
-    __slots__ = ("activation", "autocast")
+    __slots__ = ("activation", "autocast", "labels")
     ACTIVATION_FIELD_NUMBER: _ClassVar[int]
     AUTOCAST_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
     activation: Activation
     autocast: DataType
-    def __init__(self, activation: _Optional[_Union[Activation, _Mapping]] = ..., autocast: _Optional[_Union[DataType, str]] = ...) -> None: ...
+    labels: Labels
+    def __init__(self, activation: _Optional[_Union[Activation, _Mapping]] = ..., autocast: _Optional[_Union[DataType, str]] = ..., labels: _Optional[_Union[Labels, _Mapping]] = ...) -> None: ...
 
 class GroupArguments(_message.Message):
     __slots__ = ("arguments",)
@@ -464,10 +466,14 @@ class Outputs(_message.Message):
     def __init__(self, logits: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
 
 class Evaluation(_message.Message):
-    __slots__ = ("logits",)
+    __slots__ = ("logits", "loss", "best_tokens")
     LOGITS_FIELD_NUMBER: _ClassVar[int]
+    LOSS_FIELD_NUMBER: _ClassVar[int]
+    BEST_TOKENS_FIELD_NUMBER: _ClassVar[int]
     logits: Tensor
-    def __init__(self, logits: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
+    loss: float
+    best_tokens: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, logits: _Optional[_Union[Tensor, _Mapping]] = ..., loss: _Optional[float] = ..., best_tokens: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Detached(_message.Message):
     __slots__ = ("error", "detached_timeout_seconds")

@@ -44,6 +44,7 @@ class LinkCross(Cross):
         self._codecs = codecs
         self._backwards = 0
         self._evaluations = 0
+        self._labels_travel = False  # whether those of a training batch have
         self._waiting: Set[int] = set()  # micro-batches of that step of which the cloud keeps something
         self._dropped: Deque[Tuple[_Turn, int]] = deque()  # with micro-batches; filled by whoever collects garbage
         self.undone = 0
@@ -64,7 +65,7 @@ class LinkCross(Cross):
         """See Cross."""
         packed = Activation(activation, lengths, padded_length)
         if not torch.is_grad_enabled() and not training:
-            return Crossed(self._evaluate(packed), None)
+            return self._evaluate(packed, labels if self._labels_travel else None)
 
         def ask() -> _Question:
             return self._ask(packed, labels, training, want_outputs)
@@ -141,12 +142,24 @@ class LinkCross(Cross):
             raise SessionLostError("the session is over: close() was called, or the `with` block has ended")
         self.link.check()
 
-    def _evaluate(self, activation: Activation) -> Tensor:
+    def _evaluate(self, activation: Activation, labels: Optional[pb.Labels] = None) -> Crossed:
         self.catch_up()
         self._evaluations += 1
         message, device = activation.encoded(self._codecs), activation.packed.device
-        reply = self.link.evaluate(self.step, self._evaluations, message, autocast_type(device)).result()
-        return decode_tensor(reply.message.evaluation.logits, device)
+        reply = self.link.evaluate(self.step, self._evaluations, message, autocast_type(device), labels).result()
+        answer, turn = reply.message.evaluation, self.turn
+        if labels is None or not answer.HasField("loss"):  # an older cloud sends outputs
+            return Crossed(decode_tensor(answer.logits, device), None)
+
+        def fetch() -> Tensor:
+            if self.turn != turn:
+                raise UsageError("logits of an evaluation are asked for after a step: look at them before it")
+            outputs = self._evaluate(activation).outputs
+            assert outputs is not None
+            return outputs
+
+        loss = torch.tensor(answer.loss, dtype=torch.float32, device=device)
+        return Crossed(None, loss, torch.tensor(list(answer.best_tokens), device=device), fetch)
 
     def _ask(
         self,
@@ -161,6 +174,7 @@ class LinkCross(Cross):
                 f"{MAX_WAITING} results of the model wait for a backward(): use torch.no_grad() where none will "
                 "follow, and detach() what is kept, such as a loss to be printed"
             )
+        self._labels_travel |= labels is not None
         generation, turn, micro_batch = self.gradients.generation, self.turn, self.forwards
         crossing = Crossing(
             self.link,

@@ -7,7 +7,7 @@ whatever is wrong, with the arguments, the model or the server, the script's mod
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence
 
 from torch import Tensor, nn
 
@@ -26,6 +26,12 @@ class Crossed(NamedTuple):
 
     loss: Optional[Tensor]
     """0-dim, where labels travelled; None otherwise."""
+
+    best_T: Optional[Tensor] = None
+    """In evaluation, where labels travelled: the place of the largest output in each row, int64."""
+
+    fetch: Optional[Callable[[], Tensor]] = None
+    """Gets the outputs then. Raises UsageError once the model is another, and LinkError."""
 
 
 class Cross(ABC):

@@ -40,8 +40,9 @@ from sft_edge.link import model_fields
 from sft_edge.model_files import told_name
 from sft_edge.script.adapters import adapters_of, adapters_of_cloud, without_peft
 from sft_edge.script.arguments import count_learned, lengths_of, may_travel, problem_type, read_call
-from sft_edge.script.cut_model import Cross, CutModel
+from sft_edge.script.cut_model import Cross, Crossed, CutModel
 from sft_edge.script.forward import replace_forward
+from sft_edge.script.late_logits import LateLogits
 from sft_edge.script.origin import by_origin
 from sft_edge.script.outputs import make_output, output_class
 from sft_edge.script.saving import Saving
@@ -175,8 +176,9 @@ class _CutForward:
         call = read_call(self._named(model, *args, **kwargs), self._config, self._head)
         inputs, lengths, labels = call.batch
         a_BSR = self.net_1(inputs, lengths)
-        travelling = encode_labels(labels, lengths) if may_travel(labels) and torch.is_grad_enabled() else None
         is_language_model = self._head == "causal-lm"
+        wants_loss = torch.is_grad_enabled() or (is_language_model and not model.training)
+        travelling = encode_labels(labels, lengths) if may_travel(labels) and wants_loss else None
         if travelling is None or not is_language_model:
             rows = sum(lengths) if is_packed(self._head) else len(lengths)
             check_size("output", encoded_size([rows, outputs_of(self._config, self._head)], pb.DATA_TYPE_FLOAT32))
@@ -191,6 +193,8 @@ class _CutForward:
         logits, loss = crossed.outputs, crossed.loss
         if logits is not None:
             logits = self._logits(logits, self._config, lengths, a_BSR.shape[1])
+        elif crossed.fetch is not None:
+            logits = self._late(crossed, self._config.vocab_size, lengths, a_BSR.shape[1])
         if labels and loss is None:
             assert logits is not None  # nothing travelled that could have made them unwanted
             labels = {name: y.to(logits.device) for name, y in labels.items()}
@@ -210,6 +214,18 @@ class _CutForward:
             more = self._signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
             named.update(value if more else {name: value})
         return named
+
+    def _late(self, crossed: Crossed, V: int, lengths: List[int], padded_length: int) -> Tensor:
+        best_T, fetch = crossed.best_T, crossed.fetch
+        assert best_T is not None
+        assert fetch is not None
+        if len(best_T) != sum(lengths) or int(best_T.max()) >= V:
+            raise ProtocolError(f"the cloud sent {len(best_T)} best tokens of {sum(lengths)}, or one that is none")
+
+        def logits() -> Tensor:
+            return self._logits(fetch(), self._config, lengths, padded_length)
+
+        return LateLogits(unpack(best_T[:, None], lengths, padded_length)[..., 0], V, logits)
 
     def _logits(self, logits: Tensor, config: Any, lengths: List[int], padded_length: int) -> Tensor:
         """As `head_loss` takes them, from what the wire brought."""

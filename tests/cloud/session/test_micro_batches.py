@@ -343,3 +343,19 @@ def test_a_gradient_of_any_element_type(session, edge):
     session.handle(edge.unlabelled(0, 0))
     body = pb.Backward(gradient=encode_tensor(torch.ones(3, 3), pb.DATA_TYPE_BFLOAT16))
     assert session.handle(pb.EdgeMessage(backward=body)).result.squared_gradient_norm > 0
+
+
+def test_an_evaluation_with_labels_gives_the_loss_and_the_best_tokens(open_session, any_edge):
+    edge = any_edge({"head": TOKENS})
+    session = open_session(edge)
+    expected = session.handle(edge.forward(0, 0, eval_mode=True, want_logits=True)).result
+    evaluate = pb.Evaluate(activation=edge.activation(0, 0), labels=edge.labels())
+    gradients = gradients_of(session)
+    evaluation = session.handle(pb.EdgeMessage(evaluate=evaluate)).evaluation
+    assert same_bits(gradients_of(session), gradients)
+    assert evaluation.loss == expected.loss
+    assert not evaluation.HasField("logits")
+    assert list(evaluation.best_tokens) == decode_tensor(expected.logits, CPU).argmax(-1).tolist()
+    evaluate.labels.tokens.ids.append(0)
+    with pytest.raises(ProtocolError, match="labels expected"):
+        session.handle(pb.EdgeMessage(evaluate=evaluate))

@@ -41,6 +41,10 @@ REFUSED = {
         lambda e: pb.EdgeMessage(evaluate=e.evaluate().evaluate, gradient_scale=0.5),
         "rides on a forward",
     ),
+    "an evaluation with classes": (
+        lambda e: pb.EdgeMessage(evaluate=pb.Evaluate(activation=e.evaluate().evaluate.activation, labels=e.labels())),
+        "labels where they are a language model's",
+    ),
     "backward of nothing": (lambda e: e.backward(0, 9, torch.ones(3, 3)), "does not wait for a Backward"),
     "backward of a labelled one": (lambda e: e.backward(0, 0, torch.ones(3, 3)), "does not wait for a Backward"),
     "backward of one kept aside": (lambda e: e.backward(0, 2, torch.ones(3, 3)), "does not wait for a Backward"),
