@@ -29,7 +29,6 @@ from sft.optim.state import live_state, state_bytes
 from sft.tensors.stream import StoredTensor
 from sft.v1 import split_training_pb2 as pb
 from sft.wire.codec.elements import check_tensor
-from sft.wire.codec.packing import pack
 from sft.wire.codec.rows import rounding_of
 from sft_cloud.errors import NoMemoryError, PreconditionError, is_out_of_memory
 from sft_cloud.memory import MemoryShare
@@ -38,7 +37,7 @@ from sft_cloud.session.commit import apply_settings, check_commit, clip_scale_of
 from sft_cloud.session.load_state import Blob, StateLoader
 from sft_cloud.session.memory import check_room_for_step, optimizer_bytes
 from sft_cloud.session.micro_batches import MicroBatches, check_scale
-from sft_cloud.session.upper_half import COPIES_OF_ANSWER, UpperHalf, answer_bytes
+from sft_cloud.session.upper_half import COPIES_OF_ANSWER, UpperHalf, answer_bytes, fill_evaluation, tokens_loss_bytes
 from sft_cloud.storage import KeptRows
 
 Work = Callable[[pb.CloudMessage], Iterator[None] | None]
@@ -349,11 +348,8 @@ class Session:
         waits = self._micro_batches.waiting_bytes(message.weights)
         batch = self._half.training_bytes(message.evaluate.activation) // _EVALUATION_TAKES
         batch += self._half.cast_bytes() if message.evaluate.autocast else 0
-        has_labels = message.evaluate.HasField("labels")
-        if has_labels:
-            if message.evaluate.labels.WhichOneof("kind") != "tokens":
-                raise ProtocolError("an Evaluate has labels where they are a language model's; leave others out")
-            batch += self._half.logits_bytes(message.evaluate.activation)  # the loss takes a copy of them
+        if has_labels := message.evaluate.HasField("labels"):
+            batch += tokens_loss_bytes(self._half, message.evaluate)
         if too_large := lacks or self._memory.too_large(waits + batch):
             return self._skips(too_large, undoes=False)
         answers = self._remembered_bytes + answer_bytes(self._half, message.evaluate.activation, logits=not has_labels)
@@ -366,13 +362,7 @@ class Session:
         def work(answer: pb.CloudMessage) -> None:
             self._half.train(False)
             with torch.no_grad(), autocast_to(message.evaluate.autocast, self._half.device):
-                outputs = self._half.outputs(given)
-                if has_labels:
-                    answer.evaluation.loss = float(self._half.loss(outputs, labels, given))
-                    best_T1 = pack(outputs.argmax(-1, keepdim=True), given.lengths)
-                    answer.evaluation.best_tokens.extend(best_T1.flatten().tolist())
-            if not has_labels:
-                answer.evaluation.logits.CopyFrom(self._half.encode_outputs(outputs, given))
+                fill_evaluation(answer.evaluation, self._half, labels, given)
 
         return work
 

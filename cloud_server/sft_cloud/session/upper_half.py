@@ -118,6 +118,28 @@ def answer_bytes(half: UpperHalf, activation: pb.Activation, logits: bool, gradi
     return COPIES_OF_ANSWER * size
 
 
+def tokens_loss_bytes(half: UpperHalf, evaluate: pb.Evaluate) -> int:
+    """What the loss of a language model takes beside its logits: about a copy of them, padding and all.
+
+    Raises ProtocolError for labels of another kind: no other head's may go with an Evaluate.
+    """
+    if evaluate.labels.WhichOneof("kind") != "tokens":
+        raise ProtocolError("an Evaluate has labels where they are a language model's; leave others out")
+    lengths = evaluate.activation.lengths
+    padded_tokens = len(lengths) * evaluate.activation.padded_length
+    return half.logits_bytes(evaluate.activation) * padded_tokens // max(1, sum(lengths))
+
+
+def fill_evaluation(evaluation: pb.Evaluation, half: UpperHalf, labels: dict[str, Tensor], given: Given) -> None:
+    """Logits; with the labels of a language model their loss, and the place of each token's largest logit."""
+    outputs = half.outputs(given)
+    if labels:
+        evaluation.loss = float(half.loss(outputs, labels, given))
+        evaluation.best_tokens.extend(pack(outputs.argmax(-1, keepdim=True), given.lengths).flatten().tolist())
+    else:
+        evaluation.logits.CopyFrom(half.encode_outputs(outputs, given))
+
+
 class TransformersUpperHalf:
     """The upper half of a model of the library."""
 

@@ -188,17 +188,12 @@ class Link:
         autocast: pb.DataType = pb.DATA_TYPE_UNSPECIFIED,
         labels: Optional[pb.Labels] = None,
     ) -> PendingReply:
-        """Logits of one evaluation batch, after a held commit. The reply holds an `Evaluation`. Returns at once.
-
-        With `labels`, which a language model's may be, it holds their loss instead, unless the cloud is an older one.
-        """
+        """Logits of one evaluation batch, or the loss of `labels`, after a held commit: an `Evaluation`, later."""
         if self._held.HasField("commit"):
             self.flush()
-        message = pb.EdgeMessage(step=step, micro_batch=batch_index)
+        evaluate = pb.Evaluate(autocast=autocast, labels=labels)
+        message = pb.EdgeMessage(step=step, micro_batch=batch_index, evaluate=evaluate)
         message.evaluate.activation.CopyFrom(activation)
-        message.evaluate.autocast = autocast
-        if labels is not None:
-            message.evaluate.labels.CopyFrom(labels)
         return self._send("evaluation", message, payload_bytes=len(activation.packed.data))
 
     def weigh(self, micro_batch: int, weight: float) -> None:

@@ -44,7 +44,8 @@ class LinkCross(Cross):
         self._codecs = codecs
         self._backwards = 0
         self._evaluations = 0
-        self._labels_travel = False  # whether those of a training batch have
+        self._labels_travel = False  # those of a training batch have
+        self._loads = 0
         self._waiting: Set[int] = set()  # micro-batches of that step of which the cloud keeps something
         self._dropped: Deque[Tuple[_Turn, int]] = deque()  # with micro-batches; filled by whoever collects garbage
         self.undone = 0
@@ -65,7 +66,7 @@ class LinkCross(Cross):
         """See Cross."""
         packed = Activation(activation, lengths, padded_length)
         if not torch.is_grad_enabled() and not training:
-            return self._evaluate(packed, labels if self._labels_travel else None)
+            return self._evaluate(packed, autocast_type(activation.device), labels)
 
         def ask() -> _Question:
             return self._ask(packed, labels, training, want_outputs)
@@ -74,6 +75,11 @@ class LinkCross(Cross):
             activation, self.gradients.parameter, ask
         )
         return Crossed(outputs, loss)
+
+    @property
+    def evaluates_labels(self) -> bool:
+        """See Cross."""
+        return self._labels_travel
 
     @property
     def turn(self) -> _Turn:
@@ -112,6 +118,7 @@ class LinkCross(Cross):
 
     def drop_waiting(self) -> None:
         """Nobody can go backward any more through a forward so far: a state is loaded, which the cloud wants alone."""
+        self._loads += 1
         self._dropped.extend((self.turn, micro_batch) for micro_batch in sorted(self._waiting))
         self.catch_up()
 
@@ -142,19 +149,20 @@ class LinkCross(Cross):
             raise SessionLostError("the session is over: close() was called, or the `with` block has ended")
         self.link.check()
 
-    def _evaluate(self, activation: Activation, labels: Optional[pb.Labels] = None) -> Crossed:
+    def _evaluate(self, activation: Activation, autocast: pb.DataType, labels: Optional[pb.Labels]) -> Crossed:
         self.catch_up()
         self._evaluations += 1
         message, device = activation.encoded(self._codecs), activation.packed.device
-        reply = self.link.evaluate(self.step, self._evaluations, message, autocast_type(device), labels).result()
-        answer, turn = reply.message.evaluation, self.turn
-        if labels is None or not answer.HasField("loss"):  # an older cloud sends outputs
+        labels = labels if self.evaluates_labels else None
+        answer = self.link.evaluate(self.step, self._evaluations, message, autocast, labels).result().message.evaluation
+        if not answer.HasField("loss"):  # without labels, or from an older cloud
             return Crossed(decode_tensor(answer.logits, device), None)
+        model = (self.turn, self._loads)
 
         def fetch() -> Tensor:
-            if self.turn != turn:
+            if (self.turn, self._loads) != model:
                 raise UsageError("logits of an evaluation are asked for after a step: look at them before it")
-            outputs = self._evaluate(activation).outputs
+            outputs = self._evaluate(activation, autocast, None).outputs
             assert outputs is not None
             return outputs
 

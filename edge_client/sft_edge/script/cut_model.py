@@ -40,6 +40,11 @@ class Cross(ABC):
     Differentiable where gradients are enabled: one autograd function crosses the wire forward and backward.
     """
 
+    @property
+    @abstractmethod
+    def evaluates_labels(self) -> bool:
+        """Whether labels that are given to an evaluation travel: once those of a training batch have."""
+
     @abstractmethod
     def __call__(
         self,

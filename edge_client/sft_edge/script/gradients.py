@@ -38,8 +38,9 @@ class CloudGradients:
     """Keeps the parameter and the cloud in agreement."""
 
     def __init__(self, link: Link, device: torch.device) -> None:
-        self.parameter = nn.Parameter(torch.zeros(len(_SHARES), device=device))
-        """Its value means nothing and never changes; its `.grad` is what counts."""
+        self.parameter = nn.Parameter(torch.tensor([0.0, 1.0], dtype=torch.float32, device=device))
+        """Its `.grad` is what counts. Its value never changes: a penalty or a mask that a script computes of all values
+        touches one of the two gradients, and not the other."""
         self.generation = 0
         """Changes whenever the gradients that the cloud has added up change."""
         self._link = link
@@ -64,7 +65,7 @@ class CloudGradients:
     def _set(self, norm: float) -> None:
         self.generation += 1
         # One that is too large becomes infinity.
-        self.parameter.grad = torch.tensor(_SHARES, dtype=torch.float32).mul(norm).to(self.parameter.device)
+        self.parameter.grad = torch.tensor(_SHARES, dtype=torch.float32).mul(norm).to(self.parameter)
         self._norm = _norm_of(self.parameter.grad)  # as rounded
 
     def undone(self) -> None:
@@ -147,7 +148,8 @@ def _norm_of(grad: Tensor) -> float:
     norm = first / _SHARES[0]
     if math.isfinite(first) and math.isfinite(second):
         expected = norm * _SHARES[1]
-        if abs(second - expected) > _ROUNDING * abs(expected) + torch.finfo(torch.float32).tiny:
+        allowed = max(_ROUNDING, 4 * torch.finfo(grad.dtype).eps)
+        if abs(second - expected) > allowed * abs(expected) + torch.finfo(torch.float32).tiny:
             raise UsageError(
                 "gradients were edited otherwise than by multiplying all of them by one number, which does not reach "
                 "those on the cloud: leave out clip_grad_value_ (clip_grad_norm_ works), noise, and the like"

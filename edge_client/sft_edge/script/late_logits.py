@@ -14,22 +14,17 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-_METHODS = ("size", "dim", "numel", "is_floating_point", "stride", "is_contiguous", "__len__")
+_METHODS = (
+    *("size", "dim", "numel", "stride", "element_size", "get_device", "__len__"),
+    *("is_floating_point", "is_complex", "is_signed", "is_inference", "is_contiguous"),
+)
 _PROPERTIES = (
-    "shape",
-    "ndim",
-    "device",
-    "dtype",
-    "layout",
-    "requires_grad",
-    "is_leaf",
-    "is_cuda",
-    "is_cpu",
-    "is_nested",
+    *("shape", "ndim", "device", "dtype", "layout", "nbytes", "itemsize", "grad", "grad_fn", "requires_grad"),
+    *("is_leaf", "is_nested", "is_sparse", "is_quantized", "is_meta", "is_cpu", "is_cuda", "is_mps", "is_xpu"),
 )
 _LOOKS_AT_NO_VALUE = {
     *(getattr(Tensor, name) for name in _METHODS),
-    *(getattr(Tensor, name).__get__ for name in (*_PROPERTIES, "is_sparse", "is_quantized", "is_meta")),
+    *(getattr(Tensor, name).__get__ for name in _PROPERTIES if hasattr(Tensor, name)),  # older releases lack some
 }
 _STAYS = {Tensor.detach, Tensor.contiguous}
 _ARGMAX = {Tensor.argmax, torch.argmax}
@@ -65,7 +60,7 @@ class LateLogits(Tensor):
             return super().__torch_function__(function, types, args, kwargs)  # type: ignore[no-untyped-call]
         if late is not None and function in _STAYS and len(args) == 1 and not kwargs:
             return late
-        if late is not None and function in _ARGMAX and _of_last(late, *args[1:], **kwargs):
+        if late is not None and late._fetched is None and function in _ARGMAX and _of_last(late, *args[1:], **kwargs):
             return late._best_BS.clone()
         return function(*tree_map(_all_of, args), **tree_map(_all_of, kwargs))
 
@@ -76,9 +71,10 @@ class LateLogits(Tensor):
         return function(*tree_map(_all_of, args), **tree_map(_all_of, kwargs or {}))
 
 
-def _of_last(late: LateLogits, dim: Optional[int] = None, keepdim: bool = False) -> bool:
+def _of_last(late: LateLogits, dim: Optional[int] = None, keepdim: bool = False, **others: Any) -> bool:
     """Whether the arguments of an argmax ask for the best tokens."""
-    return dim in (-1, late.dim() - 1) and not keepdim
+    dim = others.pop("axis", dim)
+    return dim in (-1, late.dim() - 1) and not keepdim and not others
 
 
 def _all_of(value: Any) -> Any:

@@ -155,8 +155,7 @@ class EdgeRole(Role):
         if not self._cross.is_closed:
             self._cross.link.hurry()  # a script that ends must not wait for a cloud that has gone
             with suppress(LinkError):  # then there is no session left to end
-                self._cross.catch_up()
-                self._cross.link.flush()
+                self._cross.link.flush()  # what became of gradients since does not matter any more
         self._cross.is_closed = True
         self._cross.link.close()
 

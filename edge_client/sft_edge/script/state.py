@@ -100,7 +100,7 @@ class CloudState:
         error_msgs: List[str],
     ) -> None:
         """Takes the cloud's part, so that torch does not look for a place for it here."""
-        state_dict[prefix + PARAMETER_NAME] = torch.zeros_like(self._cross.gradients.parameter)
+        state_dict[prefix + PARAMETER_NAME] = self._cross.gradients.parameter.detach().clone()
         keys = {name: prefix + own for name, own in self._script_names.items()}
         given = {name: state_dict.pop(key) for name, key in keys.items() if key in state_dict}
         missing_keys.extend(key for name, key in keys.items() if name not in given)

@@ -170,18 +170,20 @@ class _CutForward:
         self._output_class = output_class(model, head)
 
     def __call__(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        named = self._named(model, *args, **kwargs)
         for name in ("output_hidden_states", "output_attentions"):
-            if getattr(model.config, name, False):
+            if getattr(model.config, name, False) and named.get(name) is None:
                 raise UsageError(f"config.{name} asks for what stays on the cloud: set it to False")
-        call = read_call(self._named(model, *args, **kwargs), self._config, self._head)
+        call = read_call(named, self._config, self._head)
         inputs, lengths, labels = call.batch
         a_BSR = self.net_1(inputs, lengths)
         is_language_model = self._head == "causal-lm"
-        wants_loss = torch.is_grad_enabled() or (is_language_model and not model.training)
+        wants_loss = torch.is_grad_enabled()
+        if is_language_model and not wants_loss and not model.training:
+            wants_loss = self._cross.evaluates_labels
         travelling = encode_labels(labels, lengths) if may_travel(labels) and wants_loss else None
         if travelling is None or not is_language_model:
-            rows = sum(lengths) if is_packed(self._head) else len(lengths)
-            check_size("output", encoded_size([rows, outputs_of(self._config, self._head)], pb.DATA_TYPE_FLOAT32))
+            self._check_size(lengths)
         crossed = self._cross(
             pack(a_BSR, lengths),
             lengths,
@@ -215,6 +217,11 @@ class _CutForward:
             named.update(value if more else {name: value})
         return named
 
+    def _check_size(self, lengths: List[int]) -> None:
+        """Raises UsageError where logits would be too large for a message."""
+        rows = sum(lengths) if is_packed(self._head) else len(lengths)
+        check_size("output", encoded_size([rows, outputs_of(self._config, self._head)], pb.DATA_TYPE_FLOAT32))
+
     def _late(self, crossed: Crossed, V: int, lengths: List[int], padded_length: int) -> Tensor:
         best_T, fetch = crossed.best_T, crossed.fetch
         assert best_T is not None
@@ -223,6 +230,7 @@ class _CutForward:
             raise ProtocolError(f"the cloud sent {len(best_T)} best tokens of {sum(lengths)}, or one that is none")
 
         def logits() -> Tensor:
+            self._check_size(lengths)
             return self._logits(fetch(), self._config, lengths, padded_length)
 
         return LateLogits(unpack(best_T[:, None], lengths, padded_length)[..., 0], V, logits)

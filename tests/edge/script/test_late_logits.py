@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sft.errors import ProtocolError, UsageError
 from sft.v1 import split_training_pb2 as pb
+from sft_edge.systems import crossing
 
 
 def evaluated(model: Any, batch: Dict[str, Tensor]) -> Any:
@@ -67,6 +68,8 @@ LOOKS: Dict[str, Any] = {
     "written into": lambda x: x.clone().masked_fill_(x > 0, 0.0),
     "float": lambda x: x.float(),
     "half": lambda x: x.to(torch.float16),
+    "argmax by another name of the dimension": lambda x: x.argmax(axis=0),
+    "argmax into a tensor": lambda x: torch.argmax(x, dim=-1, out=torch.empty(0, dtype=torch.int64)),
     "printed": lambda x: str(x.detach() * 1),
 }
 
@@ -94,8 +97,67 @@ def test_what_looks_at_no_value_fetches_nothing() -> None:
         assert (late.is_nested, late.requires_grad, late.device.type) == (False, False, "cpu")
         assert repr(late) == f"LateLogits(shape={tuple(late.shape)})"
         assert detached.argmax(2).equal(torch.argmax(late, dim=-1))
+        assert late.argmax(axis=-1).equal(detached.argmax(-1))
+        assert (late.grad, late.nbytes, late.is_complex()) == (None, 4 * late.numel(), False)
         assert isinstance(late, Tensor)
         assert len(answers(wire)) == 1
+
+
+def test_what_is_written_into_them_counts() -> None:
+    model, optimizer, _, (_, batch) = session()
+    with optimizer:
+        late = evaluated(model, batch).logits
+        banned = late.argmax(-1)[0, 0]
+        late[..., banned] = float("-inf")
+        assert not late.argmax(-1).eq(banned).any()
+
+
+def test_only_a_language_models_labels_travel_for_an_evaluation() -> None:
+    model, wire = tiny_model(), Wire()
+    first, second = batches(2, model)
+    with wrap(model, sgd(model), transport=wire) as optimizer:
+        model(**first).loss.backward()
+        optimizer.step()
+        assert evaluated(model, second).loss is not None
+    assert [message.evaluate.HasField("labels") for message in wire.sent if message.HasField("evaluate")] == [False]
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_logits_that_are_too_large_for_a_message(trains: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are refused here, and the session goes on; loss and best tokens need none."""
+    model, optimizer, _, (one, batch) = session(trains=trains)
+    with optimizer:
+        monkeypatch.setattr(crossing, "MAX_MESSAGE_BYTES", 1000 + crossing._BESIDE_BYTES)
+        if trains:
+            late = evaluated(model, batch).logits
+            late.argmax(-1)
+            with pytest.raises(UsageError, match="output"):
+                late.sum()
+        else:
+            with pytest.raises(UsageError, match="output"):
+                evaluated(model, batch)
+        monkeypatch.undo()
+        model.train()(**one).loss.backward()
+        optimizer.step()
+
+
+def test_logits_are_of_the_precision_of_the_evaluation() -> None:
+    model, optimizer, _, (_, batch) = session()
+    with optimizer:
+        unlabelled = {name: x for name, x in batch.items() if name != "labels"}
+        with torch.autocast("cpu", torch.bfloat16):
+            late, expected = evaluated(model, batch).logits, evaluated(model, unlabelled).logits
+        assert (late + 0).equal(expected)
+        assert not expected.equal(evaluated(model, unlabelled).logits)
+
+
+def test_logits_of_an_evaluation_before_weights_were_loaded() -> None:
+    model, optimizer, _, (_, batch) = session()
+    with optimizer:
+        late = evaluated(model, batch).logits
+        model.load_state_dict(model.state_dict())
+        with pytest.raises(UsageError, match="look at them before it"):
+            late.sum()
 
 
 def test_labels_that_never_travelled_do_not_travel_for_an_evaluation() -> None:

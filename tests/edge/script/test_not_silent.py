@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import gc
-import sys
 from typing import Any, Callable
 
 import pytest
 import torch
-from support.script import adamw, batches, sgd, tiny_model, wrap
+from support.script import Wire, adamw, batches, sgd, tiny_model, wrap
 from torch import nn
 
 from sft.errors import UsageError
+from sft_edge.script.crossing import LinkCross
+from sft_edge.script.other_optimizers import _checks
 
 
 def backward(model: Any) -> None:
@@ -55,17 +56,38 @@ def test_optimizers_over_something_else_and_over_the_edges_alone() -> None:
         assert not model.bert.embeddings.word_embeddings.weight.equal(before)
 
 
-def test_nothing_is_looked_at_once_the_model_is_gone() -> None:
-    hooks = sys.modules["torch.optim.optimizer"]._global_optimizer_pre_hooks  # type: ignore[attr-defined]
+def test_the_optimizer_that_is_wrapped() -> None:
+    model = tiny_model()
+    inner = sgd(model)
+    with wrap(model, inner) as optimizer:
+        backward(model)
+        with pytest.raises(UsageError, match=r"this SGD steps the edge alone: step the SFTOptimizer around it"):
+            inner.step()
+        optimizer.step()
+
+
+def test_a_new_optimizer_after_the_first_is_gone() -> None:
+    """The model holds the session."""
+    model, wire = tiny_model(), Wire()
+    optimizer = wrap(model, sgd(model), transport=wire)
+    del optimizer
     gc.collect()
-    before = len(hooks)
+    backward(model)
+    with pytest.raises(UsageError, match="was made of a model that is cut"):
+        adamw(model).step()
+    wire.close()
+
+
+def test_nothing_is_looked_at_once_the_model_is_gone() -> None:
+    gc.collect()
+    before = len(_checks)
     model = tiny_model()
     optimizer = wrap(model, sgd(model))
-    assert len(hooks) == before + 1
+    assert len(_checks) == before + 1
     optimizer.close()
     del model, optimizer
     gc.collect()
-    assert len(hooks) == before
+    assert len(_checks) == before
 
 
 def clip_values(model: Any) -> None:
@@ -85,7 +107,19 @@ def signs(model: Any) -> None:
             parameter.grad.sign_()
 
 
-@pytest.mark.parametrize("edit", [clip_values, add_noise, signs])
+def penalty(model: Any) -> None:
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.grad.add_(parameter.detach(), alpha=0.1)
+
+
+def mask(model: Any) -> None:
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.grad.mul_(parameter.detach() != 0)
+
+
+@pytest.mark.parametrize("edit", [clip_values, add_noise, signs, penalty, mask])
 def test_gradients_that_are_edited_one_by_one(edit: Callable[[Any], None]) -> None:
     model = tiny_model()
     with wrap(model, sgd(model)) as optimizer:
@@ -106,6 +140,40 @@ def test_values_that_clipping_leaves_are_no_edit() -> None:
         optimizer.step()
 
 
+def test_a_session_ends_in_order_after_an_edit() -> None:
+    """The step before it is taken by the cloud, too."""
+    model, wire = tiny_model(), Wire()
+    optimizer = wrap(model, sgd(model), transport=wire)
+    backward(model)
+    optimizer.step()
+    backward(model)
+    clip_values(model)
+    optimizer.close()
+    assert wire.closed
+    assert any(message.HasField("commit") for message in wire.sent)
+
+
+def test_another_default_type() -> None:
+    """Of this process alone: here the cloud is in it, and has opened the session before."""
+    model, real = tiny_model(), Wire()
+    model(**batches(1, model)[0])
+    with pytest.MonkeyPatch.context() as patch:
+        opened = LinkCross.__init__
+
+        def with_another(*args: Any) -> None:
+            torch.set_default_dtype(torch.float64)
+            try:
+                opened(*args)
+            finally:
+                torch.set_default_dtype(torch.float32)
+
+        patch.setattr(LinkCross, "__init__", with_another)
+        optimizer = wrap(model, sgd(model), transport=real)
+    with optimizer:
+        backward(model)
+        optimizer.step()
+
+
 @pytest.mark.parametrize("setting", ["output_hidden_states", "output_attentions"])
 def test_a_configuration_that_asks_for_more(setting: str) -> None:
     model = tiny_model(attn_implementation="eager")
@@ -113,6 +181,7 @@ def test_a_configuration_that_asks_for_more(setting: str) -> None:
         setattr(model.config, setting, True)
         with pytest.raises(UsageError, match=rf"config\.{setting} asks for what stays on the cloud"):
             backward(model)
+        model(**batches(1, model)[0], **{setting: False})  # the call has the word
         setattr(model.config, setting, False)
         backward(model)
         optimizer.step()
