@@ -269,6 +269,7 @@ def test_a_trainers_checkpoint_is_gone_on_from(cloud: str, tmp_path: Path) -> No
         torch.testing.assert_close(got[name], tensor, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft itself asks
 def test_a_trainers_checkpoint_of_a_model_with_adapters(cloud: str, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")

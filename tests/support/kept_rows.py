@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from sft_cloud.identity import ANONYMOUS, Identity
@@ -30,6 +31,13 @@ def content(rows: KeptRows) -> bytes:
 
 def read(rows: KeptRows) -> list[bytes]:
     return [rows.read(number) for number in range(1, rows.count + 1)]
+
+
+def damage(rows: KeptRows, number: int) -> None:
+    """Changes the last byte of a row."""
+    place = rows._place(number)[1] - 1
+    (byte,) = os.pread(rows._data, 1, place)
+    os.pwrite(rows._data, bytes([byte ^ 1]), place)
 
 
 def saved(rows: KeptRows, store: CheckpointStore, step: int = 0) -> dict[str, Path]:

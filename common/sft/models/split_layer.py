@@ -19,16 +19,18 @@ from sft.errors import UsageError
 RESIDUALS = ("none", "low-rank", "full")
 
 
+_NOTHING = torch.empty(0)
+_ENDS_HERE = "this part of the model ends at the layer that is cut, and the rest is on the cloud: call the model itself"
+
+
 class Reached(UsageError):
     """The place in the library's forward where one of ours ends; caught by `Net1.forward`.
 
     Who runs that forward otherwise, such as `model.bert(...)` of a script's cut model, gets it as the error it then is.
     """
 
-    def __init__(self, x: Tensor) -> None:
-        super().__init__(
-            "this part of the model ends at the layer that is cut, and the rest is on the cloud: call the model itself"
-        )
+    def __init__(self, text: str = _ENDS_HERE, x: Tensor = _NOTHING) -> None:
+        super().__init__(text)
         self.x = x
         """(B, S, width), or (B * S, width) where the library's block has flattened it."""
 
@@ -82,7 +84,7 @@ class SplitLayer(nn.Sequential):
         for child in self:
             x = child(x)
         if self.last:
-            raise Reached(x)
+            raise Reached(x=x)
         return x
 
 
@@ -95,6 +97,6 @@ class Probe(nn.Module):
 
     def forward(self, x_BSF: Tensor) -> Any:
         def reach(r_BSD: Tensor) -> Tensor:
-            raise Reached(self.w(x_BSF) + r_BSD)
+            raise Reached(x=self.w(x_BSF) + r_BSD)
 
         return AwaitingResidual(reach)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 import torch
+from support.kept_rows import damage
 
 import sft_cloud.session.kept
 from sft.errors import ProtocolError
@@ -188,7 +188,7 @@ def test_after_damage_a_message_finds_no_more(kept: KeptRows) -> None:
     """What is held then is before all of it that is damaged, in whatever order its numbers are."""
     applied(kept, message(torch.cat([a_TR, a_TR]), keep=(1, 2, 3, 4, 5, 6), lengths=LENGTHS * 2))
     for number in (3, 5):
-        os.pwrite(kept._data, b"!", kept._place(number)[1] - 1)
+        damage(kept, number)
     lookup = message(NOTHING, kept=(5, 3, 1), lengths=(3, 5, 7))
     assert applied(kept, lookup)[1] == "the cloud's disk does not give back the activations that were kept"
     assert kept.count == 2

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from support.kept_rows import KEY, ROWS, RUN, content, keeping, opened, read, saved
+from support.kept_rows import KEY, ROWS, RUN, content, damage, keeping, opened, read, saved
 
 from sft.errors import StorageError
 from sft_cloud.identity import ANONYMOUS, Identity
@@ -223,7 +223,7 @@ def test_rows_that_are_damaged(tmp_path: Path, where: str) -> None:
     rows.add(ROWS)
     rows.add(ROWS)
     if where == "data":
-        os.pwrite(rows._data, b"!", rows._place(3)[1] - 1)
+        damage(rows, 3)
     elif where == "index":
         os.pwrite(rows._index, b"\xff" * 8, 16)
     else:
@@ -270,7 +270,7 @@ def test_damage_for_the_second_time(tmp_path: Path) -> None:
     rows = keeping(tmp_path)
     rows.add(ROWS * 10)
     for number, left in ((20, 19), (10, 0)):
-        os.pwrite(rows._data, b"!", rows._place(number)[1] - 1)
+        damage(rows, number)
         with pytest.raises(StorageError):
             rows.read(number)
         assert (rows.count, len(content(rows)) > 16) == (left, left > 0)

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-from support.kept_rows import KEY, OTHER_KEY, ROWS, RUN, content, keeping, opened, read, saved
+from support.kept_rows import KEY, OTHER_KEY, ROWS, RUN, content, damage, keeping, opened, read, saved
 
 from sft.errors import CheckpointError, StorageError
 from sft_cloud.errors import PreconditionError
@@ -80,7 +80,7 @@ def test_damage_after_a_checkpoint(tmp_path: Path, store: CheckpointStore) -> No
     for _ in range(2):
         rows.add(ROWS)
         saved(rows, store)
-    os.pwrite(rows._data, b"!", rows._place(2)[1] - 1)
+    damage(rows, 2)
     with pytest.raises(StorageError):
         rows.read(2)
     assert read(opened(KeptStore(tmp_path, 1 << 20), saved=saved(rows, store, 1))) == ROWS[:1]

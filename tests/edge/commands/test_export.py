@@ -24,6 +24,11 @@ CUT = Cut("sft", 2, 4)
 
 Run = Callable[..., Tuple[int, str, str]]
 
+PLAIN = (
+    "plain: not a trained model: it holds no sft.json, as sft-edge train writes it, and no config.json of a model with "
+    "a head"
+)
+
 
 @pytest.fixture
 def export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
@@ -119,7 +124,7 @@ def test_the_report_as_json(tmp_path: Path, export: Run) -> None:
         (
             {"model": "plain"},
             4,
-            "plain: not a trained model: it holds no sft.json, as sft-edge train writes it, and no config.json of a",
+            PLAIN,
         ),
         ({"model": None}, 2, "--model must be given"),
     ],

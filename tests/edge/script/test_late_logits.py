@@ -74,6 +74,7 @@ LOOKS: Dict[str, Any] = {
 }
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("look", LOOKS)
 def test_whoever_looks_sees_what_there_would_be(look: str) -> None:
     model, optimizer, wire, (_, batch) = session()

@@ -340,6 +340,7 @@ def test_no_adapter_on_what_both_halves_need() -> None:
         wrap(model, sgd(model), server="127.0.0.1:9")
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(
     ("family", "head", "settings"),
     [

@@ -45,7 +45,8 @@ def trained(model: Any, to: Path, **options: Any) -> Any:
             optimizer.step()
         model.eval().save_pretrained(str(to))
         with torch.no_grad():
-            return two[0], model(**two[0])
+            output = model(**two[0])
+            return two[0], type(output)(**{name: x + 0 for name, x in output.items()})
 
 
 def logits(output: Any) -> torch.Tensor:
