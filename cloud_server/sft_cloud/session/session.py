@@ -276,13 +276,12 @@ class Session:
         answers = self._remembered_bytes + answer_bytes(
             self._half, forward.activation, not has_labels or forward.want_logits, has_labels
         )
-        try:
-            self._memory.hold(
-                waits, answers, batch
-            )  # before it is decoded: a code may stand for hundreds of times its bytes
+        try:  # before it is decoded: a code may stand for hundreds of times its bytes
+            self._memory.hold(waits, answers, batch)
         except NoMemoryError as error:
             return self._skips(_REFUSED.format(error))
-        rounding = rounding_of(self._seed, message.step, message.micro_batch)
+        draws = forward.draws if forward.HasField("draws") else pb.Draws(seed=self._seed, step=message.step)
+        rounding = rounding_of(draws.seed, draws.step, message.micro_batch)
         given = self._half.decode(forward.activation)._replace(rounding=rounding)
         labels = self._half.decode_labels(forward.labels, given) if has_labels else {}
         if not has_labels or forward.want_logits:
@@ -294,7 +293,7 @@ class Session:
             given.a.requires_grad_(not forward.frozen_edge)
             self._half.train(not forward.eval_mode)
             with (
-                seeded(self._half.device, self._seed, "net_2", message.step, message.micro_batch),
+                seeded(self._half.device, draws.seed, "net_2", draws.step, message.micro_batch),
                 autocast_to(forward.autocast, self._half.device),
             ):
                 outputs = self._half.outputs(given)

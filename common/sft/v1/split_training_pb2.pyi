@@ -283,7 +283,7 @@ class Attach(_message.Message):
     def __init__(self, session_id: _Optional[str] = ...) -> None: ...
 
 class Forward(_message.Message):
-    __slots__ = ("activation", "labels", "loss_scale", "eval_mode", "want_logits", "frozen_edge", "autocast")
+    __slots__ = ("activation", "labels", "loss_scale", "eval_mode", "want_logits", "frozen_edge", "autocast", "draws")
     ACTIVATION_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
     LOSS_SCALE_FIELD_NUMBER: _ClassVar[int]
@@ -291,6 +291,7 @@ class Forward(_message.Message):
     WANT_LOGITS_FIELD_NUMBER: _ClassVar[int]
     FROZEN_EDGE_FIELD_NUMBER: _ClassVar[int]
     AUTOCAST_FIELD_NUMBER: _ClassVar[int]
+    DRAWS_FIELD_NUMBER: _ClassVar[int]
     activation: Activation
     labels: Labels
     loss_scale: float
@@ -298,7 +299,16 @@ class Forward(_message.Message):
     want_logits: bool
     frozen_edge: bool
     autocast: DataType
-    def __init__(self, activation: _Optional[_Union[Activation, _Mapping]] = ..., labels: _Optional[_Union[Labels, _Mapping]] = ..., loss_scale: _Optional[float] = ..., eval_mode: bool = ..., want_logits: bool = ..., frozen_edge: bool = ..., autocast: _Optional[_Union[DataType, str]] = ...) -> None: ...
+    draws: Draws
+    def __init__(self, activation: _Optional[_Union[Activation, _Mapping]] = ..., labels: _Optional[_Union[Labels, _Mapping]] = ..., loss_scale: _Optional[float] = ..., eval_mode: bool = ..., want_logits: bool = ..., frozen_edge: bool = ..., autocast: _Optional[_Union[DataType, str]] = ..., draws: _Optional[_Union[Draws, _Mapping]] = ...) -> None: ...
+
+class Draws(_message.Message):
+    __slots__ = ("seed", "step")
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    seed: int
+    step: int
+    def __init__(self, seed: _Optional[int] = ..., step: _Optional[int] = ...) -> None: ...
 
 class Backward(_message.Message):
     __slots__ = ("gradient",)

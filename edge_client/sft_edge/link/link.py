@@ -152,6 +152,7 @@ class Link:
         want_logits: bool = False,
         frozen_edge: bool = False,
         autocast: pb.DataType = pb.DATA_TYPE_UNSPECIFIED,
+        draws: Optional[pb.Draws] = None,
     ) -> PendingReply:
         """Algorithm 1, lines 7 to 11, for one micro-batch; what is held rides along.
 
@@ -163,11 +164,10 @@ class Link:
         message.forward.activation.CopyFrom(activation)
         if labels is not None:
             message.forward.labels.CopyFrom(labels)
-        message.forward.loss_scale = loss_scale
-        message.forward.eval_mode = eval_mode
-        message.forward.want_logits = want_logits
-        message.forward.frozen_edge = frozen_edge
-        message.forward.autocast = autocast
+        message.forward.MergeFrom(
+            pb.Forward(loss_scale=loss_scale, eval_mode=eval_mode, want_logits=want_logits, draws=draws)
+        )
+        message.forward.MergeFrom(pb.Forward(frozen_edge=frozen_edge, autocast=autocast))
         kind = "outputs" if labels is None else "result"
         return self._send_with_held(kind, message, payload_bytes=len(activation.packed.data))
 

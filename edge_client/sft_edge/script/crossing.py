@@ -31,9 +31,11 @@ _Turn = Tuple[int, int]  # step, and how often a step had been undone
 class LinkCross(Cross):
     """Crosses a link that is open."""
 
-    def __init__(self, link: Link, codecs: Codecs, device: torch.device) -> None:
-        """`codecs` of the session; `device` of the script's model."""
+    def __init__(self, link: Link, codecs: Codecs, device: torch.device, seed: int) -> None:
+        """`codecs` and `seed` of the session; `device` of the script's model."""
         self.link = link
+        self._seed = self._run_seed = seed
+        self._steps_before = 0  # that the run has taken in other sessions, less those of this one that are not its own
         self.gradients = CloudGradients(link, device)
         self.step = 0
         """The step that forwards belong to now; so many were taken before."""
@@ -75,6 +77,15 @@ class LinkCross(Cross):
             activation, self.gradients.parameter, ask
         )
         return Crossed(outputs, loss)
+
+    @property
+    def draws(self) -> pb.Draws:
+        """What the cloud's dropout of the step that forwards belong to now is drawn with."""
+        return pb.Draws(seed=self._run_seed, step=self.step + self._steps_before)
+
+    def draw_as(self, draws: pb.Draws) -> None:
+        """From now on: the run goes on from where it was."""
+        self._run_seed, self._steps_before = draws.seed, draws.step - self.step
 
     @property
     def evaluates_labels(self) -> bool:
@@ -196,6 +207,7 @@ class LinkCross(Cross):
             eval_mode=not training,
             want_logits=labels is not None and want_outputs,
             autocast=autocast_type(activation.packed.device),
+            draws=None if self.draws == pb.Draws(seed=self._seed, step=self.step) else self.draws,
         )
         self.forwards += 1
         self._waiting.add(micro_batch)

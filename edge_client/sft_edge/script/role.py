@@ -47,10 +47,11 @@ class EdgeRole(Role):
         cut_model = _cut_model(model, options)
         spec = groups.spec(cut_model)
         shapes = {tensor.name: tensor.shape for tensor in (*cut_model.cloud_tensors, *cut_model.cloud_factors)}
+        seed = torch.initial_seed() if options.seed is None else options.seed
         request, blobs = session_request(
             cut_model.request_fields(),
             spec,
-            torch.initial_seed() if options.seed is None else options.seed,
+            seed,
             codecs,
             cut_model.cloud_tensors,
             cut_model.cloud_factors,
@@ -70,7 +71,7 @@ class EdgeRole(Role):
         link.open()  # from here on nothing is left that could be wrong
         before = list(model.parameters())
         try:
-            self._cross = LinkCross(link, codecs, next(model.parameters()).device)
+            self._cross = LinkCross(link, codecs, next(model.parameters()).device, seed)
             parameters = cut_model.install(self._cross)
             model.register_parameter(PARAMETER_NAME, self._cross.gradients.parameter)
             groups.swap(parameters, self._cross.gradients.parameter)
@@ -124,16 +125,17 @@ class EdgeRole(Role):
         self.optimizer.zero_grad(set_to_none)
 
     def state_dict(self) -> Dict[str, Any]:
-        """See Role. Without the key `cloud` before the first step."""
+        """See Role. Without the keys `cloud` and `cloud_draws` before the first step."""
         with self._without_cloud_gradients():
             state_dict = self.optimizer.state_dict()
-        cloud = self._state.optimizer_state()
-        return {**state_dict, "cloud": cloud} if cloud else state_dict
+        cloud, draws = self._state.optimizer_state(), self._cross.draws
+        state_dict = {**state_dict, "cloud": cloud} if cloud else state_dict
+        return {**state_dict, "cloud_draws": {"seed": draws.seed, "step": draws.step}} if draws.step else state_dict
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
         """See Role. Where the cloud's part cannot be loaded, the edge's is what it was."""
         state_dict = dict(state_dict)
-        cloud = state_dict.pop("cloud", {})
+        cloud, draws = state_dict.pop("cloud", {}), _draws(state_dict.pop("cloud_draws", None))
         of_edge = state_dict.get("state", {})
         self._state.check_optimizer_state(cloud, any(map(has_stepped, of_edge.values())))
         with self._without_cloud_gradients():
@@ -145,6 +147,8 @@ class EdgeRole(Role):
             except BaseException:
                 self.optimizer.load_state_dict(before)
                 raise
+        if draws is not None:
+            self._cross.draw_as(draws)
 
     def serve(self, address: str, on_ready: Optional[Callable[[str], None]] = None) -> None:
         """Refused."""
@@ -232,6 +236,16 @@ def _cut_model(model: nn.Module, options: SplitOptions) -> CutModel:
     if options.split_at is None:
         raise UsageError("split_at must be given: the name of the nn.Linear that is cut, such as 'blocks.5.mlp.fc2'")
     return GraphModel(model, options.split_at, options.split_rank, options.residual)
+
+
+def _draws(saved: Any) -> Optional[pb.Draws]:
+    """Of a state_dict; None where it has none, as one of an earlier release. Raises UsageError."""
+    if saved is None:
+        return None
+    try:
+        return pb.Draws(seed=saved["seed"], step=saved["step"])
+    except (TypeError, KeyError, ValueError) as error:
+        raise UsageError(f"this state_dict's 'cloud_draws' is none of SFTOptimizer's: {error}") from error
 
 
 def _changed(arguments: List[Dict[str, Any]], before: List[Dict[str, Any]]) -> List[pb.GroupArguments]:

@@ -91,6 +91,7 @@ class Crossing:
         eval_mode: bool = False,
         want_logits: bool = False,
         autocast: pb.DataType = pb.DATA_TYPE_UNSPECIFIED,
+        draws: Optional[pb.Draws] = None,
     ) -> None:
         """`codecs`: of the session. `labels` are None where they stay here.
 
@@ -116,6 +117,7 @@ class Crossing:
             want_logits=want_logits,
             frozen_edge=self._is_frozen,
             autocast=autocast,
+            draws=draws,
         )
         self.traffic = self._pending.traffic
         """Of what was sent."""

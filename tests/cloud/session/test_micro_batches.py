@@ -359,3 +359,13 @@ def test_an_evaluation_with_labels_gives_the_loss_and_the_best_tokens(open_sessi
     evaluate.labels.tokens.ids.append(0)
     with pytest.raises(ProtocolError, match="labels expected"):
         session.handle(pb.EdgeMessage(evaluate=evaluate))
+
+
+def test_draws_stand_for_the_sessions_seed_and_the_messages_step(open_session, edge):
+    """Of a run that goes on in another session."""
+    results = {}
+    for seed, step in ((None, None), (edge.seed, 0), (edge.seed, 5), (edge.seed + 1, 0)):
+        draws = None if seed is None else pb.Draws(seed=seed, step=step)
+        results[seed, step] = open_session(edge).handle(edge.forward(0, 0, draws=draws)).result
+    assert results[edge.seed, 0] == results[None, None]
+    assert results[edge.seed, 5] != results[None, None] != results[edge.seed + 1, 0]

@@ -239,3 +239,70 @@ def test_no_state_in_the_place_of_one() -> None:
             optimizer.load_state_dict(fresh)
         with pytest.raises(ValueError, match="parameter group"):
             optimizer.load_state_dict({**optimizer.state_dict(), "param_groups": []})
+
+
+def dropping(seed: int) -> Any:
+    """A model with dropout in both halves."""
+    model = tiny_model()
+    model.config.hidden_dropout_prob = 0.3  # the cloud builds its half from that
+    model.bert.embeddings.dropout.p = 0.3
+    torch.manual_seed(seed)
+    return model
+
+
+def test_a_run_with_dropout_goes_on_to_the_same_bits() -> None:
+    """In a process that was seeded otherwise, with the generator's state that the script has kept, as a Trainer has."""
+    model = dropping(1)
+    data = batches(6, model)
+    with wrap(model, sgd(model), seed=None) as optimizer:
+        train(model, optimizer, data[:3])
+        checkpoint = saved(
+            {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "draws": torch.get_rng_state()}
+        )
+        train(model, optimizer, data[3:])
+        expected = saved(model.state_dict())
+    for goes_on in (True, False):
+        again, wire = dropping(2), Wire()
+        with wrap(again, sgd(again), seed=None, transport=wire) as optimizer:
+            again.load_state_dict(checkpoint["model"])
+            state = saved(checkpoint["optimizer"])
+            if not goes_on:
+                del state["cloud_draws"]
+            optimizer.load_state_dict(state)
+            torch.set_rng_state(checkpoint["draws"])
+            train(again, optimizer, data[3:5])
+            if goes_on:  # and once more from there
+                optimizer.load_state_dict(saved(optimizer.state_dict()))
+            train(again, optimizer, data[5:])
+            got = again.state_dict()
+        assert all(got[name].equal(tensor) for name, tensor in expected.items()) is goes_on
+        sent = [message.forward.HasField("draws") for message in wire.sent if message.HasField("forward")]
+        assert sent == [goes_on] * 3
+
+
+def test_going_back_in_the_same_session_draws_the_same_again() -> None:
+    model, ends = dropping(1), []
+    data = batches(4, model)
+    with wrap(model, sgd(model)) as optimizer:
+        train(model, optimizer, data[:2])
+        checkpoint = saved({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+        draws = torch.get_rng_state()
+        for _ in range(2):
+            model.load_state_dict(checkpoint["model"])
+            optimizer.load_state_dict(saved(checkpoint["optimizer"]))  # torch goes on in the tensors it is given
+            torch.set_rng_state(draws)
+            train(model, optimizer, data[2:])
+            ends.append(saved(model.state_dict()))
+    assert all(ends[1][name].equal(tensor) for name, tensor in ends[0].items())
+
+
+@pytest.mark.parametrize(
+    "draws", [3, {"seed": 1}, {"seed": -1, "step": 1}, {"seed": 1, "step": "x"}, {"seed": 1 << 64, "step": 1}]
+)
+def test_draws_that_make_no_sense(draws: Any) -> None:
+    model = tiny_model()
+    with wrap(model, sgd(model)) as optimizer:
+        train(model, optimizer, batches(1, model))
+        with pytest.raises(UsageError, match="'cloud_draws' is none of SFTOptimizer's"):
+            optimizer.load_state_dict({**optimizer.state_dict(), "cloud_draws": draws})
+        train(model, optimizer, batches(1, model))
