@@ -19,7 +19,6 @@ from sft.errors import UsageError
 RESIDUALS = ("none", "low-rank", "full")
 
 
-_NOTHING = torch.empty(0)
 _ENDS_HERE = "this part of the model ends at the layer that is cut, and the rest is on the cloud: call the model itself"
 
 
@@ -29,10 +28,13 @@ class Reached(UsageError):
     Who runs that forward otherwise, such as `model.bert(...)` of a script's cut model, gets it as the error it then is.
     """
 
-    def __init__(self, text: str = _ENDS_HERE, x: Tensor = _NOTHING) -> None:
+    x: Tensor
+    """(B, S, width), or (B * S, width) where the library's block has flattened it."""
+
+    def __init__(self, text: str = _ENDS_HERE, x: Optional[Tensor] = None) -> None:
         super().__init__(text)
-        self.x = x
-        """(B, S, width), or (B * S, width) where the library's block has flattened it."""
+        if x is not None:
+            self.x = x
 
 
 class AwaitingResidual:

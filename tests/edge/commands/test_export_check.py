@@ -128,8 +128,8 @@ def test_a_base_model_that_is_another_is_noticed(exported: Path, tmp_path: Path)
     shutil.copytree(str(exported), str(other))
     code = other / "modeling_sft.py"
     text = code.read_text()
-    start, end = text.index("        split(self, **{**config.sft"), text.index("class BertForSequenceClassification")
-    code.write_text(text[:start] + text[end:])
+    end = text.index("class BertForSequenceClassification")
+    code.write_text(text[:end].rstrip() + "\n        self.embeddings.LayerNorm.eps = 1.0\n\n\n" + text[end:])
     answer, wrong = ask_elsewhere([question(exported), question(other)])
     assert answer.base_difference == pytest.approx(0, abs=1e-6)
     assert wrong.base_difference > 1e-3
