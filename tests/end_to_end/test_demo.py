@@ -55,16 +55,20 @@ def test_what_no_demo_wrote_stays(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_it_trains_the_three_side_by_side(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each with a cloud of its own, and once more over what the first demo left."""
+    """Each with a cloud of its own, and once more over what the first demo left: there as far as the first run."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     model = make_tiny_model(tmp_path / "tiny", layers=3)
-    demo = ["demo", "--output-dir", str(tmp_path / "demo"), "--model", str(model), "--split-layer", "2"]
-    for _ in range(2):
-        assert main([*demo, "--split-rank", "4", "--max-train-samples", "64", "--num-train-epochs", "1"]) == 0
-        told = capsys.readouterr().out
-        for mode in ("local", "sl", "sft", "frozen"):
-            results = read_json(tmp_path / "demo" / mode / "all_results.json")
-            assert (results["mode"], results["train_samples"], results["eval_samples"]) == (mode, 64, 400)
-        assert "the systems on the synthetic set" in told
+    demo = ["demo", "--output-dir", str(tmp_path / "demo"), "--split-layer", "2", "--split-rank", "4"]
+    demo += ["--max-train-samples", "64", "--num-train-epochs", "1"]
+    assert main([*demo, "--model", str(model)]) == 0
+    told = capsys.readouterr().out
+    for mode in ("local", "sl", "sft", "frozen"):
+        results = read_json(tmp_path / "demo" / mode / "all_results.json")
+        assert (results["mode"], results["train_samples"], results["eval_samples"]) == (mode, 64, 400)
+    assert "the systems on the synthetic set" in told
+    assert main([*demo, "--model", str(tmp_path / "nowhere")]) == 4, "the first run's own code"
+    told = capsys.readouterr()
+    assert "wrote a synthetic text set" in told.out
+    assert "the systems on the synthetic set" not in told.out
     assert main(["predict", "--model", str(tmp_path / "demo" / "sft"), "--text", "the plot is not bad at all"]) == 0
     assert capsys.readouterr().out.split("\t")[0] in ("negative", "positive")
