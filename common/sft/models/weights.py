@@ -19,7 +19,7 @@ from sft.models.decompose import decompose, decompose_with_residual
 from sft.models.families.catalogue import family_of
 from sft.models.in_place import check_live, layer_to_cut, live_parameters
 from sft.models.nets import Net, Net1, TiedHead
-from sft.models.seeding import seeded
+from sft.models.seeding import seeded, undisturbed
 from sft.tensors.pretrained import PretrainedWeights
 from sft.tensors.stream import StoredTensor, in_memory
 
@@ -295,7 +295,7 @@ def _fill_buffers(net: Net) -> None:
     if missing:
         config = copy.deepcopy(net.model.config)
         config.num_hidden_layers = 1  # every block has the same ones
-        with torch.random.fork_rng(devices=[]), _WithoutParameters():
+        with undisturbed(_CPU), _WithoutParameters():
             twin = dict(type(base)(config).named_buffers())
         for name in missing:
             of_twin = re.sub(rf"^({re.escape(net.family.blocks)})\.\d+\.", r"\1.0.", name)

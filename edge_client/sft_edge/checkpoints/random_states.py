@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sft.errors import CheckpointError
+from sft.models.seeding import TURN
 
 
 def generator_states() -> Dict[str, Tensor]:
@@ -28,11 +29,12 @@ def generator_states() -> Dict[str, Tensor]:
         "numpy/keys": torch.from_numpy(np.asarray(keys).astype(np.int64)),
         "numpy/position": torch.tensor([position, has_gauss], dtype=torch.int64),
         "numpy/gauss": torch.tensor([cached], dtype=torch.float64),
-        "torch/cpu": torch.get_rng_state(),
     }
-    if torch.cuda.is_available():
-        for index, state in enumerate(torch.cuda.get_rng_state_all()):
-            states[f"torch/cuda:{index}"] = state
+    with TURN:
+        states["torch/cpu"] = torch.get_rng_state()
+        if torch.cuda.is_available():
+            for index, state in enumerate(torch.cuda.get_rng_state_all()):
+                states[f"torch/cuda:{index}"] = state
     return states
 
 
@@ -44,9 +46,10 @@ def set_generator_states(states: Mapping[str, Tensor]) -> None:
         position, has_gauss = states["numpy/position"].tolist()
         keys = states["numpy/keys"].numpy().astype(np.uint32)
         np.random.set_state(("MT19937", keys, position, has_gauss, float(states["numpy/gauss"][0])))
-        torch.set_rng_state(states["torch/cpu"].clone())
-        for index in range(torch.cuda.device_count()):
-            if f"torch/cuda:{index}" in states:
-                torch.cuda.set_rng_state(states[f"torch/cuda:{index}"].clone(), index)
+        with TURN:
+            torch.set_rng_state(states["torch/cpu"].clone())
+            for index in range(torch.cuda.device_count()):
+                if f"torch/cuda:{index}" in states:
+                    torch.cuda.set_rng_state(states[f"torch/cuda:{index}"].clone(), index)
     except (LookupError, ValueError, TypeError, RuntimeError) as error:
         raise CheckpointError(f"the states of random generators cannot be read ({error})") from error

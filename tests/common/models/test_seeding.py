@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+from typing import Callable, ContextManager
+
 import pytest
 import torch
 
-from sft.models.seeding import derive_seed, seeded
+from sft.models.seeding import derive_seed, seeded, undisturbed
 
 CPU = torch.device("cpu")
 
@@ -41,3 +44,24 @@ def test_every_part_counts() -> None:
     ]
     assert len(set(seeds)) == len(seeds)
     assert all(0 <= seed < 1 << 63 for seed in seeds)
+
+
+@pytest.mark.parametrize("other", [lambda: undisturbed(CPU), lambda: seeded(CPU, 9)], ids=["restores", "seeds"])
+def test_nobody_comes_between(other: Callable[[], ContextManager[None]]) -> None:
+    """The cloud's thread, where edge and cloud are one process."""
+    with seeded(CPU, 7):
+        expected = torch.rand(4)
+    entered = threading.Event()
+
+    def enter() -> None:
+        with other():
+            entered.set()
+
+    thread = threading.Thread(target=enter)
+    with seeded(CPU, 7):
+        before = torch.rand(2)
+        thread.start()
+        assert not entered.wait(0.05)
+        assert torch.cat([before, torch.rand(2)]).equal(expected)
+    thread.join(60)
+    assert entered.is_set()

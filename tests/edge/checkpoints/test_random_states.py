@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from typing import Dict, List
 
 import numpy as np
@@ -12,6 +13,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from sft.errors import CheckpointError
+from sft.models.seeding import seeded
 from sft_edge.checkpoints.random_states import generator_states, set_generator_states
 
 
@@ -57,3 +59,28 @@ def test_states_that_are_none() -> None:
             set_generator_states({key: value for key, value in states.items() if key != name})
     set_generator_states(states)
     assert draw() == drawn
+
+
+def test_they_are_neither_read_nor_restored_amid_another_thread_s_draws() -> None:
+    """A cloud's, where edge and cloud are one process."""
+    device = torch.device("cpu")
+    torch.manual_seed(1)
+    outside = torch.get_rng_state()
+    with seeded(device, 7):
+        expected = torch.rand(4)
+    done, states = threading.Event(), {}
+
+    def pass_them_on() -> None:
+        states.update(generator_states())
+        set_generator_states(states)
+        done.set()
+
+    thread = threading.Thread(target=pass_them_on)
+    with seeded(device, 7):
+        before = torch.rand(2)
+        thread.start()
+        assert not done.wait(0.05)
+        assert torch.cat([before, torch.rand(2)]).equal(expected)
+    thread.join(60)
+    assert done.is_set()
+    assert states["torch/cpu"].equal(outside)
