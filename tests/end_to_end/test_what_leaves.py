@@ -143,7 +143,8 @@ def _traced(address: str, model: Path, tmp_path: Path, monkeypatch: pytest.Monke
 def _scripts(address: str) -> None:
     for head in ("sequence-classification", "question-answering"):
         _script(tiny_model(head=head), address)
-    _script(tiny_model("gpt2", "causal-lm"), address)
+    for family, head in (("gpt2", "causal-lm"), ("electra", "multiple-choice"), ("bert", "token-classification")):
+        _script(tiny_model(family, head), address)
     adapted = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"))
     _script(adapted, address)
 

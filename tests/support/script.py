@@ -11,29 +11,18 @@ import pytest
 import torch
 from support.tiny import tiny_config
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification,
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import QuestionAnsweringModelOutput, SequenceClassifierOutput
 
 from sft import SFTOptimizer
 from sft.batch import Batch
-from sft.models import Cut, Whole, build_whole, head_of
+from sft.models import HEADS, Cut, Whole, build_whole, head_of
 from sft.models.weights import fill, live_factors, live_tensors
 from sft.v1 import split_training_pb2 as pb
 from sft_edge.link.grpc_transport import GrpcTransport
 from sft_edge.link.transport import Stream, Transport
 
-_CLASSES: Dict[str, Any] = {
-    "sequence-classification": AutoModelForSequenceClassification,
-    "question-answering": AutoModelForQuestionAnswering,
-    "causal-lm": AutoModelForCausalLM,
-}
-
-LENGTHS = (7, 3, 5, 6)
+LENGTHS, CHOICES = (7, 3, 5, 6), 2
 
 Script = Callable[[Any, Any], Any]
 """Trains a model with an optimizer, in place."""
@@ -42,17 +31,18 @@ Script = Callable[[Any, Any], Any]
 def tiny_model(family: str = "bert", head: str = "sequence-classification", **overrides: object) -> PreTrainedModel:
     """Three blocks, three classes, no dropout; larger weights than the library draws, so that all of them matter."""
     values = {"initializer_range": 0.2, **overrides}
-    if head == "sequence-classification":
+    if head.endswith("classification"):
         values = {"num_labels": 3, **values}
     config = tiny_config(family, 3, **values)
     for name in vars(config):
         if name in ("dropout", "attention_dropout", "qa_dropout", "seq_classif_dropout") or name.endswith("pdrop"):
             setattr(config, name, 0.0)
-        if name.endswith("dropout_prob") or name == "classifier_dropout":
+        if name.endswith(("dropout_prob", "last_dropout")):
             setattr(config, name, 0.0)
+    config.classifier_dropout = 0.0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model: PreTrainedModel = _CLASSES[head].from_config(config)
+        model: PreTrainedModel = HEADS[head].auto_class.from_config(config)
     return model.train()
 
 
@@ -69,14 +59,22 @@ def batches(count: int, model: Any, labels: bool = True) -> List[Dict[str, Tenso
         if labels and head == "question-answering":
             batch["start_positions"] = torch.tensor([1, 0, 2, 3])
             batch["end_positions"] = torch.tensor([4, 2, 2, 5])
+        elif labels and head == "multiple-choice":
+            batch["labels"] = torch.randint(0, CHOICES, (B // CHOICES,), generator=draw)
         elif labels and head == "causal-lm":
             batch["labels"] = ids.masked_fill(mask == 0, -100)
+        elif labels and HEADS[head].learns == "tokens":
+            end = config.vocab_size if head == "masked-lm" else config.num_labels
+            learned = mask.bool() & (torch.rand(B, S, generator=draw) < 0.7)
+            batch["labels"] = torch.randint(0, end, (B, S), generator=draw).masked_fill(~learned, -100)
         elif labels and config.problem_type == "multi_label_classification":
             batch["labels"] = torch.randint(0, 2, (B, config.num_labels), generator=draw).float()
         elif labels and config.num_labels == 1:
             batch["labels"] = torch.randn(B, generator=draw)
         elif labels:
             batch["labels"] = torch.randint(0, config.num_labels, (B,), generator=draw)
+        if head == "multiple-choice":
+            batch.update({name: batch[name].unflatten(0, (-1, CHOICES)) for name in ("input_ids", "attention_mask")})
         made.append(batch)
     return made
 
@@ -94,11 +92,13 @@ class OneMachine(nn.Module):
         self.config = whole.model.config
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, **labels: Tensor) -> Any:
-        output = self.net(Batch({"input_ids": input_ids}, [], {}).inputs, attention_mask.sum(1).tolist(), labels)
+        ids_BS, mask_BS = input_ids.flatten(0, -2), attention_mask.flatten(0, -2)
+        output = self.net(Batch({"input_ids": ids_BS}, [], {}).inputs, mask_BS.sum(1).tolist(), labels)
         if self.net.head == "question-answering":
             start, end = output.logits.unbind(-1)
             return QuestionAnsweringModelOutput(loss=output.loss, start_logits=start, end_logits=end)
-        return SequenceClassifierOutput(loss=output.loss, logits=output.logits)
+        logits = output.logits.reshape(*input_ids.shape[:-1], -1).squeeze(-1) if input_ids.dim() == 3 else output.logits
+        return SequenceClassifierOutput(loss=output.loss, logits=logits)
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[Tuple[str, nn.Parameter]]:
         return iter(self.net.whole_parameters().items())
@@ -108,7 +108,8 @@ def one_machine(model: PreTrainedModel, cut: Cut, calibration: Sequence[Dict[str
     """What a model that is still whole would be after the cut, on one machine; what is frozen stays frozen."""
     head = head_of(model)
     whole = build_whole(model.config, head, cut)
-    fitted = [Batch({"input_ids": b["input_ids"]}, b["attention_mask"].sum(1).tolist(), {}) for b in calibration]
+    flat = [{name: b[name].flatten(0, -2) for name in ("input_ids", "attention_mask")} for b in calibration]
+    fitted = [Batch({"input_ids": b["input_ids"]}, b["attention_mask"].sum(1).tolist(), {}) for b in flat]
     for_edge, for_cloud = live_factors(model, head, cut, fitted)
     trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     fill(whole, [*live_tensors(model, whole), *for_edge, *for_cloud], seed=0)

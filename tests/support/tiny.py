@@ -12,14 +12,12 @@ from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
     AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification,
     PretrainedConfig,
     PreTrainedTokenizerFast,
 )
 
 from sft.batch import Batch
+from sft.models import HEADS
 
 FAMILIES = ("bert", "roberta", "electra", "distilbert")
 """Encoders of which whole jobs are tested."""
@@ -118,20 +116,14 @@ def make_tiny_model(
 ) -> Path:
     """Write config, random float32 safetensors and tokenizer into `directory`, as a download from the hub would be.
 
-    Without `head` it holds the base model alone, under names without a prefix; with "sequence-classification",
-    "question-answering" or "causal-lm" the whole model. A small `max_shard_size`, such as "20KB", makes a sharded
+    Without `head` it holds the base model alone, under names without a prefix; with one of
+    `sft.models.HEADS` the whole model. A small `max_shard_size`, such as "20KB", makes a sharded
     checkpoint.
     """
-    classes = {
-        None: AutoModel,
-        "sequence-classification": AutoModelForSequenceClassification,
-        "question-answering": AutoModelForQuestionAnswering,
-        "causal-lm": AutoModelForCausalLM,
-    }
     config = tiny_config(family, layers, **overrides)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = classes[head].from_config(config)
+        model = (AutoModel if head is None else HEADS[head].auto_class).from_config(config)
     model.save_pretrained(str(directory), max_shard_size=max_shard_size)
     tiny_tokenizer(family).save_pretrained(str(directory))
     return Path(directory)

@@ -17,7 +17,8 @@ from sft.models.cut import (
     matrix_of,
     name_of_w,
 )
-from sft.models.families.catalogue import HEADS, family_of, head_of, max_positions
+from sft.models.families.catalogue import family_of, head_of, heads_of, max_positions
+from sft.models.heads import HEADS
 from sft.models.in_place import check_live, cut_live, layer_to_cut, live_parameters, whole_name
 from sft.models.nets import Net, Net1, Net2, Output, TiedHead, Whole
 from sft.models.split_layer import RESIDUALS
@@ -42,6 +43,7 @@ __all__ = [
     "family_of",
     "ffn_out_name",
     "head_of",
+    "heads_of",
     "last_of_edge",
     "layer_to_cut",
     "live_parameters",

@@ -27,13 +27,14 @@ _UNDECLARED = (
 )
 """What the library's modules look for, whether or not the family's configuration has it."""
 
-_NEVER_READ = ("dtype", "torch_dtype", "summary_")
+_NEVER_READ = ("dtype", "torch_dtype")
 """What settings begin with that no head here reads, whatever a family declares."""
 
 _WORDS = {
     *("regression", "single_label_classification", "multi_label_classification"),
     *("absolute", "relative_key", "relative_key_query", "p2c", "c2p", "p2p", "layer_norm", "none"),
     *("full_attention", "sliding_attention", "chunked_attention"),
+    *("first", "last", "mean", "cls_index"),
     *("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional"),
 }
 """That settings may have for values, those of rotary positions included, beside names of activations."""
@@ -65,6 +66,8 @@ def told_settings(config: Mapping[str, Any]) -> Dict[str, Any]:
     told: Dict[str, Any] = {"model_type": model_type}
     for name in sorted(names.intersection(config)):
         if name == "model_type" or name.startswith(("_", *_NEVER_READ)):
+            continue
+        if name.startswith("summary_") and model_type != "electra":  # its multiple choice reads them
             continue
         value = config[name]
         if isinstance(value, Mapping) and name != "pruned_heads":

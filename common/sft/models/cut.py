@@ -25,9 +25,10 @@ from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig
 from transformers.modeling_outputs import BaseModelOutput
 
-from sft.errors import CutError
-from sft.models.families.catalogue import AUTO_CLASSES, check_head, family_of
+from sft.errors import CutError, UnsupportedModelError
+from sft.models.families.catalogue import check_head, family_of
 from sft.models.families.family import Family
+from sft.models.heads import HEADS
 from sft.models.nets import Net, Net1, Net2, TiedHead, Whole
 from sft.models.split_layer import RESIDUALS, SplitLayer
 
@@ -277,17 +278,28 @@ def _build(config: PretrainedConfig, head: str, cuts: bool) -> Tuple[Any, Family
     config.return_dict = True  # outputs are read by name
     config.chunk_size_feed_forward = 0  # it would cut the feed-forward layer along the sequence; we cut it across
     config.pretraining_tp = 1  # older Llamas': likewise
-    tied = head == "causal-lm" and cuts and bool(config.tie_word_embeddings)
-    if tied:
-        config.tie_word_embeddings = False
     with torch.device("meta"), Undrawn():
-        model = AUTO_CLASSES[head].from_config(config, trust_remote_code=False)
+        model = HEADS[head].auto_class.from_config(config, trust_remote_code=False)
+    # Some have their head before the embeddings that it is tied to, and a tied parameter goes by its first name.
+    for name in [name for name in model._modules if name != model.base_model_prefix]:
+        model._modules[name] = model._modules.pop(name)
     untied = []
-    if tied:
-        (name,) = (name for name, module in model.named_modules() if module is model.get_output_embeddings())
-        embedding = f"{model.base_model_prefix}.{family.embeddings}"
-        untied = [TiedHead(f"{name}.weight", f"{embedding}.weight", model.get_submodule(embedding))]
+    if HEADS[head].of_vocabulary and cuts:
+        out = model.get_output_embeddings()
+        if out.weight.shape[0] != config.vocab_size:
+            raise UnsupportedModelError("the head of this model reads the embeddings, which stay on the edge")
+        if config.tie_word_embeddings:
+            untied = [_untie(model, out)]
     return model, family, untied
+
+
+def _untie(model: Any, out: Any) -> TiedHead:
+    """The head's matrix becomes a parameter of its own. What is tied within the head, its bias, stays so."""
+    embeddings = model.get_input_embeddings()
+    names = {module: name for name, module in model.named_modules()}
+    out.weight = nn.Parameter(torch.empty_like(out.weight))
+    model.config.tie_word_embeddings = False
+    return TiedHead(f"{names[out]}.weight", f"{names[embeddings]}.weight", embeddings)
 
 
 def _fit_config(base: Any, family: Family, cut: Cut) -> None:
@@ -304,8 +316,11 @@ def _has(module: nn.Module, name: str) -> bool:
     return isinstance(getattr(module.get_submodule(parent), child, None), nn.Module)
 
 
-def _names(model: nn.Module) -> Dict[int, str]:
-    return {id(parameter): name for name, parameter in model.named_parameters()}
+def _names(model: Any) -> Dict[int, str]:
+    # Of a tied parameter's names the embedding's: some models come to their head first.
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    base = model.base_model.named_parameters(prefix=model.base_model_prefix)
+    return {**names, **{id(parameter): name for name, parameter in base}}
 
 
 def _named(net: AnyNet, names: Dict[int, str], untied: List[TiedHead]) -> AnyNet:

@@ -11,6 +11,7 @@ from torch import nn
 from sft.errors import UsageError
 from sft.models.cut import Cut, blocks_of, build_whole, check_cut, lower_half, name_of_w
 from sft.models.families.catalogue import family_of, library_class
+from sft.models.heads import HEADS
 from sft.models.nets import Net1
 from sft.models.split_layer import SplitLayer
 
@@ -75,7 +76,7 @@ def cut_live(model: Any, head: str, cut: Cut) -> Net1:
     for name, child in list(model.named_children()):
         if child is not model.base_model:
             setattr(model, name, None)
-    if head == "causal-lm":  # the head is on the cloud, and no copy of the embeddings any more
+    if HEADS[head].of_vocabulary:  # the head is on the cloud, and no copy of the embeddings any more
         model.config.tie_word_embeddings = False
         if getattr(model, "all_tied_weights_keys", None):
             model.all_tied_weights_keys = {}

@@ -25,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from sft.errors import ProtocolError, UsageError
 from sft.models.adapters import ADAPTER, draw_adapter, set_adapters
 from sft.models.cut import Undrawn
+from sft.models.heads import HEADS
 from sft.models.nets import Net
 from sft.models.seeding import seeded
 from sft.tensors.stream import StoredTensor
@@ -41,9 +42,6 @@ _USUAL_TARGETS = (
     ("c_attn",),
 )
 """Names of the projections that peft adapts where it knows the architecture, for those that it does not know."""
-
-_HEADS = {"sequence-classification": ("classifier", "score"), "question-answering": ("qa_outputs",), "causal-lm": ()}
-"""What peft trains whole for a task; it takes all modules whose names end so."""
 
 _RESOLVED = ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
 _TAKEN = ("r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights", "rank_pattern", "alpha_pattern", "bias")
@@ -170,7 +168,7 @@ def resolve_lora(config: Any, whole: Net) -> LoraSpec:
     check_lora_config(config)
     modules = {name: module for name, module in whole.model.named_modules() if name}
     leaves = _modules(whole)
-    endings = (*(config.modules_to_save or ()), *_HEADS[whole.head])
+    endings = (*(config.modules_to_save or ()), *HEADS[whole.head].trained_whole)
     saved = [name for name in modules if name.endswith(endings)]
     saved = [leaf for leaf in leaves if any(f"{leaf}.".startswith(f"{name}.") for name in saved)]
     saved += [leaf for leaf in leaves if re.search(r"\.ffn[123]$", leaf) and leaf not in saved]

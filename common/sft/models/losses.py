@@ -2,7 +2,7 @@
 
 These are the losses of transformers' own heads, except that padding never counts: it does not travel.
 
-Shape suffixes: B batch, S padded sequence, C labels, V vocabulary.
+Shape suffixes: B batch, S padded sequence, C outputs, V vocabulary.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from sft.batch import IGNORED
+from sft.models.heads import HEADS
 
 
 def head_loss(
     head: str, problem_type: Optional[str], logits: Tensor, labels: Dict[str, Tensor], lengths: Sequence[int]
 ) -> Tensor:
-    """The loss that training minimizes: a 0-dim mean over sequences, or over the labelled tokens of a language model.
+    """The loss that training minimizes: a 0-dim mean over sequences, or over the tokens that have a label.
 
     `logits`, with `labels` as in `sft.batch.Batch` on the same device:
 
@@ -27,15 +28,19 @@ def head_loss(
     - "question-answering": (B, S, 2) start and end logits, of which those of padding are not looked at
     - "causal-lm": (B, S, V); `labels` are not shifted, and padding is ignored whatever its label. NaN where no token
       has a label.
+    - "masked-lm", (B, S, V), and "token-classification", (B, S, C): likewise, each token with a label of its own
+    - "multiple-choice": (B, 1), of sequences of which as many in a row belong together as there are for each label
 
     Raises KeyError when `labels` lack what the head needs.
     """
     logits = logits.float()
     if head == "question-answering":
         return _span_loss(logits, labels, lengths)
-    if head == "causal-lm":
-        return _next_token_loss(logits, labels["labels"], lengths)
     y = labels["labels"]
+    if head == "multiple-choice":
+        return functional.cross_entropy(logits.reshape(len(y), -1), y)
+    if HEADS[head].learns == "tokens":
+        return _token_loss(logits, y, lengths, shift=head == "causal-lm")
     kind = problem_type or _problem_type(logits, y)
     if kind == "regression":
         return functional.mse_loss(logits.squeeze(-1), y.squeeze(-1) if y.ndim == logits.ndim else y)
@@ -59,10 +64,11 @@ def _span_loss(logits_BS2: Tensor, labels: Dict[str, Tensor], lengths: Sequence[
     return (start + end) / 2
 
 
-def _next_token_loss(logits_BSV: Tensor, y_BS: Tensor, lengths: Sequence[int]) -> Tensor:
+def _token_loss(logits_BSC: Tensor, y_BS: Tensor, lengths: Sequence[int], shift: bool) -> Tensor:
     y_BS = y_BS.masked_fill(_padding(lengths, y_BS), IGNORED)
-    next_BS = functional.pad(y_BS[:, 1:], (0, 1), value=IGNORED)  # a token predicts the one that follows it
-    return functional.cross_entropy(logits_BSV.flatten(0, 1), next_BS.flatten(), ignore_index=IGNORED)
+    if shift:  # a token predicts the one that follows it
+        y_BS = functional.pad(y_BS[:, 1:], (0, 1), value=IGNORED)
+    return functional.cross_entropy(logits_BSC.flatten(0, 1), y_BS.flatten(), ignore_index=IGNORED)
 
 
 def _padding(lengths: Sequence[int], like: Tensor) -> Tensor:

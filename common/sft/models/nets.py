@@ -24,7 +24,7 @@ class Output(NamedTuple):
     """0-dim, see `sft.models.losses.head_loss`; None without labels."""
 
     logits: Tensor
-    """(B, C); (B, S, 2) start and end logits for question answering; (B, S, V) for a language model."""
+    """As `sft.models.losses.head_loss` takes them."""
 
 
 class TiedHead(NamedTuple):
@@ -62,6 +62,12 @@ class Net(nn.Module):
         """The parameters under their names in the whole model."""
         return {self.whole_names[name]: parameter for name, parameter in self.named_parameters()}
 
+    def other_names(self) -> Dict[str, str]:
+        """Of tied parameters: names in the whole model beside those of `whole_parameters`, which are the values."""
+        known = {id(parameter): self.whole_names[name] for name, parameter in self.named_parameters()}
+        every = self.model.named_parameters(remove_duplicate=False)
+        return {name: known[id(parameter)] for name, parameter in every if f"model.{name}" not in self.whole_names}
+
     def _inputs(self, inputs: Dict[str, Tensor], lengths: List[int]) -> Dict[str, Any]:
         # A tokenizer may make token types for a model that has none, or only one.
         if getattr(self.model.config, "type_vocab_size", 0) < 2:
@@ -82,6 +88,8 @@ class Net(nn.Module):
             hidden_BSD = self.model.base_model(**inputs)[0]
             last_B = torch.tensor(lengths, device=hidden_BSD.device) - 1
             logits = self.model.score(hidden_BSD[torch.arange(len(lengths), device=hidden_BSD.device), last_B])
+        elif self.head == "multiple-choice":  # one choice each: which belong together is for who has the labels
+            logits = self.model(**{name: x.unsqueeze(1) for name, x in inputs.items()}).logits
         else:
             logits = self.model(**inputs).logits
         if not labels:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Collection, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -55,11 +55,13 @@ def fill_in_pieces(net: Net, tensors: Sequence[StoredTensor], seed: int, device:
                 value = torch.empty(parameter.shape, device=device)
                 setattr(module, name.rpartition(".")[2], nn.Parameter(value, requires_grad=parameter.requires_grad))
             continue
-        new = next((name for name in parameters if name not in stored), None)
-        if new is not None and new in untied:
-            _copy_embedding(net.model, module, untied[new], seed, device)
-        elif new is not None:
-            _draw(net.model, module, net.whole_names[new].rpartition(".")[0], seed, device)
+        new = [name for name in parameters if name not in stored]
+        drawn = {name.rpartition(".")[2]: net.whole_names[name] for name in new if name not in untied}
+        if drawn:
+            whole_name = next(iter(drawn.values())).rpartition(".")[0]
+            _draw(net.model, module, whole_name, seed, device, drawn)
+        for name in untied.keys() & new:
+            _copy_embedding(net.model, module, untied[name], seed, device)
         for name, parameter in parameters.items():
             if name in stored:
                 value = stored[name].read().to(device, torch.float32, copy=True)
@@ -241,7 +243,16 @@ def _original_layer(
     return layer
 
 
-def _draw(library_model: Any, module: nn.Module, whole_name: str, seed: int, device: torch.device) -> None:
+def _draw(
+    library_model: Any,
+    module: nn.Module,
+    whole_name: str,
+    seed: int,
+    device: torch.device,
+    names: Optional[Collection[str]] = None,
+) -> None:
+    """All parameters of a module, or those of these `names`: others may be another module's, too."""
+    others = {name: p for name, p in module.named_parameters(recurse=False) if names is not None and name not in names}
     for name, parameter in list(module.named_parameters(recurse=False)):
         # Drawn on the CPU wherever it goes: a GPU's generator gives other numbers.
         unset = torch.full(parameter.shape, float("nan"), dtype=torch.float32)
@@ -255,7 +266,7 @@ def _draw(library_model: Any, module: nn.Module, whole_name: str, seed: int, dev
             _construct(module, unset_ones)
     for name, parameter in list(module.named_parameters(recurse=False)):
         value = parameter.detach().to(device)
-        setattr(module, name, nn.Parameter(value, requires_grad=parameter.requires_grad))
+        setattr(module, name, others.get(name, nn.Parameter(value, requires_grad=parameter.requires_grad)))
 
 
 def _construct(module: Any, names: Sequence[str]) -> None:

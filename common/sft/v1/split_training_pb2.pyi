@@ -22,6 +22,9 @@ class Head(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     HEAD_SEQUENCE_CLASSIFICATION: _ClassVar[Head]
     HEAD_QUESTION_ANSWERING: _ClassVar[Head]
     HEAD_CAUSAL_LM: _ClassVar[Head]
+    HEAD_TOKEN_CLASSIFICATION: _ClassVar[Head]
+    HEAD_MULTIPLE_CHOICE: _ClassVar[Head]
+    HEAD_MASKED_LM: _ClassVar[Head]
 
 class Mode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -45,6 +48,9 @@ HEAD_UNSPECIFIED: Head
 HEAD_SEQUENCE_CLASSIFICATION: Head
 HEAD_QUESTION_ANSWERING: Head
 HEAD_CAUSAL_LM: Head
+HEAD_TOKEN_CLASSIFICATION: Head
+HEAD_MULTIPLE_CHOICE: Head
+HEAD_MASKED_LM: Head
 MODE_UNSPECIFIED: Mode
 MODE_SFT: Mode
 MODE_SL: Mode

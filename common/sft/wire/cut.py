@@ -10,6 +10,9 @@ _HEADS = {
     "sequence-classification": pb.HEAD_SEQUENCE_CLASSIFICATION,
     "question-answering": pb.HEAD_QUESTION_ANSWERING,
     "causal-lm": pb.HEAD_CAUSAL_LM,
+    "token-classification": pb.HEAD_TOKEN_CLASSIFICATION,
+    "multiple-choice": pb.HEAD_MULTIPLE_CHOICE,
+    "masked-lm": pb.HEAD_MASKED_LM,
 }
 _MODES = {"sft": pb.MODE_SFT, "sl": pb.MODE_SL}
 _RESIDUALS = {"none": pb.RESIDUAL_NONE, "low-rank": pb.RESIDUAL_LOW_RANK}

@@ -22,6 +22,9 @@ PIPELINES = {
     "sequence-classification": "text-classification",
     "question-answering": "question-answering",
     "causal-lm": "text-generation",
+    "token-classification": "token-classification",
+    "multiple-choice": "multiple-choice",
+    "masked-lm": "fill-mask",
 }
 """What model hubs call the use of a head."""
 

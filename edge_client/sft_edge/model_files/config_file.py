@@ -12,7 +12,7 @@ from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from sft.errors import CheckpointError, SFTError
 from sft.files.pointer import is_lfs_pointer, lfs_advice
-from sft.models import HEADS, build_whole
+from sft.models import build_whole
 from sft.models.checked_config import config_of
 from sft.printable import told_by
 from sft.tensors.pretrained import MERGED
@@ -30,7 +30,7 @@ def config_from(path: Path, values: Dict[str, Any], overrides: Dict[str, Any]) -
     _check_known(path, values)
     with _blames(path):
         config = config_of(values, **overrides)
-        build_whole(config, HEADS[0])
+        build_whole(config, "sequence-classification")
     return config
 
 

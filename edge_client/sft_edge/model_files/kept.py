@@ -16,8 +16,8 @@ from sft_edge.model_files.config_file import config_from, read_values
 from sft_edge.model_files.description import DECOMPOSED, Description, read_description
 from sft_edge.tasks import REGRESSION, SINGLE_LABEL
 
-_TASKS = {"sequence-classification": "text", "question-answering": "squad", "causal-lm": ""}
-"""What a model whose task nobody has told can be asked."""
+_TASKS = {"sequence-classification": "text", "question-answering": "squad"}
+"""What a model whose task nobody has told can be asked; others are asked with transformers."""
 
 
 class Kept(NamedTuple):
@@ -61,7 +61,7 @@ def description_of(path: Path) -> Optional[Description]:
         # The library makes up names where nobody has given any.
         names = None if kind == REGRESSION else [str(name) for _, name in sorted((config.id2label or {}).items())]
     return Description(
-        task=_TASKS[head],
+        task=_TASKS.get(head, ""),
         head=head,
         problem_type=kind,
         label_names=names,

@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from sft.files.temporary import TemporaryDirectory
-from sft.models import Cut, Undrawn, build_whole, ffn_out_name
-from sft.models.families.catalogue import AUTO_CLASSES, family_of
+from sft.models import HEADS, Cut, Undrawn, build_whole, ffn_out_name
+from sft.models.families.catalogue import family_of
 from sft.models.split_layer import AwaitingResidual
 
 DENSE, FACTORED = "dense", "factored"
@@ -41,7 +41,7 @@ class ModelingFile:
         self._config = config
         model = build_whole(config, head).model
         self._class, self._base_class = type(model).__name__, type(model.base_model).__name__
-        self._auto_class: str = AUTO_CLASSES[head].__name__
+        self._auto_class: str = HEADS[head].auto_class.__name__
         self._layer = ffn_out_name(config, head, cut.split_layer)
         family = family_of(config)
         moves_dropout = cut.residual != "full" and family.ffn_dropout is not None

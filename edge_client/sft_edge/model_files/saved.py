@@ -19,7 +19,7 @@ from transformers import PretrainedConfig
 
 from sft.errors import CheckpointError, StorageError, UsageError
 from sft.files.temporary import TemporaryDirectory
-from sft.models import Whole, build_whole
+from sft.models import HEADS, Whole, build_whole
 from sft.models.weights import fill, kept_factors, shapes
 from sft.printable import told_by
 from sft.tensors.pretrained import PretrainedWeights, index_file, single_file
@@ -164,7 +164,8 @@ def load_model(directory: Path) -> SavedModel:
 def task_of(description: Description, data_dir: Optional[Path] = None) -> Task:
     """The task that a saved model was trained for. Raises UsageError and DataError."""
     if not description.task:
-        raise UsageError("a language model is asked with transformers: AutoModelForCausalLM.from_pretrained opens it")
+        opens = HEADS[description.head].auto_class.__name__
+        raise UsageError(f"a model for {description.head} is asked with transformers: {opens}.from_pretrained opens it")
     task = make_task(description.task, data_dir, description.problem_type, description.label_names)
     if description.text_fields is not None:
         task.expect(description.text_fields)

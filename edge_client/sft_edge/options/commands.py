@@ -12,6 +12,10 @@ from sft.cli.options import above_zero, at_least, flag
 from sft.errors import UsageError
 from sft_edge.options.train import Codec, GradientCodec, check_codecs, check_name, default_codec
 
+Head = Literal[
+    "sequence-classification", "question-answering", "causal-lm", "token-classification", "multiple-choice", "masked-lm"
+]
+
 
 @dataclass
 class AttachOptions:
@@ -108,7 +112,7 @@ class VerifyOptions:
     gradient_codec: Optional[GradientCodec] = None
     """how their gradients are; by default as --codec"""
 
-    head: Literal["sequence-classification", "question-answering", "causal-lm"] = "sequence-classification"
+    head: Head = "sequence-classification"
     """what the model predicts; causal-lm needs --model or --from-config of a decoder, such as GPT-2"""
 
     problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] = (
@@ -178,7 +182,7 @@ class DoctorOptions:
     split_rank: int = 8
     """rank R of the decomposed layer; sft only"""
 
-    head: Literal["sequence-classification", "question-answering", "causal-lm"] = "sequence-classification"
+    head: Head = "sequence-classification"
     """what the model predicts"""
 
     wire_dtype: Optional[Literal["float32", "bfloat16", "float16"]] = None

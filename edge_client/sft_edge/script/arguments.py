@@ -13,9 +13,11 @@ from transformers import PretrainedConfig
 
 from sft.batch import IGNORED, Batch, attention_mask
 from sft.errors import UsageError
-from sft.models import max_positions
+from sft.models import HEADS, max_positions
+from sft.wire.codec.messages import outputs_of
 
-_TAKEN = ("input_ids", "attention_mask", "token_type_ids", "labels", "start_positions", "end_positions", "return_dict")
+_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+_TAKEN = (*_INPUTS, "labels", "start_positions", "end_positions", "return_dict")
 
 
 class Call(NamedTuple):
@@ -25,18 +27,26 @@ class Call(NamedTuple):
     return_dict: Optional[bool]
     items_in_batch: Optional[float]
     """What a language model's sum of token losses is to be divided by, instead of their number here."""
+    choices: int = 1
+    """Sequences in a row that are choices of the same question."""
 
 
 def read_call(arguments: Mapping[str, Any], config: PretrainedConfig, head: str) -> Call:
     """`arguments` by name. Raises UsageError for what cannot cross, and for labels that do not fit."""
     arguments = dict(arguments)
     items = arguments.pop("num_items_in_batch", None) if head == "causal-lm" else None
-    if head == "sequence-classification":  # a Trainer gives it to any; the library's classifications look away
+    if head != "question-answering":  # a Trainer gives it to any; the library's other heads look away
         arguments.pop("num_items_in_batch", None)
     for name, value in arguments.items():
         if name not in _TAKEN and not _says_nothing(value):
             raise UsageError(f"the argument {name} cannot cross to the cloud: call the model without it")
-    input_ids = arguments.get("input_ids")
+    input_ids, choices = arguments.get("input_ids"), 1
+    if head == "multiple-choice" and isinstance(input_ids, Tensor) and input_ids.dim() == 3:
+        choices = input_ids.shape[1]
+        arguments.update({name: x.flatten(0, 1) for name, x in arguments.items() if name in _INPUTS and x is not None})
+        input_ids = arguments["input_ids"]
+    elif head == "multiple-choice":
+        raise UsageError("the model needs input_ids, a tensor of shape (questions, choices, tokens)")
     if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or input_ids.numel() == 0:
         raise UsageError("the model needs input_ids, a tensor of shape (sequences, tokens)")
     if input_ids.shape[1] > max_positions(config):
@@ -47,8 +57,9 @@ def read_call(arguments: Mapping[str, Any], config: PretrainedConfig, head: str)
     if arguments.get("token_type_ids") is not None:
         inputs["token_type_ids"] = arguments["token_type_ids"]
     lengths = lengths_of(arguments.get("attention_mask"), input_ids)
-    labels = _labels(arguments, lengths, input_ids, config, head)
-    return Call(Batch(inputs, lengths, labels), arguments.get("return_dict"), None if items is None else float(items))
+    labels = _labels(arguments, lengths, input_ids, config, head, choices)
+    items = None if items is None else float(items)
+    return Call(Batch(inputs, lengths, labels), arguments.get("return_dict"), items, choices)
 
 
 def lengths_of(mask_BS: Optional[Tensor], input_ids_BS: Tensor) -> List[int]:
@@ -74,7 +85,12 @@ def _says_nothing(value: Any) -> bool:
 
 
 def _labels(
-    arguments: Mapping[str, Any], lengths: List[int], input_ids_BS: Tensor, config: PretrainedConfig, head: str
+    arguments: Mapping[str, Any],
+    lengths: List[int],
+    input_ids_BS: Tensor,
+    config: PretrainedConfig,
+    head: str,
+    choices: int,
 ) -> Dict[str, Tensor]:
     """As `sft.batch.Batch` has them; empty without labels."""
     if head == "question-answering":
@@ -86,18 +102,21 @@ def _labels(
         spans = {"start_positions": start.reshape(-1), "end_positions": end.reshape(-1)}
         for name, positions_B in spans.items():
             _check_ids(name, positions_B, [len(lengths)], input_ids_BS.shape[1])
-            if any(int(position) >= length for position, length in zip(positions_B, lengths)):
+            if any(not 0 <= int(position) < length for position, length in zip(positions_B, lengths)):
                 raise UsageError(f"{name} must lie within the tokens: padding is no place for an answer")
         return spans
     y = arguments.get("labels")
     if y is None:
         return {}
-    B, C = len(lengths), int(config.num_labels or 0)
-    if head == "causal-lm":
+    B, C = len(lengths), outputs_of(config, head)
+    if HEADS[head].learns == "tokens":
         learned = y[attention_mask(lengths, input_ids_BS.shape[1]).bool().to(y.device)] if y.dim() == 2 else y
         if y.dim() == 2 and int((y != IGNORED).sum()) != int((learned != IGNORED).sum()):
             raise UsageError(f"labels of padding must be {IGNORED}: nothing is learned from what does not cross")
-        _check_ids("labels", y, list(input_ids_BS.shape), config.vocab_size, ignored=True)
+        _check_ids("labels", y, list(input_ids_BS.shape), C)
+        return {"labels": y.long()}
+    if head == "multiple-choice":
+        _check_ids("labels", y, [B // choices], choices)
         return {"labels": y.long()}
     kind = problem_type(config)
     if kind == "single_label_classification":
@@ -118,10 +137,10 @@ def _labels(
     return {"labels": y}
 
 
-def _check_ids(name: str, ids: Tensor, shape: List[int], end: int, ignored: bool = False) -> None:
+def _check_ids(name: str, ids: Tensor, shape: List[int], end: int) -> None:
     if list(ids.shape) != shape or ids.is_floating_point():
         raise UsageError(f"{name} must be whole numbers of shape {shape}, not {ids.dtype} of shape {list(ids.shape)}")
-    counted = ids[ids != IGNORED] if ignored else ids
+    counted = ids[ids != IGNORED]
     if counted.numel() and (int(counted.min()) < 0 or int(counted.max()) >= end):
         raise UsageError(
             f"{name} must be from 0 to {end - 1}; they are from {int(counted.min())} to {int(counted.max())}"

@@ -9,8 +9,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import (
     CausalLMOutputWithPast,
+    MaskedLMOutput,
+    MultipleChoiceModelOutput,
     QuestionAnsweringModelOutput,
     SequenceClassifierOutput,
+    TokenClassifierOutput,
 )
 from transformers.utils.generic import ModelOutput
 
@@ -18,6 +21,9 @@ _USUAL: Dict[str, Type[ModelOutput]] = {
     "sequence-classification": SequenceClassifierOutput,
     "question-answering": QuestionAnsweringModelOutput,
     "causal-lm": CausalLMOutputWithPast,
+    "token-classification": TokenClassifierOutput,
+    "multiple-choice": MultipleChoiceModelOutput,
+    "masked-lm": MaskedLMOutput,
 }
 
 

@@ -50,12 +50,15 @@ class Saving:
         adapters: Optional[LoraSpec],
         names: Collection[str],
         frozen: Collection[str],
+        tied: Mapping[str, str],
     ) -> None:
         """`model` as the script has it; `adapters`: those that it had before the cut. `names`: those of `state_dict()`;
-        `frozen`: what was not trained before the cut, by names in the whole model."""
+        `frozen`: what was not trained before the cut, by names in the whole model; `tied`: other names there of what is
+        tied within the head, with those that `names` has. The library ties nothing where the head is untied."""
         self._model, self._head, self._cut, self._adapters = model, head, cut, adapters
         # Peft keeps what `modules_to_save` are copies of.
         self._names = {name for name in names if ".original_module." not in name}
+        self._tied = tied
         self._trained = {name for name in self._names if whole_name(name) not in frozen}
 
     def follow(self, model: Any) -> None:
@@ -77,7 +80,7 @@ class Saving:
             self._load_adapter(Path(str(model_id)), adapter_name)
 
         model.save_pretrained = types.MethodType(save_pretrained, model)
-        model._register_load_state_dict_pre_hook(self._drop_place_of_w)
+        model._register_load_state_dict_pre_hook(self._drop_beside)
         if self._adapters is not None:
             model.load_adapter = types.MethodType(load_adapter, model)
 
@@ -113,6 +116,7 @@ class Saving:
     def _write(self, directory: Path, state_dict: Mapping[str, Tensor], arguments: Dict[str, Any]) -> None:
         config = copy.deepcopy(self._model.config)
         tensors = {whole_name(name): tensor for name, tensor in state_dict.items()}
+        tensors.update({other: tensors[name].clone() for other, name in self._tied.items()})
         if self._adapters is not None:
             tensors = self._merged(config, self._adapters, tensors)
             if "safe_serialization" in inspect.signature(PreTrainedModel.save_pretrained).parameters:
@@ -154,7 +158,9 @@ class Saving:
             raise UsageError(f"load_adapter: {path} is of another model or cut: it {has} '{name}'")
         self._model.load_state_dict(tensors, strict=False)
 
-    def _drop_place_of_w(self, state_dict: Dict[str, Any], prefix: str, *_: Any) -> None:
+    def _drop_beside(self, state_dict: Dict[str, Any], prefix: str, *_: Any) -> None:
+        for name in self._tied:
+            state_dict.pop(prefix + name, None)
         for name in self._file(self._model.config).in_place_of_w():
             tensor = state_dict.get(prefix + name)
             if tensor is not None and not tensor.numel():

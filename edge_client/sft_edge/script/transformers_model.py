@@ -16,6 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from sft.batch import Batch
 from sft.errors import ProtocolError, UsageError
 from sft.models import (
+    HEADS,
     Cut,
     Net1,
     Net2,
@@ -98,6 +99,7 @@ class TransformersModel(CutModel):
             self.factor_names = {f"{name}.weight": weights + bias}
         else:
             self.factor_names = {f"{name}.weight": weights, f"{name}.bias": bias}
+        self._tied = net_2.other_names()
         self._lora_json = ""
         if adapters is not None:
             self.trained_factors = weights + bias
@@ -148,7 +150,7 @@ class TransformersModel(CutModel):
         forward.net_1 = net_1
         replace_forward(model, forward)
         names = [*self._given.state_dict(), *map(self.script_name, self.cloud_names)]
-        saving = Saving(self._given, self._head, self._cut, self._adapters, names, frozen)
+        saving = Saving(self._given, self._head, self._cut, self._adapters, names, frozen, self._tied)
         saving.follow(model)
         if self._given is not model:
             saving.follow(self._given)
@@ -177,7 +179,7 @@ class _CutForward:
         call = read_call(named, self._config, self._head)
         inputs, lengths, labels = call.batch
         a_BSR = self.net_1(inputs, lengths)
-        is_language_model = self._head == "causal-lm"
+        is_language_model = HEADS[self._head].of_vocabulary
         wants_loss = torch.is_grad_enabled()
         if is_language_model and not wants_loss and not model.training:
             wants_loss = self._cross.evaluates_labels
@@ -197,6 +199,8 @@ class _CutForward:
             logits = self._logits(logits, self._config, lengths, a_BSR.shape[1])
         elif crossed.fetch is not None:
             logits = self._late(crossed, self._config.vocab_size, lengths, a_BSR.shape[1])
+        if logits is not None and self._head == "multiple-choice":
+            logits = logits.reshape(-1, call.choices)
         if labels and loss is None:
             assert logits is not None  # nothing travelled that could have made them unwanted
             labels = {name: y.to(logits.device) for name, y in labels.items()}
@@ -255,8 +259,8 @@ def _calibration_batch(batch: Dict[str, Tensor]) -> Batch:
     if "input_ids" not in batch:
         raise UsageError("a calibration batch is a dict of what the model takes, input_ids at least")
     input_ids: Tensor = batch["input_ids"]
-    token_types: Optional[Tensor] = batch.get("token_type_ids")
-    inputs = {"input_ids": input_ids}
-    if token_types is not None:
-        inputs["token_type_ids"] = token_types
-    return Batch(inputs, lengths_of(batch.get("attention_mask"), input_ids), {})
+    inputs = {"input_ids": input_ids.flatten(0, -2)}  # choices are sequences, too
+    if batch.get("token_type_ids") is not None:
+        inputs["token_type_ids"] = batch["token_type_ids"].flatten(0, -2)
+    mask = batch.get("attention_mask")
+    return Batch(inputs, lengths_of(None if mask is None else mask.flatten(0, -2), inputs["input_ids"]), {})

@@ -205,7 +205,7 @@ def test_a_message_that_breaks_the_rules_ends_the_stream(stub, edge, server, kin
         message.forward.labels.classes.ids[0] = 77
     code, details = refusal(lambda: stream.ask(message))
     if kind == "nonsense":
-        assert (code, details) == (grpc.StatusCode.INVALID_ARGUMENT, "class ids must be from 0 to 2")
+        assert (code, details) == (grpc.StatusCode.INVALID_ARGUMENT, "labels must be from 0 to 2, or -100")
     else:
         assert code is grpc.StatusCode.FAILED_PRECONDITION
         assert "step 0 is next" in details

@@ -264,8 +264,8 @@ def activation(**fields):
 
 
 NONSENSE = {
-    "class id too large": (spoil(lambda m: m.forward.labels.classes.ids.__setitem__(0, 3)), "class ids"),
-    "class id negative": (spoil(lambda m: m.forward.labels.classes.ids.__setitem__(0, -100)), "class ids"),
+    "class id too large": (spoil(lambda m: m.forward.labels.classes.ids.__setitem__(0, 3)), "from 0 to 2"),
+    "class id negative": (spoil(lambda m: m.forward.labels.classes.ids.__setitem__(0, -1)), "from 0 to 2"),
     "a label missing": (spoil(lambda m: m.forward.labels.classes.ids.pop()), "3 labels expected, 2 came"),
     "labels without any": (spoil(lambda m: m.forward.labels.Clear()), "learns from classes"),
     "labels of another head": (spoil(lambda m: m.forward.labels.spans.starts.append(1)), "learns from classes"),
@@ -369,7 +369,7 @@ def test_a_bad_body_keeps_its_commit_from_being_applied(session, edge):
     before = weights_of(session)
     message = edge.forward(1, commit=edge.commit_part(0))
     message.forward.labels.classes.ids[0] = 99
-    with pytest.raises(ProtocolError, match="class ids"):
+    with pytest.raises(ProtocolError, match="labels must be from 0 to 2"):
         session.handle(message)
     assert (session.next_step, session.state) == (0, State.ACCUMULATING)
     assert same_bits(before, weights_of(session))

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from transformers import CONFIG_MAPPING, BertConfig, GPT2Config, LlamaConfig
+from transformers import CONFIG_MAPPING, BertConfig, ElectraConfig, GPT2Config, LlamaConfig
 
 from sft.errors import UnsupportedModelError
 from sft.models.configuration import config_text, settings_of, told_settings
@@ -56,6 +56,9 @@ def test_a_word_of_its_own_does_not_go_and_is_not_passed_over() -> None:
     with pytest.raises(UnsupportedModelError, match=r"configuration's hidden_act is 'Dr. X': only numbers, flags and"):
         config_text(BertConfig(hidden_act="Dr. X"))
     told_settings(GPT2Config(summary_type="Dr. X").to_dict())  # which no head here reads
+    assert told_settings(ElectraConfig(summary_type="last").to_dict())["summary_type"] == "last"
+    with pytest.raises(UnsupportedModelError, match=r"summary_type is 'Dr. X'"):
+        config_text(ElectraConfig(summary_type="Dr. X"))
     rotary = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4, "Dr. X": 1}
     kept = told_settings({**LlamaConfig().to_dict(), "rope_parameters": rotary, "rope_scaling": rotary})
     assert "Dr. X" not in json.dumps(kept)

@@ -6,23 +6,19 @@ from typing import Dict, List, NamedTuple
 
 import pytest
 import torch
-from support.tiny import ARCHITECTURES, DECODERS, make_tiny_model, tiny_config
+from support.tiny import ARCHITECTURES, make_tiny_model, tiny_config
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForQuestionAnswering, AutoModelForSequenceClassification
 
-from sft.batch import Batch, attention_mask
+from sft.batch import IGNORED, Batch, attention_mask
 from sft.errors import CutError, UnsupportedModelError
-from sft.models import Cut, Net1, Net2, Whole, build_net_1, build_net_2, build_whole, family_of
+from sft.models import HEADS, Cut, Net1, Net2, Whole, build_net_1, build_net_2, build_whole, heads_of
 from sft.models.weights import factor_tensors, fill, pretrained_tensors
 from sft.tensors.pretrained import PretrainedWeights
 
-LIBRARY = {
-    "sequence-classification": AutoModelForSequenceClassification,
-    "question-answering": AutoModelForQuestionAnswering,
-    "causal-lm": AutoModelForCausalLM,
-}
 CUTS = [Cut("sft", 2, 4), Cut("sft", 2, 4, "low-rank"), Cut("sl", 2)]
-EVERY = [(name, head) for name in ARCHITECTURES for head in family_of(tiny_config(name)).heads]
+EVERY = [(name, head) for name in ARCHITECTURES for head in heads_of(tiny_config(name))]
+TWO = [(name, head) for name in ARCHITECTURES for head in heads_of(tiny_config(name))[:2]]
+"""One with a row of logits for each token, one without: what depends on the blocks alone."""
 SHARED = {"deberta-v2": {"rel_embeddings.weight", "LayerNorm.weight", "LayerNorm.bias"}}
 
 
@@ -42,6 +38,9 @@ def make_batch(head: str, pad: int = 0) -> Batch:
         "sequence-classification": {"labels": torch.tensor([0, 2, 1])},
         "question-answering": {"start_positions": torch.tensor([1, 0, 2]), "end_positions": torch.tensor([3, 0, 2])},
         "causal-lm": {"labels": ids_BS.clone()},
+        "token-classification": {"labels": (ids_BS % 4).masked_fill(ids_BS % 4 == 3, IGNORED)},
+        "multiple-choice": {"labels": torch.tensor([1])},
+        "masked-lm": {"labels": ids_BS.masked_fill(ids_BS % 3 == 0, IGNORED)},
     }
     return Batch({"input_ids": ids_BS}, lengths, labels[head])
 
@@ -88,7 +87,7 @@ def test_halves_equal_the_whole(name: str, head: str, cut: Cut) -> None:
     with torch.no_grad():
         logits = trio.net_2(trio.net_1(batch.inputs, batch.lengths), batch.lengths, {}).logits
     for row, length in enumerate(batch.lengths):
-        of_tokens = slice(None) if head == "sequence-classification" else slice(0, length)
+        of_tokens = slice(0, length) if HEADS[head].per_token else slice(None)
         torch.testing.assert_close(logits[row][of_tokens], expected.logits[row][of_tokens], atol=1e-6, rtol=1e-5)
     lower, upper = trio.net_1.whole_parameters(), trio.net_2.whole_parameters()
     whole = trio.whole.whole_parameters()
@@ -105,7 +104,7 @@ def test_halves_equal_the_whole(name: str, head: str, cut: Cut) -> None:
 @pytest.mark.one_in(7)
 @pytest.mark.parametrize("mode", ["sft", "sl"])
 @pytest.mark.parametrize("split_layer", [1, 3])
-@pytest.mark.parametrize(("name", "head"), EVERY)
+@pytest.mark.parametrize(("name", "head"), TWO)
 def test_the_first_and_the_last_block_can_be_the_split_layer(name: str, head: str, split_layer: int, mode: str) -> None:
     trio, batch = make_trio(name, head, Cut(mode, split_layer, 2 if mode == "sft" else 0)), make_batch(head)
     assert backward(trio, batch).item() == pytest.approx(trio.whole(*batch).loss.item(), abs=1e-6)
@@ -160,24 +159,25 @@ def test_without_a_cut_it_is_the_librarys_model(tmp_path, name: str, head: str) 
     config = make_config(name, head)
     overrides = {"initializer_range": 0.2, "num_labels": config.num_labels}
     directory = make_tiny_model(tmp_path, name, layers=3, head=head, **overrides)
-    library = LIBRARY[head].from_pretrained(directory).eval()
+    library = HEADS[head].auto_class.from_pretrained(directory).eval()
     whole = build_whole(library.config, head)
     fill(whole, pretrained_tensors(whole, PretrainedWeights(directory)), seed=0)
     batch = make_batch(head, pad=config.pad_token_id)
     with torch.no_grad():
         ours = whole.eval()(batch.inputs, batch.lengths, {}).logits
-        theirs = library(**batch.inputs, attention_mask=attention_mask(batch.lengths, 7))
+        given = {**batch.inputs, "attention_mask": attention_mask(batch.lengths, 7)}
+        theirs = library(**{name: x[:, None] if head == "multiple-choice" else x for name, x in given.items()})
     if head == "question-answering":
         theirs = torch.stack([theirs.start_logits, theirs.end_logits], dim=-1)
     else:
         theirs = theirs.logits
     for row, length in enumerate(batch.lengths):
-        of_tokens = slice(None) if head == "sequence-classification" else slice(0, length)
+        of_tokens = slice(0, length) if HEADS[head].per_token else slice(None)
         torch.testing.assert_close(ours[row][of_tokens], theirs[row][of_tokens], atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.one_in(7)
-@pytest.mark.parametrize(("name", "head"), EVERY)
+@pytest.mark.parametrize(("name", "head"), TWO)
 @pytest.mark.parametrize("residual", ["full", "low-rank"])
 def test_at_full_rank_with_the_residual_nothing_is_lost(name: str, head: str, residual: str) -> None:
     """All components of the sum, or all of W and the residual beside it: the undecomposed model."""
@@ -194,23 +194,44 @@ def test_at_full_rank_with_the_residual_nothing_is_lost(name: str, head: str, re
     torch.testing.assert_close(logits, expected, atol=2e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", DECODERS)
-def test_a_tied_head_is_untied_by_the_cut(tmp_path, name: str) -> None:
+TIED = [(name, head) for name, head in EVERY if HEADS[head].of_vocabulary]
+
+
+@pytest.mark.parametrize(("name", "head"), TIED)
+def test_a_tied_head_is_untied_by_the_cut(tmp_path, name: str, head: str) -> None:
     """From a checkpoint, which holds it once, and from the seed: the head starts as the embedding."""
-    directory = make_tiny_model(tmp_path, name, layers=2, head="causal-lm", tie_word_embeddings=True)
+    directory = make_tiny_model(tmp_path, name, layers=2, head=head, tie_word_embeddings=True)
     config = tiny_config(name, 2, tie_word_embeddings=True)
-    tied = build_whole(config, "causal-lm")
-    assert "lm_head.weight" not in tied.whole_parameters()
+    tied = build_whole(config, head)
+    (of_head,) = (one for one in dict(tied.model.named_parameters(remove_duplicate=False)) if is_head(tied.model, one))
+    assert of_head not in tied.whole_parameters()
     for checkpoint in (PretrainedWeights(directory), None):
-        net_1, net_2 = (build(config, "causal-lm", Cut("sl", 1)) for build in (build_net_1, build_net_2))
+        net_1, net_2 = (build(config, head, Cut("sl", 1)) for build in (build_net_1, build_net_2))
         for net in (net_1, net_2, tied):
             fill(net, pretrained_tensors(net, checkpoint), seed=5)
-        head = net_2.whole_parameters()["lm_head.weight"]
-        assert torch.equal(head, net_1.model.get_input_embeddings().weight)
-        assert tied.model.lm_head.weight is tied.model.get_input_embeddings().weight
-        assert torch.equal(head, tied.model.lm_head.weight)
+        weight = net_2.whole_parameters()[of_head]
+        assert torch.equal(weight, net_1.model.get_input_embeddings().weight)
+        assert tied.model.get_output_embeddings().weight is tied.model.get_input_embeddings().weight
+        upper = {**tied.whole_parameters(), of_head: tied.model.get_output_embeddings().weight}
+        assert all(torch.equal(parameter, upper[one]) for one, parameter in net_2.whole_parameters().items())
+        out = net_2.model.get_output_embeddings()
+        if head == "masked-lm" and name not in ("distilbert", "electra"):
+            (of_whole,) = (one for one, p in net_2.whole_parameters().items() if p is out.bias)
+            assert of_whole.endswith(("predictions.bias", "lm_head.bias")), "the name that a checkpoint has"
         assert not net_2.model.config.tie_word_embeddings
     assert config.tie_word_embeddings
+
+
+def is_head(model: object, name: str) -> bool:
+    return name.endswith(".weight") and model.get_submodule(name[: -len(".weight")]) is model.get_output_embeddings()
+
+
+def test_a_head_that_reads_the_embeddings_themselves() -> None:
+    config = tiny_config("deberta-v2", legacy=False)
+    if not hasattr(config, "legacy"):
+        pytest.skip("this release knows no such head")
+    with pytest.raises(UnsupportedModelError, match="reads the embeddings, which stay on the edge"):
+        build_net_2(config, "masked-lm", Cut("sl", 1))
 
 
 @pytest.mark.parametrize("name", ["gpt2", "opt", "llama"])
@@ -268,7 +289,11 @@ def test_members_of_a_family_that_cannot_be_cut(overrides: Dict[str, object], sa
 
 
 def test_heads_that_an_architecture_is_not_trained_with() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"'gpt2' .* with sequence-classification or causal-lm"):
+    has = "sequence-classification, causal-lm, token-classification"
+    with pytest.raises(UnsupportedModelError, match=f"'gpt2' .* 'question-answering'; heads that they have: {has}$"):
         build_whole(tiny_config("gpt2"), "question-answering")
-    with pytest.raises(UnsupportedModelError, match=r"'bert' .* with sequence-classification or question-answering"):
+    has = "sequence-classification, question-answering, token-classification, multiple-choice, masked-lm"
+    with pytest.raises(UnsupportedModelError, match=f"'bert' .* 'causal-lm'; heads that they have: {has}$"):
         build_whole(tiny_config("bert"), "causal-lm")
+    with pytest.raises(UnsupportedModelError, match=r"'opt' .* have: sequence-classification, causal-lm$"):
+        build_whole(tiny_config("opt"), "token-classification")

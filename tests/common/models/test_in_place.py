@@ -5,34 +5,22 @@ from __future__ import annotations
 import gc
 import weakref
 from functools import partial
-from typing import Any, Dict, List, Tuple
+from typing import Any, List, Tuple
 
 import pytest
 import torch
 from support.tiny import ARCHITECTURES, tiny_config
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification,
-    PreTrainedModel,
-)
+from transformers import AutoModel, AutoModelForNextSentencePrediction, PreTrainedModel
 
 from sft.batch import Batch
 from sft.errors import CutError, UnsupportedModelError, UsageError
-from sft.models import Cut, Net, Net1, build_net_2, build_whole, cut_live, family_of, head_of
+from sft.models import HEADS, Cut, Net, Net1, build_net_2, build_whole, cut_live, family_of, head_of, heads_of
 from sft.models.weights import fill, live_factors, live_tensors
 from sft.tensors.stream import StoredTensor
 
-LIBRARY: Dict[str, Any] = {
-    "sequence-classification": AutoModelForSequenceClassification,
-    "question-answering": AutoModelForQuestionAnswering,
-    "causal-lm": AutoModelForCausalLM,
-}
-EVERY = [(name, head) for name in ARCHITECTURES for head in family_of(tiny_config(name)).heads]
+EVERY = [(name, head) for name in ARCHITECTURES for head in heads_of(tiny_config(name))]
 HEAD = "sequence-classification"
 CUT = Cut("sft", 2, 4)
 IDS_BS = torch.tensor([[5, 6, 7, 8, 9], [9, 8, 7, 0, 0]])
@@ -42,7 +30,7 @@ BATCH = Batch({"input_ids": IDS_BS}, [5, 3], {})
 def make_model(name: str = "bert", head: str = HEAD, **overrides: object) -> PreTrainedModel:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return LIBRARY[head].from_config(tiny_config(name, 3, **overrides)).eval()
+        return HEADS[head].auto_class.from_config(tiny_config(name, 3, **overrides)).eval()
 
 
 def take(model: PreTrainedModel, head: str, cut: Cut) -> Tuple[Net1, List[StoredTensor]]:
@@ -79,7 +67,7 @@ def test_a_model_in_use_is_cut_as_one_from_a_checkpoint(name: str, head: str, re
         split = net_2.eval()(net_1(BATCH.inputs, BATCH.lengths), BATCH.lengths, {}).logits
         expected = whole.eval()(*BATCH).logits
     for row, length in enumerate(BATCH.lengths):
-        of_tokens = slice(None) if head == HEAD else slice(0, length)
+        of_tokens = slice(0, length) if HEADS[head].per_token else slice(None)
         torch.testing.assert_close(split[row][of_tokens], expected[row][of_tokens], atol=1e-6, rtol=1e-5)
 
 
@@ -89,7 +77,7 @@ def test_what_is_left_of_the_object_is_net_1(name: str, head: str) -> None:
     model = make_model(name, head)
     family = family_of(model.config)
     upper = weakref.ref(model.base_model.get_submodule(family.blocks)[2])
-    before = dict(model.named_parameters())
+    before = dict(model.named_parameters(remove_duplicate=False))
     net_1, for_cloud = take(model, head, CUT)
     assert dict(model.named_parameters()).keys() == net_1.whole_parameters().keys()
     left = net_1.whole_parameters()
@@ -152,7 +140,7 @@ def test_the_head_of_a_model(name: str, head: str) -> None:
     assert head_of(make_model(name, head)) == head
 
 
-@pytest.mark.parametrize("make", [AutoModel, AutoModelForMaskedLM])
+@pytest.mark.parametrize("make", [AutoModel, AutoModelForNextSentencePrediction])
 def test_models_without_one_of_the_heads(make: Any) -> None:
     with pytest.raises(UnsupportedModelError, match="cannot be cut; give a transformers model with one of the heads"):
         head_of(make.from_config(tiny_config()))

@@ -111,6 +111,8 @@ def test_activations_that_contradict_themselves(message, says):
         ("sequence-classification", (3, 5), 3),
         ("question-answering", (3, 4, 5), 6),
         ("causal-lm", (3, 4, 5), 6),
+        ("token-classification", (3, 4, 5), 6),
+        ("multiple-choice", (3, 5), 3),
     ],
 )
 def test_logits_round_trip(head, shape, rows):
@@ -128,7 +130,10 @@ def test_logits_round_trip(head, shape, rows):
 
 def test_a_language_model_has_an_output_for_every_token():
     assert outputs_of(config(), "sequence-classification") == 3
+    assert outputs_of(config(), "token-classification") == 3
+    assert outputs_of(config(), "multiple-choice") == 1
     assert outputs_of(AutoConfig.for_model("gpt2", vocab_size=77), "causal-lm") == 77
+    assert outputs_of(AutoConfig.for_model("bert", vocab_size=78), "masked-lm") == 78
 
 
 @pytest.mark.parametrize(
@@ -156,6 +161,14 @@ def test_a_language_model_has_an_output_for_every_token():
             DECODER,
             "causal-lm",
         ),
+        ({"labels": torch.tensor([0, -100, 1])}, config(), "sequence-classification"),
+        (
+            {"labels": torch.tensor([[2, -100, 0, -100], [1, -100, -100, -100], [-100, 2, -100, -100]])},
+            config(),
+            "token-classification",
+        ),
+        ({"labels": torch.tensor([2])}, config(), "multiple-choice"),
+        ({"labels": torch.tensor([0, -100, 0])}, config(), "multiple-choice"),
     ],
 )
 def test_labels_round_trip(labels, configuration, head):
@@ -198,7 +211,14 @@ def spans(starts, ends):
         (classes(0, 1, 2), config(), "question-answering", "learns from spans"),
         (classes(0, 1), config(), "sequence-classification", "3 labels expected, 2 came"),
         (classes(0, 1, 3), config(), "sequence-classification", "from 0 to 2"),
-        (classes(0, -1, 1), config(), "sequence-classification", "from 0 to 2"),
+        (classes(0, -1, 1), config(), "sequence-classification", "from 0 to 2, or -100"),
+        (classes(0, 1), config(), "multiple-choice", "3 labels expected, 2 came"),
+        (classes(), config(), "multiple-choice", "3 labels expected, 0 came"),
+        (classes(3), config(), "multiple-choice", "from 0 to 2, or -100"),
+        (classes(0, 0, 1), config(), "multiple-choice", "from 0 to 0, or -100"),
+        (tokens(0, 1, 2), config(), "multiple-choice", "learns from classes"),
+        (classes(0, 1, 2), config(), "token-classification", "learns from tokens"),
+        (tokens(0, 1, 2, 0, 1, 3), config(), "token-classification", "labels must be from 0 to 2, or -100"),
         (values(2, *[0.0] * 6), config(3, "multi_label_classification"), "sequence-classification", "2 columns"),
         (values(3, *[0.0] * 8), config(3, "multi_label_classification"), "sequence-classification", "9 labels"),
         (values(0, 1, float("nan"), 2), config(1, "regression"), "sequence-classification", "not a finite"),
@@ -208,8 +228,8 @@ def spans(starts, ends):
         (classes(0, 1, 2), AutoConfig.for_model("gpt2"), "causal-lm", "learns from tokens"),
         (tokens(0, 1, 2, 3, 4, 5), config(), "sequence-classification", "learns from classes"),
         (tokens(0, 1, 2, 3, 4), DECODER, "causal-lm", "6 labels expected, 5 came"),
-        (tokens(0, 1, 2, 3, 4, 100), DECODER, "causal-lm", "token ids must be from 0 to 99, or -100"),
-        (tokens(0, 1, 2, 3, 4, -1), DECODER, "causal-lm", "token ids must be from 0 to 99, or -100"),
+        (tokens(0, 1, 2, 3, 4, 100), DECODER, "causal-lm", "labels must be from 0 to 99, or -100"),
+        (tokens(0, 1, 2, 3, 4, -1), DECODER, "causal-lm", "labels must be from 0 to 99, or -100"),
         (tokens(), DECODER, "causal-lm", "6 labels expected, 0 came"),
     ],
 )

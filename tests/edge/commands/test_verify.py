@@ -105,15 +105,25 @@ def test_batches_are_of_the_seed_and_the_step(head: Any, problem_type: Any) -> N
     assert one[0].lengths != one[1].lengths
 
 
-def test_batches_of_a_language_model() -> None:
-    options = VerifyOptions(head="causal-lm", from_config=Path("gpt2.json"), max_seq_length=9)
-    (batch,) = verify_module._batches(options, tiny_config("gpt2"), 0)
+@pytest.mark.parametrize("head", ["causal-lm", "masked-lm", "token-classification"])
+def test_batches_with_labels_of_tokens(head: str) -> None:
+    options = VerifyOptions(head=head, from_config=Path("gpt2.json"), max_seq_length=9)
+    (batch,) = verify_module._batches(options, tiny_config("gpt2", num_labels=3), 0)
     y_BS = batch.labels["labels"]
     assert y_BS.shape == batch.inputs["input_ids"].shape
     learned = y_BS != -100
-    assert y_BS[learned].equal(batch.inputs["input_ids"][learned])
+    expected_BS = batch.inputs["input_ids"] % 3 if head == "token-classification" else batch.inputs["input_ids"]
+    assert y_BS[learned].equal(expected_BS[learned])
     assert not any(bool(learned[row, length:].any()) for row, length in enumerate(batch.lengths))
     assert not bool(learned[torch.arange(9)[None, : y_BS.shape[1]] < torch.tensor(batch.lengths)[:, None]].all())
+
+
+@pytest.mark.parametrize(("sequences", "labels"), [(8, 4), (3, 1), (1, 1)])
+def test_batches_of_choices(sequences: int, labels: int) -> None:
+    options = VerifyOptions(head="multiple-choice", per_device_train_batch_size=sequences)
+    (batch,) = verify_module._batches(options, tiny_config(), 0)
+    assert len(batch.labels["labels"]) == labels
+    assert int(batch.labels["labels"].max()) < sequences // labels
 
 
 @pytest.mark.parametrize("family", ["distilbert", "gpt2", "opt", "deberta-v2"])

@@ -15,7 +15,7 @@ from support.tiny import tiny_config, tiny_tokenizer
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 from sft.errors import CheckpointError, SessionLostError, StorageError, UsageError
-from sft.models import HEADS, Cut, Whole, build_whole
+from sft.models import Cut, Whole, build_whole
 from sft.models.weights import fill
 from sft.tensors.stream import Shard, in_memory, safetensors_chunks
 from sft_edge.model_files.description import Description, read_description
@@ -61,7 +61,7 @@ def save(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.mark.one_in(5)
 @pytest.mark.parametrize("family", ["bert", "roberta", "electra", "distilbert"])
-@pytest.mark.parametrize("head", HEADS[:2])
+@pytest.mark.parametrize("head", ["sequence-classification", "question-answering"])
 @pytest.mark.parametrize(("cut", "count"), [(None, 1), (None, 2), (CUT, 1), (CUT, 2)])
 def test_a_round_trip(save: Callable[..., Path], family: str, head: str, cut: Optional[Cut], count: int) -> None:
     net = make_net(cut, head, family)

@@ -14,7 +14,7 @@ from support.script import adamw, batches, sgd, tiny_model, wrap
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
-    AutoModelForMaskedLM,
+    AutoModelForNextSentencePrediction,
     AutoModelForSequenceClassification,
     BertForSequenceClassification,
 )
@@ -80,7 +80,7 @@ def test_a_cut_that_the_model_cannot_have(options: Dict[str, Any]) -> None:
 
 
 def test_models_that_cannot_be_cut() -> None:
-    for auto in (AutoModel, AutoModelForMaskedLM):
+    for auto in (AutoModel, AutoModelForNextSentencePrediction):
         model = auto.from_config(tiny_model().config)
         check_refused(model, sgd(model), UnsupportedModelError, None)
     model = tiny_model().bfloat16()
@@ -223,6 +223,13 @@ def test_calls_that_cannot_cross(change: Dict[str, Any], match: str) -> None:
         ("gpt2", "causal-lm", {"labels": torch.ones(4, 7, dtype=torch.long)}, "labels of padding must be -100"),
         ("gpt2", "causal-lm", {"labels": torch.ones(4, dtype=torch.long)}, "labels must be whole numbers of shape"),
         ("gpt2", "causal-lm", {"use_cache": True}, "the argument use_cache cannot cross"),
+        ("bert", "token-classification", {"labels": torch.ones(4, 7, dtype=torch.long)}, "padding must be -100"),
+        ("bert", "token-classification", {"labels": torch.full((4, 7), 3)}, "padding must be -100"),
+        ("bert", "token-classification", {"labels": torch.ones(4, dtype=torch.long)}, "whole numbers of shape"),
+        ("bert", "multiple-choice", {"labels": torch.tensor([0, 2])}, "labels must be from 0 to 1"),
+        ("bert", "multiple-choice", {"labels": torch.tensor([0, 1, 0, 1])}, r"whole numbers of shape \[2\]"),
+        ("bert", "multiple-choice", {"input_ids": torch.ones(4, 7).long()}, r"shape \(questions, choices, tokens\)"),
+        ("bert", "masked-lm", {"labels": torch.full((4, 7), 1000)}, "padding must be -100"),
     ],
 )
 def test_calls_of_other_heads(family: str, head: str, change: Dict[str, Any], match: str) -> None:

@@ -11,9 +11,12 @@ from support.script import adamw, assert_same_training, batches, sgd, tiny_model
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from transformers.modeling_outputs import (
     CausalLMOutputWithCrossAttentions,
+    MaskedLMOutput,
+    MultipleChoiceModelOutput,
     QuestionAnsweringModelOutput,
     SequenceClassifierOutput,
     SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
 )
 
 from sft.errors import UsageError
@@ -39,6 +42,12 @@ def travelling(model: Any, optimizer: Any) -> None:
         ("gpt2", "causal-lm"),
         ("llama", "sequence-classification"),
         ("llama", "causal-lm"),
+        ("bert", "token-classification"),
+        ("llama", "token-classification"),
+        ("roberta", "multiple-choice"),
+        ("electra", "multiple-choice"),
+        ("bert", "masked-lm"),
+        ("distilbert", "masked-lm"),
     ],
 )
 def test_labels_travel(family: str, head: str, residual: str) -> None:
@@ -60,6 +69,49 @@ def test_spans_whose_positions_stay() -> None:
             optimizer.step()
 
     assert_same_training(script, sgd, tiny_model("bert", "question-answering"))
+
+
+@pytest.mark.parametrize("head", ["token-classification", "masked-lm"])
+def test_labels_of_tokens_that_stay(head: str) -> None:
+    def script(model: Any, optimizer: Any) -> None:
+        for batch in batches(4, model):
+            y = batch.pop("labels")
+            optimizer.zero_grad()
+            cross_entropy(model(**batch).logits.flatten(0, 1), y.flatten()).backward()
+            optimizer.step()
+
+    assert_same_training(script, sgd, tiny_model("bert", head))
+
+
+def test_choices_that_stay() -> None:
+    def script(model: Any, optimizer: Any) -> Any:
+        for batch in batches(4, model):
+            y = batch.pop("labels")
+            optimizer.zero_grad()
+            logits = model(**batch).logits
+            assert logits.shape == (2, 2)
+            cross_entropy(logits, y).backward()
+            optimizer.step()
+        return logits.detach()
+
+    assert_same_training(script, sgd, tiny_model("bert", "multiple-choice"))
+
+
+@pytest.mark.parametrize("travels", [True, False])
+def test_a_class_of_100_below_zero_is_not_learned(travels: bool) -> None:
+    def script(model: Any, optimizer: Any) -> None:
+        for batch in batches(4, model):
+            batch["labels"][1] = -100
+            optimizer.zero_grad()
+            if travels:
+                loss = model(**batch).loss
+            else:
+                y = batch.pop("labels")
+                loss = cross_entropy(model(**batch).logits, y)
+            loss.backward()
+            optimizer.step()
+
+    assert_same_training(script, sgd, tiny_model())
 
 
 def test_tokens_that_stay() -> None:
@@ -98,6 +150,9 @@ def test_several_labels() -> None:
         ("gpt2", "sequence-classification", SequenceClassifierOutputWithPast),
         ("bert", "question-answering", QuestionAnsweringModelOutput),
         ("gpt2", "causal-lm", CausalLMOutputWithCrossAttentions),
+        ("bert", "token-classification", TokenClassifierOutput),
+        ("bert", "multiple-choice", MultipleChoiceModelOutput),
+        ("bert", "masked-lm", MaskedLMOutput),
     ],
 )
 def test_the_output_is_of_the_librarys_class(family: str, head: str, kind: type) -> None:
@@ -111,11 +166,11 @@ def test_the_output_is_of_the_librarys_class(family: str, head: str, kind: type)
 
 
 def test_logits_come_with_the_loss_but_not_those_of_a_vocabulary() -> None:
-    for family, head in (("bert", "sequence-classification"), ("gpt2", "causal-lm")):
+    for family, head in (("bert", "sequence-classification"), ("gpt2", "causal-lm"), ("bert", "masked-lm")):
         model = tiny_model(family, head)
         (batch,) = batches(1, model)
         with wrap(model, adamw(model)):
-            assert (model(**batch).logits is None) is (head == "causal-lm")
+            assert (model(**batch).logits is None) is (head != "sequence-classification")
             model.eval()
             with torch.no_grad():
                 assert model(**batch).logits is not None

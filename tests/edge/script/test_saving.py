@@ -9,7 +9,6 @@ from typing import Any, Dict, Iterator
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file
 from support.opened import code_copied_to
 from support.saved import save_tiny
@@ -17,15 +16,11 @@ from support.script import batches, sgd, tiny_model, wrap
 from support.tiny import tiny_tokenizer
 
 from sft.errors import CheckpointError, SFTError, StorageError, UsageError
-from sft.models import Cut
+from sft.models import HEADS, Cut
 from sft_edge.commands.export.content import Export
 from sft_edge.model_files import DENSE, FACTORED, load_model, task_of
 
-AUTO = {
-    "sequence-classification": transformers.AutoModelForSequenceClassification,
-    "question-answering": transformers.AutoModelForQuestionAnswering,
-    "causal-lm": transformers.AutoModelForCausalLM,
-}
+AUTO = {name: head.auto_class for name, head in HEADS.items()}
 
 
 @pytest.fixture(autouse=True)
@@ -65,6 +60,13 @@ def logits(output: Any) -> torch.Tensor:
         ("gpt2", "causal-lm"),
         ("opt", "causal-lm"),
         ("llama", "sequence-classification"),
+        ("bert", "token-classification"),
+        ("bert", "multiple-choice"),
+        ("bert", "masked-lm"),
+        ("distilbert", "masked-lm"),
+        ("electra", "masked-lm"),
+        ("xlm-roberta", "masked-lm"),
+        ("deberta-v2", "masked-lm"),
     ],
 )
 def test_it_opens_as_what_was_trained(tmp_path: Path, family: str, head: str, residual: str) -> None:
@@ -73,7 +75,7 @@ def test_it_opens_as_what_was_trained(tmp_path: Path, family: str, head: str, re
     opened = AUTO[head].from_pretrained(str(to), trust_remote_code=True).eval()
     with torch.no_grad():
         again = opened(**batch)
-    mask = batch["attention_mask"].bool() if head != "sequence-classification" else slice(None)
+    mask = batch["attention_mask"].bool() if HEADS[head].per_token else slice(None)
     torch.testing.assert_close(logits(again)[mask], logits(said)[mask], rtol=1e-5, atol=1e-5)
 
 
@@ -228,7 +230,7 @@ def test_an_export_of_it(tmp_path: Path, form: str) -> None:
 def test_a_language_model_has_no_rows_to_answer(tmp_path: Path) -> None:
     trained(tiny_model("gpt2", "causal-lm"), tmp_path)
     tiny_tokenizer().save_pretrained(str(tmp_path))
-    with pytest.raises(UsageError, match="a language model is asked with transformers"):
+    with pytest.raises(UsageError, match="a model for causal-lm is asked with transformers"):
         task_of(load_model(tmp_path).description)
 
 

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict
+from typing import Any, Tuple
 
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification,
-    PretrainedConfig,
-)
+from transformers import PretrainedConfig
 
 from sft.errors import UnsupportedModelError
 from sft.models.families.bert import BERT
@@ -21,17 +16,10 @@ from sft.models.families.gpt2 import GPT2
 from sft.models.families.llama import LLAMA
 from sft.models.families.opt import OPT
 from sft.models.families.roberta import ROBERTA
+from sft.models.heads import HEADS
 
 _ALL = (BERT, ROBERTA, DISTILBERT, DEBERTA, GPT2, OPT, LLAMA, GEMMA)
 _FAMILIES = {model_type: family for family in _ALL for model_type in family.model_types}
-
-AUTO_CLASSES: Dict[str, Any] = {
-    "sequence-classification": AutoModelForSequenceClassification,
-    "question-answering": AutoModelForQuestionAnswering,
-    "causal-lm": AutoModelForCausalLM,
-}
-
-HEADS = tuple(AUTO_CLASSES)
 
 
 def family_of(config: PretrainedConfig) -> Family:
@@ -61,11 +49,17 @@ def check_head(config: PretrainedConfig, head: str) -> None:
     """Raises UnsupportedModelError for a head that no model, or not this one, is trained with."""
     if head not in HEADS:
         raise UnsupportedModelError(f"there is no head '{head}'; supported heads: {', '.join(HEADS)}")
-    heads = family_of(config).heads
+    heads = heads_of(config)
     if head not in heads:
         raise UnsupportedModelError(
-            f"models of type '{config.model_type}' are not trained with head '{head}', but with {' or '.join(heads)}"
+            f"models of type '{config.model_type}' are not trained with head '{head}'; heads that they have: "
+            f"{', '.join(heads)}"
         )
+
+
+def heads_of(config: PretrainedConfig) -> Tuple[str, ...]:
+    """Those that the library has for models of this type, and this package, too. Raises UnsupportedModelError."""
+    return tuple(head for head in family_of(config).heads if library_class(config, head) is not None)
 
 
 def max_positions(config: PretrainedConfig) -> int:
@@ -76,16 +70,15 @@ def max_positions(config: PretrainedConfig) -> int:
 
 def library_class(config: PretrainedConfig, head: str) -> Any:
     """The library's class of models with a head; None where it has none."""
-    return AUTO_CLASSES[head]._model_mapping.get(type(config), None)
+    return HEADS[head].auto_class._model_mapping.get(type(config), None)
 
 
 def head_of(model: Any) -> str:
     """The head of a model of the library. Raises UnsupportedModelError when it has none of ours."""
     config = getattr(model, "config", None)
     if isinstance(config, PretrainedConfig):
-        for head in family_of(config).heads:
-            known = library_class(config, head)
-            if known is not None and isinstance(model, known):
+        for head in heads_of(config):
+            if isinstance(model, library_class(config, head)):
                 return head
     raise UnsupportedModelError(
         f"a {type(model).__name__} cannot be cut; give a transformers model with one of the heads {', '.join(HEADS)}"

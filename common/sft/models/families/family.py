@@ -72,5 +72,10 @@ class Family:
 
     @property
     def heads(self) -> Tuple[str, ...]:
-        """The heads that its members are trained with."""
-        return ("sequence-classification", "causal-lm" if self.decoder else "question-answering")
+        """The heads that its members are trained with, where the library has them."""
+        if self.decoder:
+            return ("sequence-classification", "causal-lm", "token-classification")
+        return (
+            *("sequence-classification", "question-answering", "token-classification"),
+            *("multiple-choice", "masked-lm"),
+        )

@@ -15,6 +15,7 @@ from transformers import PretrainedConfig
 
 from sft.batch import IGNORED, attention_mask
 from sft.errors import ProtocolError
+from sft.models import HEADS
 from sft.v1 import split_training_pb2 as pb
 from sft.wire.codec.elements import decode_tensor, encode_tensor, shown
 from sft.wire.codec.packing import pack, unpack
@@ -23,7 +24,7 @@ from sft.wire.codec.rows import CODES, Codes
 
 def is_packed(head: str) -> bool:
     """Whether the logits of a head are one row a token, so that those of padding do not travel."""
-    return head != "sequence-classification"
+    return HEADS[head].per_token
 
 
 def encode_logits(logits: Tensor, lengths: Sequence[int], head: str, data_type: pb.DataType) -> pb.Tensor:
@@ -46,7 +47,9 @@ def decode_logits(
 
 def outputs_of(config: PretrainedConfig, head: str) -> int:
     """C: how many logits a row has."""
-    return int(config.vocab_size) if head == "causal-lm" else int(config.num_labels or 0)
+    if head == "multiple-choice":
+        return 1
+    return int(config.vocab_size) if HEADS[head].of_vocabulary else int(config.num_labels or 0)
 
 
 def encode_activation(
@@ -86,7 +89,7 @@ def decode_activation(
 
 
 def encode_labels(labels: Dict[str, Tensor], lengths: Sequence[int] = ()) -> pb.Labels:
-    """Labels as `sft.batch.Batch` holds them; those of a language model, (B, S) int64, need the `lengths`."""
+    """Labels as `sft.batch.Batch` holds them; those of tokens, (B, S) int64, need the `lengths`."""
     if "start_positions" in labels:
         spans = pb.Labels.Spans(starts=labels["start_positions"].tolist(), ends=labels["end_positions"].tolist())
         return pb.Labels(spans=spans)
@@ -109,7 +112,7 @@ def decode_labels(
     kind = message.WhichOneof("kind")
     if kind != _kind_for(config, head):
         raise ProtocolError(f"this head learns from {_kind_for(config, head)}, but the labels are {kind}")
-    B, num_labels = len(lengths), int(config.num_labels or 0)
+    B, num_labels = len(lengths), outputs_of(config, head)
     if kind == "spans":
         _check_count(len(message.spans.starts), B)
         _check_count(len(message.spans.ends), B)
@@ -118,16 +121,15 @@ def decode_labels(
             raise ProtocolError(f"an answer span reaches beyond the padded length {padded_length}")
         return {"start_positions": torch.tensor(starts), "end_positions": torch.tensor(ends)}
     if kind == "classes":
-        _check_count(len(message.classes.ids), B)
         ids = list(message.classes.ids)
-        if min(ids) < 0 or max(ids) >= num_labels:
-            raise ProtocolError(f"class ids must be from 0 to {num_labels - 1}")
-        return {"labels": torch.tensor(ids)}
+        if head == "multiple-choice" and ids and B % len(ids) == 0:
+            num_labels = B // len(ids)
+        else:
+            _check_count(len(ids), B)
+        return {"labels": _ids(ids, num_labels)}
     if kind == "tokens":
         _check_count(len(message.tokens.ids), sum(lengths))
-        tokens_T = torch.tensor(list(message.tokens.ids))
-        if bool(((tokens_T != IGNORED) & ((tokens_T < 0) | (tokens_T >= config.vocab_size))).any()):
-            raise ProtocolError(f"token ids must be from 0 to {config.vocab_size - 1}, or {IGNORED}")
+        tokens_T = _ids(list(message.tokens.ids), num_labels)
         labels_BS = torch.full((B, padded_length), IGNORED)
         labels_BS[attention_mask(lengths, padded_length).bool()] = tokens_T
         return {"labels": labels_BS}
@@ -142,11 +144,16 @@ def decode_labels(
 
 
 def _kind_for(config: PretrainedConfig, head: str) -> str:
-    if head == "question-answering":
-        return "spans"
-    if head == "causal-lm":
-        return "tokens"
-    return "classes" if config.problem_type == "single_label_classification" else "values"
+    if head == "sequence-classification" and config.problem_type != "single_label_classification":
+        return "values"
+    return HEADS[head].learns
+
+
+def _ids(ids: List[int], end: int) -> Tensor:
+    y = torch.tensor(ids)
+    if bool(((y != IGNORED) & ((y < 0) | (y >= end))).any()):
+        raise ProtocolError(f"labels must be from 0 to {end - 1}, or {IGNORED}")
+    return y
 
 
 def _check_count(count: int, expected: int) -> None:

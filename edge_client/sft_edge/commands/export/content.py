@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sft.errors import UsageError
-from sft.models import Cut, build_whole, ffn_out_name
-from sft.models.families.catalogue import AUTO_CLASSES
+from sft.models import HEADS, Cut, build_whole, ffn_out_name
 from sft.printable import told_by
 from sft.tensors.stream import StoredTensor, in_memory, safetensors_chunks, safetensors_size
 from sft_edge.files import storage_errors, write_file, write_json
@@ -36,7 +35,7 @@ class Export:
         self._code: Optional[ModelingFile] = None
         if cut is not None and (form == FACTORED or cut.residual != "full"):
             self._code = ModelingFile(self._net.model.config, self.description.head, cut, form)
-        self.auto_class: str = AUTO_CLASSES[self.description.head].__name__
+        self.auto_class: str = HEADS[self.description.head].auto_class.__name__
         self.architecture = type(self._net.model).__name__
         self.tensors: Sequence[StoredTensor] = in_memory(self._parameters(cut))
         self.tokenizer = self._prepared(copy.deepcopy(saved.tokenizer))
@@ -67,6 +66,8 @@ class Export:
 
     def _parameters(self, cut: Optional[Cut]) -> Dict[str, Tensor]:
         parameters: Dict[str, Tensor] = {name: x.detach() for name, x in self._net.whole_parameters().items()}
+        if not self._net.model.config.tie_word_embeddings:  # then the library ties nothing, within a head neither
+            parameters.update({other: parameters[name].clone() for other, name in self._net.other_names().items()})
         if cut is None:
             return parameters
         if self._code is not None:

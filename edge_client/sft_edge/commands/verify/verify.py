@@ -20,10 +20,11 @@ from transformers import BertConfig, PretrainedConfig
 
 from sft.batch import IGNORED, Batch, attention_mask
 from sft.errors import UsageError, VerificationError
-from sft.models import Cut, max_positions
+from sft.models import HEADS, Cut, max_positions
 from sft.models.seeding import derive_seed
 from sft.optim.gradients import clip_scale
 from sft.wire.codec.elements import codecs_named
+from sft.wire.codec.messages import outputs_of
 from sft_edge.commands.verify.one_process import OneProcess
 from sft_edge.files import json_text
 from sft_edge.link import retry_policy_of, transport_of
@@ -163,7 +164,9 @@ def _source(options: VerifyOptions) -> Source:
     overrides: Dict[str, Any] = {"num_labels": labels, "problem_type": options.problem_type}
     if options.head == "question-answering":
         overrides = {"num_labels": 2}
-    elif options.head == "causal-lm":
+    elif options.head == "token-classification":
+        overrides = {"num_labels": 3}
+    elif options.head != "sequence-classification":
         overrides = {}
     if options.model is not None or options.from_config is not None:
         source = open_model(options.model, options.from_config, overrides)
@@ -187,6 +190,7 @@ def _switch_dropout_off(config: PretrainedConfig) -> None:
     for name, value in config.to_dict().items():
         if "drop" in name and isinstance(value, float):  # GPT-2 has resid_pdrop, OPT layerdrop
             setattr(config, name, 0.0)
+    config.classifier_dropout = 0.0  # some of the library's heads have one that no configuration declares
 
 
 def _calibration(options: VerifyOptions, config: PretrainedConfig) -> List[Batch]:
@@ -205,18 +209,19 @@ def _batches(options: VerifyOptions, config: PretrainedConfig, step: Union[int, 
         ids_BS = torch.randint(4, config.vocab_size, (B, S), generator=generator)
         for row, length in enumerate(lengths):
             ids_BS[row, length:] = config.pad_token_id or 0
-        labels = {"labels": _next_tokens(ids_BS, lengths, generator)}
-        if options.head != "causal-lm":
+        if HEADS[options.head].learns == "tokens":
+            labels = {"labels": _of_tokens(ids_BS % outputs_of(config, options.head), lengths, generator)}
+        else:
             labels = _labels(options, config, lengths, generator)
         yield Batch({"input_ids": ids_BS}, lengths, labels)
 
 
-def _next_tokens(ids_BS: Tensor, lengths: List[int], generator: torch.Generator) -> Tensor:
-    """The tokens themselves, some of which are not to be learned; padding is not."""
-    mask_BS = attention_mask(lengths, ids_BS.shape[1]).bool()
-    learned_BS = mask_BS & (torch.rand(ids_BS.shape, generator=generator) < 0.8)
+def _of_tokens(y_BS: Tensor, lengths: List[int], generator: torch.Generator) -> Tensor:
+    """A number for each token, some of which are not to be learned; padding is not."""
+    mask_BS = attention_mask(lengths, y_BS.shape[1]).bool()
+    learned_BS = mask_BS & (torch.rand(y_BS.shape, generator=generator) < 0.8)
     learned_BS[max(range(len(lengths)), key=lengths.__getitem__), 1:] = True  # of the longest, or there is no loss
-    return ids_BS.masked_fill(~learned_BS, IGNORED)
+    return y_BS.masked_fill(~learned_BS, IGNORED)
 
 
 def _labels(
@@ -229,6 +234,9 @@ def _labels(
             "start_positions": torch.tensor([start for start, _ in pairs]),
             "end_positions": torch.tensor([end for _, end in pairs]),
         }
+    if options.head == "multiple-choice":
+        choices = 2 if B % 2 == 0 else B
+        return {"labels": torch.randint(choices, (B // choices,), generator=generator)}
     if options.problem_type == "regression":
         return {"labels": torch.rand(B, generator=generator) * 5}
     if options.problem_type == "multi_label_classification":
