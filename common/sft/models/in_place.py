@@ -20,18 +20,15 @@ _BY_PEFT = re.compile(r"\.(lora_[^.]*|original_module)\.")
 
 
 def check_live(model: Any, head: str, cut: Cut) -> None:
-    """Raises UsageError for a model that is cut already, not float32, or not what its configuration describes, CutError
-    and UnsupportedModelError."""
+    """Raises UsageError for a model that is cut already, in no type that is trained, or not what its configuration
+    describes, CutError and UnsupportedModelError."""
     family = family_of(model.config)
     whole = len(blocks_of(model.base_model, family)) == model.config.num_hidden_layers
     if not whole or any(isinstance(module, SplitLayer) for module in model.modules()):
         raise UsageError(f"this {type(model).__name__} is cut already; load the model again to cut it again")
     for name, parameter in model.named_parameters():
-        if parameter.dtype != torch.float32:
-            raise UsageError(
-                f"parameter '{name}' is {parameter.dtype}; load the model in float32 and run it under torch.autocast "
-                "to compute in half precision"
-            )
+        if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise UsageError(f"parameter '{name}' is {parameter.dtype}; load the model in float32")
     _check_described(model, head)
     check_cut(cut, model, family, halves=True)
 
@@ -63,7 +60,8 @@ def cut_live(model: Any, head: str, cut: Cut) -> Net1:
 
     Blocks above the cut, final norm, pooler and head are gone from the object, so that their memory is freed once
     nobody else holds them. FFN-1 is on the meta device: its value is the caller's to fill in. What both halves need is
-    frozen, a tied head untied. Where parameters are, and what else is trained, stays. Raises what `check_live` raises.
+    frozen, a tied head untied, and all of it float32. Where parameters are, and what else is trained, stays. Raises
+    what `check_live` raises.
     """
     check_live(model, head, cut)
     family = family_of(model.config)
@@ -80,6 +78,7 @@ def cut_live(model: Any, head: str, cut: Cut) -> Net1:
         model.config.tie_word_embeddings = False
         if getattr(model, "all_tied_weights_keys", None):
             model.all_tied_weights_keys = {}
+    net_1.float()  # the parameters stay the objects they were
     return net_1
 
 

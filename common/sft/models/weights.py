@@ -198,7 +198,10 @@ def live_factors(
     moments = None
     if cut.residual == "low-rank":
         _check_calibration(calibration)
-        lower = Net1(model.base_model, family_of(model.config), head)
+        base = model.base_model
+        if any(parameter.dtype != torch.float32 for parameter in base.parameters()):
+            base = copy.deepcopy(base).float()  # as it will be trained
+        lower = Net1(base, family_of(model.config), head)
         moments = output_moments(lower, cut.split_layer, calibration)
     name, w = layer_to_cut(model, cut)
     return _factors(name, w, cut, moments)
@@ -214,7 +217,7 @@ def _check_calibration(calibration: Sequence[Batch]) -> None:
 def _factors(name: str, w: Any, cut: Cut, moments: Optional[Moments]) -> Tuple[List[StoredTensor], List[StoredTensor]]:
     if moments is None:
         factors = decompose(matrix_of(w), cut.split_rank)
-        bias_D = None if w.bias is None else w.bias.detach().clone()
+        bias_D = None if w.bias is None else w.bias.detach().to(torch.float32, copy=True)
     else:
         factors, bias_D = decompose_with_residual(matrix_of(w), w.bias, *moments, split_rank=cut.split_rank)
     edge = {f"{name}.ffn1.weight": factors.u_FR.T.contiguous()}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 from typing import Any, Dict, Iterable, List, Optional
 
 import torch
@@ -48,6 +49,8 @@ from sft_edge.script.origin import by_origin
 from sft_edge.script.outputs import make_output, output_class
 from sft_edge.script.saving import Saving
 from sft_edge.systems import check_size
+
+_log = logging.getLogger("sft_edge")
 
 
 class TransformersModel(CutModel):
@@ -138,7 +141,14 @@ class TransformersModel(CutModel):
         device = next(model.parameters()).device
         forward = _CutForward(model, self._head, self._config, cross)
         frozen = {name for name, parameter in live_parameters(model).items() if not parameter.requires_grad}
+        held = next((str(p.dtype) for p in model.parameters() if p.dtype != torch.float32), None)
         net_1 = cut_live(model, self._head, self._cut)
+        if held is not None:
+            _log.warning(
+                "parameters of this model are %s: both halves train them in float32; torch.autocast computes in half "
+                "precision",
+                held,
+            )
         self.cloud_tensors, self.cloud_factors = [], []  # what the model does not hold any more nobody shall
         parameters = {whole_name(name): parameter for name, parameter in net_1.whole_parameters().items()}
         for factor in self._edge_factors:

@@ -160,13 +160,27 @@ def test_a_model_is_cut_once(cut: Cut) -> None:
             again(model, HEAD, CUT)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_only_float32_is_trained(dtype: torch.dtype) -> None:
+def test_double_precision_is_not_trained() -> None:
     model = make_model()
-    model.classifier.to(dtype)
+    model.classifier.double()
     for act in (cut_live, live_factors):
-        with pytest.raises(UsageError, match=r"'classifier.weight' is torch\.\w+; load .* torch.autocast"):
+        with pytest.raises(UsageError, match=r"'classifier.weight' is torch.float64; load the model in float32"):
             act(model, HEAD, CUT)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_becomes_float32(dtype: torch.dtype) -> None:
+    """Of the same numbers, in the parameters that an optimizer holds."""
+    model, same = make_model().to(dtype), make_model().to(dtype).float()
+    before = dict(model.named_parameters())
+    net_1, for_cloud = take(model, HEAD, CUT)
+    other, expected = take(same, HEAD, CUT)
+    for one, parameter in net_1.whole_parameters().items():
+        assert parameter.dtype is torch.float32
+        assert torch.equal(parameter, other.whole_parameters()[one])
+        assert one.endswith("ffn1.weight") or parameter is before[one]
+    for tensor, float_one in zip(for_cloud, expected):
+        assert torch.equal(tensor.read().float(), float_one.read())
 
 
 @pytest.mark.parametrize(

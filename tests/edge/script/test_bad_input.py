@@ -83,7 +83,7 @@ def test_models_that_cannot_be_cut() -> None:
     for auto in (AutoModel, AutoModelForNextSentencePrediction):
         model = auto.from_config(tiny_model().config)
         check_refused(model, sgd(model), UnsupportedModelError, None)
-    model = tiny_model().bfloat16()
+    model = tiny_model().double()
     check_refused(model, sgd(model), UsageError, "float32")
     model = nn.Sequential(nn.Linear(2, 2))
     check_refused(model, sgd(model), UsageError, "split_layer is for transformers models")

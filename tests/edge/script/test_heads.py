@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from typing import Any
 
@@ -238,3 +239,20 @@ def _skip_without_items(model: Any) -> None:
     parameters = inspect.signature(type(model).forward).parameters.values()
     if not any(one.kind is one.VAR_KEYWORD for one in parameters):
         pytest.skip("this release's model takes no number of items")
+
+
+@pytest.mark.parametrize(("family", "residual"), [("llama", "none"), ("bert", "low-rank")])
+def test_a_model_in_half_precision_is_trained_in_float32(
+    family: str, residual: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As newer releases load what is stored so; one machine is given the same numbers in float32."""
+    stored = tiny_model(family).bfloat16()
+    model, expected = copy.deepcopy(stored), copy.deepcopy(stored).float()
+    ends = []
+    for one in (model, expected):
+        calibration = batches(1, one, labels=False) if residual == "low-rank" else None
+        with wrap(one, sgd(one), residual=residual, calibration=calibration) as optimizer:
+            travelling(one, optimizer)
+            ends.append(one.state_dict())
+    assert all(ends[0][name].equal(tensor) for name, tensor in ends[1].items())
+    assert "of this model are torch.bfloat16: both halves train them in float32" in caplog.text
