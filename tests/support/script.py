@@ -91,13 +91,21 @@ class OneMachine(nn.Module):
         self.net = whole
         self.config = whole.model.config
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, **labels: Tensor) -> Any:
-        ids_BS, mask_BS = input_ids.flatten(0, -2), attention_mask.flatten(0, -2)
-        output = self.net(Batch({"input_ids": ids_BS}, [], {}).inputs, mask_BS.sum(1).tolist(), labels)
+    def forward(
+        self,
+        input_ids: Optional[Tensor] = None,
+        attention_mask: Optional[Tensor] = None,
+        inputs_embeds: Optional[Tensor] = None,
+        **labels: Tensor,
+    ) -> Any:
+        mask_BS = attention_mask.flatten(0, -2)
+        inputs = {"inputs_embeds": inputs_embeds} if input_ids is None else {"input_ids": input_ids.flatten(0, -2)}
+        output = self.net(inputs, mask_BS.sum(1).tolist(), labels)
         if self.net.head == "question-answering":
             start, end = output.logits.unbind(-1)
             return QuestionAnsweringModelOutput(loss=output.loss, start_logits=start, end_logits=end)
-        logits = output.logits.reshape(*input_ids.shape[:-1], -1).squeeze(-1) if input_ids.dim() == 3 else output.logits
+        has_choices = attention_mask.dim() == 3
+        logits = output.logits.reshape(attention_mask.shape[:2]) if has_choices else output.logits
         return SequenceClassifierOutput(loss=output.loss, logits=logits)
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[Tuple[str, nn.Parameter]]:

@@ -13,11 +13,13 @@ from transformers import PretrainedConfig
 
 from sft.batch import IGNORED, Batch, attention_mask
 from sft.errors import UsageError
-from sft.models import HEADS, max_positions
+from sft.models import HEADS, family_of, max_positions
 from sft.wire.codec.messages import outputs_of
+from sft_edge.script.padding import Moved, lengths_of
 
-_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-_TAKEN = (*_INPUTS, "labels", "start_positions", "end_positions", "return_dict")
+_EMBEDDED = ("input_ids", "inputs_embeds")
+_OF_TOKENS = ("attention_mask", "token_type_ids", "position_ids")
+_TAKEN = (*_EMBEDDED, *_OF_TOKENS, "labels", "start_positions", "end_positions", "return_dict")
 
 
 class Call(NamedTuple):
@@ -29,54 +31,86 @@ class Call(NamedTuple):
     """What a language model's sum of token losses is to be divided by, instead of their number here."""
     choices: int = 1
     """Sequences in a row that are choices of the same question."""
+    moved: Optional[Moved] = None
+    """How tokens were moved in `batch`."""
 
 
 def read_call(arguments: Mapping[str, Any], config: PretrainedConfig, head: str) -> Call:
     """`arguments` by name. Raises UsageError for what cannot cross, and for labels that do not fit."""
-    arguments = dict(arguments)
+    arguments = {name: value for name, value in arguments.items() if value is not None}
     items = arguments.pop("num_items_in_batch", None) if head == "causal-lm" else None
     if head != "question-answering":  # a Trainer gives it to any; the library's other heads look away
         arguments.pop("num_items_in_batch", None)
     for name, value in arguments.items():
         if name not in _TAKEN and not _says_nothing(value):
             raise UsageError(f"the argument {name} cannot cross to the cloud: call the model without it")
-    input_ids, choices = arguments.get("input_ids"), 1
-    if head == "multiple-choice" and isinstance(input_ids, Tensor) and input_ids.dim() == 3:
-        choices = input_ids.shape[1]
-        arguments.update({name: x.flatten(0, 1) for name, x in arguments.items() if name in _INPUTS and x is not None})
-        input_ids = arguments["input_ids"]
-    elif head == "multiple-choice":
-        raise UsageError("the model needs input_ids, a tensor of shape (questions, choices, tokens)")
-    if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or input_ids.numel() == 0:
-        raise UsageError("the model needs input_ids, a tensor of shape (sequences, tokens)")
-    if input_ids.shape[1] > max_positions(config):
-        raise UsageError(
-            f"sequences of {input_ids.shape[1]} tokens are longer than the model's {max_positions(config)} positions"
-        )
-    inputs = {"input_ids": input_ids}
-    if arguments.get("token_type_ids") is not None:
-        inputs["token_type_ids"] = arguments["token_type_ids"]
-    lengths = lengths_of(arguments.get("attention_mask"), input_ids)
-    labels = _labels(arguments, lengths, input_ids, config, head, choices)
+    choices = _flatten_choices(arguments) if head == "multiple-choice" else 1
+    main = _embedded(arguments)
+    B, S = main.shape[:2]
+    if max_positions(config) < S:
+        raise UsageError(f"sequences of {S} tokens are longer than the model's {max_positions(config)} positions")
+    lengths, moved = lengths_of(arguments.get("attention_mask"), B, S)
+    if moved is not None and not HEADS[head].per_token and not family_of(config).decoder:
+        raise UsageError("this model's head reads the first token, which would be padding: pad on the right")
+    inputs = {name: arguments[name] for name in (*_EMBEDDED, "token_type_ids") if name in arguments}
+    if moved is not None:
+        inputs = {name: moved.to_the_start(x) for name, x in inputs.items()}
+    position_ids = _positions(arguments, lengths, moved, config)
+    if position_ids is not None:
+        inputs["position_ids"] = position_ids
+    labels = _labels(arguments, lengths, moved, S, config, head, choices)
     items = None if items is None else float(items)
-    return Call(Batch(inputs, lengths, labels), arguments.get("return_dict"), items, choices)
+    return Call(Batch(inputs, lengths, labels), arguments.get("return_dict"), items, choices, moved)
 
 
-def lengths_of(mask_BS: Optional[Tensor], input_ids_BS: Tensor) -> List[int]:
-    """The number of tokens of each sequence. Raises UsageError unless padding is on the right."""
-    B, S = input_ids_BS.shape
-    if mask_BS is None:
-        return [S] * B
-    if tuple(mask_BS.shape) != (B, S):
-        raise UsageError(f"attention_mask has shape {list(mask_BS.shape)}, input_ids {[B, S]}; only such masks cross")
-    mask_BS = mask_BS.detach().cpu()
-    lengths = [int(length) for length in mask_BS.sum(1)]
-    if min(lengths) < 1 or not mask_BS.eq(attention_mask(lengths, S)).all():
-        raise UsageError(
-            "attention_mask must be ones followed by zeros, a one at least: pad on the right "
-            "(tokenizer.padding_side = 'right')"
-        )
-    return lengths
+def _flatten_choices(arguments: Dict[str, Any]) -> int:
+    """Each choice becomes a sequence; how many there are for a question."""
+    for name, dimensions in (("input_ids", 3), ("inputs_embeds", 4)):
+        given = arguments.get(name)
+        if isinstance(given, Tensor) and given.dim() == dimensions:
+            for one in (name, *_OF_TOKENS):
+                if one in arguments:
+                    arguments[one] = arguments[one].flatten(0, 1)
+            return int(given.shape[1])
+    raise UsageError("the model needs input_ids, a tensor of shape (questions, choices, tokens)")
+
+
+def _embedded(arguments: Mapping[str, Any]) -> Tensor:
+    """Token ids, or what stands for them."""
+    given = [name for name in _EMBEDDED if name in arguments]
+    if len(given) == 2:
+        raise UsageError("the model takes input_ids or inputs_embeds, not both")
+    main = arguments.get(given[0] if given else "input_ids")
+    dimensions = 3 if given == ["inputs_embeds"] else 2
+    if not isinstance(main, Tensor) or main.dim() != dimensions or main.numel() == 0:
+        raise UsageError("the model needs input_ids, a tensor of shape (sequences, tokens)")
+    return main
+
+
+def _positions(
+    arguments: Mapping[str, Any], lengths: List[int], moved: Optional[Moved], config: PretrainedConfig
+) -> Optional[Tensor]:
+    """What the embeddings are to be told of positions; None where they find them themselves.
+
+    Raises UsageError for positions that the cloud's blocks would have to know.
+    """
+    family = family_of(config)
+    is_rotary = family.decoder and not family.added_to_embeddings
+    given_BS: Optional[Tensor] = arguments.get("position_ids")
+    if given_BS is None:
+        after_padding = family.positions_after_padding and "inputs_embeds" in arguments
+        if moved is None or not (family.counts_padding or after_padding):
+            return None
+        return moved.places_BS + (int(config.pad_token_id) + 1 if after_padding else 0)
+    positions_BS = given_BS.expand(len(lengths), -1)
+    if moved is not None:
+        positions_BS = moved.to_the_start(positions_BS)
+    if not is_rotary:
+        return positions_BS
+    for row_S, length in zip(positions_BS, lengths):
+        if not bool((row_S[1:length] - row_S[: length - 1]).eq(1).all()):
+            raise UsageError("position_ids must count the tokens of a sequence one by one: the cloud's blocks do so")
+    return None
 
 
 def _says_nothing(value: Any) -> bool:
@@ -87,7 +121,8 @@ def _says_nothing(value: Any) -> bool:
 def _labels(
     arguments: Mapping[str, Any],
     lengths: List[int],
-    input_ids_BS: Tensor,
+    moved: Optional[Moved],
+    S: int,
     config: PretrainedConfig,
     head: str,
     choices: int,
@@ -101,7 +136,9 @@ def _labels(
             raise UsageError("a span needs both start_positions and end_positions")
         spans = {"start_positions": start.reshape(-1), "end_positions": end.reshape(-1)}
         for name, positions_B in spans.items():
-            _check_ids(name, positions_B, [len(lengths)], input_ids_BS.shape[1])
+            _check_ids(name, positions_B, [len(lengths)], S)
+            if moved is not None:
+                positions_B = spans[name] = positions_B - torch.tensor(moved.starts, device=positions_B.device)
             if any(not 0 <= int(position) < length for position, length in zip(positions_B, lengths)):
                 raise UsageError(f"{name} must lie within the tokens: padding is no place for an answer")
         return spans
@@ -110,10 +147,12 @@ def _labels(
         return {}
     B, C = len(lengths), outputs_of(config, head)
     if HEADS[head].learns == "tokens":
-        learned = y[attention_mask(lengths, input_ids_BS.shape[1]).bool().to(y.device)] if y.dim() == 2 else y
-        if y.dim() == 2 and int((y != IGNORED).sum()) != int((learned != IGNORED).sum()):
+        _check_ids("labels", y, [B, S], C)
+        if moved is not None:
+            y = moved.to_the_start(y)
+        padding = ~attention_mask(lengths, S).bool().to(y.device)
+        if not bool(y[padding].eq(IGNORED).all()):
             raise UsageError(f"labels of padding must be {IGNORED}: nothing is learned from what does not cross")
-        _check_ids("labels", y, list(input_ids_BS.shape), C)
         return {"labels": y.long()}
     if head == "multiple-choice":
         _check_ids("labels", y, [B // choices], choices)

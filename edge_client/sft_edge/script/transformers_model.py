@@ -41,12 +41,13 @@ from sft.wire.codec.packing import pack, unpack
 from sft_edge.link import model_fields
 from sft_edge.model_files import told_name
 from sft_edge.script.adapters import adapters_of, adapters_of_cloud, without_peft
-from sft_edge.script.arguments import count_learned, lengths_of, may_travel, problem_type, read_call
+from sft_edge.script.arguments import count_learned, may_travel, problem_type, read_call
 from sft_edge.script.cut_model import Cross, Crossed, CutModel
 from sft_edge.script.forward import replace_forward
 from sft_edge.script.late_logits import LateLogits
 from sft_edge.script.origin import by_origin
 from sft_edge.script.outputs import make_output, output_class
+from sft_edge.script.padding import Moved
 from sft_edge.script.saving import Saving
 from sft_edge.systems import check_size
 
@@ -85,9 +86,8 @@ class TransformersModel(CutModel):
         self._config = copy.deepcopy(library.config)
         if self._head == "sequence-classification":
             self._config.update({"problem_type": problem_type(self._config)})
-        self._edge_factors, self.cloud_factors = live_factors(
-            library, self._head, self._cut, [_calibration_batch(batch) for batch in calibration]
-        )
+        fitted_to = [_calibration_batch(batch, self._config, self._head) for batch in calibration]
+        self._edge_factors, self.cloud_factors = live_factors(library, self._head, self._cut, fitted_to)
         net_2 = build_net_2(self._config, self._head, self._cut)
         known_by, self.cloud_tensors, own = by_origin(library, net_2)
         self._told_name = known_by if model_name is None else told_name("", model_name)
@@ -188,6 +188,8 @@ class _CutForward:
                 raise UsageError(f"config.{name} asks for what stays on the cloud: set it to False")
         call = read_call(named, self._config, self._head)
         inputs, lengths, labels = call.batch
+        if "position_ids" in inputs and "position_ids" not in self._signature.parameters:
+            raise UsageError("in this release the model takes no position_ids: pad on the right")
         a_BSR = self.net_1(inputs, lengths)
         is_language_model = HEADS[self._head].of_vocabulary
         wants_loss = torch.is_grad_enabled()
@@ -208,7 +210,7 @@ class _CutForward:
         if logits is not None:
             logits = self._logits(logits, self._config, lengths, a_BSR.shape[1])
         elif crossed.fetch is not None:
-            logits = self._late(crossed, self._config.vocab_size, lengths, a_BSR.shape[1])
+            logits = self._late(crossed, self._config.vocab_size, lengths, a_BSR.shape[1], call.moved)
         if logits is not None and self._head == "multiple-choice":
             logits = logits.reshape(-1, call.choices)
         if labels and loss is None:
@@ -219,6 +221,8 @@ class _CutForward:
             learned = count_learned(labels["labels"])
             # Their mean is NaN where there are none; their sum is 0.
             loss = (loss if learned else loss.nan_to_num(0.0)) * (learned / call.items_in_batch)
+        if call.moved is not None and is_packed(self._head) and logits is not None and crossed.fetch is None:
+            logits = call.moved.back(logits)
         as_dict = model.config.return_dict if call.return_dict is None else call.return_dict
         return make_output(self._output_class, self._head, loss, logits, as_dict)
 
@@ -236,7 +240,7 @@ class _CutForward:
         rows = sum(lengths) if is_packed(self._head) else len(lengths)
         check_size("output", encoded_size([rows, outputs_of(self._config, self._head)], pb.DATA_TYPE_FLOAT32))
 
-    def _late(self, crossed: Crossed, V: int, lengths: List[int], padded_length: int) -> Tensor:
+    def _late(self, crossed: Crossed, V: int, lengths: List[int], padded_length: int, moved: Optional[Moved]) -> Tensor:
         best_T, fetch = crossed.best_T, crossed.fetch
         assert best_T is not None
         assert fetch is not None
@@ -245,9 +249,11 @@ class _CutForward:
 
         def logits() -> Tensor:
             self._check_size(lengths)
-            return self._logits(fetch(), self._config, lengths, padded_length)
+            logits_BSV = self._logits(fetch(), self._config, lengths, padded_length)
+            return logits_BSV if moved is None else moved.back(logits_BSV)
 
-        return LateLogits(unpack(best_T[:, None], lengths, padded_length)[..., 0], V, logits)
+        best_BS = unpack(best_T[:, None], lengths, padded_length)[..., 0]
+        return LateLogits(best_BS if moved is None else moved.back(best_BS), V, logits)
 
     def _logits(self, logits: Tensor, config: Any, lengths: List[int], padded_length: int) -> Tensor:
         """As `head_loss` takes them, from what the wire brought."""
@@ -265,12 +271,8 @@ class _CutForward:
         return unpacked
 
 
-def _calibration_batch(batch: Dict[str, Tensor]) -> Batch:
-    if "input_ids" not in batch:
+def _calibration_batch(batch: Dict[str, Tensor], config: PretrainedConfig, head: str) -> Batch:
+    if not {"input_ids", "inputs_embeds"}.intersection(batch):
         raise UsageError("a calibration batch is a dict of what the model takes, input_ids at least")
-    input_ids: Tensor = batch["input_ids"]
-    inputs = {"input_ids": input_ids.flatten(0, -2)}  # choices are sequences, too
-    if batch.get("token_type_ids") is not None:
-        inputs["token_type_ids"] = batch["token_type_ids"].flatten(0, -2)
-    mask = batch.get("attention_mask")
-    return Batch(inputs, lengths_of(None if mask is None else mask.flatten(0, -2), inputs["input_ids"]), {})
+    inputs = ("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids")
+    return read_call({name: batch[name] for name in inputs if name in batch}, config, head).batch

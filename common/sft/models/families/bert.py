@@ -9,5 +9,6 @@ BERT = Family(
     ffn_out="output.dense",
     ffn_dropout="output.dropout",
     ffn_norm="output.LayerNorm",
+    counts_padding=True,
     after_embeddings=("embeddings_project",),  # ELECTRA's, where embeddings are narrower than the model
 )

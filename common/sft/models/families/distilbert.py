@@ -10,4 +10,5 @@ DISTILBERT = Family(
     ffn_dropout="ffn.dropout",
     ffn_norm="output_layer_norm",
     ffn_width="hidden_dim",
+    counts_padding=True,
 )

@@ -64,6 +64,9 @@ class Family:
     positions_after_padding: bool = False
     """Whether positions are counted from the padding token's number on: those up to it no token can have."""
 
+    counts_padding: bool = False
+    """Whether a token's place in its row is embedded, with padding on its left counted."""
+
     decoder: bool = False
     """Whether tokens see only what precedes them: the last one then stands for the sequence."""
 

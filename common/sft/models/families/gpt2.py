@@ -12,5 +12,6 @@ GPT2 = Family(
     added_to_embeddings=("wpe",),
     after_embeddings=("drop",),
     ffn_width="n_inner",
+    counts_padding=True,
     decoder=True,
 )

@@ -17,5 +17,9 @@ def _refuses(config: PretrainedConfig) -> str:
 
 
 ROBERTA = replace(
-    BERT, model_types=("roberta", "xlm-roberta", "camembert"), positions_after_padding=True, refuses=_refuses
+    BERT,
+    model_types=("roberta", "xlm-roberta", "camembert"),
+    counts_padding=False,
+    positions_after_padding=True,
+    refuses=_refuses,
 )
