@@ -276,6 +276,8 @@ def _construct(module: Any, names: Sequence[str]) -> None:
     twin = copy.deepcopy(module)
     if hasattr(twin, "reset_parameters"):
         twin.reset_parameters()
+    elif list(names) == ["bias"]:  # of a language model's head
+        nn.init.zeros_(twin.bias)
     else:  # a norm of the library's own, which takes the width
         twin = type(module)(len(getattr(module, names[0])))
     for name in names:

@@ -228,7 +228,7 @@ def is_head(model: object, name: str) -> bool:
 
 def test_a_head_that_reads_the_embeddings_themselves() -> None:
     config = tiny_config("deberta-v2", legacy=False)
-    if not hasattr(config, "legacy"):
+    if not hasattr(tiny_config("deberta-v2"), "legacy"):
         pytest.skip("this release knows no such head")
     with pytest.raises(UnsupportedModelError, match="reads the embeddings, which stay on the edge"):
         build_net_2(config, "masked-lm", Cut("sl", 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any, Dict
 
 import pytest
@@ -60,6 +61,8 @@ def of_tokens(x: Tensor, batch: Dict[str, Tensor], head: str) -> Tensor:
 def test_padding_on_the_left(family: str, head: str, given: str) -> None:
     """What the library's own model, in one piece, makes of it."""
     model = tiny_model(family, head)
+    if family == "distilbert" and "position_ids" not in inspect.signature(type(model).forward).parameters:
+        pytest.skip("in this release it takes no positions, and is refused")
     library = copy.deepcopy(model).eval()
     batch = on_the_left(batches(1, model)[0])
     if head == "causal-lm":  # nothing that crosses predicts a first token
