@@ -110,8 +110,10 @@ class GraphHalf:
         """See UpperHalf: known once they are computed."""
         return 0
 
-    def decode(self, activation: pb.Activation) -> Given:
+    def decode(self, activation: pb.Activation, scored: pb.Labels | None = None) -> Given:
         """See UpperHalf."""
+        if scored is not None and scored.WhichOneof("kind") is not None:
+            raise ProtocolError("labels of a script's own model stay on the edge; leave them out")
         shape, rank = list(activation.packed.shape[: MAX_DIMENSIONS + 1]), self._cut.split_rank
         if activation.lengths or activation.padded_length:
             raise ProtocolError("the activation of a script's module has no lengths")

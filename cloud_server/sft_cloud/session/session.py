@@ -32,12 +32,19 @@ from sft.wire.codec.elements import check_tensor
 from sft.wire.codec.rows import rounding_of
 from sft_cloud.errors import NoMemoryError, PreconditionError, is_out_of_memory
 from sft_cloud.memory import MemoryShare
+from sft_cloud.session.answers import (
+    COPIES_OF_ANSWER,
+    answer_bytes,
+    asks_for_logits,
+    fill_evaluation,
+    tokens_loss_bytes,
+)
 from sft_cloud.session.autocast import autocast_to, check_autocast
 from sft_cloud.session.commit import apply_settings, check_commit, clip_scale_of, groups_after, refusal, take_step
 from sft_cloud.session.load_state import Blob, StateLoader
 from sft_cloud.session.memory import check_room_for_step, optimizer_bytes
 from sft_cloud.session.micro_batches import MicroBatches, check_scale
-from sft_cloud.session.upper_half import COPIES_OF_ANSWER, UpperHalf, answer_bytes, fill_evaluation, tokens_loss_bytes
+from sft_cloud.session.upper_half import UpperHalf
 from sft_cloud.storage import KeptRows
 
 Work = Callable[[pb.CloudMessage], Iterator[None] | None]
@@ -264,6 +271,7 @@ class Session:
         check_autocast(forward.autocast)
         check_tensor(forward.activation.packed, self._half.codes)
         has_labels = forward.HasField("labels")
+        wants_logits = asks_for_logits(forward)
         waits = 0 if commits else self._micro_batches.waiting_bytes(message.weights)
         graph = self._half.training_bytes(forward.activation) + (self._half.cast_bytes() if forward.autocast else 0)
         batch = graph if has_labels else 0  # without labels the graph waits
@@ -273,18 +281,16 @@ class Session:
             waits += self._micro_batches.gradient_bytes()
         if too_large := lacks or self._memory.too_large(waits + batch):
             return self._skips(too_large)
-        answers = self._remembered_bytes + answer_bytes(
-            self._half, forward.activation, not has_labels or forward.want_logits, has_labels
-        )
+        answers = self._remembered_bytes + answer_bytes(self._half, forward.activation, wants_logits, has_labels)
         try:  # before it is decoded: a code may stand for hundreds of times its bytes
             self._memory.hold(waits, answers, batch)
         except NoMemoryError as error:
             return self._skips(_REFUSED.format(error))
         draws = forward.draws if forward.HasField("draws") else pb.Draws(seed=self._seed, step=message.step)
         rounding = rounding_of(draws.seed, draws.step, message.micro_batch)
-        given = self._half.decode(forward.activation)._replace(rounding=rounding)
+        given = self._half.decode(forward.activation, forward.scored)._replace(rounding=rounding)
         labels = self._half.decode_labels(forward.labels, given) if has_labels else {}
-        if not has_labels or forward.want_logits:
+        if wants_logits:
             self._half.check_outputs(forward.activation)
         if not commits and not (has_labels and forward.loss_scale):
             self._micro_batches.check_room(message.weights)
@@ -347,15 +353,16 @@ class Session:
         waits = self._micro_batches.waiting_bytes(message.weights)
         batch = self._half.training_bytes(message.evaluate.activation) // _EVALUATION_TAKES
         batch += self._half.cast_bytes() if message.evaluate.autocast else 0
-        if has_labels := message.evaluate.HasField("labels"):
+        has_labels, wants_logits = message.evaluate.HasField("labels"), asks_for_logits(message.evaluate)
+        if not wants_logits:
             batch += tokens_loss_bytes(self._half, message.evaluate)
         if too_large := lacks or self._memory.too_large(waits + batch):
             return self._skips(too_large, undoes=False)
-        answers = self._remembered_bytes + answer_bytes(self._half, message.evaluate.activation, logits=not has_labels)
+        answers = self._remembered_bytes + answer_bytes(self._half, message.evaluate.activation, logits=wants_logits)
         self._memory.hold_now(waits, answers, batch)
-        given = self._half.decode(message.evaluate.activation)
+        given = self._half.decode(message.evaluate.activation, message.evaluate.scored)
         labels = self._half.decode_labels(message.evaluate.labels, given) if has_labels else {}
-        if not has_labels:
+        if wants_logits:
             self._half.check_outputs(message.evaluate.activation)
 
         def work(answer: pb.CloudMessage) -> None:

@@ -5,7 +5,6 @@ Shape suffixes: B batch, S padded sequence, R width on the wire, C outputs of th
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
@@ -14,9 +13,9 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from sft.errors import ProtocolError
-from sft.models import Net2, max_positions
+from sft.models import HEADS, Net2, max_positions
 from sft.models.lora import merged_tensors
-from sft.models.losses import head_loss
+from sft.models.losses import head_loss, token_scores
 from sft.tensors.stream import StoredTensor, in_memory
 from sft.v1 import split_training_pb2 as pb
 from sft.wire.codec.elements import Codecs, encode_tensor
@@ -33,9 +32,6 @@ from sft.wire.codec.rows import Codes
 from sft.wire.protocol import MAX_MESSAGE_BYTES, MAX_PADDED_TOKENS
 from sft_cloud.session.memory import UNKNOWN, BatchMemory, half_precision_bytes
 
-COPIES_OF_ANSWER = 4
-"""Packed, as bytes, in the message, and on the way to the edge: until it has been sent."""
-
 
 class Given(NamedTuple):
     """An activation as net_2 takes it."""
@@ -48,6 +44,9 @@ class Given(NamedTuple):
 
     rounding: int = 0
     """The seed of what is drawn where its gradient is rounded by chance."""
+
+    y_BS: Tensor | None = None
+    """Labels of tokens whose scores are the outputs."""
 
 
 class UpperHalf(Protocol):
@@ -85,8 +84,8 @@ class UpperHalf(Protocol):
     def logits_bytes(self, activation: pb.Activation) -> int:
         """Of the outputs for an activation as they travel, seen before anything is made of it; 0 if unknown."""
 
-    def decode(self, activation: pb.Activation) -> Given:
-        """Raises ProtocolError when the activation is none of this model's."""
+    def decode(self, activation: pb.Activation, scored: pb.Labels | None = None) -> Given:
+        """Raises ProtocolError when the activation, or what is scored unless that is empty, is none of this model's."""
 
     def outputs(self, given: Given) -> Tensor:
         """The forward pass."""
@@ -108,36 +107,6 @@ class UpperHalf(Protocol):
 
     def loss(self, outputs: Tensor, labels: dict[str, Tensor], given: Given) -> Tensor:
         """0-dim, of labels that `decode_labels` gave."""
-
-
-def answer_bytes(half: UpperHalf, activation: pb.Activation, logits: bool, gradient: bool = False) -> int:
-    """What the answer to an activation takes, seen before anything is made of it, while it is made and sent."""
-    size = half.logits_bytes(activation) if logits else 0
-    if gradient:
-        size += 4 * math.prod(activation.packed.shape)
-    return COPIES_OF_ANSWER * size
-
-
-def tokens_loss_bytes(half: UpperHalf, evaluate: pb.Evaluate) -> int:
-    """What the loss of a language model takes beside its logits: about a copy of them, padding and all.
-
-    Raises ProtocolError for labels of another kind: no other head's may go with an Evaluate.
-    """
-    if evaluate.labels.WhichOneof("kind") != "tokens":
-        raise ProtocolError("an Evaluate has labels where they are a language model's; leave others out")
-    lengths = evaluate.activation.lengths
-    padded_tokens = len(lengths) * evaluate.activation.padded_length
-    return half.logits_bytes(evaluate.activation) * padded_tokens // max(1, sum(lengths))
-
-
-def fill_evaluation(evaluation: pb.Evaluation, half: UpperHalf, labels: dict[str, Tensor], given: Given) -> None:
-    """Logits; with the labels of a language model their loss, and the place of each token's largest logit."""
-    outputs = half.outputs(given)
-    if labels:
-        evaluation.loss = float(half.loss(outputs, labels, given))
-        evaluation.best_tokens.extend(pack(outputs.argmax(-1, keepdim=True), given.lengths).flatten().tolist())
-    else:
-        evaluation.logits.CopyFrom(half.encode_outputs(outputs, given))
 
 
 class TransformersUpperHalf:
@@ -209,17 +178,23 @@ class TransformersUpperHalf:
         rows = sum(activation.lengths) if is_packed(self.net_2.head) else len(activation.lengths)
         return 4 * rows * outputs_of(self._config, self.net_2.head)
 
-    def decode(self, activation: pb.Activation) -> Given:
+    def decode(self, activation: pb.Activation, scored: pb.Labels | None = None) -> Given:
         """See UpperHalf."""
         padded_tokens = len(activation.lengths) * max(1, activation.padded_length)
         if padded_tokens > MAX_PADDED_TOKENS:
             raise ProtocolError(f"a batch of {padded_tokens} padded tokens is too large; at most {MAX_PADDED_TOKENS}")
         longest = max_positions(self._config)
-        return Given(*decode_activation(activation, self.net_2.width, longest, self.device, self.codes))
+        given = Given(*decode_activation(activation, self.net_2.width, longest, self.device, self.codes))
+        if scored is None or scored.WhichOneof("kind") is None:
+            return given
+        if HEADS[self.net_2.head].learns != "tokens":
+            raise ProtocolError(f"labels are scored where each token has one, not by a model for {self.net_2.head}")
+        return given._replace(y_BS=self.decode_labels(scored, given)["labels"])
 
     def outputs(self, given: Given) -> Tensor:
         """See UpperHalf: (B, C), or (B, S, C) where every token has a row."""
-        return self.net_2(given.a, given.lengths, {}).logits  # type: ignore[no-any-return]
+        logits: Tensor = self.net_2(given.a, given.lengths, {}).logits
+        return logits if given.y_BS is None else token_scores(self.net_2.head, logits, given.y_BS, given.lengths)
 
     def check_outputs(self, activation: pb.Activation) -> None:
         """See UpperHalf."""

@@ -19,7 +19,7 @@ from sft.models.cut import (
 )
 from sft.models.families.catalogue import family_of, head_of, heads_of, max_positions
 from sft.models.heads import HEADS
-from sft.models.in_place import check_live, cut_live, layer_to_cut, live_parameters, whole_name
+from sft.models.in_place import check_live, cut_live, has_fused_head, layer_to_cut, live_parameters, whole_name
 from sft.models.nets import Net, Net1, Net2, Output, TiedHead, Whole
 from sft.models.split_layer import RESIDUALS
 
@@ -42,6 +42,7 @@ __all__ = [
     "cut_live",
     "family_of",
     "ffn_out_name",
+    "has_fused_head",
     "head_of",
     "heads_of",
     "last_of_edge",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from types import FunctionType
 from typing import Any, Dict, Tuple
 
 import torch
@@ -36,7 +37,8 @@ def check_live(model: Any, head: str, cut: Cut) -> None:
 def _check_described(model: Any, head: str) -> None:
     """Both halves are the library's, made from the configuration: nothing else about a model can be its own."""
     kind = type(model)
-    if kind.forward is not library_class(model.config, head).forward or "forward" in vars(model):
+    is_own = "forward" in vars(model) and not has_fused_head(model)
+    if kind.forward is not library_class(model.config, head).forward or is_own:
         raise UsageError(
             f"this {kind.__name__} has a forward of its own, which a cut would lose: give the library's model, and "
             "compute what is your own from its logits"
@@ -53,6 +55,16 @@ def _check_described(model: Any, head: str) -> None:
             f"parameter '{odd[0]}' is not as model.config describes it; the cloud builds its half from that, so that "
             "nothing but weights of a model can be its own"
         )
+
+
+def has_fused_head(model: Any) -> bool:
+    """Whether trl has given this model object a forward that also takes `fused_lm_head=True`."""
+    function = getattr(vars(model).get("forward"), "__func__", None)
+    if not isinstance(function, FunctionType):
+        return False
+    # Its name, signature and module are said to be those of the library's.
+    home = str(function.__globals__.get("__name__"))
+    return home.startswith("trl.") and "fused_lm_head" in function.__code__.co_varnames
 
 
 def cut_live(model: Any, head: str, cut: Cut) -> Net1:

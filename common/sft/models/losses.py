@@ -40,13 +40,31 @@ def head_loss(
     if head == "multiple-choice":
         return functional.cross_entropy(logits.reshape(len(y), -1), y)
     if HEADS[head].learns == "tokens":
-        return _token_loss(logits, y, lengths, shift=head == "causal-lm")
+        y = _labels_of_tokens(y, lengths, head)
+        return functional.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=IGNORED)
     kind = problem_type or _problem_type(logits, y)
     if kind == "regression":
         return functional.mse_loss(logits.squeeze(-1), y.squeeze(-1) if y.ndim == logits.ndim else y)
     if kind == "multi_label_classification":
         return functional.binary_cross_entropy_with_logits(logits, y)
     return functional.cross_entropy(logits, y)
+
+
+def token_scores(head: str, logits: Tensor, y_BS: Tensor, lengths: Sequence[int]) -> Tensor:
+    """What a loss of one's own may be made of, in the place of (B, S, C) logits.
+
+    (B, S, 3) float32: the log of the probability of each token's label, which has a gradient; the entropy in nats; and
+    1 where the label is the best. Zeros where there is no label. `y_BS` as `head_loss` takes it.
+    """
+    y_BS = _labels_of_tokens(y_BS, lengths, head)
+    mask_BS = y_BS != IGNORED
+    y_N, log_p_NC = y_BS[mask_BS], logits[mask_BS].float().log_softmax(-1)
+    log_p_N = log_p_NC.gather(1, y_N[:, None])[:, 0]
+    with torch.no_grad():
+        entropy_N = -(log_p_NC.exp() * log_p_NC).sum(1)
+        best_N = log_p_NC.argmax(1).eq(y_N).float()
+    scores_BS3 = logits.new_zeros(*y_BS.shape, 3, dtype=torch.float32)
+    return scores_BS3.masked_scatter(mask_BS[:, :, None], torch.stack([log_p_N, entropy_N, best_N], dim=1))
 
 
 def _problem_type(logits_BC: Tensor, y: Tensor) -> str:
@@ -64,11 +82,10 @@ def _span_loss(logits_BS2: Tensor, labels: Dict[str, Tensor], lengths: Sequence[
     return (start + end) / 2
 
 
-def _token_loss(logits_BSC: Tensor, y_BS: Tensor, lengths: Sequence[int], shift: bool) -> Tensor:
+def _labels_of_tokens(y_BS: Tensor, lengths: Sequence[int], head: str) -> Tensor:
     y_BS = y_BS.masked_fill(_padding(lengths, y_BS), IGNORED)
-    if shift:  # a token predicts the one that follows it
-        y_BS = functional.pad(y_BS[:, 1:], (0, 1), value=IGNORED)
-    return functional.cross_entropy(logits_BSC.flatten(0, 1), y_BS.flatten(), ignore_index=IGNORED)
+    # In a causal language model a token predicts the one that follows it.
+    return functional.pad(y_BS[:, 1:], (0, 1), value=IGNORED) if head == "causal-lm" else y_BS
 
 
 def _padding(lengths: Sequence[int], like: Tensor) -> Tensor:

@@ -289,7 +289,7 @@ class Attach(_message.Message):
     def __init__(self, session_id: _Optional[str] = ...) -> None: ...
 
 class Forward(_message.Message):
-    __slots__ = ("activation", "labels", "loss_scale", "eval_mode", "want_logits", "frozen_edge", "autocast", "draws")
+    __slots__ = ("activation", "labels", "loss_scale", "eval_mode", "want_logits", "frozen_edge", "autocast", "draws", "scored")
     ACTIVATION_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
     LOSS_SCALE_FIELD_NUMBER: _ClassVar[int]
@@ -298,6 +298,7 @@ class Forward(_message.Message):
     FROZEN_EDGE_FIELD_NUMBER: _ClassVar[int]
     AUTOCAST_FIELD_NUMBER: _ClassVar[int]
     DRAWS_FIELD_NUMBER: _ClassVar[int]
+    SCORED_FIELD_NUMBER: _ClassVar[int]
     activation: Activation
     labels: Labels
     loss_scale: float
@@ -306,7 +307,8 @@ class Forward(_message.Message):
     frozen_edge: bool
     autocast: DataType
     draws: Draws
-    def __init__(self, activation: _Optional[_Union[Activation, _Mapping]] = ..., labels: _Optional[_Union[Labels, _Mapping]] = ..., loss_scale: _Optional[float] = ..., eval_mode: bool = ..., want_logits: bool = ..., frozen_edge: bool = ..., autocast: _Optional[_Union[DataType, str]] = ..., draws: _Optional[_Union[Draws, _Mapping]] = ...) -> None: ...
+    scored: Labels
+    def __init__(self, activation: _Optional[_Union[Activation, _Mapping]] = ..., labels: _Optional[_Union[Labels, _Mapping]] = ..., loss_scale: _Optional[float] = ..., eval_mode: bool = ..., want_logits: bool = ..., frozen_edge: bool = ..., autocast: _Optional[_Union[DataType, str]] = ..., draws: _Optional[_Union[Draws, _Mapping]] = ..., scored: _Optional[_Union[Labels, _Mapping]] = ...) -> None: ...
 
 class Draws(_message.Message):
     __slots__ = ("seed", "step")
@@ -361,14 +363,16 @@ class Close(_message.Message):
     def __init__(self) -> None: ...
 
 class Evaluate(_message.Message):
-    __slots__ = ("activation", "autocast", "labels")
+    __slots__ = ("activation", "autocast", "labels", "scored")
     ACTIVATION_FIELD_NUMBER: _ClassVar[int]
     AUTOCAST_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
+    SCORED_FIELD_NUMBER: _ClassVar[int]
     activation: Activation
     autocast: DataType
     labels: Labels
-    def __init__(self, activation: _Optional[_Union[Activation, _Mapping]] = ..., autocast: _Optional[_Union[DataType, str]] = ..., labels: _Optional[_Union[Labels, _Mapping]] = ...) -> None: ...
+    scored: Labels
+    def __init__(self, activation: _Optional[_Union[Activation, _Mapping]] = ..., autocast: _Optional[_Union[DataType, str]] = ..., labels: _Optional[_Union[Labels, _Mapping]] = ..., scored: _Optional[_Union[Labels, _Mapping]] = ...) -> None: ...
 
 class GroupArguments(_message.Message):
     __slots__ = ("arguments",)

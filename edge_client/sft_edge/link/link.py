@@ -153,6 +153,7 @@ class Link:
         frozen_edge: bool = False,
         autocast: pb.DataType = pb.DATA_TYPE_UNSPECIFIED,
         draws: Optional[pb.Draws] = None,
+        scored: Optional[pb.Labels] = None,
     ) -> PendingReply:
         """Algorithm 1, lines 7 to 11, for one micro-batch; what is held rides along.
 
@@ -162,12 +163,9 @@ class Link:
         message = self._with_held(step, micro_batch)
         # Filled in place: every message given to a constructor is copied, and an activation may be megabytes.
         message.forward.activation.CopyFrom(activation)
-        if labels is not None:
-            message.forward.labels.CopyFrom(labels)
-        message.forward.MergeFrom(
-            pb.Forward(loss_scale=loss_scale, eval_mode=eval_mode, want_logits=want_logits, draws=draws)
-        )
-        message.forward.MergeFrom(pb.Forward(frozen_edge=frozen_edge, autocast=autocast))
+        said = pb.Forward(loss_scale=loss_scale, eval_mode=eval_mode, want_logits=want_logits, labels=labels)
+        message.forward.MergeFrom(said)
+        message.forward.MergeFrom(pb.Forward(frozen_edge=frozen_edge, autocast=autocast, draws=draws, scored=scored))
         kind = "outputs" if labels is None else "result"
         return self._send_with_held(kind, message, payload_bytes=len(activation.packed.data))
 
@@ -187,12 +185,13 @@ class Link:
         activation: pb.Activation,
         autocast: pb.DataType = pb.DATA_TYPE_UNSPECIFIED,
         labels: Optional[pb.Labels] = None,
+        scored: Optional[pb.Labels] = None,
     ) -> PendingReply:
-        """Logits of one evaluation batch, or the loss of `labels`, after a held commit: an `Evaluation`, later."""
+        """An `Evaluation`, later: logits of a batch, the loss of `labels`, or what is `scored`. A held commit first."""
         if self._held.HasField("commit"):
             self.flush()
-        evaluate = pb.Evaluate(autocast=autocast, labels=labels)
-        message = pb.EdgeMessage(step=step, micro_batch=batch_index, evaluate=evaluate)
+        asked = pb.Evaluate(autocast=autocast, labels=labels, scored=scored)
+        message = pb.EdgeMessage(step=step, micro_batch=batch_index, evaluate=asked)
         message.evaluate.activation.CopyFrom(activation)
         return self._send("evaluation", message, payload_bytes=len(activation.packed.data))
 

@@ -64,14 +64,15 @@ class LinkCross(Cross):
         training: bool,
         labels: Optional[pb.Labels] = None,
         want_outputs: bool = True,
+        scored: Optional[pb.Labels] = None,
     ) -> Crossed:
         """See Cross."""
         packed = Activation(activation, lengths, padded_length)
         if not torch.is_grad_enabled() and not training:
-            return self._evaluate(packed, autocast_type(activation.device), labels)
+            return self._evaluate(packed, autocast_type(activation.device), labels, scored)
 
         def ask() -> _Question:
-            return self._ask(packed, labels, training, want_outputs)
+            return self._ask(packed, labels, training, want_outputs, scored)
 
         loss, outputs = _ThroughCloud.apply(  # type: ignore[no-untyped-call]
             activation, self.gradients.parameter, ask
@@ -160,12 +161,19 @@ class LinkCross(Cross):
             raise SessionLostError("the session is over: close() was called, or the `with` block has ended")
         self.link.check()
 
-    def _evaluate(self, activation: Activation, autocast: pb.DataType, labels: Optional[pb.Labels]) -> Crossed:
+    def _evaluate(
+        self,
+        activation: Activation,
+        autocast: pb.DataType,
+        labels: Optional[pb.Labels] = None,
+        scored: Optional[pb.Labels] = None,
+    ) -> Crossed:
         self.catch_up()
         self._evaluations += 1
         message, device = activation.encoded(self._codecs), activation.packed.device
         labels = labels if self.evaluates_labels else None
-        answer = self.link.evaluate(self.step, self._evaluations, message, autocast, labels).result().message.evaluation
+        pending = self.link.evaluate(self.step, self._evaluations, message, autocast, labels, scored)
+        answer = pending.result().message.evaluation
         if not answer.HasField("loss"):  # without labels, or from an older cloud
             return Crossed(decode_tensor(answer.logits, device), None)
         model = (self.turn, self._loads)
@@ -173,7 +181,7 @@ class LinkCross(Cross):
         def fetch() -> Tensor:
             if (self.turn, self._loads) != model:
                 raise UsageError("logits of an evaluation are asked for after a step: look at them before it")
-            outputs = self._evaluate(activation, autocast, None).outputs
+            outputs = self._evaluate(activation, autocast).outputs
             assert outputs is not None
             return outputs
 
@@ -186,6 +194,7 @@ class LinkCross(Cross):
         labels: Optional[pb.Labels],
         training: bool,
         want_outputs: bool,
+        scored: Optional[pb.Labels],
     ) -> _Question:
         self.catch_up()
         if len(self._waiting) >= MAX_WAITING:
@@ -207,6 +216,7 @@ class LinkCross(Cross):
             eval_mode=not training,
             want_logits=labels is not None and want_outputs,
             autocast=autocast_type(activation.packed.device),
+            scored=scored,
             draws=None if self.draws == pb.Draws(seed=self._seed, step=self.step) else self.draws,
         )
         self.forwards += 1

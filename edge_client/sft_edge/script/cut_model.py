@@ -55,12 +55,14 @@ class Cross(ABC):
         training: bool,
         labels: Optional[pb.Labels] = None,
         want_outputs: bool = True,
+        scored: Optional[pb.Labels] = None,
     ) -> Crossed:
         """Runs net_2 on an activation.
 
         `activation`: what `pb.Activation.packed` holds: (T, R) with the `lengths` of B sequences, padding left out
         (`sft.wire.codec.packing.pack`), or any shape (..., R) without lengths. `training`: with dropout. `labels`:
-        only where gradients are enabled; they travel, and the loss comes back.
+        only where gradients are enabled; they travel, and the loss comes back. `scored`: labels that travel, too, and
+        the outputs are their (T, 3) scores, see `pb.Forward`.
 
         Raises LinkError when the cloud or the way to it fails.
         """

@@ -24,6 +24,7 @@ from sft.models import (
     build_net_2,
     cut_live,
     family_of,
+    has_fused_head,
     head_of,
     layer_to_cut,
     live_parameters,
@@ -41,9 +42,10 @@ from sft.wire.codec.packing import pack, unpack
 from sft_edge.link import model_fields
 from sft_edge.model_files import told_name
 from sft_edge.script.adapters import adapters_of, adapters_of_cloud, without_peft
-from sft_edge.script.arguments import count_learned, may_travel, problem_type, read_call
+from sft_edge.script.arguments import Call, count_learned, may_travel, problem_type, read_call
 from sft_edge.script.cut_model import Cross, Crossed, CutModel
 from sft_edge.script.forward import replace_forward
+from sft_edge.script.fused_head import FusedHead
 from sft_edge.script.late_logits import LateLogits
 from sft_edge.script.origin import by_origin
 from sft_edge.script.outputs import make_output, output_class
@@ -180,9 +182,11 @@ class _CutForward:
         self._cross = cross
         self._signature = inspect.signature(type(model).forward)
         self._output_class = output_class(model, head)
+        self._fused_head = FusedHead(model.forward) if has_fused_head(model) else None
 
     def __call__(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         named = self._named(model, *args, **kwargs)
+        fused = named.pop("fused_lm_head", False) if self._fused_head is not None else False
         for name in ("output_hidden_states", "output_attentions"):
             if getattr(model.config, name, False) and named.get(name) is None:
                 raise UsageError(f"config.{name} asks for what stays on the cloud: set it to False")
@@ -191,6 +195,8 @@ class _CutForward:
         if "position_ids" in inputs and "position_ids" not in self._signature.parameters:
             raise UsageError("in this release the model takes no position_ids: pad on the right")
         a_BSR = self.net_1(inputs, lengths)
+        if fused:
+            return self._fused_output(a_BSR, call, model.training)
         is_language_model = HEADS[self._head].of_vocabulary
         wants_loss = torch.is_grad_enabled()
         if is_language_model and not wants_loss and not model.training:
@@ -225,6 +231,22 @@ class _CutForward:
             logits = call.moved.back(logits)
         as_dict = model.config.return_dict if call.return_dict is None else call.return_dict
         return make_output(self._output_class, self._head, loss, logits, as_dict)
+
+    def _fused_output(self, a_BSR: Tensor, call: Call, training: bool) -> Any:
+        """What each label scores, in the place of logits; labels travel, the loss is the script's."""
+        assert self._fused_head is not None
+        lengths, labels, S = call.batch.lengths, call.batch.labels, a_BSR.shape[1]
+        if not labels:
+            raise UsageError("fused_lm_head=True needs labels")
+        scored = encode_labels(labels, lengths)
+        scores_T3 = self._cross(pack(a_BSR, lengths), lengths, S, training=training, scored=scored).outputs
+        if scores_T3 is None or list(scores_T3.shape) != [sum(lengths), 3]:
+            raise ProtocolError("the cloud sent no scores of labels: it is of an older release; upgrade it")
+        y_BS = labels["labels"].to(scores_T3.device)
+        scores_BS3 = unpack(scores_T3, lengths, S)
+        if call.moved is not None:
+            y_BS, scores_BS3 = call.moved.back(y_BS), call.moved.back(scores_BS3)
+        return self._fused_head.output(scores_BS3, y_BS)
 
     def _named(self, *args: Any, **kwargs: Any) -> Dict[str, Any]:
         """All arguments by name. Raises TypeError as the model's own forward would."""

@@ -92,12 +92,13 @@ class Crossing:
         want_logits: bool = False,
         autocast: pb.DataType = pb.DATA_TYPE_UNSPECIFIED,
         draws: Optional[pb.Draws] = None,
+        scored: Optional[pb.Labels] = None,
     ) -> None:
         """`codecs`: of the session. `labels` are None where they stay here.
 
         `loss_scale`: what the loss is multiplied by before backward, 0 where `weigh` says it later; of no account
-        without labels. `wait` waits for an answer, and keeps account of it. Where the activation needs no gradient none
-        comes.
+        without labels. `scored`: without labels, see `pb.Forward`. `wait` waits for an answer, and keeps account of it.
+        Where the activation needs no gradient none comes.
         """
         self.micro_batch = micro_batch
         self.labels_travel = labels is not None
@@ -118,6 +119,7 @@ class Crossing:
             frozen_edge=self._is_frozen,
             autocast=autocast,
             draws=draws,
+            scored=scored,
         )
         self.traffic = self._pending.traffic
         """Of what was sent."""

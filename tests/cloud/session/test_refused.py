@@ -43,7 +43,7 @@ REFUSED = {
     ),
     "an evaluation with classes": (
         lambda e: pb.EdgeMessage(evaluate=pb.Evaluate(activation=e.evaluate().evaluate.activation, labels=e.labels())),
-        "labels where they are a language model's",
+        "labels where they are of tokens",
     ),
     "backward of nothing": (lambda e: e.backward(0, 9, torch.ones(3, 3)), "does not wait for a Backward"),
     "backward of a labelled one": (lambda e: e.backward(0, 0, torch.ones(3, 3)), "does not wait for a Backward"),
