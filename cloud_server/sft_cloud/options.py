@@ -175,6 +175,10 @@ class LimitOptions:
     download_models: bool = False
     """fetch models from the hub when a caller names one that is not here; otherwise the caller uploads its weights"""
 
+    only_torch_optimizers: bool = False
+    """make no optimizers of other packages for scripts: by default also transformers', and those of lion-pytorch,
+    schedulefree and bitsandbytes where they are installed"""
+
     audit_log: Path | None = None
     """file to which who did what is added, one JSON object a line"""
 

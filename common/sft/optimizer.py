@@ -143,6 +143,10 @@ class Role(ABC):
         """As in `torch.optim.Optimizer`, for both halves."""
 
     @abstractmethod
+    def set_training(self, training: bool) -> None:
+        """Of a schedule-free optimizer: both halves' weights to where they train, or to their average. Else nothing."""
+
+    @abstractmethod
     def state_dict(self) -> Dict[str, Any]:
         """The state of the optimizer of both halves."""
 
@@ -205,7 +209,8 @@ class SFTOptimizer(torch.optim.Optimizer):
     ) -> None:
         """Cuts `model` in place and swaps the parameter groups of `optimizer` for those of this side's half.
 
-        `optimizer`: one of torch.optim's over parameters of `model`, fresh: before its first step. `role`: `edge` or
+        `optimizer`: one of torch.optim's, or of the few others that docs/optimizer.md names, over parameters of
+        `model`, fresh: before its first step. `role`: `edge` or
         `cloud`. Everything else is a field of `SplitOptions`.
 
         Raises UsageError (CutError among them) when arguments, model and optimizer do not fit together,
@@ -277,6 +282,17 @@ class SFTOptimizer(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forgets the gradients of both halves."""
         self._role.zero_grad(set_to_none)
+
+    def train(self) -> None:
+        """Of a schedule-free optimizer: moves the weights of both halves to where they train. Else nothing.
+
+        Raises LinkError when the session is over.
+        """
+        self._role.set_training(True)
+
+    def eval(self) -> None:
+        """As `train`, to the average of the weights: for evaluation, and before they are saved."""
+        self._role.set_training(False)
 
     def add_param_group(self, param_group: Dict[str, Any]) -> None:
         """Refused: the cloud made its optimizer with the groups that there were. Raises UsageError."""

@@ -31,8 +31,16 @@ TABLE = Path(__file__).parents[2] / "docs" / "what-leaves.md"
 OF_TLS = {"tls.server_name", "tls.client_certificate"}
 """Which no server of gRPC shows."""
 
+try:
+    import schedulefree
+except ImportError:
+    schedulefree = None
+
 RARE = {"EdgeMessage.part", "Part.data", "Part.total_bytes", "OptimizerArgument.text"}
 """Messages here are small; and only Muon has a text among its settings, which takes no biases and no norms."""
+
+if schedulefree is None:
+    RARE |= {"EdgeMessage.averaged", "LoadState.group_arguments"}
 
 OLDER = {"position_embedding_type", "rope_theta", "rope_scaling", "pruned_heads"}
 """Settings of releases of transformers that are older than the one here."""
@@ -147,6 +155,17 @@ def _scripts(address: str) -> None:
         _script(tiny_model(family, head), address)
     adapted = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"))
     _script(adapted, address)
+    _other_optimizers(address)
+
+
+def _other_optimizers(address: str) -> None:
+    for make in [torch.optim.Adafactor] + ([schedulefree.SGDScheduleFree] if schedulefree else []):
+        model = tiny_model()
+        with wrap(model, make(model.parameters(), lr=0.1), server=address) as optimizer:
+            optimizer.train()
+            model(**batches(1, model)[0]).loss.backward()
+            optimizer.step()
+            optimizer.load_state_dict(optimizer.state_dict())
 
 
 def _script(model: Any, address: str) -> None:

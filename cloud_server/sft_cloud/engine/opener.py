@@ -60,9 +60,11 @@ class TransformersOpener:
         checkpoints: Checkpoints | None = None,
         budget: MemoryBudget | None = None,
         kept: KeptStore | None = None,
+        only_torch: bool = False,
     ) -> None:
         """Without `checkpoints` no run goes on; all of the server takes at most the `budget`; `kept`: where activations
-        are kept, if they are."""
+        are kept, if they are; `only_torch`: whether optimizers of other packages are refused."""
+        self._only_torch = only_torch
         self._kept = kept
         self.device = device
         self._store = store
@@ -78,7 +80,7 @@ class TransformersOpener:
         gone = Gone() if gone is None else gone
         with self._turns.of(owner.name, gone):
             try:
-                spec = check_request(request)
+                spec = check_request(request, self._only_torch)
             finally:
                 torch.empty(0)  # a call of torch is where who builds may rest, also after what turned out to be nothing
         with self.budget.charge(Kind.BUILDS, objects_bytes(spec), owner):

@@ -13,10 +13,11 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PretrainedConfig
 
-from sft.errors import ProtocolError
+from sft.errors import ProtocolError, UsageError
 from sft.models import Cut, max_positions
 from sft.models.checked_config import config_of
 from sft.models.lora import LoraSpec, lora_from_json
+from sft.optim.listed import LISTED, listed_class
 from sft.optim.spec import OptimizerSpec, spec_from_proto
 from sft.tensors.manifest import is_run_id
 from sft.v1 import split_training_pb2 as pb
@@ -80,8 +81,26 @@ def check_version(request: pb.OpenSessionRequest) -> None:
         )
 
 
-def check_request(request: pb.OpenSessionRequest) -> SessionSpec:
-    """Raises PreconditionError for another protocol version, ProtocolError for fields that make no sense."""
+def check_optimizer(name: str, only_torch: bool) -> None:
+    """Raises PreconditionError for an optimizer of another package than torch that is not here, or not let in."""
+    if name not in LISTED:
+        return  # `make_optimizer` looks for it in torch
+    if only_torch:
+        raise PreconditionError(
+            f"this server makes optimizers of torch alone, and no {name}: use AdamW, or ask whoever runs it to leave "
+            "out --only-torch-optimizers"
+        )
+    try:
+        listed_class(name)
+    except UsageError as error:
+        raise PreconditionError(f"on the cloud {error}") from error
+
+
+def check_request(request: pb.OpenSessionRequest, only_torch: bool = False) -> SessionSpec:
+    """Raises PreconditionError for another protocol version, ProtocolError for fields that make no sense.
+
+    `only_torch`: whether optimizers of other packages are refused, with PreconditionError.
+    """
     check_version(request)
     if request.cut.layer_name:
         raise ProtocolError(
@@ -107,6 +126,7 @@ def check_request(request: pb.OpenSessionRequest) -> SessionSpec:
     groups = len(request.optimizer.groups)
     if groups > _MAX_GROUPS:
         raise ProtocolError(f"the optimizer has {groups} groups of parameters; at most {_MAX_GROUPS} are accepted")
+    check_optimizer(request.optimizer.name, only_torch)
     if request.lora_json and "lora" in missing_features():
         raise PreconditionError(
             "the cloud lacks peft, so it trains no adapters: whoever runs it has to install 'split-fine-tuning[peft]' "

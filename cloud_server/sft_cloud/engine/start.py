@@ -27,7 +27,8 @@ def make_opener(options: ServeOptions, limits: LimitOptions) -> TransformersOpen
     checkpoints.try_out()  # here somebody reads what is wrong; later, a caller's run would end
     budget = make_budget(limits, device)
     kept = KeptStore(options.state_dir, limits.max_kept_bytes)
-    return TransformersOpener(device, blobs, weights, Checkpoints(checkpoints, limits.max_upload_bytes), budget, kept)
+    saved = Checkpoints(checkpoints, limits.max_upload_bytes)
+    return TransformersOpener(device, blobs, weights, saved, budget, kept, limits.only_torch_optimizers)
 
 
 _LEAST_BYTES = 64 << 20

@@ -92,6 +92,9 @@ class CloudRole(Role):
     def zero_grad(self, set_to_none: bool) -> None:
         """Nothing: gradients come and go with the edge's steps."""
 
+    def set_training(self, training: bool) -> None:
+        """Nothing: the edge says what this half's does."""
+
     def state_dict(self) -> dict[str, Any]:
         """Of this half's optimizer."""
         return self.optimizer.state_dict()

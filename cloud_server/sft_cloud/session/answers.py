@@ -11,6 +11,9 @@ from sft.v1 import split_training_pb2 as pb
 from sft.wire.codec.packing import pack
 from sft_cloud.session.upper_half import Given, UpperHalf
 
+_EVALUATION_TAKES = 4
+"""Of the memory of training, at most this part: nothing is kept for a backward pass."""
+
 _OF_TOKENS = ("labels", "scored")
 
 COPIES_OF_ANSWER = 4
@@ -33,16 +36,21 @@ def answer_bytes(half: UpperHalf, activation: pb.Activation, logits: bool, gradi
     return COPIES_OF_ANSWER * size
 
 
-def tokens_loss_bytes(half: UpperHalf, evaluate: pb.Evaluate) -> int:
-    """What the loss of a language model takes beside its logits: about a copy of them, padding and all.
+def evaluation_bytes(half: UpperHalf, evaluate: pb.Evaluate) -> int:
+    """What an evaluation batch takes beside its answer.
 
-    Raises ProtocolError for labels of another kind: no other head's may go with an Evaluate.
+    Raises ProtocolError for labels that are not of tokens: no other head's may go with an Evaluate.
     """
+    size = half.training_bytes(evaluate.activation) // _EVALUATION_TAKES
+    size += half.cast_bytes() if evaluate.autocast else 0
+    if asks_for_logits(evaluate):
+        return size
     if any(evaluate.HasField(one) and getattr(evaluate, one).WhichOneof("kind") != "tokens" for one in _OF_TOKENS):
         raise ProtocolError("an Evaluate has labels where they are of tokens; leave others out")
+    # A loss, or scores, take about a copy of the logits, padding and all.
     lengths = evaluate.activation.lengths
     padded_tokens = len(lengths) * evaluate.activation.padded_length
-    return half.logits_bytes(evaluate.activation) * padded_tokens // max(1, sum(lengths))
+    return size + half.logits_bytes(evaluate.activation) * padded_tokens // max(1, sum(lengths))
 
 
 def fill_evaluation(evaluation: pb.Evaluation, half: UpperHalf, labels: dict[str, Tensor], given: Given) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from sft.errors import ProtocolError, TrainingError, UsageError
 from sft.optim.gradients import clip_scale
+from sft.optim.listed import check_counted, has_modes, is_training, set_training
 from sft.optim.spec import arguments_from_proto, check_change, set_learning_rates
 from sft.v1 import split_training_pb2 as pb
 from sft_cloud.errors import is_out_of_memory
@@ -26,12 +29,35 @@ def check_commit(commit: pb.Commit, optimizer: torch.optim.Optimizer) -> None:
         raise ProtocolError(f"max_grad_norm must be finite and not negative, not {commit.max_grad_norm}")
     if len(commit.group_arguments) not in (0, groups):
         raise ProtocolError(f"a commit has group_arguments for each of the {groups} groups, or none")
-    for group, message in zip(optimizer.param_groups, commit.group_arguments, strict=False):  # there may be none
+    _check_changes(optimizer, commit.group_arguments)
+
+
+def check_counts(optimizer: torch.optim.Optimizer, counts: Sequence[pb.GroupArguments]) -> None:
+    """Raises ProtocolError for what the groups of this optimizer cannot have counted."""
+    _check_changes(optimizer, counts)
+    try:
+        check_counted(optimizer, [arguments_from_proto(message.arguments) for message in counts])
+    except UsageError as error:
+        raise ProtocolError(str(error)) from error
+
+
+def _check_changes(optimizer: torch.optim.Optimizer, changes: Sequence[pb.GroupArguments]) -> None:
+    for group, message in zip(optimizer.param_groups, changes, strict=False):  # there may be none
         for name, value in arguments_from_proto(message.arguments).items():
             try:
                 check_change(group, name, value)
             except UsageError as error:
                 raise ProtocolError(str(error)) from error
+
+
+def check_switch(message: pb.EdgeMessage, optimizer: torch.optim.Optimizer, micro_batches: MicroBatches) -> None:
+    """Of weights to their average, or back, where the message asks for one. Raises ProtocolError, PreconditionError."""
+    if not message.HasField("averaged"):
+        return
+    if not has_modes(optimizer):
+        raise ProtocolError(f"{type(optimizer).__name__} has no average that weights could be at")
+    if not message.HasField("commit"):  # which lets go of all that waits
+        micro_batches.check_nothing_waits(message.weights)
 
 
 def refusal(commit: pb.Commit, micro_batches: MicroBatches) -> str:
@@ -52,8 +78,25 @@ def clip_scale_of(commit: pb.Commit, micro_batches: MicroBatches) -> float:
 
 def take_step(optimizer: torch.optim.Optimizer) -> None:
     """The step itself. Raises TrainingError when the optimizer cannot take it with the settings that the edge chose."""
-    try:
+    if not is_training(optimizer):
+        raise TrainingError(f"{type(optimizer).__name__} is in eval mode, and takes no step: call its train() before")
+    with _tells_settings(optimizer):
         optimizer.step()
+
+
+def switch(message: pb.EdgeMessage, optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it was asked for, and done. Raises TrainingError as `take_step`."""
+    if not message.HasField("averaged"):
+        return False
+    with _tells_settings(optimizer):
+        set_training(optimizer, not message.averaged)
+    return True
+
+
+@contextmanager
+def _tells_settings(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    try:
+        yield
     except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
         if is_out_of_memory(error):
             raise

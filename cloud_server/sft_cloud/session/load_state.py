@@ -12,8 +12,10 @@ from torch import Tensor
 from sft.errors import ProtocolError
 from sft.models.adapters import is_adapter
 from sft.models.weights import copied_in_pieces
+from sft.optim.spec import arguments_from_proto
 from sft.optim.state import checked_state, state_in_pieces
 from sft.v1 import split_training_pb2 as pb
+from sft_cloud.session.commit import check_counts
 from sft_cloud.session.upper_half import UpperHalf
 from sft_cloud.storage import check_sha256, read_blob
 
@@ -53,7 +55,9 @@ class StateLoader:
         if message.optimizer_state:
             state = checked_state(self._optimizer, parameters, tensors)
             size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-            return lambda: self._load_optimizer(state), size
+            check_counts(self._optimizer, message.group_arguments)
+            counts = [arguments_from_proto(group.arguments) for group in message.group_arguments]
+            return lambda: self._load_optimizer(state, counts), size
         adapters = {name for name in parameters if is_adapter(name)}
         if adapters and not adapters & tensors.keys():
             raise ProtocolError(
@@ -72,7 +76,9 @@ class StateLoader:
                 )
         return lambda: copied_in_pieces(parameters, tensors), 0
 
-    def _load_optimizer(self, state: dict[str, Any]) -> Iterator[None]:
+    def _load_optimizer(self, state: dict[str, Any], counts: list[dict[str, Any]]) -> Iterator[None]:
         copied_state: dict[str, Any] = {}
         yield from state_in_pieces(state, copied_state)
         self._optimizer.load_state_dict(copied_state)
+        for group, own in zip(self._optimizer.param_groups, counts, strict=False):  # there may be none
+            group.update(own)

@@ -5,13 +5,12 @@
       +----- commit ------+      |
       +-- a step is undone ------+
 
-`evaluate` is answered in READY and ACCUMULATING and changes neither; nor do weights, gradient scales and `load_state`,
-which is refused while a micro-batch waits. A message that breaks a rule is refused and changes nothing. Where the
-device has no memory for a micro-batch, or for the step that it leads to, the whole step is undone and the answer says
-so. While a message is worked on the state is FAILED, and stays so if the work does not get through in any other way: a
-commit that was half applied cannot be taken back, so there is no way on but from a checkpoint.
-
-Each message comes here once; `sft_cloud.service.exactly_once` sees to that.
+`evaluate` is answered in READY and ACCUMULATING and changes neither; nor do weights, gradient scales, and `averaged`
+and `load_state`, which are refused while a micro-batch waits. A message that breaks a rule is refused and changes
+nothing. Where the device has no memory for a micro-batch, or for the step that it leads to, the whole step is undone
+and the answer says so. While a message is worked on the state is FAILED, and stays so if the work does not get through
+in any other way: a commit that was half applied cannot be taken back, so there is no way on but from a checkpoint. Each
+message comes here once; `sft_cloud.service.exactly_once` sees to that.
 """
 
 from __future__ import annotations
@@ -32,15 +31,15 @@ from sft.wire.codec.elements import check_tensor
 from sft.wire.codec.rows import rounding_of
 from sft_cloud.errors import NoMemoryError, PreconditionError, is_out_of_memory
 from sft_cloud.memory import MemoryShare
+from sft_cloud.session import commit as on_commit
 from sft_cloud.session.answers import (
     COPIES_OF_ANSWER,
     answer_bytes,
     asks_for_logits,
+    evaluation_bytes,
     fill_evaluation,
-    tokens_loss_bytes,
 )
 from sft_cloud.session.autocast import autocast_to, check_autocast
-from sft_cloud.session.commit import apply_settings, check_commit, clip_scale_of, groups_after, refusal, take_step
 from sft_cloud.session.load_state import Blob, StateLoader
 from sft_cloud.session.memory import check_room_for_step, optimizer_bytes
 from sft_cloud.session.micro_batches import MicroBatches, check_scale
@@ -52,9 +51,6 @@ Work = Callable[[pb.CloudMessage], Iterator[None] | None]
 
 _REFUSED = "the cloud is out of memory: {}"
 _NO_MEMORY = "the cloud's device is out of memory; try smaller batches or another cut"
-
-_EVALUATION_TAKES = 4
-"""Of the memory of training, at most this part: nothing is kept for a backward pass."""
 
 
 class State(enum.Enum):
@@ -140,7 +136,7 @@ class Session:
         commits = message.HasField("commit")
         if commits and not self._undone:
             self._check_commit(message.commit)
-            if reason := refusal(message.commit, self._micro_batches):
+            if reason := on_commit.refusal(message.commit, self._micro_batches):
                 self._undo_step(reason)
                 self.state = State.READY
         if self._undone:
@@ -191,8 +187,8 @@ class Session:
                 f"a commit of step {commit.step} came, but step {self.next_step} is next, "
                 f"with {self._forwards} micro-batches so far"
             )
-        check_commit(commit, self._optimizer)
-        groups = groups_after(commit, self._optimizer)
+        on_commit.check_commit(commit, self._optimizer)
+        groups = on_commit.groups_after(commit, self._optimizer)
         if groups is not None:
             if self._begins_with is None:
                 self._begins_with = optimizer_bytes(self._optimizer)
@@ -205,6 +201,7 @@ class Session:
             if step != self.next_step:
                 raise PreconditionError(f"weights of step {step} came, but step {self.next_step} is next")
             self._micro_batches.check_weights(message.weights)
+        on_commit.check_switch(message, self._optimizer, self._micro_batches)
 
     def _ride(self, message: pb.EdgeMessage, commits: bool) -> None:
         self._micro_batches.weigh(message.weights)
@@ -213,11 +210,12 @@ class Session:
         if message.HasField("gradient_scale"):
             self._micro_batches.scale(message.gradient_scale)
             self._keeps_gradients &= message.gradient_scale != 0.0
+        self.version += on_commit.switch(message, self._optimizer)
 
     def _commit(self, commit: pb.Commit) -> None:
-        apply_settings(commit, self._optimizer)
-        self._micro_batches.clip(clip_scale_of(commit, self._micro_batches))
-        take_step(self._optimizer)
+        on_commit.apply_settings(commit, self._optimizer)
+        self._micro_batches.clip(on_commit.clip_scale_of(commit, self._micro_batches))
+        on_commit.take_step(self._optimizer)
         self._micro_batches.clear()
         self._keeps_gradients = commit.keep_gradients
         if not commit.keep_gradients:
@@ -256,7 +254,7 @@ class Session:
         return self._check_load_state(message, commits, blob)
 
     def _check_nothing(self, message: pb.EdgeMessage, commits: bool) -> Work:
-        if not (message.HasField("commit") or message.weights or message.HasField("gradient_scale")):
+        if not (message.weights or any(map(message.HasField, ("commit", "gradient_scale", "averaged")))):
             raise ProtocolError("the message holds neither a commit nor anything else to do")
         if not commits and message.step != self.next_step:
             raise PreconditionError(f"a message of step {message.step} came, but step {self.next_step} is next")
@@ -351,11 +349,8 @@ class Session:
         check_autocast(message.evaluate.autocast)
         check_tensor(message.evaluate.activation.packed, self._half.codes)
         waits = self._micro_batches.waiting_bytes(message.weights)
-        batch = self._half.training_bytes(message.evaluate.activation) // _EVALUATION_TAKES
-        batch += self._half.cast_bytes() if message.evaluate.autocast else 0
         has_labels, wants_logits = message.evaluate.HasField("labels"), asks_for_logits(message.evaluate)
-        if not wants_logits:
-            batch += tokens_loss_bytes(self._half, message.evaluate)
+        batch = evaluation_bytes(self._half, message.evaluate)
         if too_large := lacks or self._memory.too_large(waits + batch):
             return self._skips(too_large, undoes=False)
         answers = self._remembered_bytes + answer_bytes(self._half, message.evaluate.activation, logits=wants_logits)

@@ -9,8 +9,9 @@ from typing import Any, Dict, Iterable, List, Mapping, Sequence, Type
 import torch
 from torch import Tensor, nn
 
-from sft.errors import UsageError
+from sft.errors import ProtocolError, UsageError
 from sft.models import Net
+from sft.optim.listed import listed_class
 from sft.v1 import split_training_pb2 as pb
 
 _NEED_MORE = {
@@ -36,7 +37,7 @@ class OptimizerSpec:
     """Everything needed to make the same optimizer on either side."""
 
     name: str
-    """A class of torch.optim; case does not matter."""
+    """A class of torch.optim; case does not matter. Or a name of `sft.optim.listed`."""
 
     groups: List[GroupSpec]
 
@@ -72,9 +73,10 @@ def decay_groups(net: Net, arguments: Mapping[str, Any]) -> List[GroupSpec]:
 def make_optimizer(spec: OptimizerSpec, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
     """The optimizer of one half. `parameters` go by whole-model names.
 
-    Raises UsageError when torch has no such optimizer, it does not fit, it refuses an argument, or a name is unknown.
+    Raises UsageError when there is no such optimizer here, it does not fit, it refuses an argument, or a name is
+    unknown.
     """
-    made_of: Any = optimizer_class(spec.name)
+    made_of: Any = listed_class(spec.name) or optimizer_class(spec.name)
     groups = []
     for group in spec.groups:
         unknown = [name for name in group.parameter_names if name not in parameters]
@@ -88,8 +90,9 @@ def make_optimizer(spec: OptimizerSpec, parameters: Mapping[str, nn.Parameter]) 
             made_of([torch.zeros(1, requires_grad=True)], **group.arguments)
         optimizer: torch.optim.Optimizer = made_of(groups, **(spec.groups[0].arguments if spec.groups else {}))
         return optimizer
-    except (TypeError, ValueError, RuntimeError, LookupError) as error:
-        raise UsageError(f"optimizer {made_of.__name__}: {error}") from error
+    except (AssertionError, TypeError, ValueError, RuntimeError, LookupError) as error:
+        reason = str(error) or f"it refuses a setting of {spec.groups[0].arguments}"  # Lion says nothing of a rate of 0
+        raise UsageError(f"optimizer {made_of.__name__}: {reason}") from error
 
 
 def optimizer_class(name: str) -> Type[torch.optim.Optimizer]:
@@ -102,7 +105,7 @@ def optimizer_class(name: str) -> Type[torch.optim.Optimizer]:
         if is_optimizer and attribute.__name__.lower() == wanted:
             found: Type[torch.optim.Optimizer] = attribute
             return found
-    raise UsageError(f"torch.optim has no optimizer '{name}'; try AdamW, Adam or SGD")
+    raise UsageError(f"torch.optim has no optimizer '{name[:80]}'; try AdamW, Adam or SGD")
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, learning_rates: Sequence[float]) -> None:
@@ -139,14 +142,22 @@ def spec_to_proto(spec: OptimizerSpec) -> pb.Optimizer:
     return pb.Optimizer(name=spec.name, groups=groups)
 
 
+def groups_to_proto(groups: Sequence[Mapping[str, Any]]) -> List[pb.GroupArguments]:
+    """Settings of each group for the wire. Raises UsageError as `spec_to_proto`."""
+    return [
+        pb.GroupArguments(arguments={name: _argument_to_proto(name, value) for name, value in group.items()})
+        for group in groups
+    ]
+
+
 def arguments_from_proto(arguments: Mapping[str, pb.OptimizerArgument]) -> Dict[str, Any]:
-    """From the wire; arguments without a value are left out."""
+    """From the wire; arguments without a value are left out. Raises ProtocolError for lists of anything but numbers."""
     values = {name: _argument_from_proto(value) for name, value in arguments.items()}
     return {name: value for name, value in values.items() if value is not None}
 
 
 def spec_from_proto(message: pb.Optimizer) -> OptimizerSpec:
-    """From the wire; names and arguments are checked by `make_optimizer`."""
+    """From the wire; names and arguments are checked by `make_optimizer`. Raises as `arguments_from_proto`."""
     groups = [GroupSpec(list(group.parameter_names), arguments_from_proto(group.arguments)) for group in message.groups]
     return OptimizerSpec(message.name, groups)
 
@@ -162,11 +173,22 @@ def _argument_to_proto(name: str, value: Any) -> pb.OptimizerArgument:
         return pb.OptimizerArgument(text=value)
     if isinstance(value, (tuple, list)) and all(isinstance(number, (int, float)) for number in value):
         return pb.OptimizerArgument(numbers=pb.OptimizerArgument.Numbers(values=value))
+    if isinstance(value, (tuple, list)) and all(number is None or _is_number(number) for number in value):
+        mixed = [pb.OptimizerArgument() if number is None else _argument_to_proto(name, number) for number in value]
+        return pb.OptimizerArgument(mixed=pb.OptimizerArgument.Mixed(values=mixed))
     raise UsageError(f"optimizer argument {name}={value!r} cannot be sent: not a number, flag, text or list of numbers")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _argument_from_proto(message: pb.OptimizerArgument) -> Any:
     kind = message.WhichOneof("value")
     if kind == "numbers":
         return tuple(message.numbers.values)
+    if kind == "mixed":
+        if any(value.WhichOneof("value") not in (None, "number", "integer") for value in message.mixed.values):
+            raise ProtocolError("an optimizer's argument holds a list of something else than numbers and None")
+        return tuple(map(_argument_from_proto, message.mixed.values))
     return getattr(message, kind) if kind else None

@@ -10,6 +10,7 @@ import copy
 import inspect
 import itertools
 import json
+import math
 from contextlib import suppress
 from types import MappingProxyType
 from typing import Any, Dict, FrozenSet, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from sft.errors import ProtocolError, UsageError
+from sft.optim.listed import set_training
 from sft.tensors.stream import StoredTensor, copied
 
 SCALARS = "scalars"
@@ -96,14 +98,14 @@ def state_bytes(optimizer: torch.optim.Optimizer, groups: Optional[Sequence[Mapp
     """
     samples, total = _Samples(optimizer, other_release=False), 0
     for group in optimizer.param_groups if groups is None else groups:
-        kept: Dict[int, List[Any]] = {}  # by the number of dimensions
+        kept: Dict[_Sizes, List[Any]] = {}
         for parameter in group["params"]:
-            sizes = range(2, 2 + parameter.dim())
-            if parameter.dim() not in kept:
+            sizes = samples.sizes_for(parameter)
+            if sizes not in kept:
                 settings = {name: value for name, value in group.items() if name != "params"}
-                kept[parameter.dim()] = list(samples._after_step(settings, _sample(parameter, sizes), {}).values())
-            own = dict(zip(sizes, parameter.shape))
-            for value in kept[parameter.dim()]:
+                kept[sizes] = list(samples._after_step(settings, _sample(parameter, sizes), {}).values())
+            own = _stands_for(sizes, parameter)
+            for value in kept[sizes]:
                 if isinstance(value, Tensor):
                     total += value.element_size() * torch.Size([own.get(n, n) for n in value.shape]).numel()
     return total
@@ -179,6 +181,29 @@ def _is_count(value: Any) -> bool:
     return not value.dim() if isinstance(value, Tensor) else isinstance(value, (int, float))
 
 
+_Sizes = Tuple[int, ...]
+
+_LARGE_SIZES: Dict[int, _Sizes] = {1: (4099,), 2: (67, 71), 3: (17, 19, 23)}
+"""By the number of dimensions: samples of which eight bits are kept of each number."""
+
+_BLOCKS = (256, 2048)
+"""Numbers that share a scale then, in releases of bitsandbytes."""
+
+
+def _large_from(optimizer: Any) -> float:
+    """How large a parameter is, at least, of which an optimizer of bitsandbytes keeps eight bits for each number."""
+    args = getattr(optimizer, "args", None)
+    return getattr(args, "min_8bit_size", math.inf) if getattr(args, "optim_bits", None) == 8 else math.inf
+
+
+def _stands_for(sizes: _Sizes, parameter: nn.Parameter) -> Dict[int, int]:
+    """What the sizes in the state of a sample are in the parameter's."""
+    own = dict(zip(sizes, parameter.shape))
+    if sizes in _LARGE_SIZES.values():
+        own.update({-(-math.prod(sizes) // block): -(-parameter.numel() // block) for block in _BLOCKS})
+    return own
+
+
 class _Samples:
     """What an optimizer keeps of a parameter: found by stepping another one like it with a few elements only.
 
@@ -190,19 +215,28 @@ class _Samples:
         self._other_release = other_release
         self._class: Any = type(optimizer)
         self._defaults = optimizer.defaults
+        self._large = _large_from(optimizer)
         self._groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
-        self._states: Dict[Tuple[int, int], List[Dict[str, Any]]] = {}  # by group and number of dimensions
-        self._steps: Dict[Tuple[int, int, FrozenSet[str]], bool] = {}  # likewise, and by what is kept
+        self._states: Dict[Tuple[int, _Sizes], List[Dict[str, Any]]] = {}  # by group and shape of the sample
+        self._steps: Dict[Tuple[int, _Sizes, FrozenSet[str]], bool] = {}  # likewise, and by what is kept
+
+    def sizes_for(self, parameter: nn.Parameter) -> _Sizes:
+        """The shape of what stands for a parameter.
+
+        No two sizes are the same, nor 1, so that those in the state tell which of the parameter's they stand for.
+        """
+        if parameter.numel() >= self._large and parameter.dim() in _LARGE_SIZES:
+            return _LARGE_SIZES[parameter.dim()]
+        return tuple(range(2, 2 + parameter.dim()))
 
     def check(self, name: str, parameter: nn.Parameter, state: Mapping[str, Any]) -> None:
         """Raises ProtocolError for a state that is none of this parameter's, whatever the settings."""
         group = self._groups[id(parameter)]
-        # No two sizes are the same, nor 1, so that those in the state tell which of the parameter's they stand for.
-        sizes = range(2, 2 + parameter.dim())
-        key = id(group), parameter.dim()
+        sizes = self.sizes_for(parameter)
+        key = id(group), sizes
         if key not in self._states:
             self._states[key] = [self._after_step(s, _sample(parameter, sizes), {}) for s in _variants(group)]
-        own = dict(zip(sizes, parameter.shape))
+        own = _stands_for(sizes, parameter)
         kinds: Dict[str, List[str]] = {}
         for variant in self._states[key]:
             for of, value in variant.items():
@@ -213,14 +247,14 @@ class _Samples:
             if _kind(value) not in kinds[of] and not (self._other_release and _is_count(value)):
                 raise ProtocolError(f"the optimizer's '{of}' for '{name}' is {_kind(value)}, not {kinds[of][0]}")
         kept = frozenset(of for of, value in state.items() if value is not None)
-        known = (id(group), parameter.dim(), kept)
+        known = (id(group), sizes, kept)
         if known not in self._steps:
             self._steps[known] = self._can_step(group, _sample(parameter, sizes), key, kept)
         if not self._steps[known]:
             lost = sorted(self._states[key][0].keys() - kept)
             raise ProtocolError(f"the optimizer's state lacks '{lost[0] if lost else 'a part'}' for '{name}'")
 
-    def _can_step(self, group: Dict[str, Any], sample: Tensor, key: Tuple[int, int], kept: FrozenSet[str]) -> bool:
+    def _can_step(self, group: Dict[str, Any], sample: Tensor, key: Tuple[int, _Sizes], kept: FrozenSet[str]) -> bool:
         """Whether there are settings to go on with."""
         if not kept:
             return True  # as in an optimizer that is new
@@ -241,6 +275,7 @@ class _Samples:
             # The constructor takes fewer settings together than a schedule may set one by one.
             own = self._class([sample], **{n: v for n, v in self._defaults.items() if n in known})
             own.param_groups[0].update(settings)
+            set_training(own, True)
             own.state[sample].update({of: copy.deepcopy(value) for of, value in state.items()})
             own.step()
         except Exception as error:  # whatever a script's own class may raise

@@ -83,23 +83,30 @@ class Cut(_message.Message):
     def __init__(self, mode: _Optional[_Union[Mode, str]] = ..., split_layer: _Optional[int] = ..., split_rank: _Optional[int] = ..., residual: _Optional[_Union[Residual, str]] = ..., layer_name: _Optional[str] = ...) -> None: ...
 
 class OptimizerArgument(_message.Message):
-    __slots__ = ("number", "integer", "flag", "text", "numbers")
+    __slots__ = ("number", "integer", "flag", "text", "numbers", "mixed")
     class Numbers(_message.Message):
         __slots__ = ("values",)
         VALUES_FIELD_NUMBER: _ClassVar[int]
         values: _containers.RepeatedScalarFieldContainer[float]
         def __init__(self, values: _Optional[_Iterable[float]] = ...) -> None: ...
+    class Mixed(_message.Message):
+        __slots__ = ("values",)
+        VALUES_FIELD_NUMBER: _ClassVar[int]
+        values: _containers.RepeatedCompositeFieldContainer[OptimizerArgument]
+        def __init__(self, values: _Optional[_Iterable[_Union[OptimizerArgument, _Mapping]]] = ...) -> None: ...
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     INTEGER_FIELD_NUMBER: _ClassVar[int]
     FLAG_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     NUMBERS_FIELD_NUMBER: _ClassVar[int]
+    MIXED_FIELD_NUMBER: _ClassVar[int]
     number: float
     integer: int
     flag: bool
     text: str
     numbers: OptimizerArgument.Numbers
-    def __init__(self, number: _Optional[float] = ..., integer: _Optional[int] = ..., flag: bool = ..., text: _Optional[str] = ..., numbers: _Optional[_Union[OptimizerArgument.Numbers, _Mapping]] = ...) -> None: ...
+    mixed: OptimizerArgument.Mixed
+    def __init__(self, number: _Optional[float] = ..., integer: _Optional[int] = ..., flag: bool = ..., text: _Optional[str] = ..., numbers: _Optional[_Union[OptimizerArgument.Numbers, _Mapping]] = ..., mixed: _Optional[_Union[OptimizerArgument.Mixed, _Mapping]] = ...) -> None: ...
 
 class ParameterGroup(_message.Message):
     __slots__ = ("parameter_names", "arguments")
@@ -335,12 +342,14 @@ class Weight(_message.Message):
     def __init__(self, micro_batch: _Optional[int] = ..., weight: _Optional[float] = ..., dropped: bool = ...) -> None: ...
 
 class LoadState(_message.Message):
-    __slots__ = ("sha256", "optimizer_state")
+    __slots__ = ("sha256", "optimizer_state", "group_arguments")
     SHA256_FIELD_NUMBER: _ClassVar[int]
     OPTIMIZER_STATE_FIELD_NUMBER: _ClassVar[int]
+    GROUP_ARGUMENTS_FIELD_NUMBER: _ClassVar[int]
     sha256: str
     optimizer_state: bool
-    def __init__(self, sha256: _Optional[str] = ..., optimizer_state: bool = ...) -> None: ...
+    group_arguments: _containers.RepeatedCompositeFieldContainer[GroupArguments]
+    def __init__(self, sha256: _Optional[str] = ..., optimizer_state: bool = ..., group_arguments: _Optional[_Iterable[_Union[GroupArguments, _Mapping]]] = ...) -> None: ...
 
 class SaveCheckpoint(_message.Message):
     __slots__ = ()
@@ -412,12 +421,13 @@ class Part(_message.Message):
     def __init__(self, data: _Optional[bytes] = ..., total_bytes: _Optional[int] = ...) -> None: ...
 
 class EdgeMessage(_message.Message):
-    __slots__ = ("step", "micro_batch", "weights", "commit", "gradient_scale", "attach", "forward", "backward", "evaluate", "load_state", "save_checkpoint", "keep_checkpoints", "detach", "close", "probe", "number", "answered", "trace_parent", "part", "ahead")
+    __slots__ = ("step", "micro_batch", "weights", "commit", "gradient_scale", "averaged", "attach", "forward", "backward", "evaluate", "load_state", "save_checkpoint", "keep_checkpoints", "detach", "close", "probe", "number", "answered", "trace_parent", "part", "ahead")
     STEP_FIELD_NUMBER: _ClassVar[int]
     MICRO_BATCH_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     COMMIT_FIELD_NUMBER: _ClassVar[int]
     GRADIENT_SCALE_FIELD_NUMBER: _ClassVar[int]
+    AVERAGED_FIELD_NUMBER: _ClassVar[int]
     ATTACH_FIELD_NUMBER: _ClassVar[int]
     FORWARD_FIELD_NUMBER: _ClassVar[int]
     BACKWARD_FIELD_NUMBER: _ClassVar[int]
@@ -438,6 +448,7 @@ class EdgeMessage(_message.Message):
     weights: _containers.RepeatedCompositeFieldContainer[Weight]
     commit: Commit
     gradient_scale: float
+    averaged: bool
     attach: Attach
     forward: Forward
     backward: Backward
@@ -453,7 +464,7 @@ class EdgeMessage(_message.Message):
     trace_parent: str
     part: Part
     ahead: bool
-    def __init__(self, step: _Optional[int] = ..., micro_batch: _Optional[int] = ..., weights: _Optional[_Iterable[_Union[Weight, _Mapping]]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., gradient_scale: _Optional[float] = ..., attach: _Optional[_Union[Attach, _Mapping]] = ..., forward: _Optional[_Union[Forward, _Mapping]] = ..., backward: _Optional[_Union[Backward, _Mapping]] = ..., evaluate: _Optional[_Union[Evaluate, _Mapping]] = ..., load_state: _Optional[_Union[LoadState, _Mapping]] = ..., save_checkpoint: _Optional[_Union[SaveCheckpoint, _Mapping]] = ..., keep_checkpoints: _Optional[_Union[KeepCheckpoints, _Mapping]] = ..., detach: _Optional[_Union[Detach, _Mapping]] = ..., close: _Optional[_Union[Close, _Mapping]] = ..., probe: _Optional[_Union[ProbeRequest, _Mapping]] = ..., number: _Optional[int] = ..., answered: _Optional[int] = ..., trace_parent: _Optional[str] = ..., part: _Optional[_Union[Part, _Mapping]] = ..., ahead: bool = ...) -> None: ...
+    def __init__(self, step: _Optional[int] = ..., micro_batch: _Optional[int] = ..., weights: _Optional[_Iterable[_Union[Weight, _Mapping]]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., gradient_scale: _Optional[float] = ..., averaged: bool = ..., attach: _Optional[_Union[Attach, _Mapping]] = ..., forward: _Optional[_Union[Forward, _Mapping]] = ..., backward: _Optional[_Union[Backward, _Mapping]] = ..., evaluate: _Optional[_Union[Evaluate, _Mapping]] = ..., load_state: _Optional[_Union[LoadState, _Mapping]] = ..., save_checkpoint: _Optional[_Union[SaveCheckpoint, _Mapping]] = ..., keep_checkpoints: _Optional[_Union[KeepCheckpoints, _Mapping]] = ..., detach: _Optional[_Union[Detach, _Mapping]] = ..., close: _Optional[_Union[Close, _Mapping]] = ..., probe: _Optional[_Union[ProbeRequest, _Mapping]] = ..., number: _Optional[int] = ..., answered: _Optional[int] = ..., trace_parent: _Optional[str] = ..., part: _Optional[_Union[Part, _Mapping]] = ..., ahead: bool = ...) -> None: ...
 
 class Attached(_message.Message):
     __slots__ = ("next_step", "last_number")

@@ -18,6 +18,9 @@ _HEADER_BYTES_BESIDE, _HEADER_BYTES_A_TENSOR = 4096, 512
 _MOST_STATES = 8
 """Tensors that an optimizer keeps of a parameter; torch's keep five at most."""
 
+_OF_EIGHT_BITS = frozenset((256, 2048))
+"""Numbers in a table of bitsandbytes, and in a block, of which each release has one of these."""
+
 _EMPTY_CHUNKS_BESIDE = 1000
 
 Shapes = Mapping[str, Tuple[int, ...]]
@@ -69,8 +72,13 @@ def checked_state(chunks: Iterable[bytes], shapes: Shapes) -> Iterator[bytes]:
 
 def could_be_state(shape: Iterable[int], of_parameter: Tuple[int, ...]) -> bool:
     """Whether an optimizer could keep a tensor of this shape of a parameter: as much as it has, a row or a column of
-    it, or one number."""
+    it, or one number; or what those of eight bits do, a table and a scale for each block."""
     sizes = list(shape)
+    if len(sizes) == 1 and sizes[0] in _OF_EIGHT_BITS.union(-(-math.prod(of_parameter) // n) for n in _OF_EIGHT_BITS):
+        return True
+    rows, columns = of_parameter[:-1], (*of_parameter[:-2], *of_parameter[-1:])
+    if len(of_parameter) > 1 and tuple(sizes) in (rows, columns):  # as transformers' Adafactor has them
+        return True
     own = [1] * (len(of_parameter) - len(sizes)) + sizes
     return len(own) == len(of_parameter) and all(size in (1, there) for size, there in zip(own, of_parameter))
 

@@ -188,7 +188,7 @@ class Link:
         scored: Optional[pb.Labels] = None,
     ) -> PendingReply:
         """An `Evaluation`, later: logits of a batch, the loss of `labels`, or what is `scored`. A held commit first."""
-        if self._held.HasField("commit"):
+        if self._held.HasField("commit") or self._held.HasField("averaged"):
             self.flush()
         asked = pb.Evaluate(autocast=autocast, labels=labels, scored=scored)
         message = pb.EdgeMessage(step=step, micro_batch=batch_index, evaluate=asked)
@@ -196,27 +196,24 @@ class Link:
         return self._send("evaluation", message, payload_bytes=len(activation.packed.data))
 
     def weigh(self, micro_batch: int, weight: float) -> None:
-        """Says what the gradients of a `forward` with `loss_scale` 0 count in the step that is being accumulated.
-
-        Held back like a commit.
-        """
+        """Says what the gradients of a `forward` with `loss_scale` 0 count in the step that is accumulated; held."""
         self._hold_weight(pb.Weight(micro_batch=micro_batch, weight=weight))
 
     def drop(self, micro_batch: int) -> None:
-        """Lets go of a `forward`, without labels or with `loss_scale` 0, that nobody will go backward through.
-
-        Held back like a commit.
-        """
+        """Lets go of a `forward`, without labels or with `loss_scale` 0, that nobody will go backward through; held."""
         self._hold_weight(pb.Weight(micro_batch=micro_batch, dropped=True))
 
     def scale_gradients(self, scale: float) -> None:
-        """Multiplies what the cloud has added up of net_2's gradients, after a held commit; 0 forgets them. Held back.
-
-        Several before one message multiply.
-        """
+        """Multiplies what the cloud has added up of net_2's gradients, after a held commit; 0 forgets them. Held back;
+        several before one message multiply."""
         self._stream.check()
         before = self._held.gradient_scale if self._held.HasField("gradient_scale") else 1.0
         self._held.gradient_scale = before * scale
+
+    def average(self, averaged: bool) -> None:
+        """A schedule-free optimizer's weights: at their average from here on, or back where they train. Held back."""
+        self._stream.check()
+        self._held.averaged = averaged
 
     def commit(
         self,
@@ -231,8 +228,8 @@ class Link:
         With `max_grad_norm` the cloud finds the clip scale itself, and takes no step with numbers that are not finite.
         """
         self._stream.check()
-        if self._held.HasField("commit") or self._held.HasField("gradient_scale"):
-            self.flush()  # the scale is for gradients of this step, and in one message would come after the commit
+        if any(map(self._held.HasField, ("commit", "gradient_scale", "averaged"))):
+            self.flush()  # what is held is for this step, and in one message would come after the commit
         commit = pb.Commit(
             step=step,
             learning_rates=learning_rates,
@@ -261,7 +258,7 @@ class Link:
 
     def send_held(self) -> Optional[PendingReply]:
         """As `flush`, without waiting."""
-        if not (self._held.weights or self._held.HasField("commit") or self._held.HasField("gradient_scale")):
+        if not self._held.ListFields():
             return None
         step = self._held.commit.step if self._held.HasField("commit") else self._step
         message = self._with_held(step, self._without_body)
@@ -289,11 +286,13 @@ class Link:
             except TRANSIENT as error:
                 tries.after(error)
 
-    def load_state(self, blob: Blob, sha256: str, optimizer_state: bool) -> None:
+    def load_state(
+        self, blob: Blob, sha256: str, optimizer_state: bool, group_arguments: Sequence[pb.GroupArguments] = ()
+    ) -> None:
         """Replaces net_2's parameters, or the state of its optimizer, by a file of the form that `weights` gives.
 
-        `sha256` is that of its bytes. Returns when it is done. Gradients added so far stay. Raises ProtocolError while
-        a `forward` waits for its weight or its `backward`, or when the file is not one of this net_2.
+        `sha256` is that of its bytes; for `group_arguments` see pb.LoadState. Returns when it is done; gradients stay.
+        Raises ProtocolError while a `forward` waits for its weight or its `backward`, or for another net_2's file.
         """
         self._settle()
         tries = Retries(self._policy, self._stream.wake, self._on_status)
@@ -304,8 +303,8 @@ class Link:
             except TRANSIENT as error:
                 tries.after(error)
         message = self._beside()
-        message.load_state.sha256 = sha256
-        message.load_state.optimizer_state = optimizer_state
+        load = pb.LoadState(sha256=sha256, optimizer_state=optimizer_state, group_arguments=group_arguments)
+        message.load_state.CopyFrom(load)
         self._send("committed", message, payload_bytes=0).result()
 
     def save_checkpoint(self) -> pb.CheckpointSaved:

@@ -129,7 +129,7 @@ class LinkCross(Cross):
         self.gradients.tell()
 
     def drop_waiting(self) -> None:
-        """Nobody can go backward any more through a forward so far: a state is loaded, which the cloud wants alone."""
+        """Nobody can go backward any more through a forward so far: weights change, which the cloud wants alone."""
         self._loads += 1
         self._dropped.extend((self.turn, micro_batch) for micro_batch in sorted(self._waiting))
         self.catch_up()
@@ -143,7 +143,10 @@ class LinkCross(Cross):
             raise UsageError("backward() through a forward of a step that the cloud has undone; call the model again")
         self.catch_up()
         if micro_batch not in self._waiting:
-            raise UsageError("backward() through a forward from before a state was loaded; call the model again")
+            raise UsageError(
+                "backward() through a forward from before a state was loaded, or the optimizer's mode was switched; "
+                "call the model again"
+            )
 
     def begin_backward(self, micro_batch: int) -> None:
         """Called when nothing is left that could be wrong: from here on the cloud may have added the gradients."""

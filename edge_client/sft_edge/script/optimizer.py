@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sft.errors import UsageError
+from sft.optim.listed import check_own, name_of
 from sft.optim.script import check_fresh, names_in
 from sft.optim.spec import GroupSpec, OptimizerSpec, make_optimizer
 from sft_edge.script.cut_model import CutModel
@@ -20,8 +21,9 @@ class ScriptGroups:
     """The parameter groups of an optimizer over a model that is not cut yet, by names in the whole model."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-        """Raises UsageError when it is not one of torch.optim's, not fresh, or holds parameters of something else."""
-        _check(optimizer)
+        """Raises UsageError when the cloud could not make it, it is not fresh, or it holds parameters of others."""
+        self._name = name_of(optimizer)
+        check_fresh(optimizer, ", and load a state_dict afterwards")
         self._optimizer = optimizer
         self._names = [[name for names in group for name in names] for group in names_in(optimizer, model)]
         named = model.named_parameters(remove_duplicate=False)
@@ -42,8 +44,14 @@ class ScriptGroups:
             GroupSpec([name for name in names if name in trained], arguments)
             for names, arguments in zip(self._names, arguments_of(self._optimizer))
         ]
-        spec = OptimizerSpec(type(self._optimizer).__name__, groups)
-        make_optimizer(spec.restricted_to([]), {})  # better here than on the cloud
+        if any("lr" not in group.arguments for group in groups):
+            raise UsageError(
+                f"{self._name} with lr=None makes learning rates of its own, and the cloud takes those of its groups: "
+                "make it with scale_parameter=False, relative_step=False, lr=1e-3 or another"
+            )
+        spec = OptimizerSpec(self._name, groups)
+        twin = make_optimizer(spec.restricted_to([]), {})  # better here than on the cloud
+        check_own(self._optimizer, twin, self._name)
         return spec
 
     def swap(self, parameters: Mapping[str, nn.Parameter], extra: nn.Parameter) -> None:
@@ -91,10 +99,3 @@ def _with_factors(names: Iterable[str], factor_names: Mapping[str, Sequence[str]
                 replaced.append(one)
                 seen.add(one)
     return replaced
-
-
-def _check(optimizer: torch.optim.Optimizer) -> None:
-    kind = type(optimizer)
-    if getattr(torch.optim, kind.__name__, None) is not kind:
-        raise UsageError(f"the cloud makes an optimizer of the same class, which has to be torch.optim's: not {kind}")
-    check_fresh(optimizer, ", and load a state_dict afterwards")

@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 
 from sft.client.credentials import ClientOptions, read_credentials
 from sft.errors import LinkError, UsageError
+from sft.optim.listed import has_modes, is_training, set_training
 from sft.optim.script import has_stepped
-from sft.optim.spec import GroupSpec, OptimizerSpec, check_change, spec_to_proto
+from sft.optim.spec import check_change, groups_to_proto
 from sft.optimizer import Role, SplitOptions
 from sft.v1 import split_training_pb2 as pb
 from sft.wire.codec.elements import Codecs, codecs_named
@@ -93,6 +94,8 @@ class EdgeRole(Role):
         self._state.follow(model)
         self._on_cloud = arguments_of(optimizer)
         self._skipped, self._undone = False, 0
+        if has_modes(optimizer):
+            link.average(not is_training(optimizer))
         self._title = f"role='edge', server={options.server!r}, {cut_model.describe()}"
 
     def step(self, closure: Optional[Callable[[], Any]]) -> Any:
@@ -102,6 +105,8 @@ class EdgeRole(Role):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if not is_training(self.optimizer):
+            raise UsageError("the optimizer is in eval mode: call optim.train() before training goes on")
         clip_scale = self._cross.ready()
         arguments = arguments_of(self.optimizer)
         rates = [float(own["lr"]) for own in arguments]
@@ -124,6 +129,15 @@ class EdgeRole(Role):
         """See Role. The cloud's are forgotten with the parameter that stands for them."""
         self.optimizer.zero_grad(set_to_none)
 
+    def set_training(self, training: bool) -> None:
+        """See Role. Results of the model from before cannot be gone backward through any more."""
+        if is_training(self.optimizer) is training or not has_modes(self.optimizer):
+            return
+        self._cross.drop_waiting()
+        with self._without_cloud_gradients():
+            set_training(self.optimizer, training)
+        self._cross.link.average(not training)
+
     def state_dict(self) -> Dict[str, Any]:
         """See Role. Without the keys `cloud` and `cloud_draws` before the first step."""
         with self._without_cloud_gradients():
@@ -143,7 +157,7 @@ class EdgeRole(Role):
             self.optimizer.load_state_dict(state_dict)
             try:
                 check_state(self.optimizer)
-                self._state.load_optimizer_state(cloud)
+                self._state.load_optimizer_state(cloud, self.optimizer)
             except BaseException:
                 self.optimizer.load_state_dict(before)
                 raise
@@ -262,5 +276,4 @@ def _changed(arguments: List[Dict[str, Any]], before: List[Dict[str, Any]]) -> L
     for change, then in zip(changes, before):
         for name, value in change.items():
             check_change(then, name, value)
-    spec = OptimizerSpec("", [GroupSpec([], change) for change in changes])
-    return [pb.GroupArguments(arguments=dict(group.arguments)) for group in spec_to_proto(spec).groups]
+    return groups_to_proto(changes)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Dict, List, Mapping, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Sequence, Tuple
 
 import torch
 from safetensors.torch import load
 from torch import Tensor, nn
 
 from sft.errors import ProtocolError, UsageError
-from sft.optim.spec import OptimizerSpec, make_optimizer
+from sft.optim.listed import counted, has_modes, is_training
+from sft.optim.spec import OptimizerSpec, groups_to_proto, make_optimizer
 from sft.optim.state import checked_state as checked_optimizer_state
 from sft.tensors.stream import in_memory, safetensors_chunks, safetensors_size, sha256_of
+from sft.v1 import split_training_pb2 as pb
 from sft_edge.link import NUMBERS, Blob, checked_state, checked_weights, could_be_state
 from sft_edge.script.crossing import LinkCross
 from sft_edge.script.gradients import PARAMETER_NAME
@@ -56,11 +58,16 @@ class CloudState:
             return {}
         return self._download(optimizer_state=True)
 
-    def load_optimizer_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Brings back what `optimizer_state` gave, and `check_optimizer_state` has seen."""
+    def load_optimizer_state(self, tensors: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
+        """Brings back what `optimizer_state` gave, and `check_optimizer_state` has seen.
+
+        `optimizer` is the edge's, whose state is loaded: what its groups count, those of the cloud's do, too.
+        """
         if tensors:
-            self._upload(tensors, optimizer_state=True)
+            self._upload(tensors, optimizer_state=True, counts=groups_to_proto(counted(optimizer)))
             self._has_optimizer_state = True
+        elif has_modes(optimizer):
+            self._cross.link.average(not is_training(optimizer))
 
     def check_optimizer_state(self, tensors: Mapping[str, Tensor], has_stepped: bool) -> None:
         """Raises UsageError for a state that is not of this cloud's half; empty ones are from before the first step.
@@ -123,11 +130,13 @@ class CloudState:
             return dict(load(b"".join(checked_state(chunks, self._shapes))))
         return dict(load(b"".join(checked_weights(chunks, self._shapes, NUMBERS))))
 
-    def _upload(self, tensors: Mapping[str, Tensor], optimizer_state: bool) -> None:
+    def _upload(
+        self, tensors: Mapping[str, Tensor], optimizer_state: bool, counts: Sequence[pb.GroupArguments] = ()
+    ) -> None:
         self._cross.drop_waiting()
         stored = in_memory({name: tensor.detach() for name, tensor in tensors.items()})
         blob = Blob(safetensors_size(stored), lambda: safetensors_chunks(stored))
-        self._cross.link.load_state(blob, sha256_of(stored), optimizer_state)
+        self._cross.link.load_state(blob, sha256_of(stored), optimizer_state, counts)
 
 
 def _check_shape(key: str, tensor: Tensor, shape: Tuple[int, ...]) -> None:

@@ -1,6 +1,7 @@
 """Requests to open a session: every field may be wrong."""
 
 import json
+import sys
 import tracemalloc
 
 import pytest
@@ -8,13 +9,18 @@ import torch
 
 from sft.errors import CutError, ProtocolError, ServerFullError, SFTError, UnsupportedModelError, UsageError
 from sft.models import Cut
+from sft.optim.listed import LISTED
 from sft.v1 import split_training_pb2 as pb
 from sft.wire.cut import cut_to_proto
 from sft.wire.protocol import PROTOCOL_VERSION
 from sft_cloud.engine import build as building
 from sft_cloud.engine.build import build, make_session
 from sft_cloud.engine.request import check_request
+from sft_cloud.engine.start import make_opener
+from sft_cloud.engine.worker import at_once
 from sft_cloud.errors import PreconditionError
+from sft_cloud.identity import ANONYMOUS
+from sft_cloud.options import LimitOptions, ServeOptions
 
 CPU = torch.device("cpu")
 
@@ -201,6 +207,11 @@ def test_a_model_that_the_machine_could_never_hold(edge):
     [
         (pb.Optimizer(), "no optimizer ''"),
         (pb.Optimizer(name="system"), "no optimizer 'system'"),
+        (pb.Optimizer(name="os.system"), "no optimizer 'os.system'"),
+        (pb.Optimizer(name="torch.nn.Linear"), r"no optimizer 'torch\.nn\.Linear'"),
+        (pb.Optimizer(name="transformers.optimization.Adafactor"), "no optimizer 'transformers.optimization.Ada"),
+        (pb.Optimizer(name="bitsandbytes.RMSprop"), "no optimizer 'bitsandbytes.RMSprop'"),
+        (pb.Optimizer(name="Lion"), "no optimizer 'Lion'"),
         (pb.Optimizer(name="LBFGS"), "LBFGS"),
         (pb.Optimizer(name="AdamW"), "AdamW"),
         (pb.Optimizer(name="AdamW", groups=[pb.ParameterGroup(parameter_names=["bert.nothing"])]), "bert.nothing"),
@@ -218,8 +229,36 @@ def test_a_model_that_the_machine_could_never_hold(edge):
     ids=lambda value: str(value)[:40],
 )
 def test_optimizers_that_do_not_exist(edge, optimizer, says):
+    before = set(sys.modules)
     with pytest.raises(UsageError, match=says):
         try_to_open(edge, optimizer=optimizer)
+    assert not {name for name in sys.modules.keys() - before if name.startswith(("bitsandbytes", "lion"))}
+
+
+@pytest.mark.parametrize("name", LISTED)
+def test_an_optimizer_whose_package_is_not_here(edge, monkeypatch, name):
+    monkeypatch.setitem(sys.modules, LISTED[name].module, None)  # as if it were not installed
+    says = rf"on the cloud there is no {name} here: .* `pip install {LISTED[name].package}`; or use AdamW"
+    with pytest.raises(PreconditionError, match=says) as caught:
+        check_request(edge.request(optimizer=pb.Optimizer(name=name)))
+    assert "\n" not in str(caught.value)
+
+
+def test_only_optimizers_of_torch_where_the_operator_says_so(edge, tmp_path):
+    optimizer = pb.Optimizer(name="transformers.Adafactor", groups=[pb.ParameterGroup()])
+    options = ServeOptions(device="cpu", state_dir=tmp_path)
+    opener = make_opener(options, LimitOptions(only_torch_optimizers=True))
+    with pytest.raises(PreconditionError, match="optimizers of torch alone, and no transformers"):
+        opener.open(edge.request(optimizer=optimizer), ANONYMOUS, at_once)
+    assert make_opener(options, LimitOptions()).open(edge.request(optimizer=optimizer), ANONYMOUS, at_once)
+
+
+@pytest.mark.parametrize("value", [{"text": "a"}, {"flag": True}, {"mixed": pb.OptimizerArgument.Mixed()}])
+def test_lists_of_something_else_than_numbers(edge, value):
+    mixed = pb.OptimizerArgument.Mixed(values=[pb.OptimizerArgument(number=1.0), pb.OptimizerArgument(**value)])
+    group = pb.ParameterGroup(arguments={"eps": pb.OptimizerArgument(mixed=mixed)})
+    with pytest.raises(ProtocolError, match="a list of something else than numbers and None"):
+        check_request(edge.request(optimizer=pb.Optimizer(name="Adafactor", groups=[group])))
 
 
 def test_memory_that_runs_out_is_not_blamed_on_the_configuration(edge, monkeypatch):

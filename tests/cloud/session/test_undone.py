@@ -95,7 +95,7 @@ def test_a_commit_stands_although_what_it_rode_on_was_undone(session, open_sessi
 
 def test_a_commit_that_runs_out_of_memory_ends_the_session(session, edge, monkeypatch):
     session.handle(edge.forward(0))
-    OutOfMemory(monkeypatch, "sft_cloud.session.session.take_step", 1)
+    OutOfMemory(monkeypatch, "sft_cloud.session.commit.take_step", 1)
     with pytest.raises(torch.cuda.OutOfMemoryError):
         session.handle(edge.commit(0))
     assert session.state is State.FAILED

@@ -109,6 +109,11 @@ def test_an_optimizer_crosses_the_wire():
     assert [group["lr"] for group in optimizer.param_groups] == [1e-3, 1.0]
 
 
+def test_none_among_numbers_crosses_the_wire():
+    spec = OptimizerSpec("Adafactor", [GroupSpec(["w"], {"lr": 1e-2, "eps": (None, 1e-3), "many": (1, None, 2.0)})])
+    assert spec_from_proto(spec_to_proto(spec)) == spec
+
+
 @pytest.mark.parametrize(
     "name",
     [

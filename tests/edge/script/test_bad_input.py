@@ -124,7 +124,8 @@ def test_optimizers_that_do_not_fit() -> None:
     class Own(torch.optim.SGD):
         pass
 
-    check_refused(model, Own(model.parameters(), lr=0.1), UsageError, "has to be torch.optim's")
+    says = r"Own is none that it knows: use one of torch\.optim's, transformers'"
+    check_refused(model, Own(model.parameters(), lr=0.1), UsageError, says)
     with pytest.raises(UsageError, match=r"model must be a torch.nn.Module, not str"):
         SFTOptimizer(sgd(model), role="edge", model="bert", server="127.0.0.1:9")
     with pytest.raises(UsageError, match=r"must be a torch.optim.Optimizer, not list"):
