@@ -1,5 +1,6 @@
 """The examples with transformers' Trainer, accelerate and Lightning Fabric run as they are, against a real cloud."""
 
+import json
 import runpy
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from support.tiny import make_tiny_model
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 CHECKPOINT_STEP = 30
@@ -71,6 +73,39 @@ def test_fabric(run_example, steady_model, data_dir, cloud, flags):
         *("--learning-rate", 5e-3, "--epochs", 15, *flags),
     )
     assert accuracy(printed) == 100
+
+
+def test_ner(run_example, steady_model, cloud, tmp_path):
+    """Tags that each word tells."""
+    words = {"people": "B-PER", "many": "B-NUM", "film": "O", "story": "O", "the": "O"}
+    for name, count in (("train", 64), ("dev", 16)):
+        sentences = [[list(words)[(i * k) % 5] for k in range(1, 3 + i % 4)] for i in range(count)]
+        text = "\n\n".join("\n".join(f"{word} x {words[word]}" for word in sentence) for sentence in sentences)
+        (tmp_path / f"{name}.txt").write_text(text + "\n", encoding="utf-8")
+    printed = run_example(
+        "ner.py",
+        *("--model_name_or_path", steady_model, "--data_dir", tmp_path, "--server", cloud, "--split_layer", 2),
+        *("--output_dir", tmp_path / "out", "--per_device_train_batch_size", 16, "--learning_rate", 5e-3),
+        *("--num_train_epochs", 12, "--report_to", "none", "--disable_tqdm", "True", "--use_cpu", "True"),
+    )
+    assert accuracy(printed) == 100
+    opened = AutoModelForTokenClassification.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert set(opened.config.id2label.values()) == set(words.values())
+
+
+def test_sft_trainer(run_example, cloud, tmp_path, tmp_path_factory):
+    pytest.importorskip("trl", reason="trl is not installed")
+    pytest.importorskip("datasets", reason="datasets, which trl needs, is not installed")
+    model = make_tiny_model(tmp_path_factory.mktemp("decoder") / "tiny", "llama", layers=3, head="causal-lm")
+    rows = [{"text": "the film is a good story of people and many more"} for _ in range(16)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    run_example(
+        "sft_trainer.py",
+        *("--model_name_or_path", model, "--data_file", tmp_path / "texts.jsonl", "--server", cloud),
+        *("--split_layer", 2, "--output_dir", tmp_path / "out", "--max_steps", 3, "--report_to", "none"),
+        *("--use_cpu", "True", "--bf16", "False"),
+    )
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
 
 
 def train(run_example, steady_model, data_dir, cloud, output_dir, *flags):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from support import hosting_script
+from support.fused_head import with_fused_head
 from support.jobs import JOBS, STEADY, flags, sst2
 from support.recorded_spans import RecordedSpans
 from support.script import batches, tiny_model, wrap
@@ -153,6 +154,7 @@ def _scripts(address: str) -> None:
         _script(tiny_model(head=head), address)
     for family, head in (("gpt2", "causal-lm"), ("electra", "multiple-choice"), ("bert", "token-classification")):
         _script(tiny_model(family, head), address)
+    _scored(with_fused_head(tiny_model("llama", "causal-lm")), address)
     adapted = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"))
     _script(adapted, address)
     _other_optimizers(address)
@@ -166,6 +168,16 @@ def _other_optimizers(address: str) -> None:
             model(**batches(1, model)[0]).loss.backward()
             optimizer.step()
             optimizer.load_state_dict(optimizer.state_dict())
+
+
+def _scored(model: Any, address: str) -> None:
+    (batch,) = batches(1, model)
+    with wrap(model, torch.optim.SGD(model.parameters(), lr=0.1), server=address) as optimizer:
+        model(**batch, fused_lm_head=True).loss.backward()
+        optimizer.step()
+        model.eval()
+        with torch.no_grad():
+            model(**batch, fused_lm_head=True)
 
 
 def _script(model: Any, address: str) -> None:

@@ -349,14 +349,13 @@ class Session:
         check_autocast(message.evaluate.autocast)
         check_tensor(message.evaluate.activation.packed, self._half.codes)
         waits = self._micro_batches.waiting_bytes(message.weights)
-        has_labels, wants_logits = message.evaluate.HasField("labels"), asks_for_logits(message.evaluate)
-        batch = evaluation_bytes(self._half, message.evaluate)
+        batch, wants_logits = evaluation_bytes(self._half, message.evaluate), asks_for_logits(message.evaluate)
         if too_large := lacks or self._memory.too_large(waits + batch):
             return self._skips(too_large, undoes=False)
         answers = self._remembered_bytes + answer_bytes(self._half, message.evaluate.activation, logits=wants_logits)
         self._memory.hold_now(waits, answers, batch)
         given = self._half.decode(message.evaluate.activation, message.evaluate.scored)
-        labels = self._half.decode_labels(message.evaluate.labels, given) if has_labels else {}
+        labels = self._half.decode_labels(message.evaluate.labels, given) if message.evaluate.HasField("labels") else {}
         if wants_logits:
             self._half.check_outputs(message.evaluate.activation)
 

@@ -45,6 +45,14 @@ REFUSED = {
         lambda e: pb.EdgeMessage(evaluate=pb.Evaluate(activation=e.evaluate().evaluate.activation, labels=e.labels())),
         "labels where they are of tokens",
     ),
+    "an evaluation that scores classes": (
+        lambda e: pb.EdgeMessage(evaluate=pb.Evaluate(activation=e.evaluate().evaluate.activation, scored=e.labels())),
+        "labels where they are of tokens",
+    ),
+    "an evaluation that scores nothing": (
+        lambda e: pb.EdgeMessage(evaluate=pb.Evaluate(activation=e.evaluate().evaluate.activation, scored=pb.Labels())),
+        "labels where they are of tokens",
+    ),
     "backward of nothing": (lambda e: e.backward(0, 9, torch.ones(3, 3)), "does not wait for a Backward"),
     "backward of a labelled one": (lambda e: e.backward(0, 0, torch.ones(3, 3)), "does not wait for a Backward"),
     "backward of one kept aside": (lambda e: e.backward(0, 2, torch.ones(3, 3)), "does not wait for a Backward"),

@@ -1,63 +1,19 @@
-"""trl's SFTTrainer: what each label scores comes back, and a loss that is made of it trains both halves.
-
-trl itself is not needed: its forward is stood in for by one of the same shape, in a module of such a name.
-"""
+"""trl's SFTTrainer: what each label scores comes back, and a loss that is made of it trains both halves."""
 
 from __future__ import annotations
 
-import sys
 import types
-from typing import Any, Callable, Dict
+from typing import Any, Dict
 
 import pytest
 import torch
+from support.fused_head import with_fused_head
 from support.script import Wire, assert_same_training, batches, sgd, tiny_model, wrap
 from torch import Tensor
 
 from sft.errors import ProtocolError, UsageError
 from sft.models import has_fused_head
 from sft.v1 import split_training_pb2 as pb
-
-SHAPE = """
-import functools, types
-from dataclasses import dataclass
-from transformers.utils import ModelOutput
-
-@dataclass
-class FusedCausalLMOutput(ModelOutput):
-    loss: object = None
-    log_probs: object = None
-    entropy: object = None
-    log_sum_sq_probs: object = None
-    is_top1: object = None
-    label_mask: object = None
-
-def add_fused_lm_head(model):
-    original = model.forward
-
-    @functools.wraps(type(model).forward)
-    def fused(self, *args, fused_lm_head=False, **kwargs):
-        assert not fused_lm_head, "it would run the base model, and the head itself"
-        return original(*args, **kwargs)
-
-    model.forward = types.MethodType(fused, model)
-"""
-
-Patch = Callable[[Any], Any]
-
-
-@pytest.fixture
-def patch(monkeypatch: pytest.MonkeyPatch) -> Patch:
-    module = types.ModuleType("trl.trainer.shape")
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    exec(SHAPE, module.__dict__)
-
-    def patched(model: Any) -> Any:
-        module.add_fused_lm_head(model)
-        assert has_fused_head(model)
-        return model
-
-    return patched
 
 
 def scores(model: Any, batch: Dict[str, Tensor]) -> Dict[str, Tensor]:
@@ -77,7 +33,7 @@ def scores(model: Any, batch: Dict[str, Tensor]) -> Dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_a_loss_that_is_made_of_scores(patch: Patch, family: str) -> None:
+def test_a_loss_that_is_made_of_scores(family: str) -> None:
     """One that weighs each token, as trl's `dft` does, so that no mean of losses would do."""
 
     def script(model: Any, optimizer: Any) -> Any:
@@ -92,11 +48,11 @@ def test_a_loss_that_is_made_of_scores(patch: Patch, family: str) -> None:
             last = scores(model, batches(1, model)[0])
         return {name: x.float() for name, x in {**said, **last}.items()}
 
-    assert_same_training(script, sgd, patch(tiny_model(family, "causal-lm")), tolerance=1e-5)
+    assert_same_training(script, sgd, with_fused_head(tiny_model(family, "causal-lm")), tolerance=1e-5)
 
 
-def test_no_row_of_the_vocabulary_crosses(patch: Patch) -> None:
-    model, wire = patch(tiny_model("llama", "causal-lm")), Wire()
+def test_no_row_of_the_vocabulary_crosses() -> None:
+    model, wire = with_fused_head(tiny_model("llama", "causal-lm")), Wire()
     (batch,) = batches(1, model)
     tokens = int(batch["attention_mask"].sum())
     with wrap(model, sgd(model), transport=wire):
@@ -111,8 +67,8 @@ def test_no_row_of_the_vocabulary_crosses(patch: Patch) -> None:
         assert model(**batch).loss is not None  # asked as ever, it is the library's
 
 
-def test_padding_on_the_left_and_a_batch_without_labels_to_learn(patch: Patch) -> None:
-    model = patch(tiny_model("llama", "causal-lm"))
+def test_padding_on_the_left_and_a_batch_without_labels_to_learn() -> None:
+    model = with_fused_head(tiny_model("llama", "causal-lm"))
     (batch,) = batches(1, model)
     width, lengths = batch["input_ids"].shape[1], batch["attention_mask"].sum(1)
     place = (torch.arange(width)[None] + lengths[:, None]) % width
@@ -134,7 +90,7 @@ def test_padding_on_the_left_and_a_batch_without_labels_to_learn(patch: Patch) -
         assert all(x.equal(before[name]) for name, x in model.state_dict().items())
 
 
-def test_what_it_cannot_be_asked(patch: Patch, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_it_cannot_be_asked() -> None:
     class Older(Wire):
         """A cloud that knows no scores."""
 
@@ -147,7 +103,7 @@ def test_what_it_cannot_be_asked(patch: Patch, monkeypatch: pytest.MonkeyPatch) 
 
             return super().stream(forgetful())
 
-    model = patch(tiny_model("llama", "causal-lm"))
+    model = with_fused_head(tiny_model("llama", "causal-lm"))
     (batch,) = batches(1, model)
     with wrap(model, sgd(model), transport=Older()):
         with pytest.raises(UsageError, match="fused_lm_head=True needs labels"):
@@ -161,6 +117,7 @@ def test_what_it_cannot_be_asked(patch: Patch, monkeypatch: pytest.MonkeyPatch) 
 
 def test_another_forward_of_ones_own_is_refused() -> None:
     model = tiny_model("llama", "causal-lm")
+    assert has_fused_head(with_fused_head(tiny_model("gpt2", "causal-lm")))
     model.forward = types.MethodType(lambda self, *args, fused_lm_head=False, **kwargs: None, model)
     assert not has_fused_head(model)
     with pytest.raises(UsageError, match="has a forward of its own"):
