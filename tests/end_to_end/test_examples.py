@@ -10,7 +10,7 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from support.tiny import make_tiny_model
-from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 CHECKPOINT_STEP = 30
@@ -97,6 +97,7 @@ def test_sft_trainer(run_example, cloud, tmp_path, tmp_path_factory):
     pytest.importorskip("trl", reason="trl is not installed")
     pytest.importorskip("datasets", reason="datasets, which trl needs, is not installed")
     model = make_tiny_model(tmp_path_factory.mktemp("decoder") / "tiny", "llama", layers=3, head="causal-lm")
+    AutoTokenizer.from_pretrained(model, eos_token="[SEP]").save_pretrained(model)
     rows = [{"text": "the film is a good story of people and many more"} for _ in range(16)]
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     run_example(
