@@ -25,6 +25,7 @@ from sft_edge.link import GrpcTransport, Link, RetryPolicy, session_request
 from sft_edge.script.adapters import without_peft
 from sft_edge.script.crossing import LinkCross
 from sft_edge.script.cut_model import CutModel
+from sft_edge.script.flags import TrainedFlags
 from sft_edge.script.gradients import PARAMETER_NAME
 from sft_edge.script.optimizer import ScriptGroups, arguments_of
 from sft_edge.script.other_optimizers import refuse_others
@@ -92,6 +93,8 @@ class EdgeRole(Role):
             self._cross, {name: shapes[name] for name in cut_model.cloud_names}, cut_model.script_name, spec
         )
         self._state.follow(model)
+        self._flags = TrainedFlags(model)
+        _warn_of_frozen(parameters)
         self._on_cloud = arguments_of(optimizer)
         self._skipped, self._undone = False, 0
         if has_modes(optimizer):
@@ -107,6 +110,7 @@ class EdgeRole(Role):
                 loss = closure()
         if not is_training(self.optimizer):
             raise UsageError("the optimizer is in eval mode: call optim.train() before training goes on")
+        self._flags.check()
         clip_scale = self._cross.ready()
         arguments = arguments_of(self.optimizer)
         rates = [float(own["lr"]) for own in arguments]
@@ -195,6 +199,16 @@ class EdgeRole(Role):
 def _tell(text: str) -> None:
     if text:
         _log.warning("%s", text)
+
+
+def _warn_of_frozen(parameters: Dict[str, nn.Parameter]) -> None:
+    for name, parameter in parameters.items():
+        if name.endswith(".ffn1.weight") and not parameter.requires_grad:
+            layer = name[: -len(".ffn1.weight")]
+            _tell(
+                f"the layer that is cut, '{layer}', is frozen, and its factors with it: nothing makes up for what its "
+                "decomposition drops; leave it trained"
+            )
 
 
 def _zero(optimizer: Optional[torch.optim.Optimizer]) -> None:
