@@ -49,6 +49,9 @@ class Given(NamedTuple):
     rounding: int = 0
     """The seed of what is drawn where its gradient is rounded by chance."""
 
+    variant: int = 0
+    """As `pb.Activation` has it."""
+
 
 class UpperHalf(Protocol):
     """A net_2. It checks what it finds in messages, before anything is computed."""

@@ -55,12 +55,16 @@ class Cross(ABC):
         training: bool,
         labels: Optional[pb.Labels] = None,
         want_outputs: bool = True,
+        variant: int = 0,
     ) -> Crossed:
         """Runs net_2 on an activation.
 
         `activation`: what `pb.Activation.packed` holds: (T, R) with the `lengths` of B sequences, padding left out
         (`sft.wire.codec.packing.pack`), or any shape (..., R) without lengths. `training`: with dropout. `labels`:
-        only where gradients are enabled; they travel, and the loss comes back.
+        only where gradients are enabled; they travel, and the loss comes back. `variant`: as
+        `pb.Activation` has it.
+
+        Raises UsageError for a variant that the cloud's release does not know.
 
         Raises LinkError when the cloud or the way to it fails.
         """
