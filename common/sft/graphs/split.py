@@ -183,8 +183,8 @@ class _Splitter:
 
     def _needed_for(self, crosses: fx.Node) -> Set[fx.Node]:
         """Of the nodes above, what the cloud has to run."""
-        own = [node for node in filter(asserts, self._upper) if node not in self._foreign]
-        return needed({crosses, *own}, self._upper, self._needs)
+        own = [node for node in self._upper if node not in self._foreign]
+        return needed({crosses, *filter(asserts, own)}, own, self._needs)
 
     def _tail_after(self, crosses: fx.Node, cloud: Set[fx.Node]) -> Set[fx.Node]:
         """Of the nodes above, what the edge has to run; with the layer where that does not suffice."""

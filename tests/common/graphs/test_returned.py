@@ -161,6 +161,14 @@ def in_place(m: Any, x: Tensor, *_: Any) -> Any:
     return h, m.criterion(h.view(-1), x.view(-1))
 
 
+def masked(m: Any, x: Tensor, *_: Any) -> Any:
+    """In place, with what does not cross."""
+    h = above(m, x)
+    before = h.sum()
+    h.masked_fill_(x > 0, 0.0)
+    return h, h * 2, before
+
+
 @pytest.mark.parametrize(
     "forward",
     [
@@ -179,6 +187,7 @@ def in_place(m: Any, x: Tensor, *_: Any) -> Any:
         lambda m, x, y, z: (above(m, x) if z is None else m.d(above(m, x)) + z, y),
         lambda m, x, y, z: (above(m, x), m.a.weight.square().sum()),
         in_place,
+        masked,
     ],
 )  # fmt: skip
 def test_what_can_be_returned(forward: Callable[..., Any]) -> None:
@@ -219,6 +228,12 @@ def changed_later(m: Any, x: Tensor, *_: Any) -> Any:
     return h, m.criterion(before, x)
 
 
+def masked_before_weights(m: Any, x: Tensor, *_: Any) -> Any:
+    h = m.b(m.a(x))
+    h.masked_fill_(x > 0, 0.0)
+    return m.c(h)
+
+
 def changes_an_input(m: Any, x: Tensor, *_: Any) -> Any:
     h = above(m, x)
     x.mul_(h)
@@ -230,6 +245,7 @@ def changes_an_input(m: Any, x: Tensor, *_: Any) -> Any:
     [
         (twice, "the output of 'c', the output of 'd'. needs several tensors of the cloud, and one comes back: return"),
         (changed_later, "needs several tensors"),
+        (masked_before_weights, "'masked_fill_' .Tensor.masked_fill_. changes"),
         (changes_an_input, "'mul_' .Tensor.mul_. changes"),
         (lambda m, x, y, z: (x, above(m, x).shape[1:] is None), "has to return something.* the input 'x', which comes"),
         (lambda m, x, y, z: m.d(above(m, x) + x), "the input 'x' is used above the cut at 'b', in 'add'"),
