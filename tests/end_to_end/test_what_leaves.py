@@ -14,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 from support import hosting_script
 from support.fused_head import with_fused_head
 from support.jobs import JOBS, STEADY, flags, sst2
+from support.own_models import Gpt, tokens
 from support.recorded_spans import RecordedSpans
 from support.script import batches, tiny_model, wrap
 from support.sent import Sent
@@ -213,6 +214,11 @@ def _hosted() -> None:
     model = hosting_script.make_model()
     with hosting_script.host() as cloud, hosting_script.wrap(model, cloud) as optimizer:
         hosting_script.train(model, optimizer, 1)
+    at, data = {"split_at": "body.layers.1.feed.down"}, tokens(1)
+    own = Gpt()
+    with hosting_script.host(Gpt(), **at) as cloud, hosting_script.wrap(own, cloud, **at) as optimizer:
+        own(data["ids"][0], data["targets"][0])[1].backward()
+        optimizer.step()
 
 
 @pytest.mark.slow

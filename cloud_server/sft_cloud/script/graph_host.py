@@ -20,7 +20,7 @@ from sft.wire.codec.elements import MAX_DIMENSIONS, codecs_of, decode_tensor, en
 from sft.wire.codec.rows import CODES, Codes
 from sft.wire.cut import layer_cut_to_proto
 from sft.wire.protocol import MAX_MESSAGE_BYTES
-from sft_cloud.script.hosted_model import HostedModel, check_same_cut
+from sft_cloud.script.hosted_model import ADVICE, HostedModel, check_same_cut
 from sft_cloud.session import Given, UpperHalf, half_precision_bytes
 
 _OWN_BYTES = 8
@@ -39,8 +39,8 @@ class GraphHost(HostedModel):
         self.layer_name = layer_name
         self._cut: GraphCut = cut(model, layer_name, split_rank)
         self.factor_names = self._cut.factor_names
-        self.tensors = self._cut.upper_tensors()
         ffn_2, ffn_3 = self._cut.keep_net_2()
+        self.tensors = self._cut.upper_tensors()
         named = {"ffn2": ffn_2, "ffn3": ffn_3}
         self.factors = {
             f"{layer_name}.{factor}.{own}": parameter
@@ -63,8 +63,8 @@ class GraphHalf:
         self._cut = graph_cut
         self._tensors = tensors
         self._gradient_codec = gradient_codec
-        self._largest = 0  # numbers of the largest activation so far
-        self._bytes_per_number = 0.0  # that it took
+        self._largest: dict[int, int] = {}  # by variant: numbers of the largest activation so far
+        self._bytes_per_number: dict[int, float] = {}  # that it took
 
     @property
     def device(self) -> torch.device:
@@ -100,7 +100,7 @@ class GraphHalf:
         """See UpperHalf: the activation and its gradient, and beside them in proportion to the largest so far. What a
         script's module does is known once it has run."""
         numbers = math.prod(activation.packed.shape[: MAX_DIMENSIONS + 1])
-        return int((_OWN_BYTES + self._bytes_per_number) * max(0, numbers))
+        return int((_OWN_BYTES + self._bytes_per_number.get(activation.variant, 0.0)) * max(0, numbers))
 
     def cast_bytes(self) -> int:
         """See UpperHalf."""
@@ -119,16 +119,19 @@ class GraphHalf:
             raise ProtocolError("the activation of a script's module has no lengths")
         if len(shape) < 2 or shape[-1] != rank or 0 in shape:
             raise ProtocolError(f"the activation has shape {shape}; its last dimension must be the rank, {rank}")
-        return Given(decode_tensor(activation.packed, self.device), [])
+        if not self._cut.has_variant(activation.variant):
+            raise ProtocolError(f"the cloud's model has no variant {activation.variant} of its arguments; {ADVICE}")
+        return Given(decode_tensor(activation.packed, self.device), [], variant=activation.variant)
 
     def outputs(self, given: Given) -> Tensor:
         """See UpperHalf. Raises ProtocolError when the model gives something that does not cross."""
-        is_largest = torch.is_grad_enabled() and given.a.numel() > self._largest
+        largest = self._largest.get(given.variant, 0)
+        is_largest = torch.is_grad_enabled() and given.a.numel() > largest
         with _Made(self.parameters()) if is_largest else contextlib.nullcontext() as made:
-            y: Any = self._cut.run_net_2(given.a)
+            y: Any = self._cut.run_net_2(given.a, given.variant)
         if made is not None:
-            self._largest = given.a.numel()
-            self._bytes_per_number = made.total_bytes / self._largest
+            self._largest[given.variant] = given.a.numel()
+            self._bytes_per_number[given.variant] = made.total_bytes / given.a.numel()
         if not isinstance(y, Tensor) or not y.is_floating_point():
             kind = f"a tensor of {y.dtype}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
             raise ProtocolError(f"the model's output is {kind}; one floating-point tensor can cross")

@@ -48,6 +48,9 @@ class Given(NamedTuple):
     y_BS: Tensor | None = None
     """Labels of tokens whose scores are the outputs."""
 
+    variant: int = 0
+    """As `pb.Activation` has it."""
+
 
 class UpperHalf(Protocol):
     """A net_2. It checks what it finds in messages, before anything is computed."""

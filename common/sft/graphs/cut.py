@@ -5,8 +5,14 @@ With W = u S v in the layer, and the bias with v,
     net_1 (edge)                                 net_2 (cloud)
     all that leads to the layer, u   -- a -->    v, S, all that comes after it
 
-The residual connection around the layer, added to its very output, is dropped as in the paper. Anything else would have
-to cross beside the activation, and is refused.
+    tail (edge)  <-- one tensor --+
+    what needs the other inputs, without parameters: a loss of targets
+
+The residual connection around the layer, added to its very output, is dropped as in the paper. A parameter that is tied
+across the cut becomes two. Anything else would have to cross beside the activation, and is refused.
+
+Arguments of the forward method that are None by default are traced with and without: each set of them that a call may
+give is a variant, with parts of its own.
 
 Both halves are cut out of the module itself: what is left of it keeps its objects, its names and its modes.
 """
@@ -15,13 +21,15 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass, field
-from typing import Any, Dict, FrozenSet, List, Mapping, Optional, Set, Tuple
+from typing import Any, Callable, Dict, FrozenSet, List, Mapping, Optional, Set, Tuple
 
 import torch
 from torch import Tensor, nn
 
 from sft.errors import CutError, UsageError
-from sft.graphs.split import Half, split
+from sft.graphs.half import Half
+from sft.graphs.split import Parts, split
+from sft.graphs.tied import Tied, find_tied, in_words, untie
 from sft.graphs.trace import Inputs, has_hooks, trace
 
 FACTORS = ("ffn1", "ffn2", "ffn3")
@@ -36,11 +44,12 @@ class GraphCut:
     layer_name: str
     split_rank: int
     inputs: Inputs
-    net_1: Mapping[FrozenSet[str], Half]
+    variants: Mapping[FrozenSet[str], Parts]
     """By the optional inputs that a call gives; those that cannot be given are missing."""
-    net_2: Half
-    dropped: Tuple[str, ...]
-    """The residual connection around the layer, in words, if there is one."""
+    refused: Mapping[FrozenSet[str], CutError]
+    """Why they are."""
+    tied: Tuple[Tied, ...]
+    """Parameters that net_1 and net_2 share, until the model is cut."""
     upper_names: FrozenSet[str] = field(default=frozenset())
     """Parameters and buffers of net_2 without the factors, by names in the whole model; buffers only if its
     `state_dict` has them."""
@@ -49,6 +58,11 @@ class GraphCut:
         """Where, and what is not computed any more."""
         without = f", without {' and '.join(self.dropped)}" if self.dropped else ""
         return f"{type(self.model).__name__} cut at '{self.layer_name}', rank {self.split_rank}{without}"
+
+    @property
+    def dropped(self) -> Tuple[str, ...]:
+        """The residual connection around the layer, in words, if there is one."""
+        return tuple(dict.fromkeys(what for parts in self.variants.values() for what in parts.dropped))
 
     @property
     def layer(self) -> nn.Linear:
@@ -64,11 +78,13 @@ class GraphCut:
         names = {f"{self.layer_name}.weight": weights}
         if self.layer.bias is not None:
             names[f"{self.layer_name}.bias"] = [f"{self.layer_name}.ffn3.bias"]
+        names.update({tied.names[0]: list(tied.names) for tied in self.tied})
         return names
 
     def upper_tensors(self) -> Dict[str, Tensor]:
         """The tensors of `upper_names`, which are the model's own."""
-        tensors: Dict[str, Tensor] = {**dict(self.model.named_buffers()), **dict(self.model.named_parameters())}
+        tensors: Dict[str, Tensor] = dict(self.model.named_buffers())
+        tensors.update(self.model.named_parameters(remove_duplicate=False))
         return {name: tensors[name] for name in sorted(self.upper_names)}
 
     def keep_net_1(self) -> nn.Linear:
@@ -77,13 +93,13 @@ class GraphCut:
         What neither half needs stays, too.
         """
         linear = self._factor(self.layer.in_features, self.split_rank, self.layer.weight)
-        lower: Set[int] = set()
-        constants: Dict[str, Tensor] = {}
-        for half in self.net_1.values():
-            lower |= half.owned(self.model)
-            constants.update(half.constants)
+        untie(self.model, self.tied)
+        halves = list(self.variants.values())
+        lower = _owned(self.model, [half for parts in halves for half in (parts.net_1, parts.tail)])
+        upper = _owned(self.model, [parts.net_2 for parts in halves])
+        constants = {name: tensor for parts in halves for name, tensor in parts.net_1.constants.items()}
         self._replace_layer({"ffn1": linear})
-        _remove(self.model, self.net_2.owned(self.model) - lower)
+        _remove(self.model, upper - lower)
         _add_constants(self.model, constants)
         return linear
 
@@ -92,28 +108,46 @@ class GraphCut:
         ffn_2 = self._factor(self.split_rank, self.split_rank, self.layer.weight)
         ffn_3 = self._factor(self.split_rank, self.layer.out_features, self.layer.weight, self.layer.bias)
         factors = {"ffn2": ffn_2, "ffn3": ffn_3}
-        kept = self.net_2.owned(self.model)
+        untie(self.model, self.tied)
+        halves = [parts.net_2 for parts in self.variants.values()]
+        kept = _owned(self.model, halves)
         holder = self._replace_layer(factors)
         _keep(self.model, kept | {id(module) for module in holder.modules()} | {id(p) for p in holder.parameters()})
-        _add_constants(self.model, self.net_2.constants)
+        _add_constants(self.model, {name: tensor for half in halves for name, tensor in half.constants.items()})
         return ffn_2, ffn_3
 
-    def run_net_1(self, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Tensor:
-        """The activation (..., R), with the model as it is after `keep_net_1`. Raises CutError for other arguments."""
+    def run(self, cross: Callable[[Tensor, int], Tensor], args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Any:
+        """What the model returns for these arguments, with the model as it is after `keep_net_1`.
+
+        `cross` gives what `run_net_2` does for an activation (..., R) and the number of a variant. Raises CutError for
+        arguments that the model was not cut for.
+        """
         given = self.inputs.bind(self.model, args, kwargs)
         optional = frozenset(given).difference(self.inputs.required)
-        half = self.net_1.get(optional)
-        if half is None:
-            which = " and ".join(sorted(optional)) or "no optional input"
-            raise CutError(
-                f"this {type(self.model).__name__} was cut for calls without {which}: they reach above the cut"
-            )
-        a: Tensor = half.run(self.model, **given)
-        return a
+        parts = self.variants.get(optional)
+        if parts is None:
+            which = f"with {' and '.join(sorted(optional))}" if optional else "without its optional arguments"
+            reason = self.refused.get(optional, "give fewer of them at once")
+            raise CutError(f"this {type(self.model).__name__} was not cut for calls {which}: {reason}")
+        a, stays = parts.net_1.run(self.model, **given)
+        return parts.tail.run(self.model, cross(a, self._number(parts)), *stays)
 
-    def run_net_2(self, a: Tensor) -> Any:
-        """The model's output, with the model as it is after `keep_net_2`. `a`: (..., R)."""
-        return self.net_2.run(self.model, a)
+    def run_net_2(self, a: Tensor, variant: int = 0) -> Any:
+        """One tensor as a rule, of `a` (..., R), with the model as it is after `keep_net_2`."""
+        return self._numbered()[variant].net_2.run(self.model, a)
+
+    def has_variant(self, variant: int) -> bool:
+        """Whether the model can be cut for calls of it; numbers are those of `pb.Activation`."""
+        return variant in self._numbered()
+
+    def _numbered(self) -> Dict[int, Parts]:
+        all_given = self.inputs.variants()
+        first = next(iter(self.variants.values()))  # also where it is not the one without optional inputs
+        return {0: first, **{all_given.index(given): parts for given, parts in self.variants.items()}}
+
+    def _number(self, parts: Parts) -> int:
+        """Of the first variant with the same net_2."""
+        return min(number for number, other in self._numbered().items() if parts.net_2.same_as(other.net_2))
 
     def _factor(self, columns: int, rows: int, like: Tensor, bias: Optional[Tensor] = None) -> nn.Linear:
         linear = nn.Linear(columns, rows, bias=bias is not None, device=like.device)
@@ -139,20 +173,21 @@ def cut(model: nn.Module, layer_name: str, split_rank: int) -> GraphCut:
     """
     layer = _check_layer(model, layer_name, split_rank)
     inputs = Inputs(model)
-    halves, refused = {}, []
+    variants: Dict[FrozenSet[str], Parts] = {}
+    refused: Dict[FrozenSet[str], CutError] = {}
+    tied: List[Tied] = []
     for given in inputs.variants():
         try:
-            halves[given] = split(model, layer_name, trace(model, layer_name, inputs, given))
+            parts = split(model, layer_name, trace(model, layer_name, inputs, given))
+            tied = find_tied(model, [*variants.values(), parts])
         except CutError as error:
-            refused.append(error)
-    if not halves:
-        raise refused[0]
-    first = next(iter(halves.values()))
-    # The cloud has one net_2, whatever inputs a call gives.
-    same = {given: one.net_1 for given, one in halves.items() if one.net_2.same_as(first.net_2)}
-    lower = set().union(*(half.owned(model) for half in same.values()))
-    upper_names = _check_shared(model, layer, lower, first.net_2.owned(model))
-    return GraphCut(model, layer_name, split_rank, inputs, same, first.net_2, first.dropped, upper_names)
+            refused[given] = error
+        else:
+            variants[given] = parts
+    if not variants:
+        raise next(iter(refused.values()))
+    upper_names = _upper_names(model, layer, [parts.net_2 for parts in variants.values()], tied)
+    return GraphCut(model, layer_name, split_rank, inputs, variants, refused, tuple(tied), upper_names)
 
 
 def _check_layer(model: nn.Module, name: str, split_rank: int) -> nn.Linear:
@@ -178,7 +213,7 @@ def _check_layer(model: nn.Module, name: str, split_rank: int) -> nn.Linear:
     for own in ("weight", "bias"):
         aliases = [n for n, p in model.named_parameters(remove_duplicate=False) if p is getattr(layer, own)]
         if len(aliases) > 1:
-            raise CutError(f"{_list(aliases)} are one parameter; a layer can be cut if its parameters are its own")
+            raise CutError(f"{in_words(aliases)} are one parameter; a layer can be cut if its parameters are its own")
     largest = min(layer.in_features, layer.out_features)
     if not 1 <= split_rank <= largest:
         raise CutError(f"split_rank is {split_rank}, but '{name}' has ranks 1 to {largest}; choose one")
@@ -191,24 +226,19 @@ def _check_layer(model: nn.Module, name: str, split_rank: int) -> nn.Linear:
     return layer
 
 
-def _check_shared(model: nn.Module, layer: nn.Linear, lower: Set[int], upper: Set[int]) -> FrozenSet[str]:
-    """Names of what is net_2's. Raises CutError when something is net_1's, too."""
-    for kind, named in (
-        ("parameter", model.named_parameters(remove_duplicate=False)),
-        ("buffer", model.named_buffers(remove_duplicate=False)),
-    ):
-        names: Dict[int, List[str]] = {}
-        for name, tensor in named:
-            if id(tensor) in lower and id(tensor) in upper:
-                names.setdefault(id(tensor), []).append(name)
-        for shared in names.values():
-            raise CutError(
-                f"both halves need the {kind} {_list(shared)}: give each its own copy, or cut where only one needs it"
-            )
+def _upper_names(model: nn.Module, layer: nn.Linear, halves: List[Half], tied: List[Tied]) -> FrozenSet[str]:
+    upper = _owned(model, halves)
     stored = set(model.state_dict(keep_vars=True))
     tensors: Dict[str, Tensor] = {**dict(model.named_buffers()), **dict(model.named_parameters())}
     own = {id(parameter) for parameter in layer.parameters()}
-    return frozenset(n for n, x in tensors.items() if id(x) in upper and id(x) not in own and n in stored)
+    names = {n for n, x in tensors.items() if id(x) in upper and id(x) not in own and n in stored}
+    for one in tied:
+        names = {*names.difference(one.names), one.upper[0]}
+    return frozenset(names)
+
+
+def _owned(model: nn.Module, halves: List[Half]) -> Set[int]:
+    return set().union(*(half.owned(model) for half in halves))
 
 
 def _remove(module: nn.Module, doomed: Set[int]) -> None:
@@ -240,9 +270,4 @@ def _add_constants(model: nn.Module, constants: Mapping[str, Tensor]) -> None:
 
 def _near(name: str, linears: List[str]) -> str:
     near = difflib.get_close_matches(name, linears, n=3, cutoff=0.4) or linears[:3]
-    return f"it has {len(linears)} nn.Linear layers, such as {_list(near)}"
-
-
-def _list(names: List[str]) -> str:
-    quoted = [f"'{name}'" for name in names]
-    return quoted[0] if len(quoted) == 1 else f"{', '.join(quoted[:-1])} and {quoted[-1]}"
+    return f"it has {len(linears)} nn.Linear layers, such as {in_words(near)}"

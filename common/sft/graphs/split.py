@@ -1,25 +1,26 @@
-"""A traced graph in two: what leads to one layer, and what comes after it."""
+"""A traced graph in three: what leads to one layer, what comes after it, and what is done with that on the edge again.
+
+    net_1 (edge)                      net_2 (cloud)                   tail (edge)
+    all that leads to the layer  -->  from the layer to one value --> what the model returns, of that value and
+                                                                      of what stayed below the layer, such as targets
+
+The tail has no modules with parameters. It begins as late as it can: of a model that returns one tensor of net_2's, it
+is that tensor.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import linecache
 import operator
-from dataclasses import dataclass
-from typing import Any, Callable, Dict, FrozenSet, List, Mapping, NamedTuple, Optional, Set, Tuple
+from typing import Dict, FrozenSet, List, NamedTuple, Optional, Set, Tuple
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from sft.errors import CutError
-from sft.graphs.trace import Traced, attribute_of, describe, function_of
+from sft.graphs.half import Half, make_half
+from sft.graphs.nodes import ancestors, asserts, changes, is_addition, is_in_place, is_size, needed, where
+from sft.graphs.trace import Traced, describe, function_of
 
-_ADDITIONS = (operator.add, operator.iadd, torch.add)
-_IN_PLACE = (
-    operator.setitem, operator.iadd, operator.iand, operator.ifloordiv, operator.ilshift, operator.imatmul,
-    operator.imod, operator.imul, operator.ior, operator.ipow, operator.irshift, operator.isub, operator.itruediv,
-    operator.ixor,
-)  # fmt: skip
 _KEEPING_FUNCTIONS = (
     nn.functional.dropout, nn.functional.alpha_dropout, torch.dropout, torch.flatten, torch.permute, torch.reshape,
     torch.squeeze, torch.transpose, torch.unsqueeze,
@@ -31,57 +32,40 @@ _KEEPING_MODULES = (nn.Identity, nn.Dropout, nn.AlphaDropout, nn.Dropout1d, nn.D
 _KEEPING_NAMES = ("DropPath", "StochasticDepth")
 """What may stand between a layer and the addition that closes its block."""
 
-_SIZES = ("dim", "numel", "size", "stride")
+
+_NO_TENSOR = (
+    "argmax", "argmin", "chunk", "hsplit", "max", "min", "sort", "split", "tensor_split", "topk", "unbind", "vsplit",
+)  # fmt: skip
+"""What may give several tensors, or integers, that do not cross."""
 
 
-@dataclass(frozen=True)
-class Half:
-    """What one side runs, on whatever is left of the module, and what it needs of it."""
-
-    forwards: Mapping[bool, Callable[..., Any]]
-    """By `training`; called with the module and the inputs."""
-    code: Mapping[bool, str]
-    modules: FrozenSet[str]
-    tensors: FrozenSet[str]
-    """Parameters and buffers that are used directly."""
-    constants: Dict[str, Tensor]
-
-    def run(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """The forward pass, in the mode that the module is in."""
-        return self.forwards[model.training](model, *args, **kwargs)
-
-    def same_as(self, other: Half) -> bool:
-        """Whether both compute the same."""
-        return self.code == other.code
-
-    def owned(self, model: nn.Module) -> Set[int]:
-        """Ids of the parameters and buffers that it needs, and of the modules that hold them."""
-        owned = {id(attribute_of(model, name)) for name in self.tensors}
-        for name in self.modules:
-            for one in model.get_submodule(name).modules():
-                owned.add(id(one))
-                owned |= {id(x) for x in (*one._parameters.values(), *one._buffers.values()) if x is not None}
-        return owned
-
-
-class Halves(NamedTuple):
-    """Both, and which residual connections were dropped."""
+class Parts(NamedTuple):
+    """What the sides run, and which residual connections were dropped."""
 
     net_1: Half
+    """Of the inputs: the activation (..., R), and a list of what stays for the tail."""
+
     net_2: Half
+    """Of the activation: one tensor."""
+
+    tail: Half
+    """Of that tensor, and of all in the list: what the model returns."""
+
     dropped: Tuple[str, ...]
 
 
-def split(model: nn.Module, layer_name: str, traced: Traced) -> Halves:
-    """Splits a model's graph at its layer. Raises CutError when more than the activation would have to cross."""
+def split(model: nn.Module, layer_name: str, traced: Traced) -> Parts:
+    """Splits a model's graph at its layer. Raises CutError when more than one tensor would have to cross."""
     parts = {training: _Splitter(model, graph, layer_name) for training, graph in traced.graphs.items()}
     lower = {training: part.lower() for training, part in parts.items()}
     upper = {training: part.upper() for training, part in parts.items()}
+    tails = {training: part.tail() for training, part in parts.items()}
     for part in parts.values():
         part.check_nothing_lost()
-    return Halves(
-        _half(lower, layer_name, traced.constants),
-        _half(upper, layer_name, traced.constants),
+    return Parts(
+        make_half(lower, layer_name, traced.constants),
+        make_half(upper, layer_name, traced.constants),
+        make_half(tails, layer_name, traced.constants),
         tuple(dict.fromkeys(what for part in parts.values() for what in part.dropped)),
     )
 
@@ -103,63 +87,144 @@ class _Splitter:
             if node is self._cut or any(one in self._above for one in node.all_input_nodes):
                 self._above.add(node)
         self._output = next(node for node in graph.nodes if node.op == "output")
-        self._kept: Set[fx.Node] = set()  # by either half
         self._residual = self._find_residual()
+        self._order = {node: place for place, node in enumerate(graph.nodes)}
+        self._upper = [node for node in graph.nodes if node in self._above and node is not self._output]
+        self._foreign: Set[fx.Node] = set()  # above, but not to be had of the activation alone
+        for node in self._upper:
+            if node is not self._cut and any(one in self._foreign or self._stays(one) for one in self._sources(node)):
+                self._foreign.add(node)
+        self._crosses = self._find_crossing()
+        self._cloud = self._needed_for(self._crosses)
+        self._tail = self._tail_after(self._crosses, self._cloud)
+        ends = [self._output, *sorted(self._tail, key=self._order.__getitem__)]
+        below = (one for node in ends for one in self._sources(node) if one not in self._above)
+        self._stay = list(dict.fromkeys(below))
+        self._kept = self._cloud | self._tail  # by any part
         self.dropped: List[str] = []
 
     def lower(self) -> fx.Graph:
-        """From the inputs to the activation."""
+        """From the inputs to the activation, and to what stays."""
         (x,) = self._cut.all_input_nodes
-        nodes = list(self._graph.nodes)
-        below = [node for node in nodes[: nodes.index(self._cut)] if node not in self._above]
-        wanted = _needed({x, *filter(_asserts, below)}, below, lambda node: node.all_input_nodes)
+        below = [node for node in self._graph.nodes if node not in self._above and node is not self._output]
+        wanted = needed({x, *self._stay, *filter(asserts, below)}, below, lambda node: node.all_input_nodes)
         self._kept |= wanted
         graph = fx.Graph()
         copies: Dict[fx.Node, fx.Node] = {}
-        for node in below:
-            if node in wanted or node.op == "placeholder":
+        for node in self._graph.nodes:
+            if node is self._cut:
+                copies[node] = graph.call_module(f"{self._name}.ffn1", (copies[x],))
+            elif node in wanted or node.op == "placeholder":
                 copies[node] = graph.node_copy(node, lambda one: copies[one])
-        graph.output(graph.call_module(f"{self._name}.ffn1", (copies[x],)))
+        graph.output((copies[self._cut], [copies[one] for one in self._stay]))
         return graph
 
     def upper(self) -> fx.Graph:
-        """From the activation to the output."""
-        y = self._output.args[0]
-        if not isinstance(y, fx.Node) or y not in self._above:
-            kind = type(y).__name__.replace("immutable_", "")  # fx's own lists and dicts
-            what = f"{describe(y)}, which comes from below it" if isinstance(y, fx.Node) else f"a {kind}"
-            raise CutError(
-                f"'{self._name}' cannot be cut: the model has to return one tensor, computed from that layer's output "
-                f"without changing others in place; it returns {what}"
-            )
-        above = [node for node in self._graph.nodes if node in self._above and node is not self._output]
-        wanted = _needed({y, *filter(_asserts, above)}, above, self._needs)
-        self._kept |= wanted
+        """From the activation to what crosses back."""
         graph = fx.Graph()
         copies: Dict[fx.Node, fx.Node] = {}
         activation = graph.placeholder("activation")
         middle = graph.call_module(f"{self._name}.ffn2", (activation,))
         copies[self._cut] = graph.call_module(f"{self._name}.ffn3", (middle,))
+        self._copy(self._cloud, graph, copies)
+        graph.output(copies[self._crosses])
+        return graph
 
+    def tail(self) -> fx.Graph:
+        """From what crosses back, and what stays, to the output."""
+        graph = fx.Graph()
+        copies = {node: graph.placeholder(name) for node, name in [(self._crosses, "crosses")]}
+        copies.update({node: graph.placeholder(f"stays_{index}") for index, node in enumerate(self._stay)})
+        self._copy(self._tail, graph, copies)
+        graph.output(fx.node.map_arg(self._output.args[0], lambda one: copies[one]))
+        return graph
+
+    def _copy(self, nodes: Set[fx.Node], graph: fx.Graph, copies: Dict[fx.Node, fx.Node]) -> None:
         def value(node: fx.Node) -> fx.Node:
-            if node not in copies:
-                if self._inputs[node]:
-                    raise self._crossing(node)
+            if node not in copies:  # a parameter, or what is computed of one
                 copies[node] = graph.node_copy(node, value)
             return copies[node]
 
-        for node in above:
-            if node is self._cut or node not in wanted:
+        for node in self._upper:
+            if node not in nodes or node in copies:
                 continue
             if self._residual is not None and self._residual[0] is node:
-                residual = self._residual[1]
-                (kept,) = (one for one in node.all_input_nodes if one is not residual)
+                (kept,) = self._sources(node)
                 copies[node] = value(kept)
-                self.dropped.append(f"{describe(residual)}, added in {_where(node)}")
+                self.dropped.append(f"{describe(self._residual[1])}, added in {where(node)}")
             else:
                 copies[node] = graph.node_copy(node, value)
-        graph.output(copies[y])
-        return graph
+
+    def _find_crossing(self) -> fx.Node:
+        """The last value that all that is returned can be computed from without parameters, but for what stays."""
+        ends = {one for one in self._output.all_input_nodes if one in self._above}
+        if not ends:
+            returned = ", ".join(describe(one) for one in self._output.all_input_nodes) or "no tensor"
+            raise CutError(
+                f"'{self._name}' cannot be cut: the model has to return something that is computed from that layer's "
+                f"output without changing others in place; it returns {returned}, which comes from below it"
+            )
+        wanted = needed({*ends, *filter(asserts, self._upper)}, self._upper, self._needs)
+        node: fx.Node
+        for node in reversed(self._upper):
+            if node in wanted and node not in self._foreign and self._may_cross(node):
+                cloud = self._needed_for(node)
+                tail = self._tail_after(node, cloud)
+                if self._cut not in tail and self._fit(cloud, tail):
+                    return node
+        for node in self._upper:
+            if node in wanted and node in self._foreign and self._has_parameters(node):
+                raise self._crossing(self._first_that_stays(node))
+        raise CutError(
+            f"'{self._name}' cannot be cut: what the model returns ({', '.join(map(describe, self._returned(ends)))}) "
+            "needs several tensors of the cloud, and one comes back: return one, or join them by torch.cat and return "
+            "parts of that, or cut at a later layer"
+        )
+
+    def _needed_for(self, crosses: fx.Node) -> Set[fx.Node]:
+        """Of the nodes above, what the cloud has to run."""
+        own = [node for node in self._upper if node not in self._foreign]
+        return needed({crosses, *filter(asserts, own)}, own, self._needs)
+
+    def _tail_after(self, crosses: fx.Node, cloud: Set[fx.Node]) -> Set[fx.Node]:
+        """Of the nodes above, what the edge has to run; with the layer where that does not suffice."""
+        ends = {one for one in self._output.all_input_nodes if one in self._above}
+        ends.update(node for node in filter(asserts, self._upper) if node in self._foreign)
+        others = [node for node in self._upper if node not in cloud]
+        return needed(ends, others, lambda node: [] if node is crosses else self._needs(node)) - {crosses}
+
+    def _fit(self, cloud: Set[fx.Node], tail: Set[fx.Node]) -> bool:
+        """Whether the edge can run the tail after all that the cloud runs."""
+        first = min((self._order[node] for node in tail), default=len(self._order))
+        too_late = any(is_in_place(node) and self._order[node] >= first for node in cloud)
+        changed = [changes(node) for node in tail if is_in_place(node)]
+        below = any(one is not None and one not in self._above for one in changed)  # its users do not wait
+        return not too_late and not below and not any(map(self._has_parameters, tail))
+
+    def _may_cross(self, node: fx.Node) -> bool:
+        """Whether it can be one tensor, as far as its name tells."""
+        if node.op == "call_module":
+            return True
+        if isinstance(node.target, type):  # the class of what the model returns
+            return False
+        return not (is_size(node) or asserts(node) or function_of(node).rpartition(".")[2] in _NO_TENSOR)
+
+    def _has_parameters(self, node: fx.Node) -> bool:
+        return node.op == "call_module" and any(True for _ in self._model.get_submodule(str(node.target)).parameters())
+
+    def _stays(self, node: fx.Node) -> bool:
+        """Whether a value is computed from the inputs without the layer."""
+        return node not in self._above and bool(self._inputs[node])
+
+    def _first_that_stays(self, node: fx.Node) -> fx.Node:
+        """The value from below that a foreign node needs first."""
+        above = needed({node}, [], self._needs)
+        first = min(above & self._foreign, key=self._order.__getitem__)
+        source: fx.Node = next(one for one in self._sources(first) if self._stays(one))
+        return source
+
+    def _returned(self, ends: Set[fx.Node]) -> List[fx.Node]:
+        return sorted(ends, key=self._order.__getitem__)
 
     def check_nothing_lost(self) -> None:
         """Raises CutError when something is in neither half that may be there for what it changes."""
@@ -169,8 +234,8 @@ class _Splitter:
             module = self._model.get_submodule(str(node.target)) if node.op == "call_module" else None
             if module is not None and not node.users:
                 what = f"the model calls '{node.target}' without using what it returns"
-            elif _is_in_place(node) or getattr(module, "inplace", False):
-                what = f"{_where(node)} changes a part of a value, or what no half returns, in place"
+            elif is_in_place(node) or getattr(module, "inplace", False):
+                what = f"{where(node)} changes a part of a value, or what no half returns, in place"
             else:
                 continue
             raise CutError(
@@ -195,16 +260,20 @@ class _Splitter:
             raise CutError(f"'{self._name}' cannot be cut: nothing that is computed goes into it")
         return call
 
-    def _needs(self, node: fx.Node) -> List[fx.Node]:
+    def _sources(self, node: fx.Node) -> List[fx.Node]:
+        """What goes into a node, without the residual connection."""
         residual = self._residual[1] if self._residual is not None and self._residual[0] is node else None
-        return [one for one in node.all_input_nodes if one in self._above and one is not residual]
+        return [one for one in node.all_input_nodes if one is not residual]
+
+    def _needs(self, node: fx.Node) -> List[fx.Node]:
+        return [] if node is self._cut else [one for one in self._sources(node) if one in self._above]
 
     def _find_residual(self) -> Optional[Tuple[fx.Node, fx.Node]]:
         """The addition that closes the block of the layer, and what it adds that comes around the layer."""
         value = self._cut
         while len(value.users) == 1:
             (user,) = value.users
-            if not _is_addition(user):
+            if not is_addition(user):
                 if user.args[:1] != (value,) or not self._keeps(user):
                     return None
                 value = user
@@ -228,7 +297,7 @@ class _Splitter:
         """Whether the layer's input is computed from this value, and but for masks and sizes from nothing else."""
         while node.op != "placeholder" and node.args and self._keeps(node):
             node = node.all_input_nodes[0]
-        if node in self._above or not self._inputs[node] or _is_size(node):
+        if node in self._above or not self._inputs[node] or is_size(node):
             return False
         from_it, seen = {node}, {node}
         beside: Set[fx.Node] = set()
@@ -243,13 +312,13 @@ class _Splitter:
                 (from_it if any(i in from_it for i in one.all_input_nodes) else beside).add(one)
         if self._cut.all_input_nodes[0] not in from_it:
             return False
-        if any(one.op == "call_module" for one in _ancestors(node)):
+        if any(one.op == "call_module" for one in ancestors(node)):
             return not any(one.op == "call_module" and self._inputs[one] for one in beside)
         return not any(one.op == "placeholder" for one in beside)
 
     def _crossing(self, node: fx.Node) -> CutError:
         users = [user for user in node.users if user in self._above]
-        where = _where(users[0]) if users else "the part above"
+        place = where(users[0]) if users else "the part above"
         what = describe(node)
         if node.op == "placeholder":
             advice = "cut higher, where only layers below need it"
@@ -257,94 +326,9 @@ class _Splitter:
             advice = "take sizes from a value that comes after the layer, or cut elsewhere"
         else:
             advice = "cut elsewhere, or compute it from what comes after the layer"
-        if users and _is_addition(users[0]):
+        if users and is_addition(users[0]):
             advice += " (what is added is dropped only where it is the residual connection around this very layer)"
         return CutError(
-            f"{what} is used above the cut at '{self._name}', in {where}, but only the layer's output crosses to the "
+            f"{what} is used above the cut at '{self._name}', in {place}, but only the layer's output crosses to the "
             f"cloud: {advice}"
         )
-
-
-def _half(graphs: Mapping[bool, fx.Graph], layer_name: str, constants: Mapping[str, Tensor]) -> Half:
-    modules: Set[str] = set()
-    tensors: Set[str] = set()
-    for node in (node for graph in graphs.values() for node in graph.nodes):
-        target = str(node.target)
-        if node.op == "call_module" and not target.startswith(f"{layer_name}."):
-            modules.add(target)
-        elif node.op == "get_attr":
-            tensors.add(target)
-    code = {training: graph.python_code("self") for training, graph in graphs.items()}
-    return Half(
-        {training: _compile(one.src, one.globals, layer_name) for training, one in code.items()},
-        {training: one.src for training, one in code.items()},
-        frozenset(modules),
-        frozenset(tensors.difference(constants)),
-        {name: tensor for name, tensor in constants.items() if name in tensors},
-    )
-
-
-def _compile(source: str, names: Mapping[str, Any], layer_name: str) -> Callable[..., Any]:
-    file = f"<half of a model cut at {layer_name}, {hashlib.sha256(source.encode()).hexdigest()[:8]}>"
-    linecache.cache[file] = (len(source), None, source.splitlines(True), file)  # for tracebacks
-    namespace = dict(names)
-    exec(compile(source, file, "exec"), namespace)  # nosec B102 # torch.fx wrote it, of the script's own model
-    forward: Callable[..., Any] = namespace["forward"]
-    return forward
-
-
-def _needed(ends: Set[fx.Node], nodes: List[fx.Node], needs: Callable[[fx.Node], List[fx.Node]]) -> Set[fx.Node]:
-    """What must run for `ends`, of `nodes`: what they are computed from, and what changes that in place."""
-    wanted: Set[fx.Node] = set()
-    waiting = list(ends)
-    while waiting:
-        while waiting:
-            node = waiting.pop()
-            if node not in wanted:
-                wanted.add(node)
-                waiting.extend(needs(node))
-        waiting = [node for node in nodes if node not in wanted and _changes(node) in wanted]
-    return wanted
-
-
-def _changes(node: fx.Node) -> Optional[fx.Node]:
-    """What a node changes in place."""
-    if not _is_in_place(node):
-        return None
-    changed = node.kwargs.get("out", node.args[0] if node.args else node.kwargs.get("input"))
-    return changed if isinstance(changed, fx.Node) else None
-
-
-def _is_in_place(node: fx.Node) -> bool:
-    if node.op not in ("call_method", "call_function"):
-        return False
-    name = str(node.target if node.op == "call_method" else getattr(node.target, "__name__", ""))
-    by_name = name.endswith("_") and not name.endswith("__")
-    return by_name or node.target in _IN_PLACE or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
-
-
-def _is_addition(node: fx.Node) -> bool:
-    """Of two values as they are."""
-    is_addition = node.op == "call_function" and node.target in _ADDITIONS
-    is_addition |= node.op == "call_method" and node.target in ("add", "add_")
-    return is_addition and len(node.args) == 2 and len(node.all_input_nodes) == 2 and not node.kwargs
-
-
-def _is_size(node: fx.Node) -> bool:
-    if node.op == "call_method":
-        return node.target in _SIZES
-    if node.target is operator.getitem:
-        return _is_size(node.all_input_nodes[0])
-    return node.target is getattr
-
-
-def _asserts(node: fx.Node) -> bool:
-    return node.op == "call_function" and node.target is torch._assert
-
-
-def _ancestors(node: fx.Node) -> Set[fx.Node]:
-    return _needed({node}, [], lambda one: one.all_input_nodes)
-
-
-def _where(node: fx.Node) -> str:
-    return f"'{node.target}'" if node.op == "call_module" else f"'{node.name}' ({function_of(node)})"

@@ -7,6 +7,7 @@ of modules on the way to the layer have to be traceable by torch.fx.
 from __future__ import annotations
 
 import ast
+import dataclasses
 import hashlib
 import inspect
 import itertools
@@ -227,6 +228,13 @@ class _Tracer(fx.Tracer):
                 "layer: put it, with the `with` statement, into a module of its own that does not contain the layer"
             )
         return node
+
+    def create_arg(self, a: Any) -> Any:
+        """The library's output classes are dictionaries, of which fx keeps no more than that."""
+        if isinstance(a, dict) and dataclasses.is_dataclass(a):
+            fields = {name: self.create_arg(value) for name, value in a.items()}
+            return self.create_node("call_function", type(a), (), fields)
+        return super().create_arg(a)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """A stand-in for a tensor."""

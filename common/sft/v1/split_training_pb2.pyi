@@ -184,7 +184,7 @@ class CheckpointId(_message.Message):
     def __init__(self, step: _Optional[int] = ..., sha256: _Optional[str] = ...) -> None: ...
 
 class OpenSessionResponse(_message.Message):
-    __slots__ = ("session_id", "missing_blobs", "package_version", "device", "next_step", "session_timeout_seconds", "codecs", "keeps_activations", "kept", "takes_detach", "takes_ahead")
+    __slots__ = ("session_id", "missing_blobs", "package_version", "device", "next_step", "session_timeout_seconds", "codecs", "keeps_activations", "kept", "takes_detach", "takes_ahead", "takes_variants")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     MISSING_BLOBS_FIELD_NUMBER: _ClassVar[int]
     PACKAGE_VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -196,6 +196,7 @@ class OpenSessionResponse(_message.Message):
     KEPT_FIELD_NUMBER: _ClassVar[int]
     TAKES_DETACH_FIELD_NUMBER: _ClassVar[int]
     TAKES_AHEAD_FIELD_NUMBER: _ClassVar[int]
+    TAKES_VARIANTS_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     missing_blobs: _containers.RepeatedScalarFieldContainer[str]
     package_version: str
@@ -207,7 +208,8 @@ class OpenSessionResponse(_message.Message):
     kept: int
     takes_detach: bool
     takes_ahead: bool
-    def __init__(self, session_id: _Optional[str] = ..., missing_blobs: _Optional[_Iterable[str]] = ..., package_version: _Optional[str] = ..., device: _Optional[str] = ..., next_step: _Optional[int] = ..., session_timeout_seconds: _Optional[float] = ..., codecs: _Optional[_Iterable[_Union[DataType, str]]] = ..., keeps_activations: bool = ..., kept: _Optional[int] = ..., takes_detach: bool = ..., takes_ahead: bool = ...) -> None: ...
+    takes_variants: bool
+    def __init__(self, session_id: _Optional[str] = ..., missing_blobs: _Optional[_Iterable[str]] = ..., package_version: _Optional[str] = ..., device: _Optional[str] = ..., next_step: _Optional[int] = ..., session_timeout_seconds: _Optional[float] = ..., codecs: _Optional[_Iterable[_Union[DataType, str]]] = ..., keeps_activations: bool = ..., kept: _Optional[int] = ..., takes_detach: bool = ..., takes_ahead: bool = ..., takes_variants: bool = ...) -> None: ...
 
 class UploadBlobRequest(_message.Message):
     __slots__ = ("sha256", "total_bytes", "data")
@@ -276,18 +278,20 @@ class Labels(_message.Message):
     def __init__(self, classes: _Optional[_Union[Labels.Classes, _Mapping]] = ..., values: _Optional[_Union[Labels.Values, _Mapping]] = ..., spans: _Optional[_Union[Labels.Spans, _Mapping]] = ..., tokens: _Optional[_Union[Labels.Tokens, _Mapping]] = ...) -> None: ...
 
 class Activation(_message.Message):
-    __slots__ = ("packed", "lengths", "padded_length", "keep", "kept")
+    __slots__ = ("packed", "lengths", "padded_length", "keep", "kept", "variant")
     PACKED_FIELD_NUMBER: _ClassVar[int]
     LENGTHS_FIELD_NUMBER: _ClassVar[int]
     PADDED_LENGTH_FIELD_NUMBER: _ClassVar[int]
     KEEP_FIELD_NUMBER: _ClassVar[int]
     KEPT_FIELD_NUMBER: _ClassVar[int]
+    VARIANT_FIELD_NUMBER: _ClassVar[int]
     packed: Tensor
     lengths: _containers.RepeatedScalarFieldContainer[int]
     padded_length: int
     keep: _containers.RepeatedScalarFieldContainer[int]
     kept: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, packed: _Optional[_Union[Tensor, _Mapping]] = ..., lengths: _Optional[_Iterable[int]] = ..., padded_length: _Optional[int] = ..., keep: _Optional[_Iterable[int]] = ..., kept: _Optional[_Iterable[int]] = ...) -> None: ...
+    variant: int
+    def __init__(self, packed: _Optional[_Union[Tensor, _Mapping]] = ..., lengths: _Optional[_Iterable[int]] = ..., padded_length: _Optional[int] = ..., keep: _Optional[_Iterable[int]] = ..., kept: _Optional[_Iterable[int]] = ..., variant: _Optional[int] = ...) -> None: ...
 
 class Attach(_message.Message):
     __slots__ = ("session_id",)

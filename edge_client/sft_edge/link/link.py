@@ -59,6 +59,8 @@ class Link:
         """Whether the cloud goes on without its edge; known once the link is open."""
         self.takes_ahead = False
         """Whether the cloud knows what that means, and a commit's `max_grad_norm`; known once the link is open."""
+        self.takes_variants = False
+        """Whether the cloud knows `Activation.variant`; known once the link is open."""
         self._held = pb.EdgeMessage()  # weights, commit and gradient_scale of the next message
         self._step = 0  # that weights and gradients belong to now
         self._without_body = 0  # messages of that step
@@ -98,6 +100,7 @@ class Link:
             raise
         self._session_id = response.session_id
         self.takes_ahead, self.takes_detach = response.takes_ahead, response.takes_detach
+        self.takes_variants = response.takes_variants
         self._step = response.next_step
         self._stream.begin(response.session_id)
         self._blobs = {}  # what they read from may be half a model, and whoever offered it may have let go of it

@@ -65,9 +65,15 @@ class LinkCross(Cross):
         labels: Optional[pb.Labels] = None,
         want_outputs: bool = True,
         scored: Optional[pb.Labels] = None,
+        variant: int = 0,
     ) -> Crossed:
         """See Cross."""
-        packed = Activation(activation, lengths, padded_length)
+        if variant and not self.link.takes_variants:
+            raise UsageError(
+                "the cloud's release takes one set of this model's optional arguments: call it always with those, or "
+                "without all of them, or update the cloud"
+            )
+        packed = Activation(activation, lengths, padded_length, variant=variant)
         if not torch.is_grad_enabled() and not training:
             return self._evaluate(packed, autocast_type(activation.device), labels, scored)
 

@@ -56,13 +56,16 @@ class Cross(ABC):
         labels: Optional[pb.Labels] = None,
         want_outputs: bool = True,
         scored: Optional[pb.Labels] = None,
+        variant: int = 0,
     ) -> Crossed:
         """Runs net_2 on an activation.
 
         `activation`: what `pb.Activation.packed` holds: (T, R) with the `lengths` of B sequences, padding left out
         (`sft.wire.codec.packing.pack`), or any shape (..., R) without lengths. `training`: with dropout. `labels`:
         only where gradients are enabled; they travel, and the loss comes back. `scored`: labels that travel, too, and
-        the outputs are their (T, 3) scores, see `pb.Forward`.
+        the outputs are their (T, 3) scores, see `pb.Forward`. `variant`: as `pb.Activation` has it.
+
+        Raises UsageError for a variant that the cloud's release does not know.
 
         Raises LinkError when the cloud or the way to it fails.
         """

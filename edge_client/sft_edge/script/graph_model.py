@@ -5,7 +5,8 @@ Labels always stay on the edge: the loss is the script's own.
 
 from __future__ import annotations
 
-from typing import Any, Dict, List
+import logging
+from typing import Any, Dict, List, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -16,6 +17,8 @@ from sft.tensors.stream import StoredTensor, in_memory
 from sft.wire.cut import layer_cut_to_proto
 from sft_edge.script.cut_model import Cross, CutModel
 from sft_edge.script.forward import replace_forward
+
+_log = logging.getLogger("sft_edge")
 
 
 class GraphModel(CutModel):
@@ -46,7 +49,7 @@ class GraphModel(CutModel):
         self.cloud_factors: List[StoredTensor] = list(in_memory(cloud))
         self.cloud_tensors: List[StoredTensor] = list(in_memory(self._cut.upper_tensors()))
         self.cloud_names = sorted([*cloud, *self._cut.upper_names])
-        self.factor_names = self._cut.factor_names
+        self.factor_names: Mapping[str, Sequence[str]] = self._cut.factor_names
 
     def request_fields(self) -> Dict[str, Any]:
         """See CutModel."""
@@ -60,11 +63,17 @@ class GraphModel(CutModel):
         """See CutModel."""
         ffn_1 = self._cut.keep_net_1()
         ffn_1.weight.data.copy_(self._u_FR.T)
+        for tied in self._cut.tied:
+            _log.warning("%s", tied)
         self.cloud_tensors, self.cloud_factors = [], []  # what the model does not hold any more nobody shall
 
         def forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            activation = self._cut.run_net_1(args, kwargs)
-            return cross(activation, training=model.training).outputs
+            def there_and_back(activation: Tensor, variant: int) -> Tensor:
+                outputs = cross(activation, training=model.training, variant=variant).outputs
+                assert outputs is not None  # labels stay
+                return outputs
+
+            return self._cut.run(there_and_back, args, kwargs)
 
         replace_forward(self._model, forward)
         return dict(self._model.named_parameters())

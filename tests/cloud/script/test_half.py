@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.own_models import Gpt, V
 from torch import nn
 
 from sft.errors import ProtocolError
@@ -75,6 +76,23 @@ def test_gradients_and_labels_that_make_no_sense(half: UpperHalf) -> None:
         half.decode_labels(pb.Labels(classes=pb.Labels.Classes(ids=[1, 2])), given)
     with pytest.raises(ProtocolError, match="computed on the edge"):
         half.loss(outputs, {}, given)
+
+
+def test_variants_of_a_models_arguments() -> None:
+    model = Gpt()
+    host = GraphHost(model, "body.layers.1.feed.down", R, "none")
+    cut = pb.Cut(mode=pb.MODE_SFT, layer_name="body.layers.1.feed.down", split_rank=R, residual=pb.RESIDUAL_NONE)
+    half = host.make_half(pb.OpenSessionRequest(cut=cut, wire_data_type=pb.DATA_TYPE_FLOAT32))
+    message = activation(B, S, R)
+    assert half.outputs(half.decode(message)).shape == (B, 1, V), "without targets, as an older edge calls it"
+    small = half.training_bytes(message)
+    message.variant = 1
+    assert half.training_bytes(message) == 8 * B * S * R, "nothing is known of it yet"
+    assert half.outputs(half.decode(message)).shape == (B, S, V)
+    assert half.training_bytes(message) > small
+    message.variant = 2
+    with pytest.raises(ProtocolError, match=r"has no variant 2 of its arguments; run the same script on both sides"):
+        half.decode(message)
 
 
 def test_dropout_follows_the_mode(half: UpperHalf) -> None:

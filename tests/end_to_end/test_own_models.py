@@ -1,0 +1,141 @@
+"""Models that return more than one tensor, or have tied weights, train split as they do on one machine."""
+
+from __future__ import annotations
+
+import io
+import logging
+from typing import Any
+
+import pytest
+import torch
+from support.hosting_script import ScriptCloud
+from support.own_models import B, Gpt, S, V, Vae, tokens, whole_model
+from torch import nn
+from torch.nn import functional
+
+from sft import SFTOptimizer
+
+AT, RANK, STEPS = "body.layers.1.feed.down", 3, 4
+
+
+def two_groups(model: nn.Module) -> torch.optim.Optimizer:
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
+    others = [parameter for parameter in model.parameters() if parameter.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=1e-2, eps=1e-3)
+
+
+def seeded(make: Any = Gpt, **options: Any) -> Any:
+    torch.manual_seed(0)
+    return make(**options)
+
+
+def host(model: nn.Module, at: str = AT) -> ScriptCloud:
+    return ScriptCloud(model, two_groups(model), split_at=at, split_rank=RANK)
+
+
+def wrap(model: nn.Module, cloud: ScriptCloud, at: str = AT) -> SFTOptimizer:
+    return SFTOptimizer(two_groups(model), role="edge", model=model, server=cloud.address, split_at=at, split_rank=RANK)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, first: int = 0, last: int = STEPS) -> list[torch.Tensor]:
+    """Clipped, and in every step two micro-batches and an evaluation: all that comes out."""
+    data, told = tokens(2 * last), []
+    for step in range(2 * first, 2 * last):
+        ids, targets = data["ids"][step], data["targets"][step]
+        logits, loss = model(ids, targets)
+        assert logits.shape == (B, S, V)
+        (loss / 2).backward()
+        told += [loss.detach(), logits.detach()]
+        if step % 2:
+            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            model.eval()
+            with torch.no_grad():
+                logits, loss = model(ids, targets=targets)
+                told += [logits, loss]
+                logits, nothing = model(ids[:, : S - 1])
+                assert nothing is None
+                told.append(logits)
+            model.train()
+    return told
+
+
+def assert_close(one: Any, other: Any) -> None:
+    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def assert_same_state(model: nn.Module, whole: nn.Module) -> None:
+    state, expected = model.state_dict(), whole.state_dict()
+    assert state.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(state[name], tensor, rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("options", [{}, {"shortens": False, "is_tied": False}], ids=["last, tied", "all, untied"])
+def test_a_language_model_that_returns_logits_and_loss(options: Any, caplog: pytest.LogCaptureFixture) -> None:
+    whole = whole_model(seeded(**options), AT, RANK)
+    expected = train(whole, two_groups(whole))
+    model = seeded(**options)
+    caplog.set_level(logging.INFO, "sft_edge")
+    with host(seeded(**options)) as cloud, wrap(model, cloud) as optimizer:
+        assert_close(train(model, optimizer), expected)
+        assert_same_state(model, whole)
+        assert cloud.model.state_dict().keys() < whole.state_dict().keys()
+    told = "'head.weight' is trained apart from 'body.tokens.weight', of which it begins as a copy"
+    assert [record.message for record in caplog.records].count(told) == (0 if options else 1)
+
+
+def test_a_run_goes_on_in_another_session() -> None:
+    """A checkpoint's weights are loaded once the model is cut; they are those of both halves."""
+    whole = whole_model(seeded(), AT, RANK)
+    expected = train(whole, two_groups(whole))
+    model, saved = seeded(), io.BytesIO()
+    with host(seeded()) as cloud, wrap(model, cloud) as optimizer:
+        told = train(model, optimizer, last=2)
+        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, saved)
+    saved.seek(0)
+    state = torch.load(saved)
+    again = seeded()
+    with host(seeded()) as cloud, wrap(again, cloud) as optimizer:
+        again.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        told += train(again, optimizer, first=2)
+        assert_same_state(again, whole)
+    assert_close(told, expected)
+
+
+def test_values_from_below_the_cut_are_returned_by_the_edge() -> None:
+    x = torch.rand(STEPS, B, 12, generator=torch.Generator().manual_seed(1))
+
+    def run(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+        told = []
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            recon, mu, logvar = model(x[step])
+            loss = functional.binary_cross_entropy(recon, x[step], reduction="sum")
+            loss = loss - 0.5 * torch.sum(1 + logvar - mu.pow(2) - logvar.exp())
+            loss.backward()
+            optimizer.step()
+            told += [loss.detach(), mu.detach()]
+        return told
+
+    whole = whole_model(seeded(Vae), "out", RANK)
+    expected = run(whole, two_groups(whole))
+    model = seeded(Vae)
+    with host(seeded(Vae), "out") as cloud, wrap(model, cloud, "out") as optimizer:
+        assert_close(run(model, optimizer), expected)
+        assert_same_state(model, whole)
+
+
+def test_what_an_older_cloud_does_not_take_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = seeded(), tokens(1)
+    with host(seeded()) as cloud, wrap(model, cloud) as optimizer:
+        monkeypatch.setattr(optimizer._role._cross.link, "takes_variants", False)
+        assert model(data["ids"][0])[0].shape == (B, 1, V)
+        with pytest.raises(Exception, match="the cloud's release takes one set of this model's optional arguments"):
+            model(data["ids"][0], data["targets"][0])
+        monkeypatch.undo()
+        model(data["ids"][0], data["targets"][0])[1].backward()
+        optimizer.step()
