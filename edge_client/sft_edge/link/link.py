@@ -160,9 +160,8 @@ class Link:
     ) -> PendingReply:
         """Algorithm 1, lines 7 to 11, for one micro-batch; what is held rides along.
 
-        With labels the reply holds a `Result`, see `pb.Forward` for what `loss_scale` 0 means. Without labels it holds
-        `Outputs`, and the cloud waits for `backward`. Returns at once: several micro-batches may be on their way.
-        """
+        With labels the reply holds a `Result` (`pb.Forward` has what `loss_scale` 0 means), without them `Outputs`, and
+        the cloud waits for `backward`. Returns at once: several micro-batches may be on their way."""
         message = self._with_held(step, micro_batch)
         # Filled in place: every message given to a constructor is copied, and an activation may be megabytes.
         message.forward.activation.CopyFrom(activation)
