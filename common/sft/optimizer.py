@@ -126,13 +126,17 @@ class SplitOptions:
 
 
 class Role(ABC):
-    """One side of a split model behind an `SFTOptimizer`. Its class is called with (optimizer, model, options)."""
+    """One side of a split model behind an `SFTOptimizer`."""
 
     optimizer: torch.optim.Optimizer
     """The script's own, which holds the parameters of this side's half."""
 
     step_was_skipped: bool = False
     """Whether the last step was not taken, on neither side."""
+
+    @abstractmethod
+    def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module, options: SplitOptions) -> None:
+        """Splits. Raises UsageError, CutError, UnsupportedModelError; role edge LinkError, too."""
 
     @abstractmethod
     def step(self, closure: Optional[Callable[[], Any]]) -> Any:
@@ -157,6 +161,11 @@ class Role(ABC):
     @abstractmethod
     def serve(self, address: str, on_ready: Optional[Callable[[str], None]] = None) -> None:
         """Role cloud: serves one edge at `address` and returns when it is done. Role edge raises UsageError."""
+
+    @staticmethod
+    def decompose(model: nn.Module, options: SplitOptions) -> None:
+        """See SFTOptimizer; role edge alone does."""
+        raise UsageError("a model is decomposed on the edge")
 
     @abstractmethod
     def close(self) -> None:
@@ -233,6 +242,23 @@ class SFTOptimizer(torch.optim.Optimizer):
         self._optimizer_load_state_dict_pre_hooks = OrderedDict()
         self._optimizer_load_state_dict_post_hooks = OrderedDict()
         self._patch_step_function()  # has `step` run the hooks
+
+    @staticmethod
+    def decompose(
+        model: nn.Module,
+        split_layer: int,
+        split_rank: int = 8,
+        residual: str = "none",
+        calibration: Optional[Iterable[Dict[str, torch.Tensor]]] = None,
+    ) -> None:
+        """For a script that loads weights before it makes its optimizer: decomposes a transformers model in place.
+
+        The model is whole still, and computes what both halves will; its `state_dict` has the names that it has when it
+        is cut, so that those of a run before can be loaded. `SFTOptimizer`, called with the same arguments, cuts it.
+        Raises UsageError, CutError and UnsupportedModelError.
+        """
+        cut = SplitOptions(split_layer=split_layer, split_rank=split_rank, residual=residual, calibration=calibration)
+        _find_role("edge").decompose(model, cut)
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -347,13 +373,13 @@ class SFTOptimizer(torch.optim.Optimizer):
         self.__getstate__()
 
 
-def _find_role(name: str) -> Callable[[torch.optim.Optimizer, nn.Module, SplitOptions], Role]:
+def _find_role(name: str) -> Type[Role]:
     if name not in _INSTALL:
         raise UsageError(f"role must be 'edge' or 'cloud', not {name!r}")
     for entry_point in _entry_points():
         if entry_point.name == name:
             try:
-                role: Callable[[torch.optim.Optimizer, nn.Module, SplitOptions], Role] = entry_point.load()
+                role: Type[Role] = entry_point.load()
             except (ImportError, SyntaxError) as error:
                 advice = f": {_INSTALL[name]}" if _is_not_installed(error) else ""
                 raise UsageError(f"role {name!r} cannot be had here ({error}){advice}") from error

@@ -19,7 +19,16 @@ from sft.models.cut import (
 )
 from sft.models.families.catalogue import family_of, head_of, heads_of, max_positions
 from sft.models.heads import HEADS
-from sft.models.in_place import check_live, cut_live, has_fused_head, layer_to_cut, live_parameters, whole_name
+from sft.models.in_place import (
+    check_live,
+    cut_live,
+    decompose_live,
+    decomposed_by,
+    has_fused_head,
+    layer_to_cut,
+    live_parameters,
+    whole_name,
+)
 from sft.models.nets import Net, Net1, Net2, Output, TiedHead, Whole
 from sft.models.split_layer import RESIDUALS
 
@@ -40,6 +49,8 @@ __all__ = [
     "build_whole",
     "check_live",
     "cut_live",
+    "decompose_live",
+    "decomposed_by",
     "family_of",
     "ffn_out_name",
     "has_fused_head",

@@ -207,6 +207,8 @@ def prepare(model: Any, family: Family, cut: Cut) -> None:
         return
     block = blocks_of(model.base_model, family)[cut.split_layer - 1]
     w = block.get_submodule(family.ffn_out)
+    if isinstance(w, SplitLayer):  # of a script's model, decomposed before
+        return
     (F, D), R = matrix_of(w).shape, cut.split_rank
     low_rank = cut.residual == "low-rank"
     with torch.device("meta"):

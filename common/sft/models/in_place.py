@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from types import FunctionType
-from typing import Any, Dict, Tuple
+from typing import Any, Dict, Mapping, Optional, Tuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sft.errors import UsageError
-from sft.models.cut import Cut, blocks_of, build_whole, check_cut, lower_half, name_of_w
+from sft.models.cut import Cut, blocks_of, build_whole, check_cut, lower_half, name_of_w, prepare
 from sft.models.families.catalogue import family_of, library_class
 from sft.models.heads import HEADS
 from sft.models.nets import Net1
@@ -25,16 +25,23 @@ def check_live(model: Any, head: str, cut: Cut) -> None:
     describes, CutError and UnsupportedModelError."""
     family = family_of(model.config)
     whole = len(blocks_of(model.base_model, family)) == model.config.num_hidden_layers
-    if not whole or any(isinstance(module, SplitLayer) for module in model.modules()):
+    if not whole or any(isinstance(module, SplitLayer) and module.last for module in model.modules()):
         raise UsageError(f"this {type(model).__name__} is cut already; load the model again to cut it again")
     for name, parameter in model.named_parameters():
         if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise UsageError(f"parameter '{name}' is {parameter.dtype}; load the model in float32")
-    _check_described(model, head)
-    check_cut(cut, model, family, halves=True)
+    kept = decomposed_by(model)
+    _check_described(model, head, kept)
+    if kept is None:
+        check_cut(cut, model, family, halves=True)
+    elif kept != cut:
+        raise UsageError(
+            f"this model is decomposed with split_layer={kept.split_layer}, split_rank={kept.split_rank}, "
+            f"residual={kept.residual!r}: cut it with the same"
+        )
 
 
-def _check_described(model: Any, head: str) -> None:
+def _check_described(model: Any, head: str, kept: Optional[Cut]) -> None:
     """Both halves are the library's, made from the configuration: nothing else about a model can be its own."""
     kind = type(model)
     is_own = "forward" in vars(model) and not has_fused_head(model)
@@ -43,7 +50,7 @@ def _check_described(model: Any, head: str) -> None:
             f"this {kind.__name__} has a forward of its own, which a cut would lose: give the library's model, and "
             "compute what is your own from its logits"
         )
-    described = dict(build_whole(model.config, head).model.named_parameters(remove_duplicate=False))
+    described = dict(build_whole(model.config, head, kept).model.named_parameters(remove_duplicate=False))
     live = {name: p for name, p in live_parameters(model).items() if not _BY_PEFT.search(name)}
     odd = sorted(
         name
@@ -55,6 +62,41 @@ def _check_described(model: Any, head: str) -> None:
             f"parameter '{odd[0]}' is not as model.config describes it; the cloud builds its half from that, so that "
             "nothing but weights of a model can be its own"
         )
+
+
+def decomposed_by(model: Any) -> Optional[Cut]:
+    """The cut that a library model is decomposed for; None where it is not."""
+    family = family_of(model.config)
+    for index, block in enumerate(blocks_of(model.base_model, family)):
+        layer = block.get_submodule(family.ffn_out)
+        if isinstance(layer, SplitLayer):
+            ffn_1: Any = layer.get_submodule("ffn1")
+            return Cut("sft", index + 1, ffn_1.out_features, layer.residual)
+    return None
+
+
+def decompose_live(model: Any, head: str, cut: Cut, factors: Mapping[str, Tensor]) -> None:
+    """Decomposes a layer of a library model in place (eq. 3): it stays whole, and computes what both halves would.
+
+    `factors`: FFN-1 to FFN-3 by names in the whole model, as `live_factors` gives them. A head that is tied is untied.
+    Raises what `check_live` raises.
+    """
+    check_live(model, head, cut)
+    family = family_of(model.config)
+    device = layer_to_cut(model, cut)[1].weight.device
+    if HEADS[head].of_vocabulary and model.config.tie_word_embeddings:
+        out = model.get_output_embeddings()
+        out.weight = nn.Parameter(out.weight.detach().clone(), requires_grad=out.weight.requires_grad)
+        model.config.tie_word_embeddings = False
+        if getattr(model, "all_tied_weights_keys", None):
+            model.all_tied_weights_keys = {}
+    prepare(model, family, cut)
+    for whole, value in factors.items():
+        parent, _, child = whole.rpartition(".")
+        layer = model.get_submodule(parent)
+        trained = layer.get_parameter(child).requires_grad
+        setattr(layer, child, nn.Parameter(value.to(device), requires_grad=trained))
+    model.float()
 
 
 def has_fused_head(model: Any) -> bool:

@@ -17,7 +17,7 @@ from sft.models.calibration import Moments, output_moments
 from sft.models.cut import Cut, Undrawn, build_net_1, build_whole, ffn_out_name, matrix_of
 from sft.models.decompose import decompose, decompose_with_residual
 from sft.models.families.catalogue import family_of
-from sft.models.in_place import check_live, layer_to_cut, live_parameters
+from sft.models.in_place import check_live, decomposed_by, layer_to_cut, live_parameters
 from sft.models.nets import Net, Net1, TiedHead
 from sft.models.seeding import seeded, undisturbed
 from sft.tensors.pretrained import PretrainedWeights
@@ -195,6 +195,10 @@ def live_factors(
     check_live(model, head, cut)
     if cut.mode != "sft":
         return [], []
+    if decomposed_by(model) is not None:
+        name, layer = layer_to_cut(model, cut)
+        kept = in_memory({f"{name}.{own}": parameter for own, parameter in layer.named_parameters()})
+        return [t for t in kept if t.name == f"{name}.ffn1.weight"], [t for t in kept if ".ffn1." not in t.name]
     moments = None
     if cut.residual == "low-rank":
         _check_calibration(calibration)

@@ -201,3 +201,11 @@ def may_travel(labels: Dict[str, Tensor]) -> bool:
 def count_learned(y_BS: Tensor) -> int:
     """How many tokens a language model learns from: a token predicts the one that follows it. `torch.int64` labels."""
     return int((y_BS[:, 1:] != IGNORED).sum())
+
+
+def calibration_batch(batch: Dict[str, Tensor], config: PretrainedConfig, head: str) -> Batch:
+    """What a low-rank residual is fitted to, from a batch as the model takes it. Raises UsageError."""
+    if not {"input_ids", "inputs_embeds"}.intersection(batch):
+        raise UsageError("a calibration batch is a dict of what the model takes, input_ids at least")
+    inputs = ("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids")
+    return read_call({name: batch[name] for name in inputs if name in batch}, config, head).batch

@@ -25,6 +25,7 @@ from sft_edge.link import GrpcTransport, Link, RetryPolicy, session_request
 from sft_edge.script.adapters import without_peft
 from sft_edge.script.crossing import LinkCross
 from sft_edge.script.cut_model import CutModel
+from sft_edge.script.decomposed import decompose
 from sft_edge.script.flags import TrainedFlags
 from sft_edge.script.gradients import PARAMETER_NAME
 from sft_edge.script.optimizer import ScriptGroups, arguments_of
@@ -100,6 +101,11 @@ class EdgeRole(Role):
         if has_modes(optimizer):
             link.average(not is_training(optimizer))
         self._title = f"role='edge', server={options.server!r}, {cut_model.describe()}"
+
+    @staticmethod
+    def decompose(model: nn.Module, options: SplitOptions) -> None:
+        """See Role."""
+        decompose(model, options)
 
     def step(self, closure: Optional[Callable[[], Any]]) -> Any:
         """Algorithm 1, lines 13 and 14. The edge's half first: if that raises, neither half takes the step."""

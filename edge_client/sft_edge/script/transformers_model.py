@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from sft.batch import Batch
 from sft.errors import ProtocolError, UsageError
 from sft.models import (
     HEADS,
@@ -23,6 +22,7 @@ from sft.models import (
     Net2,
     build_net_2,
     cut_live,
+    decomposed_by,
     family_of,
     has_fused_head,
     head_of,
@@ -42,7 +42,7 @@ from sft.wire.codec.packing import pack, unpack
 from sft_edge.link import model_fields
 from sft_edge.model_files import told_name
 from sft_edge.script.adapters import adapters_of, adapters_of_cloud, without_peft
-from sft_edge.script.arguments import Call, count_learned, may_travel, problem_type, read_call
+from sft_edge.script.arguments import Call, calibration_batch, count_learned, may_travel, problem_type, read_call
 from sft_edge.script.cut_model import Cross, Crossed, CutModel
 from sft_edge.script.forward import replace_forward
 from sft_edge.script.fused_head import FusedHead
@@ -88,7 +88,7 @@ class TransformersModel(CutModel):
         self._config = copy.deepcopy(library.config)
         if self._head == "sequence-classification":
             self._config.update({"problem_type": problem_type(self._config)})
-        fitted_to = [_calibration_batch(batch, self._config, self._head) for batch in calibration]
+        fitted_to = [calibration_batch(batch, self._config, self._head) for batch in calibration]
         self._edge_factors, self.cloud_factors = live_factors(library, self._head, self._cut, fitted_to)
         net_2 = build_net_2(self._config, self._head, self._cut)
         known_by, self.cloud_tensors, own = by_origin(library, net_2)
@@ -97,10 +97,17 @@ class TransformersModel(CutModel):
         self.cloud_factors = sorted([*self.cloud_factors, *own], key=lambda tensor: tensor.name)
         self.frozen_names = [name for name, p in net_2.whole_parameters().items() if not p.requires_grad]
         self.cloud_names = sorted(set(net_2.whole_names.values()).difference(self.frozen_names))
+        is_decomposed = decomposed_by(library) is not None
+        if is_decomposed:
+            if adapters is not None:
+                raise UsageError("a model with adapters is decomposed where it is cut: leave decompose() out")
+            self._edge_factors = []  # the parameters that the script has
         _, w = layer_to_cut(library, self._cut)
         weights = [f"{name}.{factor}.weight" for factor in ("ffn1", "ffn2", "ffn3")]
         bias = [f"{name}.ffn3.bias"]
-        if w.bias is None:  # a fitted low rank brings one along
+        if is_decomposed:
+            self.factor_names = {}
+        elif w.bias is None:  # a fitted low rank brings one along
             self.factor_names = {f"{name}.weight": weights + bias}
         else:
             self.factor_names = {f"{name}.weight": weights, f"{name}.bias": bias}
@@ -291,10 +298,3 @@ class _CutForward:
             lowest = torch.finfo(unpacked.dtype).min
             unpacked = unpacked.masked_fill(padding_BS[:, :, None].to(unpacked.device), lowest)
         return unpacked
-
-
-def _calibration_batch(batch: Dict[str, Tensor], config: PretrainedConfig, head: str) -> Batch:
-    if not {"input_ids", "inputs_embeds"}.intersection(batch):
-        raise UsageError("a calibration batch is a dict of what the model takes, input_ids at least")
-    inputs = ("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids")
-    return read_call({name: batch[name] for name in inputs if name in batch}, config, head).batch

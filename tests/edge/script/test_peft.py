@@ -12,6 +12,7 @@ from support.adapted import adapted, script, sgd, trained
 from support.script import EPS, OneMachine, Wire, tiny_model, wrap
 from torch import Tensor
 
+from sft import SFTOptimizer
 from sft.errors import UsageError
 from sft.models import Cut, build_whole, head_of
 from sft.models.lora import add_lora, resolve_lora
@@ -286,3 +287,11 @@ def test_no_adapter_on_what_both_halves_need() -> None:
     model = get_peft_model(base, LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["rel_embeddings"]))
     with pytest.raises(UsageError, match=r"both halves need 'deberta.encoder.rel_embeddings'"):
         wrap(model, sgd(model), server="127.0.0.1:9")
+
+
+def test_a_model_that_is_decomposed_takes_no_adapters() -> None:
+    model = tiny_model()
+    SFTOptimizer.decompose(model, split_layer=2, split_rank=4)
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"))
+    with pytest.raises(UsageError, match="decomposed where it is cut: leave decompose"):
+        wrap(model, sgd(model), server="127.0.0.1:1")
