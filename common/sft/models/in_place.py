@@ -69,7 +69,7 @@ def decomposed_by(model: Any) -> Optional[Cut]:
     family = family_of(model.config)
     for index, block in enumerate(blocks_of(model.base_model, family)):
         layer = block.get_submodule(family.ffn_out)
-        if isinstance(layer, SplitLayer):
+        if isinstance(layer, SplitLayer) and not layer.last:
             ffn_1: Any = layer.get_submodule("ffn1")
             return Cut("sft", index + 1, ffn_1.out_features, layer.residual)
     return None
