@@ -8,19 +8,18 @@ from typing import Any, Callable
 
 from torch import nn
 
-from sft_edge.script.wrappers import check_eager
+from sft_edge.script.wrappers import never_compiled
 
 
 def replace_forward(model: nn.Module, forward: Callable[..., Any]) -> None:
     """From now on `model(...)` calls `forward(model, ...)`, which keeps the name, signature and docstring of the old.
 
-    Hooks of the module run as before: only this object's `forward` is another. Compiled, it raises UsageError.
+    Hooks of the module run as before: only this object's `forward` is another. Compiled, it runs as it is.
     """
-    original = type(model).forward
+    runs = never_compiled(forward)
 
-    @functools.wraps(original)
+    @functools.wraps(type(model).forward)
     def replaced(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        check_eager()
-        return forward(self, *args, **kwargs)
+        return runs(self, *args, **kwargs)
 
     model.forward = types.MethodType(replaced, model)

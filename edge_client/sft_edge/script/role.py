@@ -32,7 +32,7 @@ from sft_edge.script.optimizer import ScriptGroups, arguments_of
 from sft_edge.script.other_optimizers import refuse_others
 from sft_edge.script.state import CloudState, check_state
 from sft_edge.script.transformers_model import TransformersModel
-from sft_edge.script.wrappers import check_wrappers
+from sft_edge.script.wrappers import check_wrappers, uncompiled
 
 _log = logging.getLogger("sft_edge")
 
@@ -45,6 +45,7 @@ class EdgeRole(Role):
         codecs = _check(options)
         if hasattr(model, PARAMETER_NAME):
             raise UsageError("this model is cut already; load it again to cut it again")
+        model = uncompiled(model)
         check_wrappers(model)
         groups = ScriptGroups(optimizer, model)
         cut_model = _cut_model(model, options)

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import sys
-from typing import Any, Dict, Optional
+from typing import Any, Callable, Dict, Optional
 
 import torch
 from torch import nn
 
 from sft.errors import UsageError
 
-NOT_COMPILED = (
-    "a model that is cut cannot be compiled: give SFTOptimizer the model as it was before torch.compile, and leave out "
-    "torch_compile"
-)
+_PART_COMPILED = "give SFTOptimizer the model as it was before a part of it was compiled"
+
+_log = logging.getLogger("sft_edge")
 
 _WRAPPERS: Dict[str, str] = {
     # By the names of their classes: most are of packages that are not here.
-    "OptimizedModule": NOT_COMPILED,
+    "OptimizedModule": _PART_COMPILED,
     "DataParallel": "copies of a model cannot share a session",
     "DistributedDataParallel": "copies of a model cannot share a session",
     "FullyShardedDataParallel": "a model in shards cannot be cut",
@@ -36,12 +36,12 @@ def check_wrappers(model: nn.Module) -> None:
         kind = type(module)
         why: Optional[str] = _WRAPPERS.get(kind.__name__)
         if getattr(module, "_compiled_call_impl", None) is not None:  # module.compile()
-            why = NOT_COMPILED
+            why = _PART_COMPILED
         elif kind.__module__.partition(".")[0] in _QUANTIZED:
             why = "quantized layers cannot be trained: load the model in float32"
         if why is not None:
             where = f"'{name}' is" if name else "this model is"
-            inside = "" if why == NOT_COMPILED else "; give the model itself"
+            inside = "" if why == _PART_COMPILED else "; give the model itself"
             raise UsageError(f"{where} of class {kind.__name__}: {why}{inside}")
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
@@ -51,16 +51,32 @@ def check_wrappers(model: nn.Module) -> None:
             )
 
 
-def check_eager() -> None:
-    """Raises UsageError where a cut model's forward is being compiled, by whatever has wrapped it since."""
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model inside of one that `torch.compile` has made; any other as it is. What was compiled of it is forgotten.
+
+    A cut model has nothing that compiling would make faster: between its halves is a network.
+    """
+    inside: Any = model._orig_mod if type(model).__name__ == "OptimizedModule" else model
+    if inside is not model or getattr(model, "_compiled_call_impl", None) is not None:
+        _log.warning("the model is compiled, and runs uncompiled: a cut model's forward crosses the network")
+        inside._compiled_call_impl = None
+        compiler: Any = sys.modules["torch._dynamo"]  # it is here if something is compiled
+        compiler.reset()
+    whole: nn.Module = inside
+    return whole
+
+
+def never_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, whatever compiles what calls it."""
     compiler: Any = torch.compiler
-    # Older releases say it elsewhere, which takes seconds to import, and is there when something is being compiled.
-    is_compiling = getattr(compiler, "is_compiling", None) or getattr(
-        sys.modules.get("torch._dynamo"), "is_compiling", None
-    )
-    if is_compiling is not None and is_compiling():
-        compiler.disable(_refuse)()  # a compiler would take the error of a traced call for a reason to go on uncompiled
+    disabled: Callable[..., Any]
+    if not hasattr(compiler, "is_compiling"):  # older releases, in which disabling is quick
+        disabled = compiler.disable(function)
+        return disabled
 
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if compiler.is_compiling():  # only then: it imports the compiler, which takes seconds
+            return compiler.disable(function)(*args, **kwargs)
+        return function(*args, **kwargs)
 
-def _refuse() -> None:
-    raise UsageError(NOT_COMPILED)
+    return run
