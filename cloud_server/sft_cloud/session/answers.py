@@ -25,6 +25,8 @@ def asks_for_logits(asked: pb.Forward | pb.Evaluate) -> bool:
     has_labels, has_scored = asked.HasField("labels"), asked.HasField("scored")
     if has_labels and has_scored:
         raise ProtocolError("a message has labels or scored ones, not both")
+    if has_scored and asked.scored.WhichOneof("kind") is None:
+        raise ProtocolError("a message has scored labels without any; leave them out")
     return not has_scored and (not has_labels or (isinstance(asked, pb.Forward) and asked.want_logits))
 
 
@@ -47,10 +49,11 @@ def evaluation_bytes(half: UpperHalf, evaluate: pb.Evaluate) -> int:
         return size
     if any(evaluate.HasField(one) and getattr(evaluate, one).WhichOneof("kind") != "tokens" for one in _OF_TOKENS):
         raise ProtocolError("an Evaluate has labels where they are of tokens; leave others out")
-    # A loss, or scores, take about a copy of the logits, padding and all.
+    # A loss takes about a copy of the logits, padding and all; scores three, of what has a label.
     lengths = evaluate.activation.lengths
     padded_tokens = len(lengths) * evaluate.activation.padded_length
-    return size + half.logits_bytes(evaluate.activation) * padded_tokens // max(1, sum(lengths))
+    copies = 3 if evaluate.HasField("scored") else 1
+    return size + copies * half.logits_bytes(evaluate.activation) * padded_tokens // max(1, sum(lengths))
 
 
 def fill_evaluation(evaluation: pb.Evaluation, half: UpperHalf, labels: dict[str, Tensor], given: Given) -> None:

@@ -129,6 +129,7 @@ def cut_live(model: Any, head: str, cut: Cut) -> Net1:
         if child is not model.base_model:
             setattr(model, name, None)
     if HEADS[head].of_vocabulary:  # the head is on the cloud, and no copy of the embeddings any more
+        model.get_output_embeddings = lambda: None
         model.config.tie_word_embeddings = False
         if getattr(model, "all_tied_weights_keys", None):
             model.all_tied_weights_keys = {}

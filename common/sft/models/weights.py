@@ -202,10 +202,10 @@ def live_factors(
     moments = None
     if cut.residual == "low-rank":
         _check_calibration(calibration)
-        base = model.base_model
-        if any(parameter.dtype != torch.float32 for parameter in base.parameters()):
-            base = copy.deepcopy(base).float()  # as it will be trained
-        lower = Net1(base, family_of(model.config), head)
+        lower = Net1(model.base_model, family_of(model.config), head)
+        if any(parameter.dtype != torch.float32 for parameter in lower.parameters()):
+            lower = copy.deepcopy(lower).float()  # as it will be trained
+            renew_buffers(lower)
         moments = output_moments(lower, cut.split_layer, calibration)
     name, w = layer_to_cut(model, cut)
     return _factors(name, w, cut, moments)
@@ -293,6 +293,18 @@ def _copy_embedding(library_model: Any, head: nn.Module, tied: TiedHead, seed: i
     _draw(library_model, embedding, tied.embedding.rpartition(".")[0], seed, _CPU)
     value: Tensor = embedding.get_parameter("weight").detach()
     head.weight = nn.Parameter(value.to(device))
+
+
+def renew_buffers(net: Net) -> None:
+    """Computes anew what the library computes when it builds a module, such as rotary frequencies: of a model that was
+    in half precision they are rounded."""
+    for module in net.modules():
+        for name in module._non_persistent_buffers_set:
+            buffer = module._buffers.get(name)
+            if buffer is not None and buffer.is_floating_point():
+                module._buffers[name] = buffer.to("meta")
+    _fill_buffers(net)
+    net.to(net.device)
 
 
 class _WithoutParameters(Undrawn):

@@ -49,6 +49,12 @@ def read_call(arguments: Mapping[str, Any], config: PretrainedConfig, head: str)
     B, S = main.shape[:2]
     if max_positions(config) < S:
         raise UsageError(f"sequences of {S} tokens are longer than the model's {max_positions(config)} positions")
+    for name in ("token_type_ids", "position_ids"):
+        given = arguments.get(name)
+        if given is not None:
+            if not isinstance(given, Tensor) or given.dim() != 2 or given.shape[0] not in (1, B) or given.shape[1] != S:
+                raise UsageError(f"{name} must be a tensor of shape {[B, S]}")
+            arguments[name] = given.expand(B, S)
     lengths, moved = lengths_of(arguments.get("attention_mask"), B, S)
     if moved is not None and not HEADS[head].per_token and not family_of(config).decoder:
         raise UsageError("this model's head reads the first token, which would be padding: pad on the right")
@@ -102,15 +108,16 @@ def _positions(
         if moved is None or not (family.counts_padding or after_padding):
             return None
         return moved.places_BS + (int(config.pad_token_id) + 1 if after_padding else 0)
-    positions_BS = given_BS.expand(len(lengths), -1)
+    positions_BS = given_BS
     if moved is not None:
         positions_BS = moved.to_the_start(positions_BS)
-    if not is_rotary:
+    looks_for_packing = family.decoder and "attention_mask" not in arguments
+    if not is_rotary and not looks_for_packing:
         return positions_BS
     for row_S, length in zip(positions_BS, lengths):
         if not bool((row_S[1:length] - row_S[: length - 1]).eq(1).all()):
             raise UsageError("position_ids must count the tokens of a sequence one by one: the cloud's blocks do so")
-    return None
+    return None if is_rotary else positions_BS
 
 
 def _says_nothing(value: Any) -> bool:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from sft.errors import UsageError
-from sft.models import Cut, decompose_live, decomposed_by, head_of, live_parameters
-from sft.models.weights import live_factors
+from sft.models import Cut, Net1, decompose_live, decomposed_by, family_of, head_of, live_parameters
+from sft.models.weights import live_factors, renew_buffers
 from sft.optimizer import SplitOptions
 from sft_edge.script.arguments import calibration_batch
 from sft_edge.script.saving import Saving
@@ -28,5 +29,8 @@ def decompose(model: nn.Module, options: SplitOptions) -> None:
     frozen = {name for name, parameter in live_parameters(model).items() if not parameter.requires_grad}
     batches = [calibration_batch(batch, model.config, head) for batch in options.calibration or ()]
     edge, cloud = live_factors(model, head, cut, batches)
+    was_half = any(parameter.dtype != torch.float32 for parameter in model.parameters())
     decompose_live(model, head, cut, {tensor.name: tensor.read() for tensor in (*edge, *cloud)})
+    if was_half:
+        renew_buffers(Net1(model.base_model, family_of(model.config), head))
     Saving(model, head, cut, None, model.state_dict(), frozen, {}).follow(model)

@@ -142,8 +142,11 @@ class Saving:
         adapters = adapters.of_modules(net)
         if adapters.target_modules:  # that of W is in its factors
             add_lora(net, adapters, seed=0)
-        _fill(net, {own: tensors[whole] for own, whole in net.whole_names.items()})
-        return {tensor.name: tensor.read() for tensor in merged_tensors(net)}
+        tied = net.other_names()  # older releases tie within a head that is untied, too
+        own = {own: tensors[whole] for own, whole in net.whole_names.items()}
+        _fill(net, {**own, **{f"model.{other}": tensors[name] for other, name in tied.items()}})
+        merged = {tensor.name: tensor.read() for tensor in merged_tensors(net)}
+        return {**merged, **{other: merged[name].clone() for other, name in tied.items()}}
 
     def _load_adapter(self, directory: Path, adapter_name: Optional[str]) -> None:
         """In the place of peft's: how a Trainer goes on from a checkpoint of a model with adapters."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from sft.batch import IGNORED
 from sft.errors import ProtocolError, UsageError
 from sft.models import (
     HEADS,
@@ -33,7 +34,7 @@ from sft.models import (
 )
 from sft.models.lora import LoraSpec, adapter_shapes, lora_to_json
 from sft.models.losses import head_loss
-from sft.models.weights import live_factors
+from sft.models.weights import live_factors, renew_buffers
 from sft.tensors.stream import in_memory
 from sft.v1 import split_training_pb2 as pb
 from sft.wire.codec.elements import encoded_size
@@ -112,6 +113,10 @@ class TransformersModel(CutModel):
         else:
             self.factor_names = {f"{name}.weight": weights, f"{name}.bias": bias}
         self._tied = net_2.other_names()
+        live = live_parameters(library)
+        for other, tied_to in self._tied.items():
+            if live[other] is not live[tied_to]:
+                raise UsageError(f"'{other}' and '{tied_to}' are tied in the library's model: train both, or neither")
         self._lora_json = ""
         if adapters is not None:
             self.trained_factors = weights + bias
@@ -153,6 +158,7 @@ class TransformersModel(CutModel):
         held = next((str(p.dtype) for p in model.parameters() if p.dtype != torch.float32), None)
         net_1 = cut_live(model, self._head, self._cut)
         if held is not None:
+            renew_buffers(net_1)
             _log.warning(
                 "parameters of this model are %s: both halves train them in float32; torch.autocast computes in half "
                 "precision",
@@ -252,8 +258,9 @@ class _CutForward:
         y_BS = labels["labels"].to(scores_T3.device)
         scores_BS3 = unpack(scores_T3, lengths, S)
         if call.moved is not None:
+            y_BS = torch.cat([torch.full_like(y_BS[:, :1], IGNORED), y_BS[:, 1:]], dim=1)  # nothing scores the first
             y_BS, scores_BS3 = call.moved.back(y_BS), call.moved.back(scores_BS3)
-        return self._fused_head.output(scores_BS3, y_BS)
+        return self._fused_head.output(scores_BS3, y_BS, call.items_in_batch)
 
     def _named(self, *args: Any, **kwargs: Any) -> Dict[str, Any]:
         """All arguments by name. Raises TypeError as the model's own forward would."""

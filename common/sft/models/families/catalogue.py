@@ -55,6 +55,11 @@ def check_head(config: PretrainedConfig, head: str) -> None:
             f"models of type '{config.model_type}' are not trained with head '{head}'; heads that they have: "
             f"{', '.join(heads)}"
         )
+    if head == "multiple-choice" and getattr(config, "summary_type", "first") != "first":
+        raise UnsupportedModelError(
+            f"with summary_type {config.summary_type!r:.80} a choice is read off its padding, which does not travel: "
+            "set it to 'first'"
+        )
 
 
 def heads_of(config: PretrainedConfig) -> Tuple[str, ...]:
