@@ -11,7 +11,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 STEPS = 4
-TASKS = {"sequence-classification": "SEQ_CLS", "question-answering": "QUESTION_ANS", "causal-lm": "CAUSAL_LM"}
+TASKS = {
+    "sequence-classification": "SEQ_CLS",
+    "question-answering": "QUESTION_ANS",
+    "causal-lm": "CAUSAL_LM",
+    "token-classification": "TOKEN_CLS",
+    "masked-lm": None,  # peft knows none
+}
 
 
 def adapted(family: str = "bert", head: str = "sequence-classification", **settings: Any) -> Any:

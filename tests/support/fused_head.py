@@ -20,20 +20,20 @@ class FusedCausalLMOutput(ModelOutput):
     is_top1: object = None
     label_mask: object = None
 
-def add_fused_lm_head(model):
+def add_fused_lm_head(model, temperature=1.0, outputs=("log_probs", "entropy", "is_top1")):
     original = model.forward
 
     @functools.wraps(type(model).forward)
     def fused(self, *args, fused_lm_head=False, **kwargs):
-        assert not fused_lm_head, "it would run the base model, and the head itself"
+        assert not fused_lm_head, f"it would run the base model, and the head itself: {outputs} at {temperature}"
         return original(*args, **kwargs)
 
     model.forward = types.MethodType(fused, model)
 """
 
 
-def with_fused_head(model: Any) -> Any:
-    """The same object."""
+def with_fused_head(model: Any, **asked: Any) -> Any:
+    """The same object; `asked` as of trl's `add_fused_lm_head`."""
     module = types.ModuleType("trl.trainer.shape")
     before = sys.modules.get(module.__name__)
     sys.modules[module.__name__] = module  # where a dataclass looks for its own
@@ -42,5 +42,5 @@ def with_fused_head(model: Any) -> Any:
     finally:
         del sys.modules[module.__name__]
     assert before is None
-    module.add_fused_lm_head(model)
+    module.add_fused_lm_head(model, **asked)
     return model

@@ -298,13 +298,16 @@ def _copy_embedding(library_model: Any, head: nn.Module, tied: TiedHead, seed: i
 def renew_buffers(net: Net) -> None:
     """Computes anew what the library computes when it builds a module, such as rotary frequencies: of a model that was
     in half precision they are rounded."""
+    renewed = []
     for module in net.modules():
         for name in module._non_persistent_buffers_set:
             buffer = module._buffers.get(name)
             if buffer is not None and buffer.is_floating_point():
                 module._buffers[name] = buffer.to("meta")
+                renewed.append((module, name, buffer.device))
     _fill_buffers(net)
-    net.to(net.device)
+    for module, name, device in renewed:
+        module._buffers[name] = module.get_buffer(name).to(device)
 
 
 class _WithoutParameters(Undrawn):

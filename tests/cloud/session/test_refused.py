@@ -51,7 +51,13 @@ REFUSED = {
     ),
     "an evaluation that scores nothing": (
         lambda e: pb.EdgeMessage(evaluate=pb.Evaluate(activation=e.evaluate().evaluate.activation, scored=pb.Labels())),
-        "labels where they are of tokens",
+        "scored labels without any",
+    ),
+    "an evaluation that learns and scores": (
+        lambda e: pb.EdgeMessage(
+            evaluate=pb.Evaluate(activation=e.evaluate().evaluate.activation, scored=e.labels(), labels=e.labels())
+        ),
+        "has labels or scored ones, not both",
     ),
     "backward of nothing": (lambda e: e.backward(0, 9, torch.ones(3, 3)), "does not wait for a Backward"),
     "backward of a labelled one": (lambda e: e.backward(0, 0, torch.ones(3, 3)), "does not wait for a Backward"),

@@ -79,7 +79,11 @@ def test_padding_on_the_left_and_a_batch_without_labels_to_learn() -> None:
         with torch.no_grad():
             right = model(**batch, fused_lm_head=True)
             left = model(**{**moved, "labels": moved["labels"].masked_fill(first, -100)}, fused_lm_head=True)
+            unlabelled = model(**moved, fused_lm_head=True)  # nothing that crosses predicts a first token
+            divided = model(**batch, fused_lm_head=True, num_items_in_batch=10)
         torch.testing.assert_close(left.log_probs.sum(1), right.log_probs.sum(1))
+        assert unlabelled.label_mask.equal(left.label_mask)
+        torch.testing.assert_close(divided.loss * 10, right.loss * right.label_mask.sum())
         assert left.log_probs[~left.label_mask].eq(0).all()
         before = {name: x.clone() for name, x in model.state_dict().items()}
         nothing = {**batch, "labels": torch.full_like(batch["labels"], -100)}
@@ -113,6 +117,16 @@ def test_what_it_cannot_be_asked() -> None:
     plain = tiny_model("llama", "causal-lm")
     with wrap(plain, sgd(plain)), pytest.raises((UsageError, TypeError), match="fused_lm_head"):
         plain(**batch, fused_lm_head=True)
+
+
+@pytest.mark.parametrize(
+    ("asked", "wants"),
+    [({"temperature": 0.7}, "a temperature of 0.7"), ({"outputs": ("log_probs", "mean_logits")}, "mean_logits")],
+)
+def test_another_of_trls_trainers_is_refused(asked: Dict[str, Any], wants: str) -> None:
+    model = with_fused_head(tiny_model("llama", "causal-lm"), **asked)
+    with pytest.raises(UsageError, match=f"SFTTrainer alone takes a cut model: this one wants {wants}"):
+        wrap(model, sgd(model))
 
 
 def test_another_forward_of_ones_own_is_refused() -> None:

@@ -178,6 +178,8 @@ def test_embeddings_of_ones_own_are_trained() -> None:
         ({"input_ids": None, "inputs_embeds": torch.zeros(4, 7)}, "needs input_ids"),
         ({"attention_mask": torch.tensor([[1, 0, 1, 1, 1, 1, 1]] * 4)}, "ones, with zeros on the right or on the left"),
         ({"attention_mask": torch.zeros(4, 7).long()}, "and a one at least"),
+        ({"token_type_ids": torch.zeros(4, 6).long()}, r"token_type_ids must be a tensor of shape \[4, 7\]"),
+        ({"position_ids": torch.zeros(7).long()}, r"position_ids must be a tensor of shape \[4, 7\]"),
         ({"attention_mask": torch.ones(4, 6).long()}, r"shape \[4, 6\], the inputs \[4, 7\]"),
     ],
 )
@@ -199,3 +201,16 @@ def test_a_head_that_reads_the_first_token_wants_it_first(head: str) -> None:
         with pytest.raises(UsageError, match="reads the first token, which would be padding: pad on the right"):
             model(**on_the_left(batch))
         model(**batch).loss.backward()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_packed_rows_are_refused(family: str) -> None:
+    """Without a mask the library keeps documents apart whose positions begin anew; the cloud could not."""
+    model = tiny_model(family, "causal-lm")
+    (batch,) = batches(1, model)
+    del batch["attention_mask"]
+    batch["labels"] = batch["input_ids"]
+    with wrap(model, sgd(model)):
+        model(**batch, position_ids=torch.arange(7)[None]).loss.backward()
+        with pytest.raises(UsageError, match="position_ids must count the tokens of a sequence one by one"):
+            model(**batch, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2, 3]]))

@@ -295,3 +295,10 @@ def test_a_model_that_is_decomposed_takes_no_adapters() -> None:
     model = get_peft_model(model, LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"))
     with pytest.raises(UsageError, match="decomposed where it is cut: leave decompose"):
         wrap(model, sgd(model), server="127.0.0.1:1")
+
+
+def test_what_is_tied_in_the_library_is_trained_whole_or_not_at_all() -> None:
+    """Peft's copy of a head's matrix has a bias of its own, where the library's has one under two names."""
+    model = adapted("bert", "masked-lm", modules_to_save=["decoder"])
+    with pytest.raises(UsageError, match=r"'cls.predictions.bias' are tied in the library's model: train both"):
+        wrap(model, sgd(model), server="127.0.0.1:1")

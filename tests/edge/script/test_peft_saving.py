@@ -14,7 +14,7 @@ from support.opened import code_copied_to
 from support.script import batches, tiny_model, wrap
 
 from sft.errors import UsageError
-from sft.models.families.catalogue import AUTO_CLASSES
+from sft.models import HEADS
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),  # peft itself asks
@@ -36,6 +36,8 @@ pytestmark = [
         ("bert", "sequence-classification", {"target_modules": ["layer.1.output.dense"]}),
         ("gpt2", "causal-lm", {}),
         ("llama", "sequence-classification", {"target_modules": "all-linear"}),
+        ("bert", "token-classification", {}),
+        ("roberta", "masked-lm", {}),
     ],
 )
 def test_what_it_saves_is_all_that_was_trained(
@@ -51,9 +53,9 @@ def test_what_it_saves_is_all_that_was_trained(
         said, trained_state = model(**batch).logits.detach(), model.state_dict()
     assert not (to / "adapter_config.json").exists()
     with code_copied_to(tmp_path / "modules"):
-        opened = AUTO_CLASSES[head].from_pretrained(str(to), trust_remote_code=True).eval()
+        opened = HEADS[head].auto_class.from_pretrained(str(to), trust_remote_code=True).eval()
     assert not [name for name in opened.state_dict() if "lora" in name]
-    mask = batch["attention_mask"].bool() if head == "causal-lm" else slice(None)
+    mask = batch["attention_mask"].bool() if HEADS[head].per_token else slice(None)
     torch.testing.assert_close(opened(**batch).logits.detach()[mask], said[mask], rtol=1e-4, atol=1e-5)
 
     again = adapted(family, head, **settings)
@@ -101,7 +103,7 @@ def test_a_library_model_with_adapters_saves_all_and_takes_no_merged_weights(tmp
         model.load_adapter(str(to))
         assert model(**batch).logits.equal(said)
     with code_copied_to(tmp_path / "modules"):
-        opened = AUTO_CLASSES["sequence-classification"].from_pretrained(str(to), trust_remote_code=True).eval()
+        opened = HEADS["sequence-classification"].auto_class.from_pretrained(str(to), trust_remote_code=True).eval()
     torch.testing.assert_close(opened(**batch).logits.detach(), said, rtol=1e-4, atol=1e-5)
 
 
