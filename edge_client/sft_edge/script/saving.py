@@ -145,6 +145,9 @@ class Saving:
         tied = net.other_names()  # older releases tie within a head that is untied, too
         own = {own: tensors[whole] for own, whole in net.whole_names.items()}
         _fill(net, {**own, **{f"model.{other}": tensors[name] for other, name in tied.items()}})
+        for other, name in tied.items():  # which that has parted
+            parent, _, child = other.rpartition(".")
+            setattr(net.model.get_submodule(parent), child, net.model.get_parameter(name))
         merged = {tensor.name: tensor.read() for tensor in merged_tensors(net)}
         return {**merged, **{other: merged[name].clone() for other, name in tied.items()}}
 

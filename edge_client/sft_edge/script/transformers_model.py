@@ -198,8 +198,8 @@ class _CutForward:
         self._fused_head = FusedHead(model.forward) if has_fused_head(model) else None
 
     def __call__(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        fused = kwargs.pop("fused_lm_head", False) if self._fused_head is not None else False
         named = self._named(model, *args, **kwargs)
-        fused = named.pop("fused_lm_head", False) if self._fused_head is not None else False
         for name in ("output_hidden_states", "output_attentions"):
             if getattr(model.config, name, False) and named.get(name) is None:
                 raise UsageError(f"config.{name} asks for what stays on the cloud: set it to False")
