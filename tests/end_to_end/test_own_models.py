@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 from sft import SFTOptimizer
+from sft.errors import UsageError
 
 AT, RANK, STEPS = "body.layers.1.feed.down", 3, 4
 
@@ -139,3 +140,57 @@ def test_what_an_older_cloud_does_not_take_is_refused(monkeypatch: pytest.Monkey
         monkeypatch.undo()
         model(data["ids"][0], data["targets"][0])[1].backward()
         optimizer.step()
+
+
+class Changed(nn.Module):
+    """What comes from the cloud is changed in place on the edge, by the model or by its script."""
+
+    def __init__(self, inside: bool = True) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 6)
+        self.inside = inside
+
+    def forward(self, x: torch.Tensor) -> Any:
+        h = self.c(self.b(self.a(x)))
+        if self.inside:
+            h += x
+            h.masked_fill_(x > 0, 0.0)
+        return h
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_what_came_from_the_cloud_is_changed_in_place(inside: bool) -> None:
+    def run(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+        told = []
+        for step in range(STEPS):
+            y = model(x[step])
+            y /= 2
+            y.square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            told.append(y.detach())
+        return told
+
+    x = torch.rand(STEPS, B, 6, generator=torch.Generator().manual_seed(1)) - 0.5
+    whole = whole_model(seeded(Changed, inside=inside), "b", RANK)
+    expected = run(whole, two_groups(whole))
+    model = seeded(Changed, inside=inside)
+    with host(seeded(Changed, inside=inside), "b") as cloud, wrap(model, cloud, "b") as optimizer:
+        assert_close(run(model, optimizer), expected)
+        assert_same_state(model, whole)
+
+
+def test_a_loss_of_what_stayed_on_the_edge_alone() -> None:
+    model, x = seeded(Vae), torch.rand(B, 12)
+    with host(seeded(Vae), "out") as cloud, wrap(model, cloud, "out") as optimizer:
+        recon, mu, _ = model(x)
+        mu.sum().backward(retain_graph=True)
+        with pytest.raises(UsageError, match="through the cloud since the last step; a loss of what stays on the edge"):
+            optimizer.step()
+        (mu.sum() + 0 * recon.sum()).backward()
+        optimizer.step()
+        model(x)[0].sum().backward()
+        optimizer.zero_grad()
+        model(x)[1].sum().backward()
+        with pytest.raises(UsageError, match=r"they were zeroed after the last backward\(\) through it"):
+            optimizer.step()

@@ -46,6 +46,10 @@ class GraphCut:
     inputs: Inputs
     variants: Mapping[FrozenSet[str], Parts]
     """By the optional inputs that a call gives; those that cannot be given are missing."""
+    numbers: Mapping[FrozenSet[str], int]
+    """What `pb.Activation` has for each of `variants`: the number of the first of them with the same net_2."""
+    numbered: Mapping[int, Parts]
+    """`variants` by their own numbers, which are the same on both sides, whatever is missing there."""
     refused: Mapping[FrozenSet[str], CutError]
     """Why they are."""
     tied: Tuple[Tied, ...]
@@ -130,24 +134,17 @@ class GraphCut:
             reason = self.refused.get(optional, "give fewer of them at once")
             raise CutError(f"this {type(self.model).__name__} was not cut for calls {which}: {reason}")
         a, stays = parts.net_1.run(self.model, **given)
-        return parts.tail.run(self.model, cross(a, self._number(parts)), *stays)
+        return parts.tail.run(self.model, cross(a, self.numbers[optional]), *stays)
 
-    def run_net_2(self, a: Tensor, variant: int = 0) -> Any:
-        """One tensor as a rule, of `a` (..., R), with the model as it is after `keep_net_2`."""
-        return self._numbered()[variant].net_2.run(self.model, a)
+    def run_net_2(self, a: Tensor, variant: Optional[int] = None) -> Any:
+        """One tensor as a rule, of `a` (..., R), with the model as it is after `keep_net_2`; of the first variant that
+        there is, unless one is named."""
+        parts = next(iter(self.variants.values())) if variant is None else self.numbered[variant]
+        return parts.net_2.run(self.model, a)
 
     def has_variant(self, variant: int) -> bool:
-        """Whether the model can be cut for calls of it; numbers are those of `pb.Activation`."""
-        return variant in self._numbered()
-
-    def _numbered(self) -> Dict[int, Parts]:
-        all_given = self.inputs.variants()
-        first = next(iter(self.variants.values()))  # also where it is not the one without optional inputs
-        return {0: first, **{all_given.index(given): parts for given, parts in self.variants.items()}}
-
-    def _number(self, parts: Parts) -> int:
-        """Of the first variant with the same net_2."""
-        return min(number for number, other in self._numbered().items() if parts.net_2.same_as(other.net_2))
+        """Whether the model can be cut for calls of it."""
+        return variant in self.numbered
 
     def _factor(self, columns: int, rows: int, like: Tensor, bias: Optional[Tensor] = None) -> nn.Linear:
         linear = nn.Linear(columns, rows, bias=bias is not None, device=like.device)
@@ -174,20 +171,25 @@ def cut(model: nn.Module, layer_name: str, split_rank: int) -> GraphCut:
     layer = _check_layer(model, layer_name, split_rank)
     inputs = Inputs(model)
     variants: Dict[FrozenSet[str], Parts] = {}
+    numbers: Dict[FrozenSet[str], int] = {}
+    numbered: Dict[int, Parts] = {}
     refused: Dict[FrozenSet[str], CutError] = {}
     tied: List[Tied] = []
-    for given in inputs.variants():
+    for number, given in enumerate(inputs.variants()):
         try:
             parts = split(model, layer_name, trace(model, layer_name, inputs, given))
             tied = find_tied(model, [*variants.values(), parts])
         except CutError as error:
             refused[given] = error
         else:
-            variants[given] = parts
+            variants[given] = numbered[number] = parts
+            numbers[given] = next(own for own, other in numbered.items() if parts.net_2.same_as(other.net_2))
     if not variants:
         raise next(iter(refused.values()))
     upper_names = _upper_names(model, layer, [parts.net_2 for parts in variants.values()], tied)
-    return GraphCut(model, layer_name, split_rank, inputs, variants, refused, tuple(tied), upper_names)
+    return GraphCut(
+        model, layer_name, split_rank, inputs, variants, numbers, numbered, refused, tuple(tied), upper_names
+    )
 
 
 def _check_layer(model: nn.Module, name: str, split_rank: int) -> nn.Linear:

@@ -17,6 +17,12 @@ _IN_PLACE = (
     operator.ixor,
 )  # fmt: skip
 
+_FRESH = (
+    "add", "bmm", "cat", "clone", "div", "floordiv", "matmul", "mean", "mod", "mul", "pow", "stack", "sub", "sum",
+    "truediv", "where",
+)  # fmt: skip
+"""What gives memory of its own, as losses do."""
+
 _SIZES = ("dim", "numel", "size", "stride")
 
 
@@ -49,6 +55,11 @@ def is_in_place(node: fx.Node) -> bool:
     name = str(node.target if node.op == "call_method" else getattr(node.target, "__name__", ""))
     by_name = name.endswith("_") and not name.endswith("__")
     return by_name or node.target in _IN_PLACE or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
+
+
+def is_fresh(name: str) -> bool:
+    """Whether what a function or module of this name gives shares no memory with what it is given."""
+    return name in _FRESH or name.lower().endswith(("loss", "cross_entropy"))
 
 
 def is_addition(node: fx.Node) -> bool:

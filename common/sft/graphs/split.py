@@ -18,7 +18,7 @@ from torch import fx, nn
 
 from sft.errors import CutError
 from sft.graphs.half import Half, make_half
-from sft.graphs.nodes import ancestors, asserts, changes, is_addition, is_in_place, is_size, needed, where
+from sft.graphs.nodes import ancestors, asserts, changes, is_addition, is_fresh, is_in_place, is_size, needed, where
 from sft.graphs.trace import Traced, describe, function_of
 
 _KEEPING_FUNCTIONS = (
@@ -62,10 +62,11 @@ def split(model: nn.Module, layer_name: str, traced: Traced) -> Parts:
     tails = {training: part.tail() for training, part in parts.items()}
     for part in parts.values():
         part.check_nothing_lost()
+        part.check_order()
     return Parts(
         make_half(lower, layer_name, traced.constants),
         make_half(upper, layer_name, traced.constants),
-        make_half(tails, layer_name, traced.constants),
+        make_half(tails, layer_name, {}),
         tuple(dict.fromkeys(what for part in parts.values() for what in part.dropped)),
     )
 
@@ -197,14 +198,12 @@ class _Splitter:
         """Whether the edge can run the tail after all that the cloud runs."""
         first = min((self._order[node] for node in tail), default=len(self._order))
         too_late = any(is_in_place(node) and self._order[node] >= first for node in cloud)
-        changed = [changes(node) for node in tail if is_in_place(node)]
-        below = any(one is not None and one not in self._above for one in changed)  # its users do not wait
-        return not too_late and not below and not any(map(self._has_parameters, tail))
+        return not too_late and not any(map(self._has_parameters, tail))
 
     def _may_cross(self, node: fx.Node) -> bool:
         """Whether it can be one tensor, as far as its name tells."""
         if node.op == "call_module":
-            return True
+            return not isinstance(self._model.get_submodule(str(node.target)), (nn.RNNBase, nn.MultiheadAttention))
         if isinstance(node.target, type):  # the class of what the model returns
             return False
         return not (is_size(node) or asserts(node) or function_of(node).rpartition(".")[2] in _NO_TENSOR)
@@ -242,6 +241,39 @@ class _Splitter:
                 f"'{self._name}' cannot be cut: {what}, which would be lost: go on with what it returns, compute a new "
                 "value in the place of the change, or move it into a module that does not contain the layer"
             )
+
+    def check_order(self) -> None:
+        """Raises CutError when a value from below may be changed in place before or after its time: all of net_1 runs
+        before the tail."""
+        below = {one for one in self._stay if not is_size(one)}
+        readers = (node for node in self._tail if not below.isdisjoint(self._sources(node)))
+        first = min((self._order[node] for node in readers), default=len(self._order))
+        for node in self._graph.nodes:
+            if node not in self._kept or not self._may_change(node):
+                continue
+            too_early = node not in self._above and self._order[node] > first
+            if too_early or (node in self._tail and self._may_be_from_below(_first_input(node))):
+                raise CutError(
+                    f"'{self._name}' cannot be cut: {where(node)} may change a value from below the layer in place, in "
+                    "another order with what reads it than the whole model does: compute a new value in the place of "
+                    "the change (y = y + x for y += x, inplace=False)"
+                )
+
+    def _may_change(self, node: fx.Node) -> bool:
+        """Whether a node may change what it is given in place."""
+        if node.op != "call_module":
+            return is_in_place(node)
+        return any(getattr(one, "inplace", False) for one in self._model.get_submodule(str(node.target)).modules())
+
+    def _may_be_from_below(self, node: Optional[fx.Node]) -> bool:
+        """Whether a value that the tail has may share memory with one that stayed: as a view of it, say."""
+        while node in self._tail:
+            module = self._model.get_submodule(str(node.target)) if node.op == "call_module" else None
+            name = function_of(node).rpartition(".")[2] if module is None else type(module).__name__
+            if is_fresh(name) and not is_in_place(node):
+                return False
+            node = _first_input(node)
+        return node is not None and node is not self._crosses and not is_size(node)
 
     def _find_layer(self, model: nn.Module) -> fx.Node:
         calls = [
@@ -332,3 +364,8 @@ class _Splitter:
             f"{what} is used above the cut at '{self._name}', in {place}, but only the layer's output crosses to the "
             f"cloud: {advice}"
         )
+
+
+def _first_input(node: fx.Node) -> Optional[fx.Node]:
+    """What a node changes, or gives a view of, if it does."""
+    return changes(node) or next(iter(node.all_input_nodes), None)

@@ -112,7 +112,10 @@ class LinkCross(Cross):
         """
         self._check_open()
         if self._backwards == 0:
-            raise UsageError("step() without a backward() since the last step")
+            raise UsageError(
+                "step() without a backward() through the cloud since the last step; a loss of what stays on the edge "
+                "alone cannot be stepped with: add a term of what comes from the cloud"
+            )
         return self.gradients.clip_scale()
 
     def commit(
@@ -356,8 +359,9 @@ class _ThroughCloud(torch.autograd.Function):
     ) -> Tuple[Optional[Tensor], Optional[Tensor]]:
         ctx.set_materialize_grads(False)
         ctx.question = ask()
-        answer: Tuple[Optional[Tensor], Optional[Tensor]] = ctx.question.answer()
-        return answer
+        loss, outputs = ctx.question.answer()
+        # Views that a function returns cannot be changed in place.
+        return loss, None if outputs is None else outputs.clone()
 
     @staticmethod
     @once_differentiable

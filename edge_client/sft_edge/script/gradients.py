@@ -104,7 +104,9 @@ class CloudGradients:
         they are not finite.
         """
         if self._norm is None or self.parameter.grad is None:
-            raise UsageError("step() without gradients: they were zeroed after the last backward()")
+            raise UsageError(
+                "step() without gradients on the cloud: they were zeroed after the last backward() through it"
+            )
         left = _norm_of(self.parameter.grad)  # 0 where a script has made zeros of them, and steps with these
         if not (math.isfinite(self._norm) and math.isfinite(left)):
             raise NonFiniteLossError(

@@ -145,6 +145,8 @@ class Returns(nn.Module):
         self.scale = nn.Parameter(torch.rand(D))
         self.register_buffer("weights", torch.rand(D))
         self.drop, self.criterion = nn.Dropout(0.0), nn.MSELoss()
+        self.relu, self.gru = nn.ReLU(inplace=True), nn.GRU(D, D)
+        self.attention = nn.MultiheadAttention(D, 2)
         self.what = forward
 
     def forward(self, x: Tensor, y: Optional[Tensor] = None, z: Optional[Tensor] = None) -> Any:
@@ -159,6 +161,23 @@ def in_place(m: Any, x: Tensor, *_: Any) -> Any:
     h = above(m, x)
     h.mul_(2)
     return h, m.criterion(h.view(-1), x.view(-1))
+
+
+def summed_in_place(m: Any, x: Tensor, *_: Any) -> Any:
+    """Losses and other values that are made anew."""
+    h = above(m, x)
+    loss = nn.functional.mse_loss(x, h)
+    loss += m.criterion(x, h)
+    loss += x.mean()
+    both = x + h.view(x.shape[0], -1)
+    both /= 2
+    return h, loss, m.relu(both)
+
+
+def changed_before(m: Any, x: Tensor, *_: Any) -> Any:
+    s = m.d(x)
+    s.mul_(2)
+    return above(m, x) + m.relu(s), s
 
 
 def masked(m: Any, x: Tensor, *_: Any) -> Any:
@@ -187,7 +206,10 @@ def masked(m: Any, x: Tensor, *_: Any) -> Any:
         lambda m, x, y, z: (above(m, x) if z is None else m.d(above(m, x)) + z, y),
         lambda m, x, y, z: (above(m, x), m.a.weight.square().sum()),
         in_place,
+        summed_in_place,
+        changed_before,
         masked,
+        lambda m, x, y, z: m.gru(above(m, x))[0],
     ],
 )  # fmt: skip
 def test_what_can_be_returned(forward: Callable[..., Any]) -> None:
@@ -234,6 +256,36 @@ def masked_before_weights(m: Any, x: Tensor, *_: Any) -> Any:
     return m.c(h)
 
 
+def changed_after_it_was_read(m: Any, x: Tensor, *_: Any) -> Any:
+    s = m.d(x)
+    out = above(m, x) + s
+    s.mul_(0)
+    return out, s
+
+
+def changed_by_a_module(m: Any, x: Tensor, *_: Any) -> Any:
+    s = m.d(x)
+    return above(m, x) + s, m.relu(s)
+
+
+def changed_through_a_view(m: Any, x: Tensor, *_: Any) -> Any:
+    s, h = m.d(x), above(m, x)
+    t = s.expand_as(h)
+    t.mul_(h.detach())
+    return h, t, s.sum()
+
+
+def changed_through_a_view_by_a_module(m: Any, x: Tensor, *_: Any) -> Any:
+    s, h = m.d(x), above(m, x)
+    return h, m.relu(s.expand_as(h)), s.sum()
+
+
+def summed_into_one_from_below(m: Any, x: Tensor, *_: Any) -> Any:
+    loss = m.d(x).square().sum()
+    loss += m.criterion(above(m, x), x)
+    return loss
+
+
 def changes_an_input(m: Any, x: Tensor, *_: Any) -> Any:
     h = above(m, x)
     x.mul_(h)
@@ -246,6 +298,13 @@ def changes_an_input(m: Any, x: Tensor, *_: Any) -> Any:
         (twice, "the output of 'c', the output of 'd'. needs several tensors of the cloud, and one comes back: return"),
         (changed_later, "needs several tensors"),
         (masked_before_weights, "'masked_fill_' .Tensor.masked_fill_. changes"),
+        (changed_after_it_was_read, "'mul_' .Tensor.mul_. may change a value from below the layer in place"),
+        (changed_by_a_module, "'relu' may change a value from below"),
+        (changed_through_a_view, "'mul_' .Tensor.mul_. may change a value from below"),
+        (changed_through_a_view_by_a_module, "'relu' may change a value from below"),
+        (summed_into_one_from_below, "'iadd' .iadd. may change a value from below"),
+        (lambda m, x, y, z: m.gru(above(m, x)), "the output of 'gru'. needs several tensors of the cloud"),
+        (lambda m, x, y, z: m.attention(*[above(m, x)] * 3), "the output of 'attention'. needs several tensors"),
         (changes_an_input, "'mul_' .Tensor.mul_. changes"),
         (lambda m, x, y, z: (x, above(m, x).shape[1:] is None), "has to return something.* the input 'x', which comes"),
         (lambda m, x, y, z: m.d(above(m, x) + x), "the input 'x' is used above the cut at 'b', in 'add'"),
@@ -271,3 +330,20 @@ def test_arguments_that_cannot_be_given() -> None:
     with pytest.raises(CutError, match="was not cut for calls with y: the input 'y' is used above the cut at 'b'"):
         both(x, x)
     assert [both.upper.has_variant(number) for number in range(5)] == [True, False, True, False, False]
+
+
+def test_a_number_means_the_same_whatever_can_be_cut() -> None:
+    """A side that cannot be cut for calls without optional arguments has no number 0."""
+
+    def forward(m: Any, x: Tensor, y: Any, z: Any) -> Any:
+        if y is None:
+            raise ValueError("give y")
+        return above(m, x) if z is None else m.d(above(m, x))
+
+    both = Both(seeded(Returns, forward), "b")
+    x = torch.randn(B, D)
+    both(x, x)
+    both(x, x, x)
+    assert [number for number, _ in both.crossed] == [1, 3]
+    assert [both.upper.has_variant(number) for number in range(4)] == [False, True, False, True]
+    assert both.upper.run_net_2(torch.ones(B, R)).equal(both.upper.run_net_2(torch.ones(B, R), 1))
