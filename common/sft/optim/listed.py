@@ -62,11 +62,32 @@ def listed_class(name: str) -> Optional[Type[torch.optim.Optimizer]]:
         return None
     try:
         found: Type[torch.optim.Optimizer] = getattr(importlib.import_module(entry.module), entry.class_name)
-    except (ImportError, AttributeError, OSError, RuntimeError) as error:  # one that finds no library of its own, too
+    except (ImportError, AttributeError, OSError, RuntimeError, SystemExit) as error:  # or what it needs
         raise UsageError(
             f"there is no {name} here: whoever runs this has to `pip install {entry.package}`; or use AdamW"
         ) from error
     return found
+
+
+def check_arguments(kind: Type[torch.optim.Optimizer], arguments: Mapping[str, Any]) -> None:
+    """Raises UsageError for arguments that are no settings of a parameter group, or of another type than these.
+
+    The rest of what these constructors take may do anything: `kind` is made without arguments to look.
+    """
+    defaults = kind([torch.zeros(1, requires_grad=True)]).defaults  # type: ignore[call-arg]
+    for name, value in arguments.items():
+        if name not in defaults:
+            raise UsageError(f"optimizer {kind.__name__}: it has no setting '{name[:80]}' that travels")
+        if not _is_like(value, defaults[name]):
+            raise UsageError(f"optimizer {kind.__name__}: {name} is by default {defaults[name]}, unlike {value!r:.80}")
+
+
+def _is_like(value: Any, default: Any) -> bool:
+    if isinstance(default, (tuple, list)):
+        return isinstance(value, tuple) and len(value) == len(default) and all(map(_is_like, value, default))
+    if isinstance(default, (bool, str)):
+        return type(value) is type(default)
+    return isinstance(value, (int, float)) and not isinstance(value, bool)  # which may be None by default
 
 
 def name_of(optimizer: torch.optim.Optimizer) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sft.errors import ProtocolError, UsageError
 from sft.models import Net
-from sft.optim.listed import listed_class
+from sft.optim.listed import check_arguments, listed_class
 from sft.v1 import split_training_pb2 as pb
 
 _NEED_MORE = {
@@ -76,7 +76,8 @@ def make_optimizer(spec: OptimizerSpec, parameters: Mapping[str, nn.Parameter]) 
     Raises UsageError when there is no such optimizer here, it does not fit, it refuses an argument, or a name is
     unknown.
     """
-    made_of: Any = listed_class(spec.name) or optimizer_class(spec.name)
+    listed = listed_class(spec.name)
+    made_of: Any = listed or optimizer_class(spec.name)
     groups = []
     for group in spec.groups:
         unknown = [name for name in group.parameter_names if name not in parameters]
@@ -87,10 +88,12 @@ def make_optimizer(spec: OptimizerSpec, parameters: Mapping[str, nn.Parameter]) 
         groups.append({"params": [parameters[name] for name in group.parameter_names], **group.arguments})
     try:
         for group in spec.groups:  # torch checks the arguments of the constructor, not those of groups
+            if listed is not None:
+                check_arguments(listed, group.arguments)
             made_of([torch.zeros(1, requires_grad=True)], **group.arguments)
         optimizer: torch.optim.Optimizer = made_of(groups, **(spec.groups[0].arguments if spec.groups else {}))
         return optimizer
-    except (AssertionError, TypeError, ValueError, RuntimeError, LookupError) as error:
+    except (AssertionError, TypeError, ValueError, RuntimeError, LookupError, SystemExit) as error:
         reason = str(error) or f"it refuses a setting of {spec.groups[0].arguments}"  # Lion says nothing of a rate of 0
         raise UsageError(f"optimizer {made_of.__name__}: {reason}") from error
 

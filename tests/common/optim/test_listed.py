@@ -1,0 +1,30 @@
+"""Optimizers of other packages: what the wire can ask of them."""
+
+import pytest
+import torch
+from torch import nn
+
+from sft.errors import UsageError
+from sft.optim.spec import GroupSpec, OptimizerSpec, make_optimizer
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "value", "says"),
+    [
+        ("lion_pytorch.Lion", "use_triton", True, "no setting 'use_triton' that travels"),
+        ("lion_pytorch.Lion", "betas", (0.9,), r"betas is by default \(0\.9, 0\.99\), unlike \(0\.9,\)"),
+        ("bitsandbytes.Adam8bit", "min_8bit_size", "x", "no setting 'min_8bit_size'"),
+        ("bitsandbytes.Adam", "args", "x", "no setting 'args'"),
+        ("bitsandbytes.Adam", "eps", "x", "eps is by default 1e-08, unlike 'x'"),
+        ("bitsandbytes.AdamW", "weight_decay", True, "weight_decay is by default 0.01, unlike True"),
+        ("schedulefree.AdamWScheduleFree", "k", 3, "AdamWScheduleFree: "),
+        ("transformers.Adafactor", "eps", (None, 1e-3), "eps is by default .*, unlike"),
+        ("transformers.Adafactor", "beta1", "x", "beta1 is by default None, unlike 'x'"),
+    ],
+)
+def test_no_argument_but_settings_of_a_group(name: str, argument: str, value: object, says: str) -> None:
+    pytest.importorskip(name.partition(".")[0])
+    spec = OptimizerSpec(name, [GroupSpec(["w"], {"lr": 1e-3, argument: value})])
+    with pytest.raises(UsageError, match=says) as caught:
+        make_optimizer(spec, {"w": nn.Parameter(torch.zeros(2))})
+    assert "\n" not in str(caught.value)
