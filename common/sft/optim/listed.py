@@ -27,10 +27,6 @@ class Listed(NamedTuple):
     them by itself."""
 
 
-_BITSANDBYTES = [
-    f"{paged}{kind}{bits}" for kind in ("Adam", "AdamW", "Lion") for paged in ("", "Paged") for bits in ("", "8bit")
-]
-
 LISTED: Dict[str, Listed] = {
     "transformers.Adafactor": Listed("transformers", "transformers.optimization", "Adafactor"),
     "lion_pytorch.Lion": Listed("lion-pytorch", "lion_pytorch", "Lion", own=("decoupled_wd",)),
@@ -39,8 +35,9 @@ LISTED: Dict[str, Listed] = {
         for name in ("AdamWScheduleFree", "RAdamScheduleFree", "SGDScheduleFree")
     },
     **{
-        f"bitsandbytes.{name}": Listed("bitsandbytes", "bitsandbytes.optim", name, own=("args", "is_paged"))
-        for name in _BITSANDBYTES
+        f"bitsandbytes.{kind}{bits}": Listed("bitsandbytes", "bitsandbytes.optim", f"{kind}{bits}", own=("args",))
+        for kind in ("Adam", "AdamW", "Lion")
+        for bits in ("", "8bit")
     },
 }
 """By the names that travel."""
@@ -100,9 +97,10 @@ def name_of(optimizer: torch.optim.Optimizer) -> str:
         return str(kind.__name__)
     if getattr(sys.modules.get("bitsandbytes.optim"), kind.__name__, None) is kind:
         # As a Trainer makes them, with arguments; and what the package calls 32bit: the same as other classes of its.
+        # Paged ones have the same numbers, and a process never gets the pages back: they are the edge's alone.
         bits = getattr(getattr(optimizer, "args", None), "optim_bits", None)
         base = kind.__name__.replace("Paged", "").replace("32bit", "").replace("8bit", "")
-        name = f"bitsandbytes.{'Paged' * bool(getattr(optimizer, 'is_paged', False))}{base}{'8bit' * (bits == 8)}"
+        name = f"bitsandbytes.{base}{'8bit' * (bits == 8)}"
         if name in LISTED:
             return name
     for name, entry in LISTED.items():

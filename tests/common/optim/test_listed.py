@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from sft.errors import UsageError
+from sft.optim.listed import LISTED, name_of
 from sft.optim.spec import GroupSpec, OptimizerSpec, make_optimizer
 
 
@@ -28,3 +29,11 @@ def test_no_argument_but_settings_of_a_group(name: str, argument: str, value: ob
     with pytest.raises(UsageError, match=says) as caught:
         make_optimizer(spec, {"w": nn.Parameter(torch.zeros(2))})
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["PagedAdam", "PagedAdam32bit", "PagedAdamW8bit", "PagedLion8bit"])
+def test_the_cloud_pages_nothing(name: str) -> None:
+    optim = pytest.importorskip("bitsandbytes.optim")
+    made_as = name_of(getattr(optim, name)([torch.zeros(1, requires_grad=True)]))
+    assert made_as == f"bitsandbytes.{name[len('Paged') :].replace('32bit', '')}"
+    assert not any("Paged" in listed for listed in LISTED)
