@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib
 import sys
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple, Type
+from contextlib import contextmanager
+from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Optional, Tuple, Type
 
 import torch
 
@@ -48,8 +49,8 @@ ALLOWED = (
 )
 """For people."""
 
-_COUNTED = ("k", "lr_max", "scheduled_lr", "train_mode", "weight_sum")
-"""What a schedule-free optimizer keeps in its groups, and not for each parameter."""
+_COUNTED = ("k", "lr_max", "train_mode", "weight_sum")
+"""What a schedule-free optimizer keeps in its groups, and not for each parameter; `scheduled_lr` is for logs alone."""
 
 
 def listed_class(name: str) -> Optional[Type[torch.optim.Optimizer]]:
@@ -110,6 +111,23 @@ def name_of(optimizer: torch.optim.Optimizer) -> str:
         f"the cloud makes an optimizer of the same class, and {kind.__module__}.{kind.__qualname__} is none that it "
         f"knows: use one of {ALLOWED}"
     )
+
+
+@contextmanager
+def without_overrides() -> Iterator[None]:
+    """What this process has told bitsandbytes of single parameters is not for those that are stepped meanwhile: it
+    goes by their place in the groups, and by `id`."""
+    module = sys.modules.get("bitsandbytes.optim")
+    if module is None:
+        yield
+        return
+    manager: Any = module.GlobalOptimManager.get_instance()
+    kept = manager.index2config, manager.pid2config
+    manager.index2config, manager.pid2config = {}, {}
+    try:
+        yield
+    finally:
+        manager.index2config, manager.pid2config = kept
 
 
 def check_own(optimizer: torch.optim.Optimizer, twin: torch.optim.Optimizer, name: str) -> None:

@@ -85,7 +85,7 @@ def test_not_while_a_micro_batch_waits(session, edge):
     ids=str,
 )
 def test_counts_that_make_no_sense(session, edge, change):
-    counts = {"k": 1, "lr_max": 0.1, "scheduled_lr": 0.1, "train_mode": True, "weight_sum": 0.1}
+    counts = {"k": 1, "lr_max": 0.1, "train_mode": True, "weight_sum": 0.1}
     groups = [{**counts, **change} if change else {} for _ in session.optimizer.param_groups]
     blob = Blob("0", {tensor.name: tensor.read() for tensor in session.stored_optimizer_state()})
     loader = StateLoader(session.half, session.optimizer, lambda sha256: None)

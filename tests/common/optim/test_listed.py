@@ -1,12 +1,15 @@
 """Optimizers of other packages: what the wire can ask of them."""
 
+from typing import Any, Dict
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sft.errors import UsageError
-from sft.optim.listed import LISTED, name_of
+from sft.optim.listed import LISTED, counted, name_of
 from sft.optim.spec import GroupSpec, OptimizerSpec, make_optimizer
+from sft.optim.state import checked_state, stored_state
 
 
 @pytest.mark.parametrize(
@@ -37,3 +40,38 @@ def test_the_cloud_pages_nothing(name: str) -> None:
     made_as = name_of(getattr(optim, name)([torch.zeros(1, requires_grad=True)]))
     assert made_as == f"bitsandbytes.{name[len('Paged') :].replace('32bit', '')}"
     assert not any("Paged" in listed for listed in LISTED)
+
+
+def state_of(optimizer: torch.optim.Optimizer, parameters: Dict[str, nn.Parameter]) -> Dict[str, Tensor]:
+    for parameter in parameters.values():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    return {tensor.name: tensor.read() for tensor in stored_state(optimizer, parameters)}
+
+
+@pytest.mark.parametrize("shape", [(5000,), (60, 90), (20, 20, 20), (32, 16, 3, 3), (16, 8, 4, 4, 3)], ids=str)
+def test_eight_bits_of_every_number_of_dimensions(shape: Any) -> None:
+    optim = pytest.importorskip("bitsandbytes.optim")
+    parameters = {"w": nn.Parameter(torch.ones(shape))}
+    optimizer = optim.Adam8bit(parameters.values())
+    state = state_of(optimizer, parameters)
+    assert state["w/state1"].dtype == torch.uint8
+    checked_state(optimizer, parameters, state)
+
+
+def test_what_the_process_has_told_bitsandbytes_is_not_for_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    optim = pytest.importorskip("bitsandbytes.optim")
+    manager = optim.GlobalOptimManager.get_instance()
+    monkeypatch.setattr(manager, "index2config", {})
+    parameters = {"w": nn.Parameter(torch.ones(60, 90))}
+    optimizer = optim.Adam8bit(parameters.values())
+    state = state_of(optimizer, parameters)
+    manager.index2config[0, 0] = {"optim_bits": 32}
+    checked_state(optimizer, parameters, state)
+    assert manager.index2config == {(0, 0): {"optim_bits": 32}}
+
+
+def test_what_is_for_logs_alone_is_not_counted() -> None:
+    free = pytest.importorskip("schedulefree")
+    (counts,) = counted(free.AdamWScheduleFree([torch.zeros(1, requires_grad=True)]))
+    assert sorted(counts) == ["k", "lr_max", "train_mode", "weight_sum"]
