@@ -146,6 +146,11 @@ def has_modes(optimizer: torch.optim.Optimizer) -> bool:
     return "train_mode" in optimizer.defaults
 
 
+def name_has_modes(name: str) -> bool:
+    """As `has_modes`, of one that goes by this name on the wire."""
+    return name in LISTED and LISTED[name].package == "schedulefree"
+
+
 def is_training(optimizer: torch.optim.Optimizer) -> bool:
     """Whether weights are where it can take a step."""
     return not has_modes(optimizer) or bool(optimizer.param_groups[0].get("train_mode"))

@@ -70,7 +70,7 @@ def test_a_commit_changes_no_counts(session, edge, counts):
     session.handle(edge.forward(0))
     message = edge.commit(0)
     message.commit.group_arguments.extend(groups_to_proto([counts for _ in session.optimizer.param_groups]))
-    with pytest.raises(ProtocolError, match="the optimizer counts .* itself"):
+    with pytest.raises(ProtocolError, match=r"the optimizer counts .* itself"):
         session.handle(message)
     assert session.state is State.ACCUMULATING
 
