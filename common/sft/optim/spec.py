@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Dict, Iterable, List, Mapping, Sequence, Type
+from typing import Any, Dict, Iterable, List, Mapping, Sequence, Type, Union
 
 import torch
 from torch import Tensor, nn
@@ -153,6 +153,11 @@ def groups_to_proto(groups: Sequence[Mapping[str, Any]]) -> List[pb.GroupArgumen
     ]
 
 
+def holds_mixed(groups: Iterable[Union[pb.ParameterGroup, pb.GroupArguments]]) -> bool:
+    """Whether a setting has None among its numbers, which not every release of the cloud takes."""
+    return any(argument.HasField("mixed") for group in groups for argument in group.arguments.values())
+
+
 def arguments_from_proto(arguments: Mapping[str, pb.OptimizerArgument]) -> Dict[str, Any]:
     """From the wire; arguments without a value are left out. Raises ProtocolError for lists of anything but numbers."""
     values = {name: _argument_from_proto(value) for name, value in arguments.items()}
@@ -176,14 +181,10 @@ def _argument_to_proto(name: str, value: Any) -> pb.OptimizerArgument:
         return pb.OptimizerArgument(text=value)
     if isinstance(value, (tuple, list)) and all(isinstance(number, (int, float)) for number in value):
         return pb.OptimizerArgument(numbers=pb.OptimizerArgument.Numbers(values=value))
-    if isinstance(value, (tuple, list)) and all(number is None or _is_number(number) for number in value):
-        mixed = [pb.OptimizerArgument() if number is None else _argument_to_proto(name, number) for number in value]
+    if isinstance(value, (tuple, list)) and all(isinstance(number, (int, float, type(None))) for number in value):
+        mixed = [pb.OptimizerArgument(number=number) for number in value]
         return pb.OptimizerArgument(mixed=pb.OptimizerArgument.Mixed(values=mixed))
     raise UsageError(f"optimizer argument {name}={value!r} cannot be sent: not a number, flag, text or list of numbers")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _argument_from_proto(message: pb.OptimizerArgument) -> Any:
@@ -191,7 +192,7 @@ def _argument_from_proto(message: pb.OptimizerArgument) -> Any:
     if kind == "numbers":
         return tuple(message.numbers.values)
     if kind == "mixed":
-        if any(value.WhichOneof("value") not in (None, "number", "integer") for value in message.mixed.values):
+        if any(value.WhichOneof("value") not in (None, "number") for value in message.mixed.values):
             raise ProtocolError("an optimizer's argument holds a list of something else than numbers and None")
         return tuple(map(_argument_from_proto, message.mixed.values))
     return getattr(message, kind) if kind else None
