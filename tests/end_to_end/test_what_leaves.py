@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +163,8 @@ def _scripts(address: str) -> None:
 
 
 def _other_optimizers(address: str) -> None:
-    for make in [torch.optim.Adafactor] + ([schedulefree.SGDScheduleFree] if schedulefree else []):
+    with_none = partial(torch.optim.Adafactor, eps=(None, 1e-2))
+    for make in [with_none] + ([schedulefree.SGDScheduleFree] if schedulefree else []):
         model = tiny_model()
         with wrap(model, make(model.parameters(), lr=0.1), server=address) as optimizer:
             optimizer.train()

@@ -30,9 +30,9 @@ class CloudInProcess(InMemoryTransport):
     def open_session(self, request: pb.OpenSessionRequest) -> pb.OpenSessionResponse:
         opened = self._opener.open(request, ANONYMOUS, at_once)
         if isinstance(opened, list):
-            return pb.OpenSessionResponse(missing_blobs=opened)
+            return pb.OpenSessionResponse(missing_blobs=opened, takes_mixed=True)
         self.session = opened
-        return pb.OpenSessionResponse(session_id="in process", device="cpu")
+        return pb.OpenSessionResponse(session_id="in process", device="cpu", takes_mixed=True)
 
     def upload(self, sha256: str, total_bytes: int, chunks: Iterator[bytes]) -> None:
         self._store.of(ANONYMOUS).add(sha256, total_bytes, chunks)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sft.errors import ProtocolError, ServerFullError
+from sft.optim.listed import has_modes, name_has_modes
 from sft.tensors.stream import in_memory, sha256_of
 from sft.v1 import split_training_pb2 as pb
 from sft.wire.codec.elements import codecs_of
@@ -60,7 +61,7 @@ class ScriptOpener:
             raise ProtocolError("a script's cloud does not know the codec fitted, which is for `sft-edge train`")
         store = self._store.of(owner)
         half = run(lambda: self._hosted.make_half(request))
-        self._check_groups(request.optimizer)
+        self._check_optimizer(request.optimizer)
         tensors: dict[str, Tensor] = {}
         missing = _find(store, request.factors_sha256, self._hosted.factors, tensors)
         # The model's own weights count if they are the edge's, to the last bit.
@@ -83,7 +84,12 @@ class ScriptOpener:
         if self._is_over() or (self._session is not None and self._session.has_begun):
             raise ServerFullError("the cloud's script trains with one edge, and that has come already")
 
-    def _check_groups(self, theirs: pb.Optimizer) -> None:
+    def _check_optimizer(self, theirs: pb.Optimizer) -> None:
+        if name_has_modes(theirs.name) is not has_modes(self._optimizer):
+            raise ProtocolError(
+                f"the edge's optimizer is {theirs.name[:80]}, the cloud's {type(self._optimizer).__name__}: both are "
+                f"schedule-free, or none is; {ADVICE}"
+            )
         if len(theirs.groups) != len(self._groups):
             raise ProtocolError(
                 f"the edge's optimizer has {len(theirs.groups)} parameter groups, the cloud's {len(self._groups)}; "

@@ -86,7 +86,7 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
         response = pb.OpenSessionResponse(
             package_version=__version__, device=self._engine.device, codecs=NAMES.values()
         )
-        response.takes_ahead = response.takes_detach = response.takes_variants = True
+        response.takes_ahead = response.takes_detach = response.takes_variants = response.takes_mixed = True
         caller = context.caller
         self._check_draining()
         if request.only_check:

@@ -11,15 +11,17 @@ import torch
 
 from sft.errors import ProtocolError, TrainingError, UsageError
 from sft.optim.gradients import clip_scale
-from sft.optim.listed import check_counted, has_modes, is_training, set_training
+from sft.optim.listed import check_counted, counted, has_modes, is_training, set_training
 from sft.optim.spec import arguments_from_proto, check_change, set_learning_rates
 from sft.v1 import split_training_pb2 as pb
-from sft_cloud.errors import is_out_of_memory
+from sft_cloud.errors import PreconditionError, is_out_of_memory
 from sft_cloud.session.micro_batches import MicroBatches
 
 
 def check_commit(commit: pb.Commit, optimizer: torch.optim.Optimizer) -> None:
-    """Raises ProtocolError for numbers that an optimizer cannot step with."""
+    """Raises ProtocolError for numbers that an optimizer cannot step with, PreconditionError for one in eval mode."""
+    if not is_training(optimizer):
+        raise PreconditionError(f"{type(optimizer).__name__} is in eval mode, and takes no step: call train() before")
     groups, rates = len(optimizer.param_groups), commit.learning_rates
     if len(rates) != groups or not all(math.isfinite(rate) and rate >= 0 for rate in rates):
         raise ProtocolError(f"a commit needs {groups} learning rates, finite and not negative; got {list(rates)[:8]}")
@@ -29,6 +31,9 @@ def check_commit(commit: pb.Commit, optimizer: torch.optim.Optimizer) -> None:
         raise ProtocolError(f"max_grad_norm must be finite and not negative, not {commit.max_grad_norm}")
     if len(commit.group_arguments) not in (0, groups):
         raise ProtocolError(f"a commit has group_arguments for each of the {groups} groups, or none")
+    for counts, message in zip(counted(optimizer), commit.group_arguments, strict=False):  # there may be none
+        if names := sorted(counts.keys() & message.arguments.keys()):
+            raise ProtocolError(f"the optimizer counts '{names[0]}' itself, and a commit cannot change it")
     _check_changes(optimizer, commit.group_arguments)
 
 
@@ -54,6 +59,8 @@ def check_switch(message: pb.EdgeMessage, optimizer: torch.optim.Optimizer, micr
     """Of weights to their average, or back, where the message asks for one. Raises ProtocolError, PreconditionError."""
     if not message.HasField("averaged"):
         return
+    if message.WhichOneof("body") in ("evaluate", "load_state"):
+        raise ProtocolError("averaged rides on a forward or a backward, or comes without a body")
     if not has_modes(optimizer):
         raise ProtocolError(f"{type(optimizer).__name__} has no average that weights could be at")
     if not message.HasField("commit"):  # which lets go of all that waits
@@ -78,8 +85,6 @@ def clip_scale_of(commit: pb.Commit, micro_batches: MicroBatches) -> float:
 
 def take_step(optimizer: torch.optim.Optimizer) -> None:
     """The step itself. Raises TrainingError when the optimizer cannot take it with the settings that the edge chose."""
-    if not is_training(optimizer):
-        raise TrainingError(f"{type(optimizer).__name__} is in eval mode, and takes no step: call its train() before")
     with _tells_settings(optimizer):
         optimizer.step()
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib
 import sys
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple, Type
+from contextlib import contextmanager
+from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Optional, Tuple, Type
 
 import torch
 
@@ -27,10 +28,6 @@ class Listed(NamedTuple):
     them by itself."""
 
 
-_BITSANDBYTES = [
-    f"{paged}{kind}{bits}" for kind in ("Adam", "AdamW", "Lion") for paged in ("", "Paged") for bits in ("", "8bit")
-]
-
 LISTED: Dict[str, Listed] = {
     "transformers.Adafactor": Listed("transformers", "transformers.optimization", "Adafactor"),
     "lion_pytorch.Lion": Listed("lion-pytorch", "lion_pytorch", "Lion", own=("decoupled_wd",)),
@@ -39,8 +36,9 @@ LISTED: Dict[str, Listed] = {
         for name in ("AdamWScheduleFree", "RAdamScheduleFree", "SGDScheduleFree")
     },
     **{
-        f"bitsandbytes.{name}": Listed("bitsandbytes", "bitsandbytes.optim", name, own=("args", "is_paged"))
-        for name in _BITSANDBYTES
+        f"bitsandbytes.{kind}{bits}": Listed("bitsandbytes", "bitsandbytes.optim", f"{kind}{bits}", own=("args",))
+        for kind in ("Adam", "AdamW", "Lion")
+        for bits in ("", "8bit")
     },
 }
 """By the names that travel."""
@@ -51,8 +49,8 @@ ALLOWED = (
 )
 """For people."""
 
-_COUNTED = ("k", "lr_max", "scheduled_lr", "train_mode", "weight_sum")
-"""What a schedule-free optimizer keeps in its groups, and not for each parameter."""
+_COUNTED = ("k", "lr_max", "train_mode", "weight_sum")
+"""What a schedule-free optimizer keeps in its groups, and not for each parameter; `scheduled_lr` is for logs alone."""
 
 
 def listed_class(name: str) -> Optional[Type[torch.optim.Optimizer]]:
@@ -62,11 +60,32 @@ def listed_class(name: str) -> Optional[Type[torch.optim.Optimizer]]:
         return None
     try:
         found: Type[torch.optim.Optimizer] = getattr(importlib.import_module(entry.module), entry.class_name)
-    except (ImportError, AttributeError, OSError, RuntimeError) as error:  # one that finds no library of its own, too
+    except (ImportError, AttributeError, OSError, RuntimeError, SystemExit) as error:  # or what it needs
         raise UsageError(
             f"there is no {name} here: whoever runs this has to `pip install {entry.package}`; or use AdamW"
         ) from error
     return found
+
+
+def check_arguments(kind: Type[torch.optim.Optimizer], arguments: Mapping[str, Any]) -> None:
+    """Raises UsageError for arguments that are no settings of a parameter group, or of another type than these.
+
+    The rest of what these constructors take may do anything: `kind` is made without arguments to look.
+    """
+    defaults = kind([torch.zeros(1, requires_grad=True)]).defaults  # type: ignore[call-arg]
+    for name, value in arguments.items():
+        if name not in defaults:
+            raise UsageError(f"optimizer {kind.__name__}: it has no setting '{name[:80]}' that travels")
+        if not _is_like(value, defaults[name]):
+            raise UsageError(f"optimizer {kind.__name__}: {name} is by default {defaults[name]}, unlike {value!r:.80}")
+
+
+def _is_like(value: Any, default: Any) -> bool:
+    if isinstance(default, (tuple, list)):
+        return isinstance(value, tuple) and len(value) == len(default) and all(map(_is_like, value, default))
+    if isinstance(default, (bool, str)):
+        return type(value) is type(default)
+    return isinstance(value, (int, float)) and not isinstance(value, bool)  # which may be None by default
 
 
 def name_of(optimizer: torch.optim.Optimizer) -> str:
@@ -79,9 +98,10 @@ def name_of(optimizer: torch.optim.Optimizer) -> str:
         return str(kind.__name__)
     if getattr(sys.modules.get("bitsandbytes.optim"), kind.__name__, None) is kind:
         # As a Trainer makes them, with arguments; and what the package calls 32bit: the same as other classes of its.
+        # Paged ones have the same numbers, and a process never gets the pages back: they are the edge's alone.
         bits = getattr(getattr(optimizer, "args", None), "optim_bits", None)
         base = kind.__name__.replace("Paged", "").replace("32bit", "").replace("8bit", "")
-        name = f"bitsandbytes.{'Paged' * bool(getattr(optimizer, 'is_paged', False))}{base}{'8bit' * (bits == 8)}"
+        name = f"bitsandbytes.{base}{'8bit' * (bits == 8)}"
         if name in LISTED:
             return name
     for name, entry in LISTED.items():
@@ -91,6 +111,23 @@ def name_of(optimizer: torch.optim.Optimizer) -> str:
         f"the cloud makes an optimizer of the same class, and {kind.__module__}.{kind.__qualname__} is none that it "
         f"knows: use one of {ALLOWED}"
     )
+
+
+@contextmanager
+def without_overrides() -> Iterator[None]:
+    """What this process has told bitsandbytes of single parameters is not for those that are stepped meanwhile: it
+    goes by their place in the groups, and by `id`."""
+    module = sys.modules.get("bitsandbytes.optim")
+    if module is None:
+        yield
+        return
+    manager: Any = module.GlobalOptimManager.get_instance()
+    kept = manager.index2config, manager.pid2config
+    manager.index2config, manager.pid2config = {}, {}
+    try:
+        yield
+    finally:
+        manager.index2config, manager.pid2config = kept
 
 
 def check_own(optimizer: torch.optim.Optimizer, twin: torch.optim.Optimizer, name: str) -> None:
@@ -107,6 +144,11 @@ def check_own(optimizer: torch.optim.Optimizer, twin: torch.optim.Optimizer, nam
 def has_modes(optimizer: torch.optim.Optimizer) -> bool:
     """Whether it is schedule-free: weights are at another point for evaluation than for training."""
     return "train_mode" in optimizer.defaults
+
+
+def name_has_modes(name: str) -> bool:
+    """As `has_modes`, of one that goes by this name on the wire."""
+    return name in LISTED and LISTED[name].package == "schedulefree"
 
 
 def is_training(optimizer: torch.optim.Optimizer) -> bool:

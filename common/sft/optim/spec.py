@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Dict, Iterable, List, Mapping, Sequence, Type
+from typing import Any, Dict, Iterable, List, Mapping, Sequence, Type, Union
 
 import torch
 from torch import Tensor, nn
 
 from sft.errors import ProtocolError, UsageError
 from sft.models import Net
-from sft.optim.listed import listed_class
+from sft.optim.listed import check_arguments, listed_class
 from sft.v1 import split_training_pb2 as pb
 
 _NEED_MORE = {
@@ -76,7 +76,8 @@ def make_optimizer(spec: OptimizerSpec, parameters: Mapping[str, nn.Parameter]) 
     Raises UsageError when there is no such optimizer here, it does not fit, it refuses an argument, or a name is
     unknown.
     """
-    made_of: Any = listed_class(spec.name) or optimizer_class(spec.name)
+    listed = listed_class(spec.name)
+    made_of: Any = listed or optimizer_class(spec.name)
     groups = []
     for group in spec.groups:
         unknown = [name for name in group.parameter_names if name not in parameters]
@@ -87,10 +88,12 @@ def make_optimizer(spec: OptimizerSpec, parameters: Mapping[str, nn.Parameter]) 
         groups.append({"params": [parameters[name] for name in group.parameter_names], **group.arguments})
     try:
         for group in spec.groups:  # torch checks the arguments of the constructor, not those of groups
+            if listed is not None:
+                check_arguments(listed, group.arguments)
             made_of([torch.zeros(1, requires_grad=True)], **group.arguments)
         optimizer: torch.optim.Optimizer = made_of(groups, **(spec.groups[0].arguments if spec.groups else {}))
         return optimizer
-    except (AssertionError, TypeError, ValueError, RuntimeError, LookupError) as error:
+    except (AssertionError, TypeError, ValueError, RuntimeError, LookupError, SystemExit) as error:
         reason = str(error) or f"it refuses a setting of {spec.groups[0].arguments}"  # Lion says nothing of a rate of 0
         raise UsageError(f"optimizer {made_of.__name__}: {reason}") from error
 
@@ -150,6 +153,11 @@ def groups_to_proto(groups: Sequence[Mapping[str, Any]]) -> List[pb.GroupArgumen
     ]
 
 
+def holds_mixed(groups: Iterable[Union[pb.ParameterGroup, pb.GroupArguments]]) -> bool:
+    """Whether a setting has None among its numbers, which not every release of the cloud takes."""
+    return any(argument.HasField("mixed") for group in groups for argument in group.arguments.values())
+
+
 def arguments_from_proto(arguments: Mapping[str, pb.OptimizerArgument]) -> Dict[str, Any]:
     """From the wire; arguments without a value are left out. Raises ProtocolError for lists of anything but numbers."""
     values = {name: _argument_from_proto(value) for name, value in arguments.items()}
@@ -173,14 +181,10 @@ def _argument_to_proto(name: str, value: Any) -> pb.OptimizerArgument:
         return pb.OptimizerArgument(text=value)
     if isinstance(value, (tuple, list)) and all(isinstance(number, (int, float)) for number in value):
         return pb.OptimizerArgument(numbers=pb.OptimizerArgument.Numbers(values=value))
-    if isinstance(value, (tuple, list)) and all(number is None or _is_number(number) for number in value):
-        mixed = [pb.OptimizerArgument() if number is None else _argument_to_proto(name, number) for number in value]
+    if isinstance(value, (tuple, list)) and all(isinstance(number, (int, float, type(None))) for number in value):
+        mixed = [pb.OptimizerArgument(number=number) for number in value]
         return pb.OptimizerArgument(mixed=pb.OptimizerArgument.Mixed(values=mixed))
     raise UsageError(f"optimizer argument {name}={value!r} cannot be sent: not a number, flag, text or list of numbers")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _argument_from_proto(message: pb.OptimizerArgument) -> Any:
@@ -188,7 +192,7 @@ def _argument_from_proto(message: pb.OptimizerArgument) -> Any:
     if kind == "numbers":
         return tuple(message.numbers.values)
     if kind == "mixed":
-        if any(value.WhichOneof("value") not in (None, "number", "integer") for value in message.mixed.values):
+        if any(value.WhichOneof("value") not in (None, "number") for value in message.mixed.values):
             raise ProtocolError("an optimizer's argument holds a list of something else than numbers and None")
         return tuple(map(_argument_from_proto, message.mixed.values))
     return getattr(message, kind) if kind else None

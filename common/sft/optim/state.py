@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from sft.errors import ProtocolError, UsageError
-from sft.optim.listed import set_training
+from sft.optim.listed import set_training, without_overrides
 from sft.tensors.stream import StoredTensor, copied
 
 SCALARS = "scalars"
@@ -183,7 +183,7 @@ def _is_count(value: Any) -> bool:
 
 _Sizes = Tuple[int, ...]
 
-_LARGE_SIZES: Dict[int, _Sizes] = {1: (4099,), 2: (67, 71), 3: (17, 19, 23)}
+_LARGE_SIZES: Dict[int, _Sizes] = {1: (4099,), 2: (67, 71), 3: (17, 19, 23), 4: (5, 7, 11, 13), 5: (3, 5, 7, 11, 13)}
 """By the number of dimensions: samples of which eight bits are kept of each number."""
 
 _BLOCKS = (256, 2048)
@@ -277,7 +277,8 @@ class _Samples:
             own.param_groups[0].update(settings)
             set_training(own, True)
             own.state[sample].update({of: copy.deepcopy(value) for of, value in state.items()})
-            own.step()
+            with without_overrides():
+                own.step()
         except Exception as error:  # whatever a script's own class may raise
             raise ProtocolError(f"what {self._class.__name__} keeps cannot be found out: {error}") from error
         return dict(own.state[sample])

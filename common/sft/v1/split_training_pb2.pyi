@@ -184,7 +184,7 @@ class CheckpointId(_message.Message):
     def __init__(self, step: _Optional[int] = ..., sha256: _Optional[str] = ...) -> None: ...
 
 class OpenSessionResponse(_message.Message):
-    __slots__ = ("session_id", "missing_blobs", "package_version", "device", "next_step", "session_timeout_seconds", "codecs", "keeps_activations", "kept", "takes_detach", "takes_ahead", "takes_variants")
+    __slots__ = ("session_id", "missing_blobs", "package_version", "device", "next_step", "session_timeout_seconds", "codecs", "keeps_activations", "kept", "takes_detach", "takes_ahead", "takes_variants", "takes_mixed")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     MISSING_BLOBS_FIELD_NUMBER: _ClassVar[int]
     PACKAGE_VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -197,6 +197,7 @@ class OpenSessionResponse(_message.Message):
     TAKES_DETACH_FIELD_NUMBER: _ClassVar[int]
     TAKES_AHEAD_FIELD_NUMBER: _ClassVar[int]
     TAKES_VARIANTS_FIELD_NUMBER: _ClassVar[int]
+    TAKES_MIXED_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     missing_blobs: _containers.RepeatedScalarFieldContainer[str]
     package_version: str
@@ -209,7 +210,8 @@ class OpenSessionResponse(_message.Message):
     takes_detach: bool
     takes_ahead: bool
     takes_variants: bool
-    def __init__(self, session_id: _Optional[str] = ..., missing_blobs: _Optional[_Iterable[str]] = ..., package_version: _Optional[str] = ..., device: _Optional[str] = ..., next_step: _Optional[int] = ..., session_timeout_seconds: _Optional[float] = ..., codecs: _Optional[_Iterable[_Union[DataType, str]]] = ..., keeps_activations: bool = ..., kept: _Optional[int] = ..., takes_detach: bool = ..., takes_ahead: bool = ..., takes_variants: bool = ...) -> None: ...
+    takes_mixed: bool
+    def __init__(self, session_id: _Optional[str] = ..., missing_blobs: _Optional[_Iterable[str]] = ..., package_version: _Optional[str] = ..., device: _Optional[str] = ..., next_step: _Optional[int] = ..., session_timeout_seconds: _Optional[float] = ..., codecs: _Optional[_Iterable[_Union[DataType, str]]] = ..., keeps_activations: bool = ..., kept: _Optional[int] = ..., takes_detach: bool = ..., takes_ahead: bool = ..., takes_variants: bool = ..., takes_mixed: bool = ...) -> None: ...
 
 class UploadBlobRequest(_message.Message):
     __slots__ = ("sha256", "total_bytes", "data")

@@ -1,6 +1,6 @@
 """The edge's end of one session, and the way there: the only room that sees gRPC."""
 
-from sft_edge.link.answers import check_codecs
+from sft_edge.link.answers import check_codecs, check_mixed
 from sft_edge.link.download import NUMBERS, checked_state, checked_weights, could_be_state
 from sft_edge.link.grpc_transport import GrpcTransport, transport_of
 from sft_edge.link.link import Blob, Left, Link, PendingReply
@@ -23,6 +23,7 @@ __all__ = [
     "Transport",
     "Wake",
     "check_codecs",
+    "check_mixed",
     "checked_state",
     "checked_weights",
     "could_be_state",

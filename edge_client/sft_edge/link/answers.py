@@ -7,9 +7,10 @@ any numbers, not finite ones among them: what becomes of a run with these, the r
 from __future__ import annotations
 
 import re
-from typing import Collection
+from typing import Collection, Iterable, Union
 
 from sft.errors import ProtocolError, UsageError
+from sft.optim.spec import holds_mixed
 from sft.printable import MAX_SECONDS, said
 from sft.v1 import split_training_pb2 as pb
 from sft.wire.codec.rows import name_of
@@ -23,6 +24,17 @@ def check_codecs(response: pb.OpenSessionResponse, request: pb.OpenSessionReques
                 f"the cloud (release {said(response.package_version[:20])}) does not know the {option} "
                 f"{name_of(codec)}; have it updated, or give no codec, and wire dtype float32"
             )
+
+
+def check_mixed(
+    response: pb.OpenSessionResponse, groups: Iterable[Union[pb.ParameterGroup, pb.GroupArguments]]
+) -> None:
+    """Raises UsageError for settings of the optimizer that the cloud would leave out, as a release before `mixed`."""
+    if not response.takes_mixed and holds_mixed(groups):
+        raise UsageError(
+            f"the cloud (release {said(response.package_version[:20])}) takes no None among the numbers of an "
+            "optimizer's setting, such as Adafactor's eps; have it updated, or give numbers alone"
+        )
 
 
 def check_missing(response: pb.OpenSessionResponse, offered: Collection[str]) -> None:

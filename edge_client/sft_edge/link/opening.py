@@ -6,7 +6,7 @@ from typing import Callable, Mapping
 
 from sft.errors import ProtocolError, ServerFullError, ServerUnavailableError, StaleAccessError
 from sft.v1 import split_training_pb2 as pb
-from sft_edge.link.answers import check_codecs, check_missing, check_opened
+from sft_edge.link.answers import check_codecs, check_missing, check_mixed, check_opened
 from sft_edge.link.reliable_stream import TRANSIENT
 from sft_edge.link.replies import Blob
 from sft_edge.link.retries import Retries, RetryPolicy, Wake
@@ -54,6 +54,7 @@ class Opening:
         response = self._transport.open_session(self._request)
         self._let_in = True
         check_codecs(response, self._request)
+        check_mixed(response, self._request.optimizer.groups)
         check_missing(response, self._blobs)
         if response.missing_blobs:
             for sha256 in dict.fromkeys(response.missing_blobs):

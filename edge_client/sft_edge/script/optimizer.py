@@ -42,7 +42,7 @@ class ScriptGroups:
         trained = set(cut_model.cloud_names).difference(frozen)
         groups = [
             GroupSpec([name for name in names if name in trained], arguments)
-            for names, arguments in zip(self._names, arguments_of(self._optimizer))
+            for names, arguments in zip(self._names, _without_default_lists(self._optimizer))
         ]
         if any("lr" not in group.arguments for group in groups):
             raise UsageError(
@@ -80,6 +80,18 @@ def arguments_of(optimizer: torch.optim.Optimizer) -> List[Dict[str, Any]]:
         {name: _plain(group[name]) for name in sorted(known) if group.get(name) is not None}
         for group in optimizer.param_groups
     ]
+
+
+def _without_default_lists(optimizer: torch.optim.Optimizer) -> List[Dict[str, Any]]:
+    """As `arguments_of`, without lists that hold None and are as the class has them: an older cloud takes no such."""
+    arguments = arguments_of(optimizer)
+    known = inspect.signature(type(optimizer).__init__).parameters
+    left_out = {
+        name
+        for name, value in arguments[0].items()
+        if isinstance(value, tuple) and None in value and all(g.get(name) == known[name].default for g in arguments)
+    }
+    return [{name: value for name, value in group.items() if name not in left_out} for group in arguments]
 
 
 def _plain(value: Any) -> Any:

@@ -21,7 +21,7 @@ from sft.optim.spec import check_change, groups_to_proto
 from sft.optimizer import Role, SplitOptions
 from sft.v1 import split_training_pb2 as pb
 from sft.wire.codec.elements import Codecs, codecs_named
-from sft_edge.link import GrpcTransport, Link, RetryPolicy, session_request
+from sft_edge.link import GrpcTransport, Link, RetryPolicy, check_mixed, session_request
 from sft_edge.script.adapters import without_peft
 from sft_edge.script.crossing import LinkCross
 from sft_edge.script.cut_model import CutModel
@@ -72,7 +72,7 @@ class EdgeRole(Role):
             options.wait_seconds,
         )
         link = Link(transport, request, blobs, policy, _tell)
-        link.open()  # from here on nothing is left that could be wrong
+        self._opened = link.open()  # from here on nothing is left that could be wrong
         before = list(model.parameters())
         try:
             self._cross = LinkCross(link, codecs, next(model.parameters()).device, seed)
@@ -99,8 +99,11 @@ class EdgeRole(Role):
         _warn_of_frozen(parameters)
         self._on_cloud = arguments_of(optimizer)
         self._skipped, self._undone = False, 0
+        self._cloud_trains = is_training(optimizer)
         if has_modes(optimizer):
-            link.average(not is_training(optimizer))
+            link.average(not self._cloud_trains)
+        role = weakref.ref(self)
+        self._cross.check_mode = lambda: _check_mode(role())
         self._title = f"role='edge', server={options.server!r}, {cut_model.describe()}"
 
     @staticmethod
@@ -115,6 +118,7 @@ class EdgeRole(Role):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        _check_mode(self)
         if not is_training(self.optimizer):
             raise UsageError("the optimizer is in eval mode: call optim.train() before training goes on")
         self._flags.check()
@@ -124,6 +128,7 @@ class EdgeRole(Role):
         if not all(math.isfinite(rate) and rate >= 0 for rate in rates):
             raise UsageError(f"learning rates must be finite and not negative; they are {rates}")
         changed = _changed(arguments, self._on_cloud)
+        check_mixed(self._opened, changed)
         with self._cross.gradients.hidden():
             self.optimizer.step()
         self._cross.commit(rates, clip_scale, changed)
@@ -142,12 +147,13 @@ class EdgeRole(Role):
 
     def set_training(self, training: bool) -> None:
         """See Role. Results of the model from before cannot be gone backward through any more."""
-        if is_training(self.optimizer) is training or not has_modes(self.optimizer):
+        if is_training(self.optimizer) is self._cloud_trains is training or not has_modes(self.optimizer):
             return
         self._cross.drop_waiting()
         with self._without_cloud_gradients():
             set_training(self.optimizer, training)
         self._cross.link.average(not training)
+        self._cloud_trains = training
 
     def state_dict(self) -> Dict[str, Any]:
         """See Role. Without the keys `cloud` and `cloud_draws` before the first step."""
@@ -172,6 +178,7 @@ class EdgeRole(Role):
             except BaseException:
                 self.optimizer.load_state_dict(before)
                 raise
+        self._cloud_trains = is_training(self.optimizer)
         if draws is not None:
             self._cross.draw_as(draws)
 
@@ -197,6 +204,7 @@ class EdgeRole(Role):
         """States are those of real parameters."""
         parameter = self._cross.gradients.parameter
         self.optimizer.param_groups[0]["params"].pop()
+        self.optimizer.state.pop(parameter, None)  # an empty one, where somebody has switched a schedule-free one alone
         try:
             yield
         finally:
@@ -221,6 +229,14 @@ def _warn_of_frozen(parameters: Dict[str, nn.Parameter]) -> None:
 def _zero(optimizer: Optional[torch.optim.Optimizer]) -> None:
     if optimizer is not None:
         optimizer.zero_grad(set_to_none=True)
+
+
+def _check_mode(role: Optional[EdgeRole]) -> None:
+    if role is not None and is_training(role.optimizer) is not role._cloud_trains:
+        raise UsageError(
+            "the optimizer that is wrapped was switched, which moves the weights of the edge alone: call "
+            "train()/eval() of the SFTOptimizer"
+        )
 
 
 def _close(role: weakref.ReferenceType[EdgeRole]) -> None:

@@ -50,6 +50,25 @@ def test_an_edge_with_another_script(make_edge: Any, make_optimizer: Any, option
     assert cloud.error is None
 
 
+def test_a_schedule_free_optimizer_on_one_side_alone() -> None:
+    def free(model: Any) -> Any:
+        return pytest.importorskip("schedulefree").AdamWScheduleFree(model.parameters())
+
+    for on_cloud, on_edge, reason in (
+        (adamw, free, r"the edge's optimizer is schedulefree\.AdamWScheduleFree, the cloud's AdamW: both are"),
+        (free, adamw, "the edge's optimizer is AdamW, the cloud's AdamWScheduleFree: both are schedule-free, or none"),
+    ):
+        with host(make=on_cloud) as cloud:
+            with pytest.raises(ProtocolError, match=reason) as caught:
+                wrap(make_model(), cloud, on_edge)
+            assert "\n" not in str(caught.value)
+            right = make_model()
+            with wrap(right, cloud, on_cloud) as optimizer:
+                optimizer.train()
+                train(right, optimizer)
+        assert cloud.error is None
+
+
 def test_another_transformers_model() -> None:
     model = tiny_model(num_labels=3)
     with ScriptCloud(model, adamw(model), split_layer=2, split_rank=4) as cloud:

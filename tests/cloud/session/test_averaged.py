@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sft.errors import ProtocolError, TrainingError
+from sft.errors import ProtocolError
 from sft.optim.spec import groups_to_proto
 from sft.v1 import split_training_pb2 as pb
 from sft_cloud.engine.build import build, make_session
@@ -59,8 +59,29 @@ def test_weights_go_to_the_average_and_back(session, edge):
 
 def test_no_step_at_the_average(session, edge):
     session.handle(edge.forward(0))
-    with pytest.raises(TrainingError, match="in eval mode, and takes no step"):
+    with pytest.raises(PreconditionError, match="in eval mode, and takes no step"):
         session.handle(edge.commit(0))
+    assert session.state is State.ACCUMULATING
+
+
+@pytest.mark.parametrize("counts", [{"train_mode": False}, {"k": 7}, {"lr_max": 1.0}, {"weight_sum": 0.0}], ids=str)
+def test_a_commit_changes_no_counts(session, edge, counts):
+    switch(session, averaged=False)
+    session.handle(edge.forward(0))
+    message = edge.commit(0)
+    message.commit.group_arguments.extend(groups_to_proto([counts for _ in session.optimizer.param_groups]))
+    with pytest.raises(ProtocolError, match=r"the optimizer counts .* itself"):
+        session.handle(message)
+    assert session.state is State.ACCUMULATING
+
+
+@pytest.mark.parametrize("body", ["evaluate", "load_state"])
+def test_no_switch_with_what_is_beside_the_steps(session, edge, body):
+    message = pb.EdgeMessage(averaged=False)
+    getattr(message, body).SetInParent()
+    with pytest.raises(ProtocolError, match="averaged rides on a forward"):
+        session.handle(message)
+    assert session.state is State.READY
 
 
 def test_not_for_an_optimizer_without_an_average(edge):
@@ -85,7 +106,7 @@ def test_not_while_a_micro_batch_waits(session, edge):
     ids=str,
 )
 def test_counts_that_make_no_sense(session, edge, change):
-    counts = {"k": 1, "lr_max": 0.1, "scheduled_lr": 0.1, "train_mode": True, "weight_sum": 0.1}
+    counts = {"k": 1, "lr_max": 0.1, "train_mode": True, "weight_sum": 0.1}
     groups = [{**counts, **change} if change else {} for _ in session.optimizer.param_groups]
     blob = Blob("0", {tensor.name: tensor.read() for tensor in session.stored_optimizer_state()})
     loader = StateLoader(session.half, session.optimizer, lambda sha256: None)

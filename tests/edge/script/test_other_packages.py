@@ -13,6 +13,7 @@ from transformers.optimization import Adafactor
 
 from sft.errors import UsageError
 from sft.models import Cut
+from sft.v1 import split_training_pb2 as pb
 
 Make = Callable[[Any], torch.optim.Optimizer]
 
@@ -182,6 +183,61 @@ def test_what_does_not_go_with_a_switch() -> None:
             logits.sum().backward()
         optimizer.train()
         train(model, optimizer, data)  # the session has not suffered
+
+
+@pytest.mark.parametrize("ends_in", ["train", "eval"])
+def test_a_switch_of_the_wrapped_optimizer_alone_is_refused(ends_in: str) -> None:
+    model = tiny_model()
+    made: Any = schedule_free("AdamWScheduleFree", lr=1e-2)(model)
+    data = batches(3, model)
+    with wrap(model, made) as optimizer:
+        optimizer.train()
+        train(model, optimizer, data[:2])
+        model(**data[2]).loss.backward()
+        made.eval()
+        for crosses in (lambda: model(**data[2]), optimizer.step, model.state_dict, optimizer.state_dict):
+            with pytest.raises(UsageError, match=r"call train\(\)/eval\(\) of the SFTOptimizer") as caught:
+                crosses()
+            assert "\n" not in str(caught.value)
+        getattr(optimizer, ends_in)()
+        optimizer.state_dict()
+        model.state_dict()
+        optimizer.train()
+        train(model, optimizer, data[2:])
+
+
+class OlderCloud(Wire):
+    """It knows no lists with None."""
+
+    def open_session(self, request: pb.OpenSessionRequest) -> pb.OpenSessionResponse:
+        response = super().open_session(request)
+        response.takes_mixed = False
+        return response
+
+
+def test_a_cloud_that_knows_no_none_among_numbers() -> None:
+    model = tiny_model()
+    torch_adafactor(model)  # or it is skipped
+    other = torch.optim.Adafactor(model.parameters(), lr=1e-2, eps=(None, 1e-2))
+    says = "takes no None among the numbers of an optimizer's setting"
+    with pytest.raises(UsageError, match=says) as caught:
+        wrap(model, other, transport=OlderCloud())
+    assert "\n" not in str(caught.value)
+    made = torch_adafactor(model)
+    wire = OlderCloud()
+    with wrap(model, made, transport=wire) as optimizer:
+        assert not any("eps" in group.arguments for group in wire.requests[0].optimizer.groups)
+        train(model, optimizer, batches(1, model))
+        model(**batches(1, model)[0]).loss.backward()
+        optimizer.param_groups[0]["eps"] = (None, 1e-2)
+        with pytest.raises(UsageError, match=says):
+            optimizer.step()
+    model = tiny_model()
+    wire = Wire()
+    groups: Any = [{"params": [p]} for p in model.parameters()]
+    groups[1]["eps"] = (None, 1e-2)
+    with wrap(model, torch.optim.Adafactor(groups, lr=1e-2), transport=wire):
+        assert all("eps" in group.arguments for group in wire.requests[0].optimizer.groups)
 
 
 def through_a_file(state: Any) -> Any:
