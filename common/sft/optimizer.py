@@ -253,8 +253,8 @@ class SFTOptimizer(torch.optim.Optimizer):
     ) -> None:
         """For a script that loads weights before it makes its optimizer: decomposes a transformers model in place.
 
-        Whole still, it computes what both halves will, and its `state_dict` has the names that it has when it is cut: by
-        `SFTOptimizer`, called with the same arguments. Raises UsageError, CutError and UnsupportedModelError.
+        Whole still, it computes what both halves will, and its `state_dict` has the names that it has when it is cut,
+        by `SFTOptimizer` with the same arguments. Raises UsageError, CutError and UnsupportedModelError.
         """
         cut = SplitOptions(split_layer=split_layer, split_rank=split_rank, residual=residual, calibration=calibration)
         _find_role("edge").decompose(model, cut)

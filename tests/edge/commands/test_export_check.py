@@ -13,7 +13,7 @@ from support.saved import save_tiny
 from support.tiny import ARCHITECTURES, tiny_config
 
 from sft.errors import VerificationError
-from sft.models import Cut, family_of
+from sft.models import Cut, heads_of
 from sft.models.split_layer import RESIDUALS
 from sft_edge.commands.export.check import Answer, Question, ask_elsewhere, ask_here, largest_difference, texts_for
 from sft_edge.commands.export.content import Export
@@ -30,13 +30,16 @@ ODD = ("bert", "gpt2", "opt")
 
 def kinds() -> Iterator[Kind]:
     for family in ARCHITECTURES:
-        for head in family_of(tiny_config(family)).heads:
+        for head in heads_of(tiny_config(family))[:2]:
             yield family, head, "undecomposed", DENSE
             for residual in RESIDUALS:
                 if residual != "low-rank" or family in ODD:
                     yield family, head, residual, DENSE
                 if residual == "low-rank" or family in ODD:
                     yield family, head, residual, FACTORED
+    for head in ("token-classification", "multiple-choice"):
+        yield "bert", head, "undecomposed", DENSE
+        yield "bert", head, "none", FACTORED
 
 
 KINDS = list(kinds())

@@ -28,8 +28,11 @@ def main() -> None:
         tokenizer = transformers.AutoTokenizer.from_pretrained(question["model"], **where)  # nosec B615 # a directory
         model = getattr(transformers, question["auto_class"]).from_pretrained(question["model"], **where).eval()  # nosec B615
         encoding = tokenizer(*question["texts"], truncation=True, padding=True, return_tensors="pt")
+        asked = dict(encoding)
+        if question["auto_class"] == "AutoModelForMultipleChoice":  # each text a question of one choice
+            asked = {name: x.unsqueeze(1) for name, x in asked.items()}
         with torch.no_grad():
-            output = model(**encoding)
+            output = model(**asked)
         if hasattr(output, "start_logits"):
             logits = torch.stack([output.start_logits, output.end_logits], dim=-1)
         else:
