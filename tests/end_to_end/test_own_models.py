@@ -88,6 +88,21 @@ def test_a_language_model_that_returns_logits_and_loss(options: Any, caplog: pyt
     assert [record.message for record in caplog.records].count(told) == (0 if options else 1)
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_model_that_is_compiled_runs_uncompiled(when: str) -> None:
+    """As nanoGPT does."""
+    told = []
+    for compiles in (False, True):
+        model = calls = seeded()
+        if compiles and when == "before":
+            calls = torch.compile(model, backend="eager")
+        with host(seeded()) as cloud, wrap(calls, cloud) as optimizer:
+            if compiles and when == "after":
+                calls = torch.compile(model, backend="eager")
+            told.append(train(calls, optimizer, last=2))
+    assert_close(*told)
+
+
 def test_a_run_goes_on_in_another_session() -> None:
     """A checkpoint's weights are loaded once the model is cut; they are those of both halves."""
     whole = whole_model(seeded(), AT, RANK)
