@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, FrozenSet, List, Mapping, Optional, Set, Tuple
+from typing import Dict, FrozenSet, List, Mapping, Optional, Set, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -31,27 +31,18 @@ from sft.graphs.half import Half
 from sft.graphs.split import Parts, split
 from sft.graphs.tied import Tied, find_tied, in_words, untie
 from sft.graphs.trace import Inputs, has_hooks, trace
+from sft.graphs.variants import Variants, find_variants
 
 FACTORS = ("ffn1", "ffn2", "ffn3")
 """What stands in the place of the layer, on either side."""
 
 
 @dataclass(frozen=True)
-class GraphCut:
+class GraphCut(Variants):
     """Where a module is cut, and what each half runs and holds. Made without touching the module."""
 
-    model: nn.Module
     layer_name: str
     split_rank: int
-    inputs: Inputs
-    variants: Mapping[FrozenSet[str], Parts]
-    """By the optional inputs that a call gives; those that cannot be given are missing."""
-    numbers: Mapping[FrozenSet[str], int]
-    """What `pb.Activation` has for each of `variants`: the number of the first of them with the same net_2."""
-    numbered: Mapping[int, Parts]
-    """`variants` by their own numbers, which are the same on both sides, whatever is missing there."""
-    refused: Mapping[FrozenSet[str], CutError]
-    """Why they are."""
     tied: Tuple[Tied, ...]
     """Parameters that net_1 and net_2 share, until the model is cut."""
     upper_names: FrozenSet[str] = field(default=frozenset())
@@ -62,11 +53,6 @@ class GraphCut:
         """Where, and what is not computed any more."""
         without = f", without {' and '.join(self.dropped)}" if self.dropped else ""
         return f"{type(self.model).__name__} cut at '{self.layer_name}', rank {self.split_rank}{without}"
-
-    @property
-    def dropped(self) -> Tuple[str, ...]:
-        """The residual connection around the layer, in words, if there is one."""
-        return tuple(dict.fromkeys(what for parts in self.variants.values() for what in parts.dropped))
 
     @property
     def layer(self) -> nn.Linear:
@@ -120,32 +106,6 @@ class GraphCut:
         _add_constants(self.model, {name: tensor for half in halves for name, tensor in half.constants.items()})
         return ffn_2, ffn_3
 
-    def run(self, cross: Callable[[Tensor, int], Tensor], args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Any:
-        """What the model returns for these arguments, with the model as it is after `keep_net_1`.
-
-        `cross` gives what `run_net_2` does for an activation (..., R) and the number of a variant. Raises CutError for
-        arguments that the model was not cut for.
-        """
-        given = self.inputs.bind(self.model, args, kwargs)
-        optional = frozenset(given).difference(self.inputs.required)
-        parts = self.variants.get(optional)
-        if parts is None:
-            which = f"with {' and '.join(sorted(optional))}" if optional else "without its optional arguments"
-            reason = self.refused.get(optional, "give fewer of them at once")
-            raise CutError(f"this {type(self.model).__name__} was not cut for calls {which}: {reason}")
-        a, stays = parts.net_1.run(self.model, **given)
-        return parts.tail.run(self.model, cross(a, self.numbers[optional]), *stays)
-
-    def run_net_2(self, a: Tensor, variant: Optional[int] = None) -> Any:
-        """One tensor as a rule, of `a` (..., R), with the model as it is after `keep_net_2`; of the first variant that
-        there is, unless one is named."""
-        parts = next(iter(self.variants.values())) if variant is None else self.numbered[variant]
-        return parts.net_2.run(self.model, a)
-
-    def has_variant(self, variant: int) -> bool:
-        """Whether the model can be cut for calls of it."""
-        return variant in self.numbered
-
     def _factor(self, columns: int, rows: int, like: Tensor, bias: Optional[Tensor] = None) -> nn.Linear:
         linear = nn.Linear(columns, rows, bias=bias is not None, device=like.device)
         linear.weight.requires_grad_(like.requires_grad)
@@ -170,25 +130,18 @@ def cut(model: nn.Module, layer_name: str, split_rank: int) -> GraphCut:
     """
     layer = _check_layer(model, layer_name, split_rank)
     inputs = Inputs(model)
-    variants: Dict[FrozenSet[str], Parts] = {}
-    numbers: Dict[FrozenSet[str], int] = {}
-    numbered: Dict[int, Parts] = {}
-    refused: Dict[FrozenSet[str], CutError] = {}
     tied: List[Tied] = []
-    for number, given in enumerate(inputs.variants()):
-        try:
-            parts = split(model, layer_name, trace(model, layer_name, inputs, given))
-            tied = find_tied(model, [*variants.values(), parts])
-        except CutError as error:
-            refused[given] = error
-        else:
-            variants[given] = numbered[number] = parts
-            numbers[given] = next(own for own, other in numbered.items() if parts.net_2.same_as(other.net_2))
-    if not variants:
-        raise next(iter(refused.values()))
-    upper_names = _upper_names(model, layer, [parts.net_2 for parts in variants.values()], tied)
+
+    def split_for(given: FrozenSet[str], others: List[Parts]) -> Parts:
+        nonlocal tied
+        parts = split(model, layer_name, trace(model, layer_name, inputs, given))
+        tied = find_tied(model, [*others, parts])
+        return parts
+
+    found = find_variants(model, inputs, split_for)
+    upper_names = _upper_names(model, layer, [parts.net_2 for parts in found.variants.values()], tied)
     return GraphCut(
-        model, layer_name, split_rank, inputs, variants, numbers, numbered, refused, tuple(tied), upper_names
+        **vars(found), layer_name=layer_name, split_rank=split_rank, tied=tuple(tied), upper_names=upper_names
     )
 
 

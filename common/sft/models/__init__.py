@@ -17,8 +17,8 @@ from sft.models.cut import (
     matrix_of,
     name_of_w,
 )
-from sft.models.families.catalogue import family_of, head_of, heads_of, max_positions
-from sft.models.heads import HEADS
+from sft.models.families.catalogue import body_of, family_of, head_of, heads_of, max_positions
+from sft.models.heads import HEADS, head_named
 from sft.models.in_place import (
     check_live,
     cut_live,
@@ -44,6 +44,7 @@ __all__ = [
     "TiedHead",
     "Undrawn",
     "Whole",
+    "body_of",
     "build_net_1",
     "build_net_2",
     "build_whole",
@@ -54,6 +55,7 @@ __all__ = [
     "family_of",
     "ffn_out_name",
     "has_fused_head",
+    "head_named",
     "head_of",
     "heads_of",
     "last_of_edge",

@@ -28,7 +28,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from sft.errors import CutError, UnsupportedModelError
 from sft.models.families.catalogue import check_head, family_of
 from sft.models.families.family import Family
-from sft.models.heads import HEADS
+from sft.models.heads import head_named, is_body
 from sft.models.nets import Net, Net1, Net2, TiedHead, Whole
 from sft.models.split_layer import RESIDUALS, SplitLayer
 
@@ -133,7 +133,7 @@ def ffn_out_name(config: PretrainedConfig, head: str, split_layer: int) -> str:
 
 def name_of_w(model: Any, family: Family, split_layer: int) -> str:
     """As `ffn_out_name`, of a model that is there."""
-    return f"{model.base_model_prefix}.{family.blocks}.{split_layer - 1}.{family.ffn_out}"
+    return f"{_base_prefix(model)}{family.blocks}.{split_layer - 1}.{family.ffn_out}"
 
 
 def matrix_of(w: Any) -> Tensor:
@@ -281,12 +281,12 @@ def _build(config: PretrainedConfig, head: str, cuts: bool) -> Tuple[Any, Family
     config.chunk_size_feed_forward = 0  # it would cut the feed-forward layer along the sequence; we cut it across
     config.pretraining_tp = 1  # older Llamas': likewise
     with torch.device("meta"), Undrawn():
-        model = HEADS[head].auto_class.from_config(config, trust_remote_code=False)
+        model = head_named(head).auto_class.from_config(config, trust_remote_code=False, **head_named(head).options)
     # Some have their head before the embeddings that it is tied to, and a tied parameter goes by its first name.
-    for name in [name for name in model._modules if name != model.base_model_prefix]:
+    for name in [name for name in model._modules if name != model.base_model_prefix and not is_body(head)]:
         model._modules[name] = model._modules.pop(name)
     untied = []
-    if HEADS[head].of_vocabulary and cuts:
+    if head_named(head).of_vocabulary and cuts:
         out = model.get_output_embeddings()
         if out.weight.shape[0] != config.vocab_size:
             raise UnsupportedModelError("the head of this model reads the embeddings, which stay on the edge")
@@ -321,8 +321,12 @@ def _has(module: nn.Module, name: str) -> bool:
 def _names(model: Any) -> Dict[int, str]:
     # Of a tied parameter's names the embedding's: some models come to their head first.
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    base = model.base_model.named_parameters(prefix=model.base_model_prefix)
-    return {**names, **{id(parameter): name for name, parameter in base}}
+    base = model.base_model.named_parameters()
+    return {**names, **{id(parameter): f"{_base_prefix(model)}{name}" for name, parameter in base}}
+
+
+def _base_prefix(model: Any) -> str:
+    return "" if model.base_model is model else f"{model.base_model_prefix}."
 
 
 def _named(net: AnyNet, names: Dict[int, str], untied: List[TiedHead]) -> AnyNet:

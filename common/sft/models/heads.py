@@ -5,10 +5,11 @@ Shape suffixes: B batch, S sequence, C outputs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Dict, Tuple
 
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForMultipleChoice,
@@ -38,6 +39,9 @@ class Head:
     trained_whole: Tuple[str, ...] = ()
     """What peft trains whole for its task; it takes all modules whose names end so."""
 
+    options: Dict[str, Any] = field(default_factory=dict)
+    """Which the library's class is built with."""
+
 
 _CLASSIFIERS = ("classifier", "score")
 
@@ -49,3 +53,19 @@ HEADS: Dict[str, Head] = {
     "multiple-choice": Head(AutoModelForMultipleChoice, "classes", trained_whole=_CLASSIFIERS),
     "masked-lm": Head(AutoModelForMaskedLM, "tokens", per_token=True, of_vocabulary=True),
 }
+
+_BODIES = {
+    "body": Head(AutoModel, "nothing", per_token=True),
+    "body-without-pooler": Head(AutoModel, "nothing", per_token=True, options={"add_pooling_layer": False}),
+}
+"""Of modules whose head is their own: what the library's base model returns. No server builds such modules."""
+
+
+def head_named(name: str) -> Head:
+    """One of `HEADS`, or a body."""
+    return _BODIES[name] if name in _BODIES else HEADS[name]
+
+
+def is_body(name: str) -> bool:
+    """Whether it is none of `HEADS`: a base model."""
+    return name in _BODIES

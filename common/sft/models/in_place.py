@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sft.errors import UsageError
 from sft.models.cut import Cut, blocks_of, build_whole, check_cut, lower_half, name_of_w, prepare
 from sft.models.families.catalogue import family_of, library_class
-from sft.models.heads import HEADS
+from sft.models.heads import head_named, is_body
 from sft.models.nets import Net1
 from sft.models.split_layer import SplitLayer
 
@@ -84,7 +84,7 @@ def decompose_live(model: Any, head: str, cut: Cut, factors: Mapping[str, Tensor
     check_live(model, head, cut)
     family = family_of(model.config)
     device = layer_to_cut(model, cut)[1].weight.device
-    if HEADS[head].of_vocabulary and model.config.tie_word_embeddings:
+    if head_named(head).of_vocabulary and model.config.tie_word_embeddings:
         out = model.get_output_embeddings()
         out.weight = nn.Parameter(out.weight.detach().clone(), requires_grad=out.weight.requires_grad)
         model.config.tie_word_embeddings = False
@@ -126,9 +126,9 @@ def cut_live(model: Any, head: str, cut: Cut) -> Net1:
         model.config.pretraining_tp = 1  # likewise
     net_1 = lower_half(model, family, head, cut)
     for name, child in list(model.named_children()):
-        if child is not model.base_model:
+        if child is not model.base_model and not is_body(head):
             setattr(model, name, None)
-    if HEADS[head].of_vocabulary:  # the head is on the cloud, and no copy of the embeddings any more
+    if head_named(head).of_vocabulary:  # the head is on the cloud, and no copy of the embeddings any more
         model.get_output_embeddings = lambda: None
         model.config.tie_word_embeddings = False
         if getattr(model, "all_tied_weights_keys", None):

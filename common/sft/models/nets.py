@@ -140,3 +140,7 @@ class Net2(Net):
     def forward(self, a_BSR: Tensor, lengths: List[int], labels: Dict[str, Tensor]) -> Output:
         """`a_BSR` on the device of the parameters; `labels` may be empty."""
         return self._head(self._inputs({"inputs_embeds": self.entry(a_BSR)}, lengths), lengths, labels)
+
+    def hidden(self, a_BSR: Tensor, lengths: List[int]) -> Any:
+        """Of a body: the library's own output, `last_hidden_state` (B, S, D) and, where it has a pooler, its output."""
+        return self.model(**self._inputs({"inputs_embeds": self.entry(a_BSR)}, lengths))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Tuple
+from typing import Any, Optional, Tuple
 
 from transformers import PretrainedConfig
 
@@ -16,7 +16,7 @@ from sft.models.families.gpt2 import GPT2
 from sft.models.families.llama import LLAMA
 from sft.models.families.opt import OPT
 from sft.models.families.roberta import ROBERTA
-from sft.models.heads import HEADS
+from sft.models.heads import HEADS, head_named, is_body
 
 _ALL = (BERT, ROBERTA, DISTILBERT, DEBERTA, GPT2, OPT, LLAMA, GEMMA)
 _FAMILIES = {model_type: family for family in _ALL for model_type in family.model_types}
@@ -47,6 +47,8 @@ def check_type(model_type: object) -> None:
 
 def check_head(config: PretrainedConfig, head: str) -> None:
     """Raises UnsupportedModelError for a head that no model, or not this one, is trained with."""
+    if is_body(head):
+        return
     if head not in HEADS:
         raise UnsupportedModelError(f"there is no head '{head}'; supported heads: {', '.join(HEADS)}")
     heads = heads_of(config)
@@ -75,7 +77,7 @@ def max_positions(config: PretrainedConfig) -> int:
 
 def library_class(config: PretrainedConfig, head: str) -> Any:
     """The library's class of models with a head; None where it has none."""
-    return HEADS[head].auto_class._model_mapping.get(type(config), None)
+    return head_named(head).auto_class._model_mapping.get(type(config), None)
 
 
 def head_of(model: Any) -> str:
@@ -88,3 +90,11 @@ def head_of(model: Any) -> str:
     raise UnsupportedModelError(
         f"a {type(model).__name__} cannot be cut; give a transformers model with one of the heads {', '.join(HEADS)}"
     )
+
+
+def body_of(model: Any) -> Optional[str]:
+    """What `head_named` calls a base model of the library that can be cut; None for all others."""
+    config = getattr(model, "config", None)
+    if getattr(config, "model_type", None) not in _FAMILIES or not isinstance(model, library_class(config, "body")):
+        return None
+    return "body-without-pooler" if getattr(model, "pooler", model) is None else "body"

@@ -1,0 +1,81 @@
+"""A cut module's parts, for every set of optional arguments that a call may give."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Callable, Dict, FrozenSet, List, Mapping, Optional, Tuple
+
+from torch import Tensor, nn
+
+from sft.errors import CutError
+from sft.graphs.split import Parts
+from sft.graphs.trace import Inputs
+
+
+@dataclass(frozen=True)
+class Variants:
+    """What each half of a module runs. Made without touching the module."""
+
+    model: nn.Module
+    inputs: Inputs
+    variants: Mapping[FrozenSet[str], Parts]
+    """By the optional inputs that a call gives; those that cannot be given are missing."""
+    numbers: Mapping[FrozenSet[str], int]
+    """What `pb.Activation` has for each of `variants`: the number of the first of them with the same net_2."""
+    numbered: Mapping[int, Parts]
+    """`variants` by their own numbers, which are the same on both sides, whatever is missing there."""
+    refused: Mapping[FrozenSet[str], CutError]
+    """Why they are."""
+
+    @property
+    def dropped(self) -> Tuple[str, ...]:
+        """The residual connection around the layer, in words, if there is one."""
+        return tuple(dict.fromkeys(what for parts in self.variants.values() for what in parts.dropped))
+
+    def run(self, cross: Callable[[Any, int], Tensor], args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Any:
+        """What the model returns for these arguments, with the model cut to net_1.
+
+        `cross` gives what `run_net_2` does for what net_1 gives and the number of a variant. Raises CutError for
+        arguments that the model was not cut for.
+        """
+        given = self.inputs.bind(self.model, args, kwargs)
+        optional = frozenset(given).difference(self.inputs.required)
+        parts = self.variants.get(optional)
+        if parts is None:
+            which = f"with {' and '.join(sorted(optional))}" if optional else "without its optional arguments"
+            reason = self.refused.get(optional, "give fewer of them at once")
+            raise CutError(f"this {type(self.model).__name__} was not cut for calls {which}: {reason}")
+        a, stays = parts.net_1.run(self.model, **given)
+        return parts.tail.run(self.model, cross(a, self.numbers[optional]), *stays)
+
+    def run_net_2(self, a: Any, variant: Optional[int] = None) -> Any:
+        """One tensor as a rule, of what crosses, with the model cut to net_2; of the first variant that there is,
+        unless one is named."""
+        parts = next(iter(self.variants.values())) if variant is None else self.numbered[variant]
+        return parts.net_2.run(self.model, a)
+
+    def has_variant(self, variant: int) -> bool:
+        """Whether the model can be cut for calls of it."""
+        return variant in self.numbered
+
+
+def find_variants(model: nn.Module, inputs: Inputs, split: Callable[[FrozenSet[str], List[Parts]], Parts]) -> Variants:
+    """Splits for every set of optional inputs; `split` is told the parts that there are so far.
+
+    Raises CutError where none can be split.
+    """
+    parts: Dict[FrozenSet[str], Parts] = {}
+    numbers: Dict[FrozenSet[str], int] = {}
+    numbered: Dict[int, Parts] = {}
+    refused: Dict[FrozenSet[str], CutError] = {}
+    for number, given in enumerate(inputs.variants()):
+        try:
+            one = split(given, list(parts.values()))
+        except CutError as error:
+            refused[given] = error
+        else:
+            parts[given] = numbered[number] = one
+            numbers[given] = next(own for own, other in numbered.items() if one.net_2.same_as(other.net_2))
+    if not parts:
+        raise next(iter(refused.values()))
+    return Variants(model, inputs, parts, numbers, numbered, refused)
