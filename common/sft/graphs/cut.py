@@ -21,13 +21,13 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass, field
-from typing import Dict, FrozenSet, List, Mapping, Optional, Set, Tuple
+from typing import Dict, FrozenSet, List, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
 
 from sft.errors import CutError, UsageError
-from sft.graphs.half import Half
+from sft.graphs.kept import add_constants, keep, owned, remove, stored_names, tensors_named
 from sft.graphs.split import Parts, split
 from sft.graphs.tied import Tied, find_tied, in_words, untie
 from sft.graphs.trace import Inputs, has_hooks, trace
@@ -73,9 +73,7 @@ class GraphCut(Variants):
 
     def upper_tensors(self) -> Dict[str, Tensor]:
         """The tensors of `upper_names`, which are the model's own."""
-        tensors: Dict[str, Tensor] = dict(self.model.named_buffers())
-        tensors.update(self.model.named_parameters(remove_duplicate=False))
-        return {name: tensors[name] for name in sorted(self.upper_names)}
+        return tensors_named(self.model, self.upper_names)
 
     def keep_net_1(self) -> nn.Linear:
         """Takes from the model what is net_2's, in place. Returns FFN-1, which stands where the layer was, unset.
@@ -85,12 +83,11 @@ class GraphCut(Variants):
         linear = self._factor(self.layer.in_features, self.split_rank, self.layer.weight)
         untie(self.model, self.tied)
         halves = list(self.variants.values())
-        lower = _owned(self.model, [half for parts in halves for half in (parts.net_1, parts.tail)])
-        upper = _owned(self.model, [parts.net_2 for parts in halves])
-        constants = {name: tensor for parts in halves for name, tensor in parts.net_1.constants.items()}
+        lower = owned(self.model, [half for parts in halves for half in (parts.net_1, parts.tail)])
+        upper = owned(self.model, [parts.net_2 for parts in halves])
         self._replace_layer({"ffn1": linear})
-        _remove(self.model, upper - lower)
-        _add_constants(self.model, constants)
+        remove(self.model, upper - lower)
+        add_constants(self.model, [parts.net_1 for parts in halves])
         return linear
 
     def keep_net_2(self) -> Tuple[nn.Linear, nn.Linear]:
@@ -100,10 +97,10 @@ class GraphCut(Variants):
         factors = {"ffn2": ffn_2, "ffn3": ffn_3}
         untie(self.model, self.tied)
         halves = [parts.net_2 for parts in self.variants.values()]
-        kept = _owned(self.model, halves)
+        kept = owned(self.model, halves)
         holder = self._replace_layer(factors)
-        _keep(self.model, kept | {id(module) for module in holder.modules()} | {id(p) for p in holder.parameters()})
-        _add_constants(self.model, {name: tensor for half in halves for name, tensor in half.constants.items()})
+        keep(self.model, kept | {id(module) for module in holder.modules()} | {id(p) for p in holder.parameters()})
+        add_constants(self.model, halves)
         return ffn_2, ffn_3
 
     def _factor(self, columns: int, rows: int, like: Tensor, bias: Optional[Tensor] = None) -> nn.Linear:
@@ -139,9 +136,12 @@ def cut(model: nn.Module, layer_name: str, split_rank: int) -> GraphCut:
         return parts
 
     found = find_variants(model, inputs, split_for)
-    upper_names = _upper_names(model, layer, [parts.net_2 for parts in found.variants.values()], tied)
+    names = stored_names(model, [parts.net_2 for parts in found.variants.values()])
+    names -= {f"{layer_name}.{own}" for own, _ in layer.named_parameters()}
+    for one in tied:
+        names = {*names.difference(one.names), one.upper[0]}
     return GraphCut(
-        **vars(found), layer_name=layer_name, split_rank=split_rank, tied=tuple(tied), upper_names=upper_names
+        **vars(found), layer_name=layer_name, split_rank=split_rank, tied=tuple(tied), upper_names=frozenset(names)
     )
 
 
@@ -179,48 +179,6 @@ def _check_layer(model: nn.Module, name: str, split_rank: int) -> nn.Linear:
                 "compute in half precision"
             )
     return layer
-
-
-def _upper_names(model: nn.Module, layer: nn.Linear, halves: List[Half], tied: List[Tied]) -> FrozenSet[str]:
-    upper = _owned(model, halves)
-    stored = set(model.state_dict(keep_vars=True))
-    tensors: Dict[str, Tensor] = {**dict(model.named_buffers()), **dict(model.named_parameters())}
-    own = {id(parameter) for parameter in layer.parameters()}
-    names = {n for n, x in tensors.items() if id(x) in upper and id(x) not in own and n in stored}
-    for one in tied:
-        names = {*names.difference(one.names), one.upper[0]}
-    return frozenset(names)
-
-
-def _owned(model: nn.Module, halves: List[Half]) -> Set[int]:
-    return set().union(*(half.owned(model) for half in halves))
-
-
-def _remove(module: nn.Module, doomed: Set[int]) -> None:
-    """Removes modules, parameters and buffers from wherever they are registered."""
-    for registered in (module._modules, module._parameters, module._buffers):
-        for name, value in list(registered.items()):
-            if id(value) in doomed:
-                delattr(module, name)
-    for child in module.children():
-        _remove(child, doomed)
-
-
-def _keep(module: nn.Module, kept: Set[int]) -> bool:
-    """Removes all but these; returns whether anything is left."""
-    for registered in (module._parameters, module._buffers):
-        for name, value in list(registered.items()):
-            if id(value) not in kept:
-                delattr(module, name)
-    for name, child in list(module._modules.items()):
-        if child is None or not (id(child) in kept or _keep(child, kept)):
-            delattr(module, name)
-    return any((module._modules, module._parameters, module._buffers))
-
-
-def _add_constants(model: nn.Module, constants: Mapping[str, Tensor]) -> None:
-    for name, tensor in constants.items():
-        model.register_buffer(name, tensor, persistent=False)  # so that they follow the model to its device
 
 
 def _near(name: str, linears: List[str]) -> str:

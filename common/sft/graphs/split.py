@@ -11,7 +11,7 @@ is that tensor.
 from __future__ import annotations
 
 import operator
-from typing import Dict, FrozenSet, List, NamedTuple, Optional, Set, Tuple
+from typing import Any, Dict, FrozenSet, List, NamedTuple, Optional, Set, Tuple, Type
 
 import torch
 from torch import fx, nn
@@ -43,10 +43,10 @@ class Parts(NamedTuple):
     """What the sides run, and which residual connections were dropped."""
 
     net_1: Half
-    """Of the inputs: the activation (..., R), and a list of what stays for the tail."""
+    """Of the inputs: what crosses, and a list of what stays for the tail."""
 
     net_2: Half
-    """Of the activation: one tensor."""
+    """Of what crosses: one tensor."""
 
     tail: Half
     """Of that tensor, and of all in the list: what the model returns."""
@@ -54,9 +54,10 @@ class Parts(NamedTuple):
     dropped: Tuple[str, ...]
 
 
-def split(model: nn.Module, layer_name: str, traced: Traced) -> Parts:
+def split(model: nn.Module, layer_name: str, traced: Traced, splitter: Optional[Type[Splitter]] = None) -> Parts:
     """Splits a model's graph at its layer. Raises CutError when more than one tensor would have to cross."""
-    parts = {training: _Splitter(model, graph, layer_name) for training, graph in traced.graphs.items()}
+    kind = splitter or Splitter
+    parts = {training: kind(model, graph, layer_name) for training, graph in traced.graphs.items()}
     lower = {training: part.lower() for training, part in parts.items()}
     upper = {training: part.upper() for training, part in parts.items()}
     tails = {training: part.tail() for training, part in parts.items()}
@@ -71,7 +72,7 @@ def split(model: nn.Module, layer_name: str, traced: Traced) -> Parts:
     )
 
 
-class _Splitter:
+class Splitter:
     """One graph, and which of its nodes come after the layer."""
 
     def __init__(self, model: nn.Module, graph: fx.Graph, layer_name: str) -> None:
@@ -80,10 +81,11 @@ class _Splitter:
         self._name = layer_name
         self._layer = model.get_submodule(layer_name)
         self._cut = self._find_layer(model)
+        self._known = self._find_known()
         self._inputs: Dict[fx.Node, FrozenSet[fx.Node]] = {}  # placeholders that a node depends on
         self._above: Set[fx.Node] = set()
         for node in graph.nodes:
-            sources = [self._inputs[one] for one in node.all_input_nodes]
+            sources = [self._inputs[one] for one in node.all_input_nodes if one not in self._known]
             self._inputs[node] = frozenset({node} if node.op == "placeholder" else ()).union(*sources)
             if node is self._cut or any(one in self._above for one in node.all_input_nodes):
                 self._above.add(node)
@@ -106,15 +108,16 @@ class _Splitter:
 
     def lower(self) -> fx.Graph:
         """From the inputs to the activation, and to what stays."""
-        (x,) = self._cut.all_input_nodes
         below = [node for node in self._graph.nodes if node not in self._above and node is not self._output]
-        wanted = needed({x, *self._stay, *filter(asserts, below)}, below, lambda node: node.all_input_nodes)
+        wanted = needed(
+            {*self._cut.all_input_nodes, *self._stay, *filter(asserts, below)}, below, lambda node: node.all_input_nodes
+        )
         self._kept |= wanted
         graph = fx.Graph()
         copies: Dict[fx.Node, fx.Node] = {}
         for node in self._graph.nodes:
             if node is self._cut:
-                copies[node] = graph.call_module(f"{self._name}.ffn1", (copies[x],))
+                copies[node] = self._end_lower(graph, copies)
             elif node in wanted or node.op == "placeholder":
                 copies[node] = graph.node_copy(node, lambda one: copies[one])
         graph.output((copies[self._cut], [copies[one] for one in self._stay]))
@@ -123,13 +126,20 @@ class _Splitter:
     def upper(self) -> fx.Graph:
         """From the activation to what crosses back."""
         graph = fx.Graph()
-        copies: Dict[fx.Node, fx.Node] = {}
-        activation = graph.placeholder("activation")
-        middle = graph.call_module(f"{self._name}.ffn2", (activation,))
-        copies[self._cut] = graph.call_module(f"{self._name}.ffn3", (middle,))
+        copies = self._begin_upper(graph, graph.placeholder("activation"))
         self._copy(self._cloud, graph, copies)
         graph.output(copies[self._crosses])
         return graph
+
+    def _end_lower(self, graph: fx.Graph, copies: Dict[fx.Node, fx.Node]) -> Any:
+        """What crosses: the activation (..., R)."""
+        (x,) = self._cut.all_input_nodes
+        return graph.call_module(f"{self._name}.ffn1", (copies[x],))
+
+    def _begin_upper(self, graph: fx.Graph, activation: fx.Node) -> Dict[fx.Node, fx.Node]:
+        """What the cloud makes of what crosses, in the places of what the whole model has there."""
+        middle = graph.call_module(f"{self._name}.ffn2", (activation,))
+        return {self._cut: graph.call_module(f"{self._name}.ffn3", (middle,))}
 
     def tail(self) -> fx.Graph:
         """From what crosses back, and what stays, to the output."""
@@ -213,7 +223,7 @@ class _Splitter:
 
     def _stays(self, node: fx.Node) -> bool:
         """Whether a value is computed from the inputs without the layer."""
-        return node not in self._above and bool(self._inputs[node])
+        return node not in self._above and node not in self._known and bool(self._inputs[node])
 
     def _first_that_stays(self, node: fx.Node) -> fx.Node:
         """The value from below that a foreign node needs first."""
@@ -288,9 +298,13 @@ class _Splitter:
             times = "never calls it" if not calls else f"calls it {len(calls)} times"
             raise CutError(f"'{self._name}' cannot be cut: the model {times}; choose a layer that is called once")
         call: fx.Node = calls[0]
-        if len(call.all_input_nodes) != 1:
+        if not call.all_input_nodes:
             raise CutError(f"'{self._name}' cannot be cut: nothing that is computed goes into it")
         return call
+
+    def _find_known(self) -> Set[fx.Node]:
+        """Values from below that the cloud has, too: none."""
+        return set()
 
     def _sources(self, node: fx.Node) -> List[fx.Node]:
         """What goes into a node, without the residual connection."""

@@ -33,12 +33,12 @@ def find_tied(model: nn.Module, variants: List[Parts]) -> List[Tied]:
     lower = {name for parts in variants for half in (parts.net_1, parts.tail) for name in half.names(model)}
     upper = {name for parts in variants for name in parts.net_2.names(model)}
     tied = []
-    for names in _names(model.named_parameters(remove_duplicate=False)):
+    for names in names_of_each(model.named_parameters(remove_duplicate=False)):
         below, above = [[name for name in names if name in half] for half in (lower, upper)]
         if below and above:
             _check(not set(below) & set(above), "parameter", [*dict.fromkeys([*below, *above])])
             tied.append(Tied(tuple(names), tuple(above)))
-    for names in _names(model.named_buffers(remove_duplicate=False)):
+    for names in names_of_each(model.named_buffers(remove_duplicate=False)):
         below, above = [[name for name in names if name in half] for half in (lower, upper)]
         _check(not (below and above), "buffer", [*dict.fromkeys([*below, *above])])
     return tied
@@ -60,8 +60,8 @@ def in_words(names: Iterable[str]) -> str:
     return f"{', '.join(others)} and {last}" if others else last
 
 
-def _names(named: Iterable[Tuple[str, Tensor]]) -> List[List[str]]:
-    """Of each tensor."""
+def names_of_each(named: Iterable[Tuple[str, Tensor]]) -> List[List[str]]:
+    """All names of each tensor."""
     names: Dict[int, List[str]] = {}
     for name, tensor in named:
         names.setdefault(id(tensor), []).append(name)

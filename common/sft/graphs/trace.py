@@ -61,7 +61,11 @@ class Inputs:
 
     def variants(self) -> List[FrozenSet[str]]:
         """Sets of optional inputs that a call may give, from none of them up."""
-        optional = [name for name, default in self.defaults.items() if default is None]
+        return self.sets_of_optional()
+
+    def sets_of_optional(self, without: Sequence[str] = ()) -> List[FrozenSet[str]]:
+        """Of those that are not in `without`."""
+        optional = [name for name, default in self.defaults.items() if default is None and name not in without]
         counts: Sequence[int] = range(len(optional) + 1)
         if len(optional) > _MOST_OPTIONAL:
             counts = (0, 1, len(optional))
@@ -213,6 +217,7 @@ class _Tracer(fx.Tracer):
     def __init__(self, on_the_way: Sequence[nn.Module], inputs: Inputs, given: FrozenSet[str]) -> None:
         super().__init__()
         self._open = {id(module) for module in on_the_way}
+        self._known = {id(module) for module in on_the_way[0].modules()}
         self._inputs = inputs
         self._given = given
         self._thread = threading.get_ident()
@@ -267,6 +272,8 @@ class _Tracer(fx.Tracer):
         """Torch's own encoders without their inference kernels, which look at shapes and values of tensors."""
         if threading.get_ident() != self._thread:
             return forward(*args, **kwargs)
+        if id(m) not in self._known and not any(True for _ in m.parameters()):
+            return forward(*args, **kwargs)  # made in a forward method, as losses often are
         plain = None if has_hooks(m) else _PLAIN.get(type(m))
         if plain is not None and id(m) in self._open:
             return plain(m, *args, **kwargs)
