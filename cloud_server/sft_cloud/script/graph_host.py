@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_flatten
 
 from sft.errors import CutError, ProtocolError, UsageError
 from sft.graphs.cut import GraphCut, cut
+from sft.graphs.variants import Variants
 from sft.tensors.stream import StoredTensor, in_memory
 from sft.v1 import split_training_pb2 as pb
 from sft.wire.codec.elements import MAX_DIMENSIONS, codecs_of, decode_tensor, encode_tensor
@@ -52,15 +53,19 @@ class GraphHost(HostedModel):
     def make_half(self, request: pb.OpenSessionRequest) -> UpperHalf:
         """See HostedModel."""
         check_same_cut(request, layer_cut_to_proto(self.layer_name, self._cut.split_rank))
-        return GraphHalf(self._cut, {**self.tensors, **self.factors}, codecs_of(request).gradient)
+        tensors = {**self.tensors, **self.factors}
+        return GraphHalf(self._cut, self._cut.split_rank, tensors, codecs_of(request).gradient)
 
 
 class GraphHalf:
     """Net_2 of a module, as a session takes it."""
 
-    def __init__(self, graph_cut: GraphCut, tensors: dict[str, Tensor], gradient_codec: pb.DataType) -> None:
-        """`graph_cut` of a model that is net_2 already; `tensors` that a download holds."""
+    def __init__(
+        self, graph_cut: Variants, width: int, tensors: dict[str, Tensor], gradient_codec: pb.DataType
+    ) -> None:
+        """`graph_cut` of a model that is net_2 already; `width` of what crosses; `tensors` that a download holds."""
         self._cut = graph_cut
+        self._width = width
         self._tensors = tensors
         self._gradient_codec = gradient_codec
         self._largest: dict[int, int] = {}  # by variant: numbers of the largest activation so far
@@ -112,15 +117,12 @@ class GraphHalf:
 
     def decode(self, activation: pb.Activation, scored: pb.Labels | None = None) -> Given:
         """See UpperHalf."""
-        if scored is not None and scored.WhichOneof("kind") is not None:
-            raise ProtocolError("labels of a script's own model stay on the edge; leave them out")
-        shape, rank = list(activation.packed.shape[: MAX_DIMENSIONS + 1]), self._cut.split_rank
+        self._check_asked(activation, scored)
+        shape, rank = list(activation.packed.shape[: MAX_DIMENSIONS + 1]), self._width
         if activation.lengths or activation.padded_length:
             raise ProtocolError("the activation of a script's module has no lengths")
         if len(shape) < 2 or shape[-1] != rank or 0 in shape:
             raise ProtocolError(f"the activation has shape {shape}; its last dimension must be the rank, {rank}")
-        if not self._cut.has_variant(activation.variant):
-            raise ProtocolError(f"the cloud's model has no variant {activation.variant} of its arguments; {ADVICE}")
         return Given(decode_tensor(activation.packed, self.device), [], variant=activation.variant)
 
     def outputs(self, given: Given) -> Tensor:
@@ -128,7 +130,7 @@ class GraphHalf:
         largest = self._largest.get(given.variant, 0)
         is_largest = torch.is_grad_enabled() and given.a.numel() > largest
         with _Made(self.parameters()) if is_largest else contextlib.nullcontext() as made:
-            y: Any = self._cut.run_net_2(given.a, given.variant)
+            y: Any = self.run(given)
         if made is not None:
             self._largest[given.variant] = given.a.numel()
             self._bytes_per_number[given.variant] = made.total_bytes / given.a.numel()
@@ -138,6 +140,10 @@ class GraphHalf:
         if 4 * y.numel() > MAX_MESSAGE_BYTES:
             raise ProtocolError(f"the output of shape {list(y.shape)} is too large for a message; send smaller batches")
         return y
+
+    def run(self, given: Given) -> Any:
+        """What the model makes of an activation."""
+        return self._cut.run_net_2(given.a, given.variant)
 
     def check_outputs(self, activation: pb.Activation) -> None:
         """See UpperHalf. How large they are is known once they are computed."""
@@ -164,6 +170,12 @@ class GraphHalf:
     def loss(self, outputs: Tensor, labels: dict[str, Tensor], given: Given) -> Tensor:
         """Refused."""
         raise ProtocolError("the loss of a script's module is computed on the edge")
+
+    def _check_asked(self, activation: pb.Activation, scored: pb.Labels | None) -> None:
+        if scored is not None and scored.WhichOneof("kind") is not None:
+            raise ProtocolError("labels of a script's own model stay on the edge; leave them out")
+        if not self._cut.has_variant(activation.variant):
+            raise ProtocolError(f"the cloud's model has no variant {activation.variant} of its arguments; {ADVICE}")
 
 
 class _Made(TorchDispatchMode):  # type: ignore[no-untyped-call]

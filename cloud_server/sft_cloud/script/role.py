@@ -11,15 +11,16 @@ from typing import Any, NoReturn
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from sft.client.address import split_address
 from sft.errors import LinkError, SessionLostError, UsageError
 from sft.files.temporary import TemporaryDirectory
+from sft.models import Cut, is_stock
 from sft.optimizer import Role, SplitOptions
 from sft_cloud.access import make_access
 from sft_cloud.engine import make_budget, uploads
 from sft_cloud.options import LimitOptions, ServeOptions, ServerAccess
+from sft_cloud.script.body_host import BodyHost
 from sft_cloud.script.graph_host import GraphHost
 from sft_cloud.script.hosted_model import HostedModel
 from sft_cloud.script.opener import ScriptOpener
@@ -111,14 +112,16 @@ class CloudRole(Role):
         return self._title
 
 
-def _cut(model: nn.Module, options: SplitOptions) -> HostedModel:
+def _cut(model: Any, options: SplitOptions) -> HostedModel:
     kind = type(model).__name__
-    if isinstance(model, PreTrainedModel):
+    if is_stock(model):
         if options.split_at is not None or options.split_layer is None:
             raise UsageError("a transformers model is cut at a block: give split_layer=1 or higher, not split_at")
         return TransformersHost(model, options.split_layer, options.split_rank, options.residual)
-    if options.split_layer is not None or options.split_at is None:
-        raise UsageError(f"a {kind} is cut at a layer: give split_at='NAME', the name of an nn.Linear, not split_layer")
+    if options.split_layer is not None:
+        return BodyHost(model, Cut("sft", options.split_layer, options.split_rank, options.residual), options.split_at)
+    if options.split_at is None:
+        raise UsageError(f"a {kind} is cut at a layer: give split_at='NAME', the name of an nn.Linear")
     return GraphHost(model, options.split_at, options.split_rank, options.residual)
 
 

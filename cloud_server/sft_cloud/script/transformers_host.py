@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sft.errors import ProtocolError, UsageError
-from sft.models import Cut, Net2, Output, build_net_2, check_live, head_of, layer_to_cut
-from sft.models.weights import fill, live_tensors
-from sft.tensors.stream import in_memory
+from sft.models import Cut, Net2, Output, head_of
 from sft.v1 import split_training_pb2 as pb
 from sft.wire.cut import cut_to_proto
 from sft_cloud.engine import check_request
-from sft_cloud.script.hosted_model import ADVICE, HostedModel, check_same_cut, keep_parameters
+from sft_cloud.script.hosted_model import ADVICE, HostedModel, check_same_cut
+from sft_cloud.script.hosted_net_2 import host_net_2
 from sft_cloud.session import TransformersUpperHalf, UpperHalf
 
 
@@ -28,33 +25,11 @@ class TransformersHost(HostedModel):
         if "forward" in vars(model):
             raise UsageError(f"the forward of this {type(model).__name__} was replaced, or the model is cut already")
         self._head, self._cut = head_of(model), Cut("sft", split_layer, split_rank, residual)
-        check_live(model, self._head, self._cut)
-        self._config: Any = copy.deepcopy(model.config)
-        self.layer_name, w = layer_to_cut(model, self._cut)
-        weights = [f"{self.layer_name}.{factor}.weight" for factor in ("ffn1", "ffn2", "ffn3")]
-        bias = [f"{self.layer_name}.ffn3.bias"]
-        if w.bias is None:  # a fitted low rank brings one along
-            self.factor_names = {f"{self.layer_name}.weight": weights + bias}
-        else:
-            self.factor_names = {f"{self.layer_name}.weight": weights, f"{self.layer_name}.bias": bias}
-        net_2 = self._net_2 = build_net_2(self._config, self._head, self._cut)
-        live = live_tensors(model, net_2)
-        trained = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
-        for name, factors in self.factor_names.items():
-            trained.update(dict.fromkeys(factors, trained[name]))
-        unset = {
-            name: torch.zeros(parameter.shape)
-            for name, parameter in net_2.whole_parameters().items()
-            if name.startswith(f"{self.layer_name}.ffn")
-        }
-        fill(net_2, [*live, *in_memory(unset)], 0, next(model.parameters()).device)
-        whole = net_2.whole_parameters()
-        for name, parameter in whole.items():
-            parameter.requires_grad_(parameter.requires_grad and trained[name])
-        self.factors = {name: parameter for name, parameter in whole.items() if name in unset}
-        self.tensors: dict[str, Tensor] = {tensor.name: whole[tensor.name] for tensor in live}
-        keep_parameters(model, whole)
-        model.forward = _Forward(model, net_2)
+        hosted = host_net_2(model, self._head, self._cut)
+        self._config, self._net_2 = hosted.config, hosted.net_2
+        self.layer_name, self.factor_names = hosted.layer_name, hosted.factor_names
+        self.factors, self.tensors = hosted.factors, hosted.tensors
+        model.forward = _Forward(model, self._net_2)
 
     def make_half(self, request: pb.OpenSessionRequest) -> UpperHalf:
         """See HostedModel."""

@@ -186,6 +186,8 @@ class TransformersUpperHalf:
         padded_tokens = len(activation.lengths) * max(1, activation.padded_length)
         if padded_tokens > MAX_PADDED_TOKENS:
             raise ProtocolError(f"a batch of {padded_tokens} padded tokens is too large; at most {MAX_PADDED_TOKENS}")
+        if activation.variant:
+            raise ProtocolError(f"variant {activation.variant} is for the activation of a script's module")
         longest = max_positions(self._config)
         given = Given(*decode_activation(activation, self.net_2.width, longest, self.device, self.codes))
         if scored is None or scored.WhichOneof("kind") is None:

@@ -23,6 +23,7 @@ from transformers.utils.generic import ModelOutput
 
 from sft.errors import CutError
 from sft.graphs.kept import add_constants, keep, owned, remove, stored_names, tensors_named
+from sft.graphs.sentences import SentenceInputs, is_sentence_model
 from sft.graphs.split import Parts, Splitter, split
 from sft.graphs.tied import find_tied, in_words, names_of_each
 from sft.graphs.trace import Inputs, trace
@@ -87,7 +88,9 @@ def find_body(model: nn.Module, name: Optional[str] = None) -> str:
     if within is None:
         raise CutError(f"this {kind} has no module '{name}'; leave split_at out, or name the transformers model in it")
     found = [own for own, module in within.named_modules(prefix=name or "") if body_of(module) is not None]
-    bodies = [one for one in found if not any(one.startswith(f"{other}.") for other in found if other != one)]
+    bodies: List[str] = [
+        one for one in found if not any(one.startswith(f"{other}.") for other in found if other != one)
+    ]
     if bodies == [""]:
         raise CutError(f"a {kind} gives hidden states, and no head: give the module around it that has one")
     if not bodies:
@@ -102,7 +105,8 @@ def find_body(model: nn.Module, name: Optional[str] = None) -> str:
 
 def cut_around(model: nn.Module, body_name: str) -> BodyCut:
     """The halves of what surrounds the body. Raises CutError when something else would have to cross."""
-    inputs = _Inputs(model, model.get_submodule(body_name))
+    of_body = _Inputs(model, model.get_submodule(body_name))
+    inputs = SentenceInputs(model, body_name) if is_sentence_model(model) else of_body
 
     def split_for(given: FrozenSet[str], others: List[Parts]) -> Parts:
         parts = split(model, body_name, trace(model, body_name, inputs, given), _Splitter)
@@ -193,11 +197,20 @@ def _by_name(model: nn.Module, graph: fx.Graph, body_name: str) -> fx.Graph:
             continue
         node.target = operator.getitem
         if node.args[1] in _ABSENT:
-            for user in list(node.users):
-                user.args = fx.node.map_arg(user.args, lambda one, absent=node: None if one is absent else one)
-                user.kwargs = fx.node.map_arg(user.kwargs, lambda one, absent=node: None if one is absent else one)
+            _put_none(node)
             graph.erase_node(node)
     return graph
+
+
+def _put_none(node: fx.Node) -> None:
+    """In its place, wherever it is used."""
+
+    def value(one: fx.Node) -> Optional[fx.Node]:
+        return None if one is node else one
+
+    for user in list(node.users):
+        user.args = fx.node.map_arg(user.args, value)
+        user.kwargs = fx.node.map_arg(user.kwargs, value)
 
 
 def _check_apart(model: nn.Module, body_name: str, variants: List[Parts]) -> None:

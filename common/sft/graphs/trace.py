@@ -58,6 +58,8 @@ class Inputs:
         named = [p for p in named if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
         self.required: List[str] = [p.name for p in named if p.default is p.empty]
         self.defaults: Dict[str, Any] = {p.name: p.default for p in named if p.default is not p.empty}
+        self.forward: Optional[Callable[..., Any]] = None
+        """What is traced in the place of the forward method, if that takes them otherwise."""
 
     def variants(self) -> List[FrozenSet[str]]:
         """Sets of optional inputs that a call may give, from none of them up."""
@@ -91,6 +93,10 @@ class Inputs:
                     f"the arguments in {name} cannot be given to a model that is cut; name them in forward()"
                 )
         return given
+
+    def returned(self, args: Tuple[Any, ...], kwargs: Dict[str, Any], output: Any) -> Any:
+        """What a call gives back, of what was traced."""
+        return output
 
 
 def trace(model: nn.Module, layer_name: str, inputs: Inputs, given: FrozenSet[str]) -> Traced:
@@ -283,7 +289,7 @@ class _Tracer(fx.Tracer):
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> Tuple[Any, List[Any]]:
         """What is not given keeps its default, where fx would take it for a tensor."""
-        root_fn = _PLAIN.get(type(self.root), root_fn)
+        root_fn = self._inputs.forward or _PLAIN.get(type(self.root), root_fn)
         names = [*self._inputs.required, *(name for name in self._inputs.defaults if name in self._given)]
         fixed = {name: value for name, value in self._inputs.defaults.items() if name not in self._given}
 

@@ -46,7 +46,8 @@ class Variants:
             reason = self.refused.get(optional, "give fewer of them at once")
             raise CutError(f"this {type(self.model).__name__} was not cut for calls {which}: {reason}")
         a, stays = parts.net_1.run(self.model, **given)
-        return parts.tail.run(self.model, cross(a, self.numbers[optional]), *stays)
+        output = parts.tail.run(self.model, cross(a, self.numbers[optional]), *stays)
+        return self.inputs.returned(args, kwargs, output)
 
     def run_net_2(self, a: Any, variant: Optional[int] = None) -> Any:
         """One tensor as a rule, of what crosses, with the model cut to net_2; of the first variant that there is,

@@ -25,8 +25,10 @@ from sft.models.in_place import (
     decompose_live,
     decomposed_by,
     has_fused_head,
+    is_stock,
     layer_to_cut,
     live_parameters,
+    what_is_own,
     whole_name,
 )
 from sft.models.nets import Net, Net1, Net2, Output, TiedHead, Whole
@@ -58,6 +60,7 @@ __all__ = [
     "head_named",
     "head_of",
     "heads_of",
+    "is_stock",
     "last_of_edge",
     "layer_to_cut",
     "live_parameters",
@@ -65,5 +68,6 @@ __all__ = [
     "max_positions",
     "name_of_w",
     "output_moments",
+    "what_is_own",
     "whole_name",
 ]

@@ -8,10 +8,11 @@ from typing import Any, Dict, Mapping, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from sft.errors import UsageError
+from sft.errors import UnsupportedModelError, UsageError
 from sft.models.cut import Cut, blocks_of, build_whole, check_cut, lower_half, name_of_w, prepare
-from sft.models.families.catalogue import family_of, library_class
+from sft.models.families.catalogue import body_of, family_of, head_of, library_class
 from sft.models.heads import head_named, is_body
 from sft.models.nets import Net1
 from sft.models.split_layer import SplitLayer
@@ -30,8 +31,10 @@ def check_live(model: Any, head: str, cut: Cut) -> None:
     for name, parameter in model.named_parameters():
         if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise UsageError(f"parameter '{name}' is {parameter.dtype}; load the model in float32")
+    own = what_is_own(model, head)
+    if own:
+        raise UsageError(own)
     kept = decomposed_by(model)
-    _check_described(model, head, kept)
     if kept is None:
         check_cut(cut, model, family, halves=True)
     elif kept != cut:
@@ -41,27 +44,47 @@ def check_live(model: Any, head: str, cut: Cut) -> None:
         )
 
 
-def _check_described(model: Any, head: str, kept: Optional[Cut]) -> None:
-    """Both halves are the library's, made from the configuration: nothing else about a model can be its own."""
+def what_is_own(model: Any, head: str) -> str:
+    """What of a library model is not as its configuration describes it, and what to do; nothing where all is.
+
+    Both halves are the library's, made from the configuration: nothing but weights can be a model's own.
+    """
     kind = type(model)
     is_own = "forward" in vars(model) and not has_fused_head(model)
     if kind.forward is not library_class(model.config, head).forward or is_own:
-        raise UsageError(
+        return (
             f"this {kind.__name__} has a forward of its own, which a cut would lose: give the library's model, and "
             "compute what is your own from its logits"
         )
-    described = dict(build_whole(model.config, head, kept).model.named_parameters(remove_duplicate=False))
+    described = build_whole(model.config, head, decomposed_by(model)).model.named_parameters(remove_duplicate=False)
+    shapes = {name: parameter.shape for name, parameter in described}
     live = {name: p for name, p in live_parameters(model).items() if not _BY_PEFT.search(name)}
     odd = sorted(
         name
-        for name in live.keys() | described.keys()
-        if name not in live or name not in described or live[name].shape != described[name].shape
+        for name in live.keys() | shapes.keys()
+        if name not in live or name not in shapes or live[name].shape != shapes[name]
     )
-    if odd:
-        raise UsageError(
-            f"parameter '{odd[0]}' is not as model.config describes it; the cloud builds its half from that, so that "
-            "nothing but weights of a model can be its own"
-        )
+    if not odd:
+        return ""
+    return (
+        f"parameter '{odd[0]}' is not as model.config describes it; the cloud builds its half from that, so that "
+        "nothing but weights of a model can be its own"
+    )
+
+
+def is_stock(model: Any) -> bool:
+    """Whether a model is one of the library's, with one of its heads: nothing but weights is its own.
+
+    Also where there is nothing inside that could be cut in its place: then `check_live` or `head_of` says why not.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return False
+    has_body = model.base_model is not model and body_of(model.base_model) is not None
+    try:
+        head = head_of(model)
+    except UnsupportedModelError:
+        return not has_body
+    return not has_body or not what_is_own(model, head)
 
 
 def decomposed_by(model: Any) -> Optional[Cut]:

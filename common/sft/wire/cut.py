@@ -53,6 +53,13 @@ def cut_from_proto(cut: pb.Cut) -> Cut:
     return Cut(mode_name(cut.mode), cut.split_layer, cut.split_rank, residual_name(cut.residual))
 
 
+def body_cut_to_proto(layer_name: str, cut: Cut) -> pb.Cut:
+    """Of the cut of a transformers model inside another module, at the layer that the latter calls so."""
+    message = cut_to_proto(cut)
+    message.layer_name = layer_name
+    return message
+
+
 def layer_cut_to_proto(layer_name: str, split_rank: int) -> pb.Cut:
     """Of any other module's cut, at the layer of that name."""
     return pb.Cut(mode=pb.MODE_SFT, layer_name=layer_name, split_rank=split_rank, residual=pb.RESIDUAL_NONE)

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 
 from sft.batch import IGNORED, Batch, attention_mask
 from sft.errors import UsageError
-from sft.models import HEADS, family_of, max_positions
+from sft.models import HEADS, family_of, head_named, max_positions
 from sft.wire.codec.messages import outputs_of
 from sft_edge.script.padding import Moved, lengths_of
 
@@ -56,7 +56,7 @@ def read_call(arguments: Mapping[str, Any], config: PretrainedConfig, head: str)
                 raise UsageError(f"{name} must be a tensor of shape {[B, S]}")
             arguments[name] = given.expand(B, S)
     lengths, moved = lengths_of(arguments.get("attention_mask"), B, S)
-    if moved is not None and not HEADS[head].per_token and not family_of(config).decoder:
+    if moved is not None and not head_named(head).per_token and not family_of(config).decoder:
         raise UsageError("this model's head reads the first token, which would be padding: pad on the right")
     inputs = {name: arguments[name] for name in (*_EMBEDDED, "token_type_ids") if name in arguments}
     if moved is not None:

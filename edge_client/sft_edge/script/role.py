@@ -11,10 +11,10 @@ from typing import Any, Callable, Dict, Iterator, List, Optional
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from sft.client.credentials import ClientOptions, read_credentials
 from sft.errors import LinkError, UsageError
+from sft.models import Cut, is_stock
 from sft.optim.listed import has_modes, is_training, set_training
 from sft.optim.script import has_stepped
 from sft.optim.spec import check_change, groups_to_proto
@@ -265,7 +265,7 @@ def _check(options: SplitOptions) -> Codecs:
 
 
 def _cut_model(model: nn.Module, options: SplitOptions) -> CutModel:
-    if isinstance(without_peft(model), PreTrainedModel):
+    if is_stock(without_peft(model)):
         if options.split_at is not None:
             raise UsageError("a transformers model is cut at a block: give split_layer=1 or higher, not split_at")
         if options.split_layer is None:
@@ -278,12 +278,15 @@ def _cut_model(model: nn.Module, options: SplitOptions) -> CutModel:
             options.calibration or (),
             options.model_name,
         )
-    from sft_edge.script.graph_model import GraphModel
-
-    if options.split_layer is not None:
-        raise UsageError(f"split_layer is for transformers models; cut a {type(model).__name__} with split_at='NAME'")
     if options.model_name is not None:
         raise UsageError("model_name is for transformers models; leave it out")
+    if options.split_layer is not None:
+        from sft_edge.script.body_model import BodyModel
+
+        cut = Cut("sft", options.split_layer, options.split_rank, options.residual)
+        return BodyModel(model, cut, options.calibration or (), options.split_at)
+    from sft_edge.script.graph_model import GraphModel
+
     if options.split_at is None:
         raise UsageError("split_at must be given: the name of the nn.Linear that is cut, such as 'blocks.5.mlp.fc2'")
     return GraphModel(model, options.split_at, options.split_rank, options.residual)

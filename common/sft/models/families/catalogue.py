@@ -95,6 +95,8 @@ def head_of(model: Any) -> str:
 def body_of(model: Any) -> Optional[str]:
     """What `head_named` calls a base model of the library that can be cut; None for all others."""
     config = getattr(model, "config", None)
-    if getattr(config, "model_type", None) not in _FAMILIES or not isinstance(model, library_class(config, "body")):
+    if not isinstance(config, PretrainedConfig) or config.model_type not in _FAMILIES:
+        return None
+    if not isinstance(model, library_class(config, "body")):
         return None
     return "body-without-pooler" if getattr(model, "pooler", model) is None else "body"

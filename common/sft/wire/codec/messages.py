@@ -71,8 +71,6 @@ def decode_activation(
 
     Raises ProtocolError when the fields contradict each other or the model; sizes are checked before memory is taken.
     """
-    if message.variant:
-        raise ProtocolError(f"variant {message.variant} is for the activation of a script's module")
     padded_length, shape = message.padded_length, message.packed.shape
     if padded_length > max_length:
         raise ProtocolError(f"padded length {padded_length} is more than the model's {max_length} positions")
