@@ -46,13 +46,13 @@ class SplitOptions:
     """HOST:PORT of the cloud; only role edge has it."""
 
     split_layer: Optional[int] = None
-    """For a transformers model: the paper's l, counted from 1."""
+    """For a transformers model, or a module around one: the paper's l, counted from 1."""
 
     split_rank: int = 8
     """The paper's R: width of what crosses the wire."""
 
     split_at: Optional[str] = None
-    """For any other module: the name of the `nn.Linear` that is cut, when the script runs on both sides."""
+    """For any other module, on both sides: the `nn.Linear` that is cut; with `split_layer`, the model in it."""
 
     residual: str = "none"
     """What becomes of the residual around the layer that is cut: `none` as in the paper, or `low-rank`."""
@@ -250,13 +250,12 @@ class SFTOptimizer(torch.optim.Optimizer):
         split_rank: int = 8,
         residual: str = "none",
         calibration: Optional[Iterable[Dict[str, torch.Tensor]]] = None,
+        split_at: Optional[str] = None,
     ) -> None:
-        """For a script that loads weights before it makes its optimizer: decomposes a transformers model in place.
-
-        Whole still, it computes what both halves will, and its `state_dict` has the names that it has when it is cut,
-        by `SFTOptimizer` with the same arguments. Raises UsageError, CutError and UnsupportedModelError.
-        """
-        cut = SplitOptions(split_layer=split_layer, split_rank=split_rank, residual=residual, calibration=calibration)
+        """For a script that loads weights before it makes its optimizer: decomposes a transformers model in place. It
+        computes what both halves will, and its `state_dict` has the names that it has when `SFTOptimizer` has cut it
+        with the same arguments. Raises UsageError, CutError and UnsupportedModelError."""
+        cut = SplitOptions(None, split_layer, split_rank, split_at, residual, calibration)
         _find_role("edge").decompose(model, cut)
 
     @property

@@ -58,8 +58,8 @@ def check_same_cut(request: pb.OpenSessionRequest, own: pb.Cut) -> None:
 
 
 _ARGUMENTS = {
-    "layer_name": "split_at",
     "split_layer": "split_layer",
+    "layer_name": "split_at",
     "split_rank": "split_rank",
     "residual": "residual",
     "mode": "mode",

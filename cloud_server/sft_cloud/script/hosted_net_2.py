@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sft.models import Cut, Net2, build_net_2, check_live, layer_to_cut
+from sft.models import Cut, Net2, build_net_2, check_live, decomposed_by, layer_to_cut
 from sft.models.weights import fill, live_tensors
 from sft.tensors.stream import in_memory
 from sft_cloud.script.hosted_model import keep_parameters
@@ -37,10 +37,13 @@ def host_net_2(model: PreTrainedModel, head: str, cut: Cut) -> HostedNet2:
     check_live(model, head, cut)
     config: Any = copy.deepcopy(model.config)
     layer_name, w = layer_to_cut(model, cut)
+    is_decomposed = decomposed_by(model) is not None
     weights = [f"{layer_name}.{factor}.weight" for factor in ("ffn1", "ffn2", "ffn3")]
     bias = [f"{layer_name}.ffn3.bias"]
-    factor_names = {f"{layer_name}.weight": weights, f"{layer_name}.bias": bias}
-    if w.bias is None:  # a fitted low rank brings one along
+    factor_names: dict[str, list[str]] = {f"{layer_name}.weight": weights, f"{layer_name}.bias": bias}
+    if is_decomposed:
+        factor_names = {}
+    elif w.bias is None:  # a fitted low rank brings one along
         factor_names = {f"{layer_name}.weight": weights + bias}
     net_2 = build_net_2(config, head, cut)
     live = live_tensors(model, net_2)

@@ -1,6 +1,5 @@
 """A SentenceTransformer as a function of tensors: it is called with a dictionary, which its modules hand on.
 
-
 Its first module runs a transformers model and decides by sizes of what that returns, which no graph holds: the
 transformers model is called in its place, and what follows it is given hidden states and mask, and nothing else.
 """

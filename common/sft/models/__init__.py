@@ -18,7 +18,7 @@ from sft.models.cut import (
     name_of_w,
 )
 from sft.models.families.catalogue import body_of, family_of, head_of, heads_of, max_positions
-from sft.models.heads import HEADS, head_named
+from sft.models.heads import HEADS, head_named, is_body
 from sft.models.in_place import (
     check_live,
     cut_live,
@@ -60,6 +60,7 @@ __all__ = [
     "head_named",
     "head_of",
     "heads_of",
+    "is_body",
     "is_stock",
     "last_of_edge",
     "layer_to_cut",

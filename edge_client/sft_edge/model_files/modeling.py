@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from sft.files.temporary import TemporaryDirectory
-from sft.models import HEADS, Cut, Undrawn, build_whole, ffn_out_name
+from sft.models import HEADS, Cut, Undrawn, build_whole, ffn_out_name, head_named, heads_of, is_body
 from sft.models.families.catalogue import family_of
 from sft.models.split_layer import AwaitingResidual
 
@@ -37,9 +37,12 @@ class ModelingFile:
     name = "modeling_sft.py"
 
     def __init__(self, config: PretrainedConfig, head: str, cut: Cut, form: str) -> None:
-        """`config`: the library's own, of the model before the cut; `form`: DENSE or FACTORED."""
+        """`config`: the library's own, of the model before the cut; `head` may be a body; `form`: DENSE or FACTORED."""
         self._config = config
+        self._body = head_named(head).options if is_body(head) else None
+        head = heads_of(config)[0] if is_body(head) else head  # beside which the file has the base model, too
         model = build_whole(config, head).model
+        self._base_prefix = f"{model.base_model_prefix}."
         self._class, self._base_class = type(model).__name__, type(model.base_model).__name__
         self._auto_class: str = HEADS[head].auto_class.__name__
         self._layer = ffn_out_name(config, head, cut.split_layer)
@@ -88,7 +91,8 @@ class ModelingFile:
 
     def in_place_of_w(self) -> Dict[str, Tensor]:
         """What the file of weights holds under W's name, so that the library's own class refuses it."""
-        return {f"{self._layer}.weight": torch.empty(0)}
+        layer = self._layer if self._body is None else self._layer[len(self._base_prefix) :]
+        return {f"{layer}.weight": torch.empty(0)}
 
     @contextmanager
     def model(self) -> Iterator[Any]:
@@ -100,8 +104,9 @@ class ModelingFile:
         del values["model_type"]
         with _imported(self.text(), self.name) as module:
             config = getattr(module, f"Split{type(self._config).__name__}").from_dict({**values, **fields})
+            name = self._class if self._body is None else f"Split{self._base_class}"
             with torch.device("meta"), Undrawn():
-                model = getattr(module, self._class)(config)
+                model = getattr(module, name)(config, **(self._body or {}))
             yield model
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sft.errors import UsageError
 from sft.graphs.body import cut_around, find_body
-from sft.models import Cut, Net1, body_of, build_net_2, cut_live, layer_to_cut
+from sft.models import Cut, Net1, body_of, build_net_2, cut_live, decomposed_by, layer_to_cut
 from sft.models.weights import live_factors, live_tensors, renew_buffers
 from sft.tensors.stream import StoredTensor, in_memory
 from sft.wire.codec.packing import pack
@@ -25,6 +25,7 @@ from sft.wire.cut import body_cut_to_proto
 from sft_edge.script.arguments import calibration_batch, read_call
 from sft_edge.script.cut_model import Cross, CutModel
 from sft_edge.script.forward import replace_forward
+from sft_edge.script.saving import follow_body
 
 _log = logging.getLogger("sft_edge")
 
@@ -65,9 +66,13 @@ class BodyModel(CutModel):
         self.cloud_names = sorted({*names, *self._around.upper_names}.difference(self.frozen_names))
         own, w = layer_to_cut(body, cut)
         layer = self._layer_name = f"{self._around.body_name}.{own}"
+        self.factor_names: Mapping[str, Sequence[str]] = {}
+        if decomposed_by(body) is not None:
+            self._edge_factors = []  # the parameters that the script has
+            return
         weights = [f"{layer}.{factor}.weight" for factor in ("ffn1", "ffn2", "ffn3")]
         bias = [f"{layer}.ffn3.bias"]
-        self.factor_names: Mapping[str, Sequence[str]] = {f"{layer}.weight": weights, f"{layer}.bias": bias}
+        self.factor_names = {f"{layer}.weight": weights, f"{layer}.bias": bias}
         if w.bias is None:  # a fitted low rank brings one along
             self.factor_names = {f"{layer}.weight": weights + bias}
 
@@ -105,6 +110,10 @@ class BodyModel(CutModel):
             return self._around.run(there_and_back, args, kwargs)
 
         replace_forward(self._model, forward)
+        within = f"{self._around.body_name}."
+        names = [*self._model.state_dict(), *self.cloud_names]
+        of_body = [name[len(within) :] for name in names if name.startswith(within)]
+        follow_body(self._model, self._around.body_name, self._head, self._cut, of_body)
         self._model.accepts_loss_kwargs = False  # type: ignore[assignment]  # as TransformersModel
         return dict(self._model.named_parameters())
 

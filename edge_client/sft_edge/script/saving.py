@@ -14,10 +14,12 @@ import functools
 import inspect
 import os
 import types
+import weakref
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Collection, Dict, Iterator, Mapping, Optional
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -99,7 +101,7 @@ class Saving:
         more = {name: value for name, value in more.items() if name not in _OF_PEFT}
         if not is_main_process:
             return
-        state_dict = self._model.state_dict() if state_dict is None else state_dict
+        state_dict = self._state() if state_dict is None else state_dict
         state_dict = {name: tensor for name, tensor in state_dict.items() if ".original_module." not in name}
         for name in sorted(self._names ^ state_dict.keys()):
             has = "lacks" if name in self._names else "has, and the model has not,"
@@ -112,6 +114,10 @@ class Saving:
                 remove_model(directory)
                 for path in sorted(Path(aside).iterdir()):
                     os.replace(str(path), str(directory / path.name))
+
+    def _state(self) -> Mapping[str, Tensor]:
+        state: Mapping[str, Tensor] = self._model.state_dict()
+        return state
 
     def _write(self, directory: Path, state_dict: Mapping[str, Tensor], arguments: Dict[str, Any]) -> None:
         config = copy.deepcopy(self._model.config)
@@ -173,6 +179,56 @@ class Saving:
                 if self._adapters is not None:
                     raise UsageError("these weights have their adapters merged: call model.load_adapter(DIR) instead")
                 del state_dict[prefix + name]
+
+
+class BodySaving(Saving):
+    """Of the base model inside a script's own module: what saves that, such as sentence-transformers, saves this."""
+
+    def __init__(self, model: nn.Module, body_name: str, head: str, cut: Cut, names: Collection[str]) -> None:
+        """`model`: the module, cut or decomposed; `names`: those of the whole body's `state_dict()`."""
+        super().__init__(model.get_submodule(body_name), head, cut, None, names, (), {})
+        self._outer = weakref.ref(model)
+        self._within = f"{body_name}."
+
+    def _state(self) -> Mapping[str, Tensor]:
+        """The module's `state_dict` has the cloud's part, too."""
+        outer = self._outer()
+        assert outer is not None  # what is saved is in it
+        return {
+            name[len(self._within) :]: tensor
+            for name, tensor in outer.state_dict().items()
+            if name.startswith(self._within)
+        }
+
+
+def follow_body(model: nn.Module, body_name: str, head: str, cut: Cut, names: Collection[str]) -> None:
+    """`Saving.follow` of a base model inside a module, and of the module, if it is of a class of the library's kind.
+
+    `names`: those of the whole body's `state_dict()`.
+    """
+    body: Any = model.get_submodule(body_name)
+    if not isinstance(vars(body).get("save_pretrained"), types.MethodType):
+        BodySaving(model, body_name, head, cut, names).follow(body)
+    if isinstance(model, PreTrainedModel) and "save_pretrained" not in vars(model):
+        layer = next(name for name in names if name.endswith(".ffn1.weight"))
+        _save_unopenable(model, f"{body_name}.{layer[: -len('.ffn1.weight')]}.weight")
+
+
+def _save_unopenable(model: Any, w_name: str) -> None:
+    """From now on `model.save_pretrained(...)` of a class of the script's own writes weights that the class does not
+    open by itself: it would draw a new layer in the place of the one that was cut."""
+    saves = type(model).save_pretrained
+
+    @functools.wraps(saves)
+    def save_pretrained(self: Any, *args: Any, state_dict: Optional[Mapping[str, Tensor]] = None, **kwargs: Any) -> Any:
+        state = {**(self.state_dict() if state_dict is None else state_dict), w_name: torch.empty(0)}
+        return saves(self, *args, state_dict=state, **kwargs)
+
+    def drop(state_dict: Dict[str, Any], prefix: str, *_: Any) -> None:
+        state_dict.pop(prefix + w_name, None)
+
+    model.save_pretrained = types.MethodType(save_pretrained, model)
+    model._register_load_state_dict_pre_hook(drop)
 
 
 def _fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

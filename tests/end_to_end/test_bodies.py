@@ -1,0 +1,274 @@
+"""Modules of one's own around a transformers model train split as they do on one machine."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any, Callable
+
+import pytest
+import torch
+from support.bodies import (
+    CUT,
+    B,
+    C,
+    First,
+    Mean,
+    Pooled,
+    S,
+    Tagger,
+    adamw,
+    batches,
+    made,
+    one_machine,
+    replaced_head,
+)
+from support.hosting_script import ScriptCloud
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AutoModel
+
+from sft import SFTOptimizer
+from sft.errors import ProtocolError, UsageError
+
+STEPS = 3
+
+
+def host(model: nn.Module, **options: Any) -> ScriptCloud:
+    return ScriptCloud(model, adamw(model), **{**CUT, **options})
+
+
+def wrap(model: nn.Module, cloud: ScriptCloud, **options: Any) -> SFTOptimizer:
+    return SFTOptimizer(adamw(model), role="edge", model=model, server=cloud.address, **{**CUT, **options})
+
+
+def of_mean(model: Any, ids: Tensor, mask: Tensor, y: Tensor, tags: Tensor) -> Any:
+    return model(ids, mask, labels=y)
+
+
+def of_first(model: Any, ids: Tensor, mask: Tensor, y: Tensor, tags: Tensor) -> Any:
+    logits = model(ids, mask=mask)
+    return functional.cross_entropy(logits, y), logits
+
+
+def of_pooled(model: Any, ids: Tensor, mask: Tensor, y: Tensor, tags: Tensor) -> Any:
+    logits = model(ids)["scores"]
+    return functional.cross_entropy(logits, y), logits
+
+
+def of_tagger(model: Any, ids: Tensor, mask: Tensor, y: Tensor, tags: Tensor) -> Any:
+    output = model(input_ids=ids, attention_mask=mask, labels=tags)
+    return output["loss"], output["logits"][mask == 1]
+
+
+def of_replaced(model: Any, ids: Tensor, mask: Tensor, y: Tensor, tags: Tensor) -> Any:
+    output = model(input_ids=ids, attention_mask=mask)
+    return functional.cross_entropy(output.logits, y), output.logits
+
+
+KINDS: dict[str, tuple[Any, Callable[..., Any]]] = {
+    "mean": (Mean, of_mean),
+    "first": (First, of_first),
+    "tagger": (Tagger, of_tagger),
+    "replaced": (replaced_head, of_replaced),
+}
+
+
+def train(model: Any, optimizer: Any, call: Callable[..., Any], first: int = 0, last: int = STEPS) -> list[Tensor]:
+    """Clipped, in every step two micro-batches and an evaluation: all that comes out."""
+    told = []
+    for index, batch in list(enumerate(batches(2 * last)))[2 * first :]:
+        loss, logits = call(model, *batch)
+        (loss / 2).backward()
+        told += [loss.detach(), logits.detach()]
+        if index % 2:
+            told.append(nn.utils.clip_grad_norm_(model.parameters(), 0.5).detach())
+            optimizer.step()
+            optimizer.zero_grad()
+            model.eval()
+            with torch.no_grad():
+                told += call(model, *batch)
+            model.train()
+    return told
+
+
+def assert_close(one: Any, other: Any) -> None:
+    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def assert_same_state(model: nn.Module, whole: nn.Module) -> None:
+    state, expected = model.state_dict(), whole.state_dict()
+    assert state.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(state[name], tensor, rtol=1e-5, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_they_train_as_on_one_machine(kind: str) -> None:
+    make, call = KINDS[kind]
+    whole = one_machine(made(make))
+    expected = train(whole, adamw(whole), call)
+    model = made(make)
+    with host(made(make)) as cloud, wrap(model, cloud) as optimizer:
+        assert_close(train(model, optimizer, call), expected)
+        assert_same_state(model, whole)
+
+
+@pytest.mark.one_in(3)
+@pytest.mark.parametrize("family", ["distilbert", "deberta-v2", "roberta", "electra", "gpt2", "llama"])
+def test_of_every_family(family: str) -> None:
+    whole = one_machine(made(Mean, family))
+    expected = train(whole, adamw(whole), of_mean)
+    model = made(Mean, family)
+    with host(made(Mean, family)) as cloud, wrap(model, cloud) as optimizer:
+        assert_close(train(model, optimizer, of_mean), expected)
+        assert_same_state(model, whole)
+
+
+def test_without_a_mask_and_with_the_pooler() -> None:
+    def run(model: Any, optimizer: Any) -> list[Tensor]:
+        told = []
+        for batch in batches(STEPS, padded=False):
+            optimizer.zero_grad()
+            loss, logits = of_pooled(model, *batch)
+            loss.backward()
+            optimizer.step()
+            told += [loss.detach(), logits.detach()]
+        return told
+
+    whole = one_machine(made(Pooled))
+    expected = run(whole, adamw(whole))
+    model = made(Pooled)
+    with host(made(Pooled)) as cloud, wrap(model, cloud) as optimizer:
+        assert_close(run(model, optimizer), expected)
+        assert_same_state(model, whole)
+
+
+def test_a_low_rank_residual_and_a_code() -> None:
+    calibration = [{"input_ids": ids, "attention_mask": mask} for ids, mask, _, _ in batches(2)]
+    options = {"residual": "low-rank", "calibration": calibration}
+    whole = one_machine(made(Mean), **options)
+    expected = train(whole, adamw(whole), of_mean)
+    model = made(Mean)
+    with host(made(Mean), residual="low-rank") as cloud, wrap(model, cloud, **options) as optimizer:
+        assert_close(train(model, optimizer, of_mean), expected)
+    model = made(Mean)
+    with host(made(Mean), residual="low-rank") as cloud, wrap(model, cloud, codec="int8", **options) as optimizer:
+        coded = train(model, optimizer, of_mean)
+    torch.testing.assert_close(coded[0], expected[0], rtol=0.1, atol=0.1)
+    assert not coded[0].equal(expected[0])
+
+
+def test_a_run_goes_on_by_weights_that_are_loaded_before_the_optimizer_is_made() -> None:
+    whole = one_machine(made(Mean))
+    expected = train(whole, adamw(whole), of_mean)
+    model, saved = made(Mean), io.BytesIO()
+    with host(made(Mean)) as cloud, wrap(model, cloud) as optimizer:
+        told = train(model, optimizer, of_mean, last=2)
+        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, saved)
+    saved.seek(0)
+    state = torch.load(saved)
+    again = made(Mean, seed=1)
+    SFTOptimizer.decompose(again, **CUT)
+    again.load_state_dict(state["model"])
+    with host(made(Mean, seed=1)) as cloud, wrap(again, cloud) as optimizer:
+        optimizer.load_state_dict(state["optimizer"])
+        told += train(again, optimizer, of_mean, first=2)
+        assert_same_state(again, whole)
+    assert_close(told, expected)
+
+
+def test_the_body_is_saved_as_what_was_trained(tmp_path: Path) -> None:
+    """With the code that it needs; a class of the script's own does not open what it would draw anew in part."""
+    model = made(Tagger)
+    ids, mask, _, _ = next(iter(batches(1)))
+    with host(made(Tagger)) as cloud, wrap(model, cloud) as optimizer:
+        train(model, optimizer, of_tagger, last=1)
+        model.eval()
+        with torch.no_grad():
+            logits = model(ids, mask)["logits"]
+        model.bert.save_pretrained(tmp_path / "body")
+        model.save_pretrained(tmp_path / "own")
+        head = model.state_dict()["classifier.weight"], model.state_dict()["classifier.bias"]
+    body = AutoModel.from_pretrained(tmp_path / "body", trust_remote_code=True, add_pooling_layer=False).eval()
+    with torch.no_grad():
+        opened = functional.linear(body(ids, attention_mask=mask).last_hidden_state, *head)
+    assert_close(opened[mask == 1], logits[mask == 1])
+    with pytest.raises(Exception, match=r"size mismatch|mismatched|shape"):
+        Tagger.from_pretrained(tmp_path / "own")
+
+
+def test_in_half_precision_it_is_trained_in_single() -> None:
+    def half() -> Any:
+        model = made(Mean)
+        model.encoder.to(torch.bfloat16)
+        return model
+
+    single = half()
+    single.encoder.float()
+    whole = one_machine(single)
+    expected = train(whole, adamw(whole), of_mean)
+    model = half()
+    with host(half()) as cloud, wrap(model, cloud) as optimizer:
+        assert_close(train(model, optimizer, of_mean), expected)
+
+
+class Unmasked(Mean):
+    """A mean over padding, too."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Any = None) -> Any:
+        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return self.classifier(hidden.mean(1))
+
+
+def test_what_reads_padding_is_refused() -> None:
+    model = made(Unmasked)
+    with host(made(Unmasked)) as cloud, wrap(model, cloud):
+        for ids, mask, _, _ in batches(1, padded=False):
+            assert model(ids, mask).shape == (B, C)
+        ids, mask, _, _ = next(iter(batches(1)))
+        with pytest.raises(ProtocolError, match="depends on those of padding, which does not cross"):
+            model(ids, mask)
+
+
+def test_a_loss_that_learns_from_padding_is_refused() -> None:
+    model = made(Tagger)
+    with host(made(Tagger)) as cloud, wrap(model, cloud):
+        ids, mask, _, _ = next(iter(batches(1)))
+        with pytest.raises(ProtocolError, match="the loss learns from padding"):
+            model(ids, mask)["logits"].sum().backward()
+
+
+def test_calls_that_cannot_cross_are_refused() -> None:
+    model = made(Mean)
+    with host(made(Mean)) as cloud, wrap(model, cloud):
+        ids, mask, _, _ = next(iter(batches(1)))
+        with pytest.raises(UsageError, match="pad on the right"):
+            model(ids.flip(1), mask.flip(1))
+        with pytest.raises(UsageError, match=r"attention_mask is torch\.bool"):
+            model(ids, mask.bool())
+        with pytest.raises(UsageError, match="attention_mask must be ones"):
+            model(ids, mask * 0)
+        assert model(ids, mask).shape == (B, C)
+
+
+def test_another_cut_on_the_other_side_is_refused() -> None:
+    with host(made(Mean), split_layer=1) as cloud:
+        with pytest.raises(ProtocolError, match="the edge's script has split_layer 2, the cloud's 1"):
+            wrap(made(Mean), cloud)
+        with pytest.raises(ProtocolError, match=r"the edge's script has split_rank 4, the cloud's 8"):
+            wrap(made(Mean), cloud, split_layer=1, split_rank=4)
+        model = made(Mean)
+        with wrap(model, cloud, split_layer=1) as optimizer:
+            train(model, optimizer, of_mean, last=1)
+
+
+def test_afterwards_the_cloud_has_the_upper_half() -> None:
+    model = made(Mean)
+    with host(made(Mean)) as cloud, wrap(model, cloud) as optimizer:
+        train(model, optimizer, of_mean, last=1)
+    upper = cloud.model.eval()
+    assert upper(torch.zeros(B, S, 8)).shape == (B, C)
+    names = set(upper.state_dict())
+    assert "encoder.encoder.layer.2.output.dense.weight" in names
+    assert not any("embeddings" in name or "layer.0." in name for name in names)
