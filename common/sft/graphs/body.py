@@ -107,6 +107,10 @@ def cut_around(model: nn.Module, body_name: str) -> BodyCut:
     """The halves of what surrounds the body. Raises CutError when something else would have to cross."""
     of_body = _Inputs(model, model.get_submodule(body_name))
     inputs = SentenceInputs(model, body_name) if is_sentence_model(model) else of_body
+    if not inputs.required and not inputs.defaults:
+        raise CutError(
+            f"the forward method of this {type(model).__name__} takes whatever it is given: name its arguments"
+        )
 
     def split_for(given: FrozenSet[str], others: List[Parts]) -> Parts:
         parts = split(model, body_name, trace(model, body_name, inputs, given), _Splitter)

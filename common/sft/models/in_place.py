@@ -79,7 +79,7 @@ def is_stock(model: Any) -> bool:
     """
     if not isinstance(model, PreTrainedModel):
         return False
-    has_body = model.base_model is not model and body_of(model.base_model) is not None
+    has_body = model.base_model is not model and body_of(model.base_model) is not None and "forward" not in vars(model)
     try:
         head = head_of(model)
     except UnsupportedModelError:

@@ -11,6 +11,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from sft.client.credentials import ClientOptions, read_credentials
 from sft.errors import LinkError, UsageError
@@ -265,7 +266,8 @@ def _check(options: SplitOptions) -> Codecs:
 
 
 def _cut_model(model: nn.Module, options: SplitOptions) -> CutModel:
-    if is_stock(without_peft(model)):
+    library = without_peft(model)
+    if library is not model or is_stock(library):
         if options.split_at is not None:
             raise UsageError("a transformers model is cut at a block: give split_layer=1 or higher, not split_at")
         if options.split_layer is None:
@@ -283,6 +285,9 @@ def _cut_model(model: nn.Module, options: SplitOptions) -> CutModel:
     if options.split_layer is not None:
         from sft_edge.script.body_model import BodyModel
 
+        if isinstance(model, PreTrainedModel):
+            kind = type(model).__name__
+            _tell(f"of this {kind} more than weights is its own: only the same script with role='cloud' can host it")
         cut = Cut("sft", options.split_layer, options.split_rank, options.residual)
         return BodyModel(model, cut, options.calibration or (), options.split_at)
     from sft_edge.script.graph_model import GraphModel

@@ -33,7 +33,7 @@ def without_last_bias(model: Any) -> Any:
         (make_model, without_last_bias, {}, "'6.bias' is trained in group 0 of the cloud's optimizer, but not"),
         (lambda: make_model(width=12), adamw, {}, r"has shape \[12\] on the edge, \[16\] on the cloud"),
         (lambda: nn.Sequential(*make_model(), nn.Tanh(), nn.Linear(3, 3)), adamw, {}, "'8.bias' is trained in group 0"),
-        (tiny_model, adamw, {"split_at": None, "split_layer": 2}, "script has split_at none, the cloud's '3'"),
+        (tiny_model, adamw, {"split_at": None, "split_layer": 2}, "script has split_layer 2, the cloud's none"),
     ],
 )  # fmt: skip
 def test_an_edge_with_another_script(make_edge: Any, make_optimizer: Any, options: Any, reason: str) -> None:
@@ -76,7 +76,7 @@ def test_another_transformers_model() -> None:
         for other, reason in (
             (tiny_model("electra"), "the edge's model is electra for sequence-classification, the cloud's bert"),
             (tiny_model(num_labels=4), r"'classifier.bias' has shape \[4\] on the edge, \[3\] on the cloud"),
-            (make_model(), "the edge's script has split_at '3', the cloud's none"),
+            (make_model(), "the edge's script has split_layer none, the cloud's 2"),
         ):
             own = {"split_at": AT, "split_layer": None} if isinstance(other, nn.Sequential) else {}
             with pytest.raises(ProtocolError, match=reason):
@@ -143,7 +143,7 @@ def test_a_host_that_is_none() -> None:
     [
         ({"split_at": "4"}, "'4' is a BatchNorm1d"),
         ({"split_at": None}, "give split_at='NAME'"),
-        ({"split_layer": 2}, "not split_layer"),
+        ({"split_layer": 2}, "split_layer is for transformers models"),
         ({"residual": "low-rank"}, "for transformers models"),
         ({"split_rank": 9}, "ranks 1 to 8"),
     ],

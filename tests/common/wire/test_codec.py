@@ -95,7 +95,6 @@ def activation(rows=6, width=2, lengths=(3, 1, 2), padded_length=4):
         (activation(lengths=[5, 1]), "lengths must be from 1 to the padded length 4"),
         (activation(lengths=[0] * 1_000_000, padded_length=0), "not a row for each token of 1000000 sequences"),
         (pb.Activation(packed=pb.Tensor(shape=[1] * 1000), lengths=[1], padded_length=4), "1, 1] and more, which is"),
-        (pb.Activation(variant=2, padded_length=4), "variant 2 is for the activation of a script's module"),
         (activation(padded_length=17), "more than the model's 16"),
         (activation(rows=5), r"shape \[5, 2\], the lengths say \[6, 2\]"),
         (activation(width=3), r"shape \[6, 3\], the lengths say \[6, 2\]"),
