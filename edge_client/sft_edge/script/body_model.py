@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from sft.errors import UsageError
 from sft.graphs.body import cut_around, find_body
+from sft.graphs.sentences import is_sentence_model
 from sft.models import Cut, Net1, body_of, build_net_2, cut_live, decomposed_by, layer_to_cut
 from sft.models.weights import live_factors, live_tensors, renew_buffers
 from sft.tensors.stream import StoredTensor, in_memory
@@ -25,7 +26,7 @@ from sft.wire.cut import body_cut_to_proto
 from sft_edge.script.arguments import calibration_batch, read_call
 from sft_edge.script.cut_model import Cross, CutModel
 from sft_edge.script.forward import replace_forward
-from sft_edge.script.saving import follow_body
+from sft_edge.script.saving import follow_body, follow_modules
 
 _log = logging.getLogger("sft_edge")
 
@@ -95,6 +96,7 @@ class BodyModel(CutModel):
         if is_half:
             renew_buffers(net_1)
             _log.warning("'%s' is in half precision: both halves train it in float32", self._around.body_name)
+        modules = dict(self._model.named_children())
         self._around.keep_net_1()
         for factor in self._edge_factors:
             parent, _, child = factor.name.rpartition(".")
@@ -113,6 +115,8 @@ class BodyModel(CutModel):
         within = f"{self._around.body_name}."
         names = [*self._model.state_dict(), *self.cloud_names]
         of_body = [name[len(within) :] for name in names if name.startswith(within)]
+        if is_sentence_model(self._model):
+            follow_modules(self._model, modules)
         follow_body(self._model, self._around.body_name, self._head, self._cut, of_body)
         self._model.accepts_loss_kwargs = False  # type: ignore[assignment]  # as TransformersModel
         return dict(self._model.named_parameters())

@@ -17,7 +17,7 @@ import types
 import weakref
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Collection, Dict, Iterator, Mapping, Optional
+from typing import Any, Callable, Collection, Dict, Iterator, Mapping, Optional
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -212,6 +212,33 @@ def follow_body(model: nn.Module, body_name: str, head: str, cut: Cut, names: Co
     if isinstance(model, PreTrainedModel) and "save_pretrained" not in vars(model):
         layer = next(name for name in names if name.endswith(".ffn1.weight"))
         _save_unopenable(model, f"{body_name}.{layer[: -len('.ffn1.weight')]}.weight")
+
+
+def follow_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """From now on `model.save(...)` of sentence-transformers, and `save_pretrained`, save all of `modules`, those that
+    the model had before it was cut, of which some are on the cloud."""
+    gone = {name: module for name, module in modules.items() if name not in model._modules}
+
+    def with_all(saves: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(saves)
+        def save(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            state, left = self.state_dict(), dict(self._modules)
+            for name, module in gone.items():
+                own = {key[len(name) + 1 :]: x for key, x in state.items() if key.startswith(f"{name}.")}
+                module.load_state_dict(own)
+            self._modules.update(modules)
+            try:
+                for name in modules:  # in their order
+                    self._modules[name] = self._modules.pop(name)
+                return saves(self, *args, **kwargs)
+            finally:
+                self._modules.clear()
+                self._modules.update(left)
+
+        return save
+
+    for name in ("save", "save_pretrained"):
+        setattr(model, name, types.MethodType(with_all(getattr(type(model), name)), model))
 
 
 def _save_unopenable(model: Any, w_name: str) -> None:

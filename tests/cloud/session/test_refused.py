@@ -19,7 +19,13 @@ def session(open_session, edge):
     return open_session(edge)
 
 
+def of_variant(evaluation):
+    evaluation.evaluate.activation.variant = 2
+    return evaluation
+
+
 REFUSED = {
+    "a variant": (lambda e: of_variant(e.evaluate()), "variant 2 is for the activation of a script's module"),
     "weight of a micro-batch that never came": (lambda e: weigh(0, (9, 1.0)), "nothing of micro-batch 9 waits"),
     "weight of gradients that were added": (lambda e: weigh(0, (0, 1.0)), "nothing of micro-batch 0 waits"),
     "weight for a graph": (lambda e: weigh(0, (1, 1.0)), "came without labels"),
