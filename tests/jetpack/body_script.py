@@ -1,6 +1,6 @@
 """One script for both sides: `python body_script.py cloud`, which prints its address, and `... edge ADDRESS`.
 
-The edge prints how far its losses, and then its weights, and those of one machine, on its own stack, are from each other.
+The edge prints how far its losses, and then its weights, are from those of one machine on its own stack.
 """
 
 from __future__ import annotations
