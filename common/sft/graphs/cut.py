@@ -36,6 +36,21 @@ FACTORS = ("ffn1", "ffn2", "ffn3")
 """What stands in the place of the layer, on either side."""
 
 
+class CutLayer(nn.Module):
+    """Stands where the layer was, with one side's factors, which that half calls by their names."""
+
+    def __init__(self, layer_name: str, factors: Mapping[str, nn.Linear], missing: str) -> None:
+        """`missing`: what the other side has, in words."""
+        super().__init__()
+        self._advice = f"'{layer_name}' is cut, and {missing}: a part of the model does not run alone, call the model"
+        for name, factor in factors.items():
+            self.add_module(name, factor)
+
+    def forward(self, *_: Any) -> Tensor:
+        """Raises UsageError, as no half comes here: a script has called a part of the model that leads through it."""
+        raise UsageError(self._advice)
+
+
 @dataclass(frozen=True)
 class GraphCut:
     """Where a module is cut, and what each half runs and holds. Made without touching the module."""
@@ -102,7 +117,7 @@ class GraphCut:
         lower = _owned(self.model, [half for parts in halves for half in (parts.net_1, parts.tail)])
         upper = _owned(self.model, [parts.net_2 for parts in halves])
         constants = {name: tensor for parts in halves for name, tensor in parts.net_1.constants.items()}
-        self._replace_layer({"ffn1": linear})
+        self._replace_layer({"ffn1": linear}, "the rest is on the cloud")
         _remove(self.model, upper - lower)
         _add_constants(self.model, constants)
         return linear
@@ -115,7 +130,7 @@ class GraphCut:
         untie(self.model, self.tied)
         halves = [parts.net_2 for parts in self.variants.values()]
         kept = _owned(self.model, halves)
-        holder = self._replace_layer(factors)
+        holder = self._replace_layer(factors, "what leads to it is on the edge")
         _keep(self.model, kept | {id(module) for module in holder.modules()} | {id(p) for p in holder.parameters()})
         _add_constants(self.model, {name: tensor for half in halves for name, tensor in half.constants.items()})
         return ffn_2, ffn_3
@@ -153,10 +168,8 @@ class GraphCut:
             linear.bias.requires_grad_(bias.requires_grad)
         return linear
 
-    def _replace_layer(self, factors: Dict[str, nn.Linear]) -> nn.Module:
-        holder = nn.Module()
-        for name, factor in factors.items():
-            holder.add_module(name, factor)
+    def _replace_layer(self, factors: Dict[str, nn.Linear], missing: str) -> nn.Module:
+        holder = CutLayer(self.layer_name, factors, missing)
         parent, _, child = self.layer_name.rpartition(".")
         setattr(self.model.get_submodule(parent), child, holder)
         return holder
