@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass, field
-from typing import Dict, FrozenSet, List, Optional, Tuple
+from typing import Any, Dict, FrozenSet, List, Mapping, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,21 @@ from sft.graphs.variants import Variants, find_variants
 
 FACTORS = ("ffn1", "ffn2", "ffn3")
 """What stands in the place of the layer, on either side."""
+
+
+class CutLayer(nn.Module):
+    """Stands where the layer was, with one side's factors, which that half calls by their names."""
+
+    def __init__(self, layer_name: str, factors: Mapping[str, nn.Linear], missing: str) -> None:
+        """`missing`: what the other side has, in words."""
+        super().__init__()
+        self._advice = f"'{layer_name}' is cut, and {missing}: a part of the model does not run alone, call the model"
+        for name, factor in factors.items():
+            self.add_module(name, factor)
+
+    def forward(self, *_: Any) -> Tensor:
+        """Raises UsageError, as no half comes here: a script has called a part of the model that leads through it."""
+        raise UsageError(self._advice)
 
 
 @dataclass(frozen=True)
@@ -85,7 +100,7 @@ class GraphCut(Variants):
         halves = list(self.variants.values())
         lower = owned(self.model, [half for parts in halves for half in (parts.net_1, parts.tail)])
         upper = owned(self.model, [parts.net_2 for parts in halves])
-        self._replace_layer({"ffn1": linear})
+        self._replace_layer({"ffn1": linear}, "the rest is on the cloud")
         remove(self.model, upper - lower)
         add_constants(self.model, [parts.net_1 for parts in halves])
         return linear
@@ -98,7 +113,7 @@ class GraphCut(Variants):
         untie(self.model, self.tied)
         halves = [parts.net_2 for parts in self.variants.values()]
         kept = owned(self.model, halves)
-        holder = self._replace_layer(factors)
+        holder = self._replace_layer(factors, "what leads to it is on the edge")
         keep(self.model, kept | {id(module) for module in holder.modules()} | {id(p) for p in holder.parameters()})
         add_constants(self.model, halves)
         return ffn_2, ffn_3
@@ -110,10 +125,8 @@ class GraphCut(Variants):
             linear.bias.requires_grad_(bias.requires_grad)
         return linear
 
-    def _replace_layer(self, factors: Dict[str, nn.Linear]) -> nn.Module:
-        holder = nn.Module()
-        for name, factor in factors.items():
-            holder.add_module(name, factor)
+    def _replace_layer(self, factors: Dict[str, nn.Linear], missing: str) -> nn.Module:
+        holder = CutLayer(self.layer_name, factors, missing)
         parent, _, child = self.layer_name.rpartition(".")
         setattr(self.model.get_submodule(parent), child, holder)
         return holder
