@@ -41,7 +41,6 @@ _LIBRARY_ERRORS = (
     ArithmeticError,
     AssertionError,
     AttributeError,
-    ImportError,
     LookupError,
     RuntimeError,
     StrictDataclassError,
@@ -182,9 +181,13 @@ def _check_limit(name: str, value: int, limit: int) -> None:
 
 @contextmanager
 def blames_config() -> Iterator[None]:
-    """What the library raises in the block, which can be almost anything, is the fault of the configuration."""
+    """What the library raises in the block, which can be almost anything, is the fault of the configuration; but for
+    what is not installed here."""
     try:
         yield
+    except ImportError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise PreconditionError(f"this server has not installed what such a model needs: {reason}") from error
     except _LIBRARY_ERRORS as error:
         if is_out_of_memory(error):
             raise

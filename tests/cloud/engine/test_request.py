@@ -131,6 +131,17 @@ def test_a_cloud_that_can_train_no_adapters_says_whose_that_is(edge, monkeypatch
     check_request(edge.request())
 
 
+def test_what_is_not_installed_here_is_not_blamed_on_the_configuration(edge, monkeypatch):
+    def build_net_2(*_):
+        raise ModuleNotFoundError("Could not import module 'BertForSequenceClassification'")
+
+    monkeypatch.setattr(building, "build_net_2", build_net_2)
+    with pytest.raises(
+        PreconditionError, match=r"this server has not installed what such a model needs: Could not imp"
+    ):
+        try_to_open(edge)
+
+
 def test_the_library_makes_no_list_of_blocks_that_are_too_many(edge):
     values = {"model_type": "qwen2", "num_hidden_layers": 10**6}
     tracemalloc.start()
