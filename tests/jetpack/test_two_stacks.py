@@ -141,15 +141,17 @@ def test_scripts_of_ones_own(device: Interpreter, cloud: str, tmp_path: Path, sc
         assert {path.name for path in (tmp_path / "out").iterdir()} >= {"checkpoint-2", "checkpoint-4"}
 
 
-def test_a_module_around_a_transformers_model(device: Interpreter, newest: Interpreter) -> None:
-    """The same script in both environments: what it hosts is built by two releases of transformers."""
-    script = Path(__file__).parent / "body_script.py"
-    with subprocess.Popen([newest.path, str(script), "cloud"], stdout=subprocess.PIPE, encoding="utf-8") as cloud:
+@pytest.mark.parametrize("kind", ["layer", "body"])
+def test_models_of_ones_own(device: Interpreter, newest: Interpreter, kind: str) -> None:
+    """The same script in both environments, cut at a layer or around a transformers model, of which there are two
+    releases then."""
+    script = Path(__file__).parent / "own_script.py"
+    with subprocess.Popen([newest.path, str(script), kind, "cloud"], stdout=subprocess.PIPE, encoding="utf-8") as cloud:
         try:
             assert cloud.stdout is not None
             address = cloud.stdout.readline().strip()
             assert address, "it has ended"
-            of_losses, of_weights = map(float, device.run(script, "edge", address).stdout.split())
+            of_losses, of_weights = map(float, device.run(script, kind, "edge", address).stdout.split())
             assert of_losses < 1e-5
             assert of_weights < 1e-4, "steps of Adam by gradients that differ in the last bits"
             assert cloud.wait(60) == 0
