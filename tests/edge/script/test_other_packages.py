@@ -247,6 +247,7 @@ def through_a_file(state: Any) -> Any:
     return torch.load(file, weights_only=True)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("make", [*OTHERS[:3], pytest.param(lion, id="lion"), *FREE, *EIGHT])
 @pytest.mark.parametrize("saves", ["train", "eval"])
 def test_a_run_goes_on_in_another_session(make: Make, saves: str, request: pytest.FixtureRequest) -> None:
