@@ -55,6 +55,7 @@ def test_every_kind_of_task(tmp_path: Path, model: Path, task: str, capsys: pyte
         assert prediction["answer"] == "it was a good film"[prediction["start"] : prediction["end"]]
 
 
+@pytest.mark.first_only
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_gives_a_plain_checkpoint(tmp_path: Path, family: str) -> None:
     job = JOBS["sst2"](tmp_path / "data")
