@@ -53,7 +53,7 @@ def accuracy(printed):
     return float(line.split()[-1])
 
 
-@pytest.mark.first_only
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [(), ("--mixed-precision", "bf16")], ids=("float32", "bf16"))
 def test_accelerate(run_example, steady_model, data_dir, cloud, flags):
     printed = run_example(

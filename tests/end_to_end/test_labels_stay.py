@@ -113,7 +113,7 @@ def test_other_labels_change_neither_a_size_nor_the_first_message(
     assert [len(data) for data in one] == [len(data) for data in other]
 
 
-@pytest.mark.one_in(5)
+@pytest.mark.first_only
 @pytest.mark.parametrize("task", JOBS)
 @pytest.mark.parametrize("mode", ["sft", "sl"])
 def test_training_is_the_same_bit_for_bit(

@@ -41,7 +41,7 @@ def verify(cloud: str, model: Path, capsys: pytest.CaptureFixture[str]) -> Calla
     return run
 
 
-@pytest.mark.one_in(7)
+@pytest.mark.one_in(11)
 @pytest.mark.parametrize(
     "options",
     [

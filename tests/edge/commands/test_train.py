@@ -24,6 +24,7 @@ def lines_of(out: str) -> List[str]:
     return out.splitlines()
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("task", JOBS)
 def test_every_kind_of_task(tmp_path: Path, model: Path, task: str, capsys: pytest.CaptureFixture[str]) -> None:
     job, output_dir = JOBS[task](tmp_path / "data"), tmp_path / "out"

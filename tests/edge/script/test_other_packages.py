@@ -130,6 +130,7 @@ def now(model: Any) -> Dict[str, torch.Tensor]:
     return {"edge": tensors[ON_EDGE].detach().clone(), "cloud": tensors[ON_CLOUD].detach().clone(), "logits": logits}
 
 
+@pytest.mark.first_only
 @pytest.mark.parametrize("make", FREE)
 def test_both_halves_are_switched(make: Make) -> None:
     seen: List[Dict[str, torch.Tensor]] = []

@@ -32,7 +32,7 @@ def fits(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, torch.Tensor]]:
     return made
 
 
-@pytest.mark.first_only
+@pytest.mark.slow
 @pytest.mark.parametrize(("step", "activations"), [(5, "keep-on-cloud"), (1, "resend"), (5, "resend")])
 def test_a_session_that_is_lost(
     run: Callable[..., int],
