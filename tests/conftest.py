@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib.util
 import os
@@ -52,6 +53,16 @@ def pytest_collection() -> Iterator[None]:
     gc.collect()
     gc.freeze()
     gc.enable()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def roles_are_found_once() -> Iterator[None]:
+    """What is installed stays so: looking through all of it takes longer than what many a small test is about."""
+    from sft import optimizer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optimizer, "_entry_points", functools.lru_cache(maxsize=None)(optimizer._entry_points))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -136,11 +136,25 @@ def at_call(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return install
 
 
+@pytest.fixture(scope="session")
+def undisturbed_weights() -> dict[str, dict[str, torch.Tensor]]:
+    """By job, steps and options."""
+    return {}
+
+
 @pytest.fixture
-def first_steps(train: Callable[..., Path]) -> Callable[..., dict[str, torch.Tensor]]:
-    """`first_steps(3, job, model=model)`: the weights of a run that is asked for so many steps, and not disturbed."""
+def first_steps(
+    train: Callable[..., Path], undisturbed_weights: dict[str, dict[str, torch.Tensor]]
+) -> Callable[..., dict[str, torch.Tensor]]:
+    """`first_steps(3, job, model=model)`: the weights of a run that is asked for so many steps, and not disturbed.
+
+    The same whichever test asks, and made once; those with a server of the test's own are made for it.
+    """
 
     def run(steps: int, job: Job, **options: object) -> dict[str, torch.Tensor]:
-        return weights_of(train(job, **{**STEADY, **options, "max_steps": steps}))
+        key = repr((job, steps, sorted(options.items())))
+        if "server" in options or key not in undisturbed_weights:
+            undisturbed_weights[key] = weights_of(train(job, **{**STEADY, **options, "max_steps": steps}))
+        return undisturbed_weights[key]
 
     return run

@@ -53,7 +53,7 @@ def accuracy(printed):
     return float(line.split()[-1])
 
 
-@pytest.mark.first_only
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [(), ("--mixed-precision", "bf16")], ids=("float32", "bf16"))
 def test_accelerate(run_example, steady_model, data_dir, cloud, flags):
     printed = run_example(
@@ -120,6 +120,7 @@ def train(run_example, steady_model, data_dir, cloud, output_dir, *flags):
     )
 
 
+@pytest.mark.slow
 def test_trainer_trains_evaluates_and_goes_on_from_a_checkpoint(run_example, steady_model, data_dir, cloud, tmp_path):
     printed = train(run_example, steady_model, data_dir, cloud, tmp_path / "one")
     assert accuracy(printed) == 100

@@ -56,6 +56,7 @@ def test_another_version(failing: Callable[..., tuple[int, str]], monkeypatch: p
     assert re.search(r"refuses: the edge \(release .*\) speaks protocol version 1, the cloud .* speaks version 3", line)
 
 
+@pytest.mark.slow
 def test_a_server_that_is_killed(
     failing: Callable[..., tuple[int, str]], at_step: Callable[[int, Callable[[], object]], None], tmp_path: Path
 ) -> None:

@@ -115,6 +115,7 @@ PLACES = [
 ]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("kind", "direction", "micro_batch"), PLACES)
 @pytest.mark.parametrize("step", [0, 2])
 def test_one_fault(edge: TinyEdge, quiet: Run, kind: str, direction: str, micro_batch: int, step: int) -> None:
@@ -131,6 +132,7 @@ def test_one_fault(edge: TinyEdge, quiet: Run, kind: str, direction: str, micro_
         assert run.counts.sent_again <= (kind == "lose" and micro_batch == 0), "the cloud had had it"
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("sixteenth", range(16))
 def test_one_cut(edge: TinyEdge, quiet: Run, sixteenth: int) -> None:
     all_bytes = quiet.traffic.bytes_sent + quiet.traffic.bytes_received

@@ -49,6 +49,7 @@ def fill(disk: Path, leave: int) -> None:
         file.truncate((disk / "filler").stat().st_size - leave)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("leave", [0, 60_000, 120_000, 160_000])
 def test_a_disk_that_is_full_at_the_end(
     failing: Callable[..., tuple[int, str]],

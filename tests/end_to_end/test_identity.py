@@ -95,6 +95,7 @@ def test_a_run_through_tls_with_certificate_and_token_has_the_bits_of_one_withou
     assert same_bits(plain, weights_of(train(job, **options, server=start(**everything), **shows)))
 
 
+@pytest.mark.slow
 def test_verify_goes_through_it_too(start: Callable[..., str], everything: dict, shows: dict) -> None:
     words = ["--steps", "1", "--max-seq-length", "8", "--server", start(**everything)]
     for name, value in shows.items():

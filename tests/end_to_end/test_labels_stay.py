@@ -69,6 +69,7 @@ def numbers(tmp_path: Path) -> Job:
     return Job("text", tmp_path, 16, 16)
 
 
+@pytest.mark.first_only
 @pytest.mark.parametrize("mode", ["sft", "sl"])
 def test_no_byte_that_is_sent_is_of_a_label(
     numbers: Job, model: Path, train: Callable[..., Path], capture: Capture, mode: str
@@ -112,7 +113,7 @@ def test_other_labels_change_neither_a_size_nor_the_first_message(
     assert [len(data) for data in one] == [len(data) for data in other]
 
 
-@pytest.mark.one_in(5)
+@pytest.mark.first_only
 @pytest.mark.parametrize("task", JOBS)
 @pytest.mark.parametrize("mode", ["sft", "sl"])
 def test_training_is_the_same_bit_for_bit(
@@ -143,6 +144,7 @@ def test_it_survives_sixteen_bits(model: Path, train: Callable[..., Path], tmp_p
     assert half["train_loss"] == pytest.approx(full["train_loss"], abs=0.05)
 
 
+@pytest.mark.first_only
 @pytest.mark.parametrize("labels", ["cloud", "local"])
 def test_a_frozen_edge_gets_no_gradient_and_stays_as_it_was(
     job: Job, model: Path, train: Callable[..., Path], capture: Capture, labels: str

@@ -151,6 +151,7 @@ for data, target in plain.make_loader(256, seed=1, shuffle=True):
     assert_close(model.state_dict(), {name: expected[name] for name in model.state_dict()})
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("travels", [True, False], ids=["labels-travel", "labels-stay"])
 @pytest.mark.parametrize("residual", ["none", "low-rank"])
 def test_a_transformers_model_that_a_script_hosts(travels: bool, residual: str) -> None:

@@ -16,6 +16,7 @@ from sft_edge.cli import main
 from sft_edge.model_files.saved import load_model
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("mode", "freeze_edge"), [("local", False), ("sl", False), ("sft", False), ("sl", True)], ids=str
 )
@@ -41,6 +42,7 @@ def test_a_loss_that_is_not_finite(
     load_model(tmp_path / "out")
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("mode", ["local", "sl", "sft"])
 def test_weights_that_are_not_finite(
     failing: Callable[..., tuple[int, str]],

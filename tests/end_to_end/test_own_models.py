@@ -88,6 +88,7 @@ def test_a_language_model_that_returns_logits_and_loss(options: Any, caplog: pyt
     assert [record.message for record in caplog.records].count(told) == (0 if options else 1)
 
 
+@pytest.mark.first_only
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_model_that_is_compiled_runs_uncompiled(when: str) -> None:
     """As nanoGPT does."""

@@ -48,7 +48,8 @@ def test_evaluation_does_not_disturb_training(job: Job, model: Path, train: Call
 
 # Later Pythons warn of any fork beside threads; what the workers do touches none of what threads hold.
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
-@pytest.mark.parametrize("mode", ["local", "sft"])
+@pytest.mark.first_only
+@pytest.mark.parametrize("mode", ["sft", "local"])
 def test_workers_change_nothing(job: Job, model: Path, train: Callable[..., Path], mode: str) -> None:
     """Into the second epoch, when the link's threads run while workers are forked."""
     alone = train(job, model=model, mode=mode, **STEPS)
@@ -67,6 +68,7 @@ def test_rows_come_in_another_order_every_epoch(tmp_path: Path, train: Callable[
     assert sorted(seen[:8]) == sorted(seen[8:])
 
 
+@pytest.mark.first_only
 @pytest.mark.parametrize("suffix", [".json", ".yaml"])
 def test_a_configuration_file_is_as_good_as_flags(
     job: Job, model: Path, train: Callable[..., Path], cloud: str, tmp_path: Path, suffix: str
@@ -116,6 +118,7 @@ def test_payload_is_n_over_r_of_plain_split_learning(
     assert rank * ours["wire_reduction"] == pytest.approx(32 * plain["wire_reduction"])
 
 
+@pytest.mark.first_only
 @pytest.mark.parametrize("write", [sst2, squad])
 def test_wire_reduction_is_padded_float32_over_payload(
     tmp_path: Path, model: Path, train: Callable[..., Path], write: Callable[..., Job]

@@ -41,7 +41,7 @@ def verify(cloud: str, model: Path, capsys: pytest.CaptureFixture[str]) -> Calla
     return run
 
 
-@pytest.mark.one_in(7)
+@pytest.mark.one_in(11)
 @pytest.mark.parametrize(
     "options",
     [
@@ -106,6 +106,7 @@ def test_split_training_is_one_process_training(
     assert report["last_loss"] != report["first_loss"]
 
 
+@pytest.mark.first_only
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family(verify: Callable[..., tuple[int, dict, str]], tmp_path: Path, family: str) -> None:
     code, report, _ = verify(model=make_tiny_model(tmp_path / family, family, layers=3), split_layer=3)
@@ -208,6 +209,7 @@ def forget_the_schedule(right, session, commit):
     right(session, commit)
 
 
+@pytest.mark.first_only
 @pytest.mark.parametrize("wrong", [skip_the_update, scale_the_gradient, forget_the_schedule])
 def test_a_cloud_that_updates_otherwise_is_found_out(
     verify: Callable[..., tuple[int, dict, str]], monkeypatch: pytest.MonkeyPatch, wrong: Callable[..., object]

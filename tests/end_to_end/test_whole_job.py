@@ -185,9 +185,11 @@ def test_another_system_in_the_same_directory_leaves_nothing_of_the_first(
     job: Job, model: Path, train: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Old weights beside new ones could be taken for them, by the library as by us."""
-    again = tmp_path / "again"
+    again, of_its_own = tmp_path / "again", {}
     for mode in ("local", "sl", "sft", "sl", "local"):
-        fresh = train(job, model=model, mode=mode, max_steps=2)
+        if mode not in of_its_own:
+            of_its_own[mode] = train(job, model=model, mode=mode, max_steps=2)
+        fresh = of_its_own[mode]
         train(job, model=model, mode=mode, max_steps=2, output_dir=again, overwrite_output_dir=True)
         assert sorted(path.name for path in again.iterdir()) == sorted(path.name for path in fresh.iterdir())
         assert same_bits(load_model(again).net.state_dict(), load_model(fresh).net.state_dict())
@@ -258,6 +260,7 @@ def test_what_both_halves_hold_is_saved_once(job: Job, train: Callable[..., Path
     assert load_model(output_dir).net.whole_parameters()[name].equal(trained[name])
 
 
+@pytest.mark.first_only
 @pytest.mark.parametrize("wire_dtype", ["bfloat16", "float16"])
 def test_half_the_bytes(job: Job, model: Path, train: Callable[..., Path], wire_dtype: str) -> None:
     full = read_json(train(job, model=model, max_steps=3, wire_dtype="float32") / "all_results.json")

@@ -220,6 +220,7 @@ def health_check(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, timeout=60)
 
 
+@pytest.mark.first_only
 @pytest.mark.parametrize("protected", [False, True])
 def test_the_health_check_tells_a_server_that_serves(
     tmp_path: Path, make_secrets: Callable[[], None], protected: bool

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
 import tempfile
+from functools import lru_cache
 from pathlib import Path
 from typing import Iterator
 
@@ -17,15 +20,22 @@ from sft_cloud.identity import ANONYMOUS
 from sft_cloud.storage.blobs import BlobStore
 
 
+@lru_cache(maxsize=None)
+def uploads() -> BlobStore:
+    """What all clouds of this process hold: hundreds of tests have the same few models, and upload them once."""
+    place = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
+    return BlobStore(Path(place) / "blobs")
+
+
 class CloudInProcess(InMemoryTransport):
     """One session of a cloud that has no model of its own: everything is uploaded."""
 
     def __init__(self) -> None:
         super().__init__(())
-        self._directory = tempfile.TemporaryDirectory()
-        path = Path(self._directory.name)
-        self._store = BlobStore(path / "blobs")
-        self._opener = TransformersOpener(torch.device("cpu"), self._store, WeightsFinder(path / "models"))
+        self._store = uploads()
+        nowhere = WeightsFinder(Path("/nowhere/at/all"))
+        self._opener = TransformersOpener(torch.device("cpu"), self._store, nowhere)
 
     def open_session(self, request: pb.OpenSessionRequest) -> pb.OpenSessionResponse:
         opened = self._opener.open(request, ANONYMOUS, at_once)
@@ -36,7 +46,3 @@ class CloudInProcess(InMemoryTransport):
 
     def upload(self, sha256: str, total_bytes: int, chunks: Iterator[bytes]) -> None:
         self._store.of(ANONYMOUS).add(sha256, total_bytes, chunks)
-
-    def close(self) -> None:
-        super().close()
-        self._directory.cleanup()

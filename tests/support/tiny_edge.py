@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Dict, List, Optional, Tuple
+from typing import Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 from support.tables import made_up_tables
@@ -17,7 +17,7 @@ from sft.models.seeding import derive_seed
 from sft.models.weights import factor_tensors, pretrained_tensors
 from sft.optim.spec import GroupSpec, OptimizerSpec, decay_groups, spec_to_proto
 from sft.tensors.pretrained import PretrainedWeights
-from sft.tensors.stream import StoredTensor, in_memory, safetensors_chunks, sha256_of
+from sft.tensors.stream import StoredTensor, copied, in_memory, safetensors_chunks, sha256_of
 from sft.v1 import split_training_pb2 as pb
 from sft.version import __version__
 from sft.wire.codec.elements import IN_FULL, codecs_named, encode_tensor
@@ -29,6 +29,23 @@ from sft.wire.protocol import PROTOCOL_VERSION
 SEQUENCES = "sequence-classification"
 QUESTIONS = "question-answering"
 TOKENS = "causal-lm"
+
+
+class _Known(NamedTuple):
+    """What of an edge is the same whoever it is."""
+
+    weights: Tuple[StoredTensor, ...]
+    factors: Tuple[StoredTensor, ...]
+    groups: Tuple[GroupSpec, ...]
+    width: int
+
+
+def _read_once(tensors: List[StoredTensor]) -> Tuple[StoredTensor, ...]:
+    return tuple(copied(x) for x in in_memory({tensor.name: tensor.read() for tensor in tensors}))
+
+
+_MADE: Dict[Tuple[Path, str, str, Cut, int], _Known] = {}
+"""Hundreds of tests have the same edge. None of them changes the files of a directory that it has edges of."""
 
 
 @dataclass
@@ -47,20 +64,30 @@ class TinyEdge:
     """Whether its codec is, to nothing in particular; for a cut of mode sl."""
 
     def __post_init__(self) -> None:
-        net_2 = build_net_2(self.config, self.head, self.cut)
-        checkpoint = PretrainedWeights(self.directory)
-        self.weights: List[StoredTensor] = pretrained_tensors(net_2, checkpoint)
-        generator = torch.Generator().manual_seed(self.seed)
-        ids_BS = torch.randint(5, self.config.vocab_size, (8, 16), generator=generator)
-        calibration = [Batch({"input_ids": ids_BS}, [16] * 8, {})] if self.cut.residual == "low-rank" else []
-        factors = factor_tensors(self.config, self.head, self.cut, checkpoint, self.seed, calibration)
-        self.factors: List[StoredTensor] = factors[1]
-        self.groups: List[GroupSpec] = decay_groups(net_2, {"lr": self.learning_rate, "weight_decay": 0.1})
-        self.width: int = net_2.width
+        key = self.directory, self.config.to_json_string(use_diff=False), self.head, self.cut, self.seed
+        known = _MADE[key] = _MADE.get(key) or self._make()
+        self.weights: List[StoredTensor] = list(known.weights)
+        self.factors: List[StoredTensor] = list(known.factors)
+        self.groups: List[GroupSpec] = [
+            GroupSpec(list(group.parameter_names), {**group.arguments, "lr": self.learning_rate})
+            for group in known.groups
+        ]
+        self.width: int = known.width
         self.codecs = IN_FULL
         if self.fitted:
             self.codecs = codecs_named("float32", "fitted").with_tables(made_up_tables(self.width), torch.device("cpu"))
         self.tables: List[StoredTensor] = list(in_memory(dict(self.codecs.tables)))
+
+    def _make(self) -> _Known:
+        net_2 = build_net_2(self.config, self.head, self.cut)
+        checkpoint = PretrainedWeights(self.directory)
+        weights = pretrained_tensors(net_2, checkpoint)
+        generator = torch.Generator().manual_seed(self.seed)
+        ids_BS = torch.randint(5, self.config.vocab_size, (8, 16), generator=generator)
+        calibration = [Batch({"input_ids": ids_BS}, [16] * 8, {})] if self.cut.residual == "low-rank" else []
+        _, factors = factor_tensors(self.config, self.head, self.cut, checkpoint, self.seed, calibration)
+        groups = decay_groups(net_2, {"lr": self.learning_rate, "weight_decay": 0.1})
+        return _Known(_read_once(weights), _read_once(factors), tuple(groups), net_2.width)
 
     def request(self, **overrides: object) -> pb.OpenSessionRequest:
         """A sound request; `overrides` replace fields."""

@@ -115,7 +115,7 @@ def test_an_edge_that_comes_back_before_all_is_done(stub, edge, handled, at):
     back = come_back(stub, session_id)
     handled.released.set()
     attached = next(back.call).attached
-    assert attached.last_number == at
+    assert attached.last_number >= at, "the worker was let go before it is asked"
     assert [next(back.call).number for _ in range(STEPS + 1)] == [3, 4, 5, 6, 7]
     assert handled.numbers == [1, 3, 4, 5, 6, 7], "each once"
 

@@ -17,9 +17,9 @@ def test_pieces_and_offsets_give_the_same_bytes(server, stub, edge, monkeypatch,
     session_id = open_session(stub, edge)
     whole = download(stub, session_id, optimizer_state)
     for module in (servicer, in_process):
-        monkeypatch.setattr(module, "PIECE_BYTES", 64)
-    monkeypatch.setattr(servicer, "CHUNK_BYTES", 24)
-    for offset in (0, 1, 63, 64, 100, len(whole) - 1, len(whole)):
+        monkeypatch.setattr(module, "PIECE_BYTES", 1024)
+    monkeypatch.setattr(servicer, "CHUNK_BYTES", 384)
+    for offset in (0, 1, 1023, 1024, 1600, len(whole) - 1, len(whole)):
         request = pb.DownloadWeightsRequest(session_id=session_id, optimizer_state=optimizer_state, offset=offset)
         assert b"".join(answer.data for answer in stub.DownloadWeights(request)) == whole[offset:]
 

@@ -74,7 +74,7 @@ def backward(trio: Trio, batch: Batch) -> Tensor:
     return loss.detach()
 
 
-@pytest.mark.one_in(7)
+@pytest.mark.one_in(11)
 @pytest.mark.parametrize("cut", CUTS, ids=["none", "low-rank", "sl"])
 @pytest.mark.parametrize(("name", "head"), EVERY)
 def test_halves_equal_the_whole(name: str, head: str, cut: Cut) -> None:
@@ -101,7 +101,7 @@ def test_halves_equal_the_whole(name: str, head: str, cut: Cut) -> None:
             torch.testing.assert_close(ours.grad, parameter.grad, atol=1e-6, rtol=1e-4)
 
 
-@pytest.mark.one_in(7)
+@pytest.mark.one_in(11)
 @pytest.mark.parametrize("mode", ["sft", "sl"])
 @pytest.mark.parametrize("split_layer", [1, 3])
 @pytest.mark.parametrize(("name", "head"), TWO)
@@ -110,7 +110,7 @@ def test_the_first_and_the_last_block_can_be_the_split_layer(name: str, head: st
     assert backward(trio, batch).item() == pytest.approx(trio.whole(*batch).loss.item(), abs=1e-6)
 
 
-@pytest.mark.one_in(7)
+@pytest.mark.one_in(11)
 @pytest.mark.parametrize("residual", ["none", "low-rank"])
 @pytest.mark.parametrize(("name", "head"), EVERY)
 def test_three_steps_of_the_halves_are_three_of_the_whole(name: str, head: str, residual: str) -> None:
@@ -134,7 +134,7 @@ def test_three_steps_of_the_halves_are_three_of_the_whole(name: str, head: str, 
     assert len(set(losses)) == 3
 
 
-@pytest.mark.one_in(7)
+@pytest.mark.one_in(11)
 @pytest.mark.parametrize("residual", ["none", "low-rank"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_dropout_is_where_it_was(name: str, residual: str) -> None:
@@ -153,7 +153,7 @@ def test_dropout_is_where_it_was(name: str, residual: str) -> None:
     assert (abs(whole.item() - without.item()) > 1e-4) == has_dropout
 
 
-@pytest.mark.one_in(7)
+@pytest.mark.one_in(11)
 @pytest.mark.parametrize(("name", "head"), EVERY)
 def test_without_a_cut_it_is_the_librarys_model(tmp_path, name: str, head: str) -> None:
     config = make_config(name, head)
@@ -176,7 +176,7 @@ def test_without_a_cut_it_is_the_librarys_model(tmp_path, name: str, head: str) 
         torch.testing.assert_close(ours[row][of_tokens], theirs[row][of_tokens], atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.one_in(7)
+@pytest.mark.one_in(11)
 @pytest.mark.parametrize(("name", "head"), TWO)
 @pytest.mark.parametrize("residual", ["full", "low-rank"])
 def test_at_full_rank_with_the_residual_nothing_is_lost(name: str, head: str, residual: str) -> None:

@@ -50,7 +50,7 @@ def fill_meta(net_1: Net, tensors: List[StoredTensor]) -> None:
             setattr(net_1.get_submodule(parent), child, nn.Parameter(values[net_1.whole_names[name]]))
 
 
-@pytest.mark.one_in(7)
+@pytest.mark.one_in(11)
 @pytest.mark.parametrize("residual", ["none", "low-rank"])
 @pytest.mark.parametrize(("name", "head"), EVERY)
 def test_a_model_in_use_is_cut_as_one_from_a_checkpoint(name: str, head: str, residual: str) -> None:
@@ -71,7 +71,7 @@ def test_a_model_in_use_is_cut_as_one_from_a_checkpoint(name: str, head: str, re
         torch.testing.assert_close(split[row][of_tokens], expected[row][of_tokens], atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.one_in(7)
+@pytest.mark.one_in(11)
 @pytest.mark.parametrize(("name", "head"), EVERY)
 def test_what_is_left_of_the_object_is_net_1(name: str, head: str) -> None:
     model = make_model(name, head)

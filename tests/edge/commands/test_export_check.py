@@ -43,7 +43,10 @@ def kinds() -> Iterator[Kind]:
 
 
 KINDS = list(kinds())
-QUICK = [kind for kind in KINDS if kind[:2] == ("bert", "sequence-classification")]
+QUICK = [
+    ("bert", "sequence-classification", residual, form)
+    for residual, form in (("undecomposed", DENSE), ("none", FACTORED), ("full", DENSE))
+]
 OTHERS = [kind for kind in KINDS if kind not in QUICK]
 
 

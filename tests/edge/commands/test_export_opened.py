@@ -39,6 +39,7 @@ def test_a_pipeline_and_saving_again(write: Callable[..., Path], tmp_path: Path,
     assert again(texts, batch_size=2, truncation=True) == told
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.usefixtures("here")
 @pytest.mark.parametrize("form", [DENSE, FACTORED])
 @pytest.mark.parametrize("family", ["bert", "opt"])

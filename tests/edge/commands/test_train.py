@@ -24,6 +24,7 @@ def lines_of(out: str) -> List[str]:
     return out.splitlines()
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("task", JOBS)
 def test_every_kind_of_task(tmp_path: Path, model: Path, task: str, capsys: pytest.CaptureFixture[str]) -> None:
     job, output_dir = JOBS[task](tmp_path / "data"), tmp_path / "out"
@@ -55,6 +56,7 @@ def test_every_kind_of_task(tmp_path: Path, model: Path, task: str, capsys: pyte
         assert prediction["answer"] == "it was a good film"[prediction["start"] : prediction["end"]]
 
 
+@pytest.mark.first_only
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_gives_a_plain_checkpoint(tmp_path: Path, family: str) -> None:
     job = JOBS["sst2"](tmp_path / "data")

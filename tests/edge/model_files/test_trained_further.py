@@ -44,6 +44,7 @@ def opened(model: Path) -> Source:
     return open_source(ModelOptions(model=str(model)), {"num_labels": 2, "problem_type": "single_label_classification"})
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("family", "residual", "form"),
     [

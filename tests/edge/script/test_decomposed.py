@@ -55,6 +55,7 @@ def test_it_is_the_whole_model_that_both_halves_are(family: str, head: str, resi
     assert all(".ffn" in name or name == "lm_head.weight" for name in others)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("family", "head"), KINDS)
 @pytest.mark.parametrize("make", [adamw, sgd])
 def test_it_trains_as_one_that_is_decomposed_where_it_is_cut(family: str, head: str, make: Any) -> None:
@@ -69,6 +70,7 @@ def test_it_trains_as_one_that_is_decomposed_where_it_is_cut(family: str, head: 
     assert same(*ends)
 
 
+@pytest.mark.first_only
 @pytest.mark.parametrize(("family", "head"), KINDS)
 def test_a_run_goes_on_from_weights_that_are_loaded_first(family: str, head: str) -> None:
     """In another session, to the bits of one that was never stopped."""

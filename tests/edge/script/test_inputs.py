@@ -94,6 +94,7 @@ def test_padding_on_the_left(family: str, head: str, given: str) -> None:
     )
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(
     ("family", "head"), [("bert", "question-answering"), ("bert", "token-classification"), ("llama", "causal-lm")]
 )

@@ -13,6 +13,7 @@ from sft.errors import NonFiniteLossError, UsageError
 from sft_edge.systems import crossing
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("kind", ["regression", "multi_label_classification"])
 def test_a_script_passes_over_a_batch_whose_loss_is_none(kind: str, value: float) -> None:

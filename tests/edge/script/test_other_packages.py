@@ -130,6 +130,7 @@ def now(model: Any) -> Dict[str, torch.Tensor]:
     return {"edge": tensors[ON_EDGE].detach().clone(), "cloud": tensors[ON_CLOUD].detach().clone(), "logits": logits}
 
 
+@pytest.mark.first_only
 @pytest.mark.parametrize("make", FREE)
 def test_both_halves_are_switched(make: Make) -> None:
     seen: List[Dict[str, torch.Tensor]] = []
@@ -248,6 +249,7 @@ def through_a_file(state: Any) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")  # torch 2.1 opens its own files so
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("make", [*OTHERS[:3], pytest.param(lion, id="lion"), *FREE, *EIGHT])
 @pytest.mark.parametrize("saves", ["train", "eval"])
 def test_a_run_goes_on_in_another_session(make: Make, saves: str, request: pytest.FixtureRequest) -> None:

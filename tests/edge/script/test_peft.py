@@ -97,6 +97,7 @@ def test_adapters_on_both_halves(family: str, head: str, make_optimizer: Any, tr
     assert_same_training(adapted(family, head), make_optimizer, travels)
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(
     "settings",
     [

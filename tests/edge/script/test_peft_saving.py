@@ -23,7 +23,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(7)
 @pytest.mark.parametrize(
     ("family", "head", "settings"),
     [

@@ -24,6 +24,8 @@ def _loss(model: Any, batch: Dict[str, Tensor], travels: bool) -> Tensor:
 
 
 both_label_modes = pytest.mark.parametrize("travels", [True, False], ids=["labels-travel", "labels-stay"])
+stays_first = pytest.mark.parametrize("travels", [False, True], ids=["labels-stay", "labels-travel"])
+"""By turns where `first_only` leaves one."""
 
 
 @both_label_modes
@@ -42,6 +44,7 @@ def test_plain_loop(travels: bool, make_optimizer: Callable[[Any], torch.optim.O
     assert_same_training(script, make_optimizer)
 
 
+@pytest.mark.first_only
 @both_label_modes
 def test_zero_grad_between_forward_and_backward(travels: bool) -> None:
     def script(model: Any, optimizer: Any) -> None:
@@ -54,7 +57,8 @@ def test_zero_grad_between_forward_and_backward(travels: bool) -> None:
     assert_same_training(script, sgd)
 
 
-@both_label_modes
+@pytest.mark.first_only
+@stays_first
 def test_zero_grad_of_the_model_after_the_step(travels: bool) -> None:
     def script(model: Any, optimizer: Any) -> None:
         for batch in batches(STEPS, model):
@@ -65,6 +69,7 @@ def test_zero_grad_of_the_model_after_the_step(travels: bool) -> None:
     assert_same_training(script)
 
 
+@pytest.mark.first_only
 @both_label_modes
 def test_gradients_that_are_never_zeroed(travels: bool) -> None:
     def script(model: Any, optimizer: Any) -> None:
@@ -90,7 +95,8 @@ def test_accumulation_with_clipping(travels: bool) -> None:
     assert_same_training(script, sgd)
 
 
-@both_label_modes
+@pytest.mark.first_only
+@stays_first
 def test_clipping_each_micro_batch(travels: bool) -> None:
     def script(model: Any, optimizer: Any) -> None:
         for index, batch in enumerate(batches(2 * STEPS, model)):
@@ -116,6 +122,7 @@ def test_two_forwards_before_one_backward(travels: bool) -> None:
     assert_same_training(script, sgd)
 
 
+@pytest.mark.first_only
 @both_label_modes
 def test_backwards_in_another_order(travels: bool) -> None:
     def script(model: Any, optimizer: Any) -> Any:
@@ -133,7 +140,8 @@ def test_backwards_in_another_order(travels: bool) -> None:
     assert_same_training(script, sgd)
 
 
-@both_label_modes
+@pytest.mark.first_only
+@stays_first
 def test_a_forward_without_backward(travels: bool) -> None:
     def script(model: Any, optimizer: Any) -> None:
         data = batches(3 * STEPS, model)
@@ -162,6 +170,7 @@ def test_gradients_dropped_in_the_middle_of_a_step(travels: bool) -> None:
     assert_same_training(script, sgd)
 
 
+@pytest.mark.first_only
 @both_label_modes
 def test_a_loss_that_counts_nothing(travels: bool) -> None:
     """Gradients are zeros then, not nothing: momentum goes on."""
@@ -176,6 +185,7 @@ def test_a_loss_that_counts_nothing(travels: bool) -> None:
     assert_same_training(script, adamw)
 
 
+@pytest.mark.one_in(3)
 @both_label_modes
 @pytest.mark.parametrize("factor", [0.0, -1.0])
 def test_gradients_multiplied_by_hand(travels: bool, factor: float) -> None:
@@ -233,7 +243,8 @@ def test_one_cycle_schedule_of_rates_and_betas(travels: bool) -> None:
     assert_same_training(script, sgd)
 
 
-@both_label_modes
+@pytest.mark.first_only
+@stays_first
 def test_groups_by_name(travels: bool) -> None:
     def make(model: Any) -> torch.optim.Optimizer:
         named = [(name, p) for name, p in model.named_parameters() if name != PARAMETER_NAME]
@@ -257,6 +268,7 @@ def test_groups_by_name(travels: bool) -> None:
     assert_same_training(script, make)
 
 
+@pytest.mark.first_only
 @both_label_modes
 def test_a_closure(travels: bool) -> None:
     def script(model: Any, optimizer: Any) -> Any:
@@ -310,7 +322,8 @@ def test_frozen_parameters(travels: bool, frozen: str) -> None:
     assert_same_training(script, make, model)
 
 
-@both_label_modes
+@pytest.mark.first_only
+@stays_first
 def test_parameters_that_the_optimizer_does_not_hold(travels: bool) -> None:
     def make(model: Any) -> torch.optim.Optimizer:
         return torch.optim.SGD([p for name, p in model.named_parameters() if "bias" in name], lr=1e-1)

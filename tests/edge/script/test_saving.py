@@ -48,7 +48,7 @@ def logits(output: Any) -> torch.Tensor:
     return output.start_logits if hasattr(output, "start_logits") else output.logits
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("residual", ["none", "low-rank"])
 @pytest.mark.parametrize(
     ("family", "head"),
@@ -213,6 +213,7 @@ def test_this_package_asks_it_too(tmp_path: Path, head: str) -> None:
     assert task_of(saved.description).head == head
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("form", "head"), [(DENSE, "sequence-classification"), (FACTORED, "sequence-classification"), (DENSE, "masked-lm")]
 )

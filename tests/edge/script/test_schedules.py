@@ -47,6 +47,7 @@ SCHEDULES: List[Tuple[str, Settings, List[Settings]]] = [
 ]
 
 
+@pytest.mark.one_in(7)
 @pytest.mark.parametrize("load", ["own", *(pytest.param(which, marks=pytest.mark.slow) for which in ("never", "old"))])
 @pytest.mark.parametrize(("name", "begins", "changes"), SCHEDULES[:6], ids=lambda value: str(value)[:60])
 def test_a_schedule_over_settings_of_sgd(name: str, begins: Settings, changes: List[Settings], load: str) -> None:

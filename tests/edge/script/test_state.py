@@ -219,6 +219,7 @@ def test_an_optimizers_state_that_the_cloud_refuses() -> None:
         assert all(state["step"] == 2 for state in optimizer.state.values())
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", ["Adagrad", "ASGD", "NAdam", "Rprop"])
 def test_optimizers_that_begin_with_a_state(name: str) -> None:
     model = tiny_model()

@@ -21,6 +21,7 @@ def _one_step(model: Any, optimizer: Any) -> None:
     optimizer.step()
 
 
+@pytest.mark.first_only
 @pytest.mark.parametrize("travels", [True, False])
 def test_more_results_than_the_cloud_keeps(travels: bool) -> None:
     model = tiny_model()

@@ -69,6 +69,7 @@ def trained(model: Any, calls: Any, optimizer: Any) -> Any:
     return model.state_dict()
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("compiles", [compiled, compiled_itself])
 @pytest.mark.parametrize("when", ["before", "before, and called", "after"])
 def test_a_model_that_is_compiled(compiles: Any, when: str, caplog: pytest.LogCaptureFixture) -> None:

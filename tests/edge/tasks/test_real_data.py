@@ -9,6 +9,7 @@ import pytest
 from sft_edge.tasks import make_task
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(
     ("name", "train_rows", "validation_rows"),
     [

@@ -23,17 +23,20 @@ def clouds(tmp_path: Path) -> Iterator[Clouds]:
     made.close()
 
 
+def train(job: Job, **values: object) -> int:
+    if values.get("mode") == "local":
+        values["server"] = None
+    return main(["train", *job.flags(**{**OPTIONS, **values})])
+
+
 @pytest.fixture
 def run(job: Job, model: Path, tmp_path: Path, clouds: Clouds) -> Callable[..., int]:
     """`run(**options)` into `tmp_path / "out"`; gives the exit code."""
 
-    def train(**options: object) -> int:
-        values = {"model": model, "output_dir": tmp_path / "out", "server": clouds.address, **OPTIONS, **options}
-        if values.get("mode") == "local":
-            values["server"] = None
-        return main(["train", *job.flags(**values)])
+    def into_out(**options: object) -> int:
+        return train(job, **{"model": model, "output_dir": tmp_path / "out", "server": clouds.address, **options})
 
-    return train
+    return into_out
 
 
 @pytest.fixture
@@ -41,15 +44,28 @@ def out(tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
+@pytest.fixture(scope="session")
+def undisturbed() -> dict[str, Outcome]:
+    """By its options, of runs with a cloud of their own."""
+    return {}
+
+
 @pytest.fixture
-def whole(run: Callable[..., int], clouds: Clouds, tmp_path: Path) -> Callable[..., Outcome]:
-    """What a run leaves that nothing disturbs."""
+def whole(job: Job, model: Path, tmp_path: Path, undisturbed: dict[str, Outcome]) -> Callable[..., Outcome]:
+    """What a run leaves that nothing disturbs. It is the same whichever test asks, and made once."""
 
-    def train(**options: object) -> Outcome:
-        assert run(output_dir=tmp_path / "whole", **options) == 0
-        return Outcome(tmp_path / "whole", clouds.store)
+    def outcome(**options: object) -> Outcome:
+        key = repr(sorted(options.items()))
+        if key not in undisturbed:
+            clouds, to = Clouds(tmp_path / "its-clouds"), tmp_path / "whole"
+            try:
+                assert train(job, **{"model": model, "server": clouds.address, **options, "output_dir": to}) == 0
+                undisturbed[key] = Outcome(to, clouds.store)
+            finally:
+                clouds.close()
+        return undisturbed[key]
 
-    return train
+    return outcome
 
 
 @pytest.fixture
