@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Optional
 
 import pytest
 import torch
 from support.bodies import (
     CUT,
+    LENGTHS,
     B,
     C,
+    D,
     First,
     Mean,
     Pooled,
@@ -19,6 +21,7 @@ from support.bodies import (
     Tagger,
     adamw,
     batches,
+    config_of,
     made,
     one_machine,
     replaced_head,
@@ -221,21 +224,127 @@ class Unmasked(Mean):
         return self.classifier(hidden.mean(1))
 
 
+class Third(Mean):
+    """A token that some texts do not have."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+        return self.classifier(self.encoder(input_ids, attention_mask)[0][:, 2])
+
+
 def test_what_reads_padding_is_refused() -> None:
-    model = made(Unmasked)
-    with host(made(Unmasked)) as cloud, wrap(model, cloud):
-        for ids, mask, _, _ in batches(1, padded=False):
-            assert model(ids, mask).shape == (B, C)
-        ids, mask, _, _ = next(iter(batches(1)))
-        with pytest.raises(ProtocolError, match="depends on those of padding, which does not cross"):
-            model(ids, mask)
+    for kind, harmless in ((Unmasked, LENGTHS[:1] * B), (Third, LENGTHS)):
+        model = made(kind)
+        with host(made(kind)) as cloud, wrap(model, cloud):
+            for lengths in (harmless, (7, 1, 5, 6)):
+                mask = (torch.arange(S)[None] < torch.tensor(lengths)[:, None]).long()
+                if lengths is harmless:
+                    assert model(mask * 7, mask).shape == (B, C)
+                    continue
+                with pytest.raises(ProtocolError, match="depends on those of padding, which does not cross"):
+                    model(mask * 7, mask)
+
+
+class OverTokens(Mean):
+    """Statistics over tokens, in training alone."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.norm = nn.BatchNorm1d(D)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+        hidden = self.norm(self.encoder(input_ids, attention_mask)[0].transpose(1, 2)).transpose(1, 2)
+        mask = attention_mask.unsqueeze(-1)
+        return self.classifier((hidden * mask).sum(1) / mask.sum(1))
+
+
+def test_what_learns_from_padding_in_training_alone_is_refused() -> None:
+    model = made(OverTokens)
+    with host(made(OverTokens)) as cloud, wrap(model, cloud):
+        ids, mask, y, _ = next(iter(batches(1)))
+        with pytest.raises(ProtocolError, match="depends on those of padding"):
+            functional.cross_entropy(model(ids, mask), y).backward()
+
+
+class Turned(Tagger):
+    """Tokens last, as `cross_entropy` takes them; or nothing but the loss."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Optional[Tensor] = None) -> Any:
+        logits = self.classifier(self.bert(input_ids, attention_mask)[0])
+        if labels is None:
+            return logits.transpose(1, 2)
+        return functional.cross_entropy(logits.view(-1, C), labels.view(-1))
+
+
+def test_tokens_are_found_wherever_they_are_counted() -> None:
+    whole = one_machine(made(Turned))
+    model = made(Turned)
+    with host(made(Turned)) as cloud, wrap(model, cloud):
+        for ids, mask, _, tags in batches(1):
+            for one in (model, whole):
+                functional.cross_entropy(one(ids, mask), tags).backward()
+            assert_close(model(ids, mask, tags), whole(ids, mask, tags))
+        expected = whole.bert.get_input_embeddings().weight.grad
+        assert_close(model.bert.get_input_embeddings().weight.grad, expected)
+
+
+def hooked(model: Any) -> None:
+    model.encoder.encoder.layer[2].register_forward_hook(lambda *_: None)
+
+
+def with_less_dropout(model: Any) -> None:
+    model.encoder.encoder.layer[2].output.dropout.p = 0.5
+
+
+def with_adapters(model: Any) -> None:
+    model.encoder.encoder.layer[1].output.dense.lora_A = nn.Linear(2, 2)
+
+
+def in_half(model: Any) -> None:
+    model.to(torch.bfloat16)
+
+
+def replaced(model: Any) -> None:
+    model.forward = model.forward
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (hooked, "has hooks, which the cloud's would not have"),
+        (with_less_dropout, r"has p=0\.5, and model\.config another"),
+        (with_adapters, "has adapters, which are not for a model inside a module of your own"),
+        (in_half, r"is torch\.bfloat16: call model\.float\(\) first"),
+        (replaced, "the forward of this Mean was replaced"),
+    ],
+)
+def test_what_would_be_lost_on_the_cloud_is_refused(change: Any, says: str) -> None:
+    model = made(Mean)
+    change(model)
+    for role in ("edge", "cloud"):
+        with pytest.raises(UsageError, match=says):
+            SFTOptimizer(adamw(model), role=role, model=model, server="127.0.0.1:9", **CUT)
+
+
+def test_a_body_in_another_mode_than_its_module_is_refused_where_it_draws() -> None:
+    for dropout in (0.0, 0.1):
+        config = config_of("bert")
+        config.hidden_dropout_prob = dropout
+        model, other = Mean(config).train(), Mean(config).train()
+        with host(other) as cloud, wrap(model, cloud):
+            ids, mask, _, _ = next(iter(batches(1)))
+            model.encoder.eval()
+            if dropout:
+                with pytest.raises(UsageError, match=r"are not both in train\(\) or eval\(\) mode"):
+                    model(ids, mask)
+            else:
+                assert model(ids, mask).shape == (B, C)
 
 
 def test_a_loss_that_learns_from_padding_is_refused() -> None:
     model = made(Tagger)
     with host(made(Tagger)) as cloud, wrap(model, cloud):
         ids, mask, _, _ = next(iter(batches(1)))
-        with pytest.raises(ProtocolError, match="the loss learns from padding"):
+        with pytest.raises(ProtocolError, match="depends on those of padding"):
             model(ids, mask)["logits"].sum().backward()
 
 

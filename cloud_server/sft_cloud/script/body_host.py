@@ -68,7 +68,9 @@ class BodyHalf(GraphHalf):
         self._net_2 = net_2
         self._longest = longest
         self._codes = codecs.codes
-        self._looked_at: set[int] = set()  # variants of which it is known whether they read padding
+        self._looked_at: dict[
+            int, int
+        ] = {}  # by variant: tokens of the shortest text by which it was looked whether padding is read
 
     @property
     def codes(self) -> Codes:
@@ -89,46 +91,67 @@ class BodyHalf(GraphHalf):
         given = decode_activation(activation, self._width, self._longest, self.device, self.codes)
         return Given(*given, variant=activation.variant)
 
+    def outputs(self, given: Given) -> Tensor:
+        """See UpperHalf. Raises ProtocolError where what the model does with hidden states reads those of padding."""
+        if min(given.lengths) < min(given.a.shape[1], self._looked_at.get(given.variant, given.a.shape[1])):
+            self._check_reads_no_padding(given)
+            self._looked_at[given.variant] = min(given.lengths)
+        return super().outputs(given)
+
     def run(self, given: Given) -> Any:
-        """See GraphHalf. Raises ProtocolError where what the model does with hidden states reads those of padding."""
-        returned = self._net_2.hidden(given.a, given.lengths)
-        mask_BS = attention_mask(given.lengths, given.a.shape[1]).to(self.device)
-        if given.variant not in self._looked_at and not mask_BS.all():
-            self._check_reads_no_padding(returned, mask_BS, given.variant)
-            self._looked_at.add(given.variant)
-        return self._cut.run_net_2((_filled(returned, mask_BS, 0.0), mask_BS), given.variant)
+        """See GraphHalf."""
+        mask_BS = self._mask(given)
+        returned = _filled(self._net_2.hidden(given.a, given.lengths), mask_BS, 0.0)
+        hidden_BSD = returned["last_hidden_state"]
+        if hidden_BSD.requires_grad and not mask_BS.all():
+            hidden_BSD.register_hook(lambda gradient_BSD: _check_learns_nothing(gradient_BSD[mask_BS == 0]))
+        return self._cut.run_net_2((returned, mask_BS), given.variant)
 
     def encode_gradient(self, gradient: Tensor, given: Given) -> pb.Tensor:
         """See UpperHalf."""
         return encode_tensor(pack(gradient, given.lengths), self._gradient_codec, given.rounding)
 
-    def decode_output_gradient(self, message: pb.Tensor, outputs: Tensor, given: Given) -> Tensor:
-        """See UpperHalf."""
-        gradient = super().decode_output_gradient(message, outputs, given)
-        mask_BS = attention_mask(given.lengths, given.a.shape[1]).to(self.device)
-        if _is_of_tokens(gradient, mask_BS) and gradient[mask_BS == 0].any():
-            raise ProtocolError("the loss learns from padding, which does not cross: leave those tokens out of it")
-        return gradient
+    def _mask(self, given: Given) -> Tensor:
+        return attention_mask(given.lengths, given.a.shape[1]).to(self.device)
 
-    def _check_reads_no_padding(self, returned: Any, mask_BS: Tensor, variant: int) -> None:
-        mode = self._cut.model.training
-        with torch.no_grad(), undisturbed(self.device):
+    def _check_reads_no_padding(self, given: Given) -> None:
+        """Without dropout: what is read in training alone shows in its gradient."""
+        mask_BS, mode, seen = self._mask(given), self._cut.model.training, []
+        with torch.no_grad():
             try:
-                self._cut.model.eval()
-                some, other = (
-                    self._cut.run_net_2((_filled(returned, mask_BS, value), mask_BS), variant) for value in (0.0, 1.0)
-                )
+                self.train(False)
+                returned = self._net_2.hidden(given.a, given.lengths)
+                for value in (0.0, 1.0):
+                    with undisturbed(self.device):
+                        seen.append(self._cut.run_net_2((_filled(returned, mask_BS, value), mask_BS), given.variant))
             finally:
-                self._cut.model.train(mode)
-        if not isinstance(some, Tensor):
-            return
-        if _is_of_tokens(some, mask_BS):
-            some, other = some[mask_BS == 1], other[mask_BS == 1]
-        if not torch.allclose(some, other, rtol=1e-4, atol=1e-5, equal_nan=True):
-            raise ProtocolError(
-                "what the model makes of hidden states depends on those of padding, which does not cross: leave them "
-                "out by the attention_mask, as a mean over tokens does, or make all texts of a batch equally long"
-            )
+                self.train(mode)
+        if isinstance(seen[0], Tensor) and _differ(seen[0], seen[1], mask_BS):
+            raise ProtocolError(_READS_PADDING)
+
+
+_READS_PADDING = (
+    "what the model makes of hidden states depends on those of padding, which does not cross: leave them out by the "
+    "attention_mask, as a mean over tokens does, and out of the loss, as labels of -100 are; or make all texts of a "
+    "batch equally long"
+)
+
+
+def _check_learns_nothing(gradient: Tensor) -> None:
+    if ((gradient != 0) & gradient.isfinite()).any():
+        raise ProtocolError(_READS_PADDING)
+
+
+def _differ(some: Tensor, other: Tensor, mask_BS: Tensor) -> bool:
+    """Whether they do at more than padding, wherever tokens are counted."""
+    (B, S), real = mask_BS.shape, mask_BS == 1
+    views = [(some, other)]
+    if some.shape[:1] == (B * S,):
+        views.append((some[real.flatten()], other[real.flatten()]))
+    for place in range(1, some.dim()):
+        if (some.shape[0], some.shape[place]) == (B, S):
+            views.append((some.movedim(place, 1)[real], other.movedim(place, 1)[real]))
+    return not any(torch.allclose(*pair, rtol=1e-4, atol=1e-5, equal_nan=True) for pair in views)
 
 
 class _Forward:
@@ -156,7 +179,3 @@ def _filled(returned: Any, mask_BS: Tensor, value: float) -> Any:
     filled = copy.copy(returned)
     filled["last_hidden_state"] = returned["last_hidden_state"].masked_fill(mask_BS[..., None] == 0, value)
     return filled
-
-
-def _is_of_tokens(x: Tensor, mask_BS: Tensor) -> bool:
-    return x.dim() > 1 and x.shape[:2] == mask_BS.shape

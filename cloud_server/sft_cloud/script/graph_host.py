@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from sft.errors import CutError, ProtocolError, UsageError
+from sft.errors import CutError, ProtocolError, SFTError, UsageError
 from sft.graphs.cut import GraphCut, cut
 from sft.graphs.variants import Variants
 from sft.tensors.stream import StoredTensor, in_memory
@@ -21,6 +21,7 @@ from sft.wire.codec.elements import MAX_DIMENSIONS, codecs_of, decode_tensor, en
 from sft.wire.codec.rows import CODES, Codes
 from sft.wire.cut import layer_cut_to_proto
 from sft.wire.protocol import MAX_MESSAGE_BYTES
+from sft_cloud.errors import is_out_of_memory
 from sft_cloud.script.hosted_model import ADVICE, HostedModel, check_same_cut
 from sft_cloud.session import Given, UpperHalf, half_precision_bytes
 
@@ -130,7 +131,7 @@ class GraphHalf:
         largest = self._largest.get(given.variant, 0)
         is_largest = torch.is_grad_enabled() and given.a.numel() > largest
         with _Made(self.parameters()) if is_largest else contextlib.nullcontext() as made:
-            y: Any = self.run(given)
+            y: Any = self._run(given)
         if made is not None:
             self._largest[given.variant] = given.a.numel()
             self._bytes_per_number[given.variant] = made.total_bytes / given.a.numel()
@@ -144,6 +145,17 @@ class GraphHalf:
     def run(self, given: Given) -> Any:
         """What the model makes of an activation."""
         return self._cut.run_net_2(given.a, given.variant)
+
+    def _run(self, given: Given) -> Any:
+        try:
+            return self.run(given)
+        except SFTError:
+            raise
+        except Exception as error:  # whatever a forward method raises
+            if is_out_of_memory(error):
+                raise
+            reason = " ".join(str(error).split())[:300]
+            raise ProtocolError(f"on the cloud the model's forward raised {type(error).__name__}: {reason}") from error
 
     def check_outputs(self, activation: pb.Activation) -> None:
         """See UpperHalf. How large they are is known once they are computed."""

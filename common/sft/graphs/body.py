@@ -18,10 +18,11 @@ import operator
 from dataclasses import dataclass
 from typing import Any, Dict, FrozenSet, List, Optional, Set
 
+import torch
 from torch import Tensor, fx, nn
 from transformers.utils.generic import ModelOutput
 
-from sft.errors import CutError
+from sft.errors import CutError, UsageError
 from sft.graphs.kept import add_constants, keep, owned, remove, stored_names, tensors_named
 from sft.graphs.sentences import SentenceInputs, is_sentence_model
 from sft.graphs.split import Parts, Splitter, split
@@ -112,6 +113,8 @@ def cut_around(model: nn.Module, body_name: str) -> BodyCut:
             f"the forward method of this {type(model).__name__} takes whatever it is given: name its arguments"
         )
 
+    check_single(model, body_name)
+
     def split_for(given: FrozenSet[str], others: List[Parts]) -> Parts:
         parts = split(model, body_name, trace(model, body_name, inputs, given), _Splitter)
         _check_apart(model, body_name, [*others, parts])
@@ -120,6 +123,17 @@ def cut_around(model: nn.Module, body_name: str) -> BodyCut:
     found = find_variants(model, inputs, split_for)
     names = stored_names(model, [parts.net_2 for parts in found.variants.values()])
     return BodyCut(**vars(found), body_name=body_name, upper_names=frozenset(names))
+
+
+def check_single(model: nn.Module, body_name: str) -> None:
+    """Raises UsageError where something beside the body is not float32."""
+    for name, parameter in model.named_parameters():
+        is_own = not name.startswith(f"{body_name}.")
+        if is_own and parameter.is_floating_point() and parameter.dtype != torch.float32:
+            raise UsageError(
+                f"parameter '{name}' is {parameter.dtype}: call model.float() first; torch.autocast computes in half "
+                "precision"
+            )
 
 
 class _Inputs(Inputs):
@@ -159,7 +173,11 @@ class _Splitter(Splitter):
 
     def _find_known(self) -> Set[fx.Node]:
         mask = self._arguments().get(_MASK)
-        return {mask} if isinstance(mask, fx.Node) else set()
+        if not isinstance(mask, fx.Node):
+            return set()
+        is_item = mask.target is operator.getitem  # of a dictionary, read anew wherever it is used
+        alike = (one for one in self._graph.nodes if is_item and (one.target, one.args) == (mask.target, mask.args))
+        return {mask, *alike}
 
     def _arguments(self) -> Dict[str, Any]:
         signature = inspect.signature(type(self._layer).forward)
@@ -183,8 +201,8 @@ class _Splitter(Splitter):
         if not (config.return_dict if as_dict is None else as_dict):
             returned = graph.call_method("to_tuple", (returned,))
         copies = {self._cut: returned}
-        for mask in self._known:
-            copies[mask] = graph.call_function(operator.getitem, (activation, 1))
+        if self._known:
+            copies.update(dict.fromkeys(self._known, graph.call_function(operator.getitem, (activation, 1))))
         return copies
 
     def _may_cross(self, node: fx.Node) -> bool:
@@ -194,25 +212,30 @@ class _Splitter(Splitter):
 def _by_name(model: nn.Module, graph: fx.Graph, body_name: str) -> fx.Graph:
     """What is read of the body's output as an attribute is an item, as which it is no size; or None."""
     for node in list(graph.nodes):
-        if node.op != "call_function" or node.target is not getattr or not isinstance(node.args[1], str):
+        if node.target not in (getattr, operator.getitem) or not isinstance(node.args[1], str):
             continue
         source = node.args[0]
         if source.op != "call_module" or str(source.target) != body_name or hasattr(ModelOutput, node.args[1]):
             continue
         node.target = operator.getitem
         if node.args[1] in _ABSENT:
-            _put_none(node)
+            _put_none(node, body_name)
             graph.erase_node(node)
     return graph
 
 
-def _put_none(node: fx.Node) -> None:
-    """In its place, wherever it is used."""
+def _put_none(node: fx.Node, body_name: str) -> None:
+    """In its place, where it is but handed on."""
 
     def value(one: fx.Node) -> Optional[fx.Node]:
         return None if one is node else one
 
     for user in list(node.users):
+        if user.op != "output" and not isinstance(user.target, type):
+            raise CutError(
+                f"'{body_name}' cannot be cut: the model reads its {node.args[1]}, of which those of the lower blocks "
+                "stay on the edge: go on with last_hidden_state"
+            )
         user.args = fx.node.map_arg(user.args, value)
         user.kwargs = fx.node.map_arg(user.kwargs, value)
 

@@ -25,6 +25,12 @@ def is_sentence_model(model: nn.Module) -> bool:
     )
 
 
+def embedding_dimension(model: Any) -> int:
+    """Of a sentence model's embeddings, before it is cut."""
+    newer = getattr(model, "get_embedding_dimension", None)
+    return int((newer or model.get_sentence_embedding_dimension)() or 0)
+
+
 class SentenceInputs(Inputs):
     """What the dictionary has. Raises CutError for a model whose first module is not text through a base model."""
 

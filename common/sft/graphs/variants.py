@@ -43,7 +43,7 @@ class Variants:
         parts = self.variants.get(optional)
         if parts is None:
             which = f"with {' and '.join(sorted(optional))}" if optional else "without its optional arguments"
-            reason = self.refused.get(optional, "give fewer of them at once")
+            reason = self.refused.get(optional, "that set of arguments was not tried: leave some out")
             raise CutError(f"this {type(self.model).__name__} was not cut for calls {which}: {reason}")
         a, stays = parts.net_1.run(self.model, **given)
         output = parts.tail.run(self.model, cross(a, self.numbers[optional]), *stays)

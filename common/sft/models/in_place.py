@@ -34,6 +34,8 @@ def check_live(model: Any, head: str, cut: Cut) -> None:
     own = what_is_own(model, head)
     if own:
         raise UsageError(own)
+    if is_body(head):
+        _check_body(model, head, cut)
     kept = decomposed_by(model)
     if kept is None:
         check_cut(cut, model, family, halves=True)
@@ -42,6 +44,29 @@ def check_live(model: Any, head: str, cut: Cut) -> None:
             f"this model is decomposed with split_layer={kept.split_layer}, split_rank={kept.split_rank}, "
             f"residual={kept.residual!r}: cut it with the same"
         )
+
+
+def _check_body(model: Any, head: str, cut: Cut) -> None:
+    """Raises UsageError for what modules inside somebody's own have beside weights, and would lose on the cloud."""
+    family = family_of(model.config)
+    dropouts = {n: m.p for n, m in build_whole(model.config, head).model.named_modules() if isinstance(m, nn.Dropout)}
+    for name, module in model.named_modules():
+        place = name[len(family.blocks) + 1 :].partition(".")[0]
+        if name and not (name.startswith(f"{family.blocks}.") and int(place) >= cut.split_layer - 1):
+            continue
+        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        own = list(module.named_parameters(recurse=False))
+        if any(getattr(module, kind, None) for kind in hooks) or any(p._backward_hooks for _, p in own):
+            where = f"'{name}' of the {type(model).__name__}" if name else f"this {type(model).__name__}"
+            raise UsageError(f"{where} has hooks, which the cloud's would not have: remove them")
+        if any(_BY_PEFT.search(f".{name}.{parameter}") for parameter, _ in own):
+            raise UsageError(
+                f"'{name}' has adapters, which are not for a model inside a module of your own: merge them"
+            )
+        if isinstance(module, nn.Dropout) and module.p != dropouts.get(name, module.p):
+            raise UsageError(
+                f"'{name}' has p={module.p}, and model.config another: the cloud builds it from that, so set it there"
+            )
 
 
 def what_is_own(model: Any, head: str) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sft.errors import UsageError
 from sft.graphs.body import cut_around, find_body
-from sft.graphs.sentences import is_sentence_model
+from sft.graphs.sentences import embedding_dimension, is_sentence_model
 from sft.models import Cut, Net1, body_of, build_net_2, cut_live, decomposed_by, layer_to_cut
 from sft.models.weights import live_factors, live_tensors, renew_buffers
 from sft.tensors.stream import StoredTensor, in_memory
@@ -65,6 +65,7 @@ class BodyModel(CutModel):
         names = {f"{self._around.body_name}.{name}": p for name, p in net_2.whole_parameters().items()}
         self.frozen_names: Sequence[str] = [name for name, p in names.items() if not p.requires_grad]
         self.cloud_names = sorted({*names, *self._around.upper_names}.difference(self.frozen_names))
+        self._draws = any("drop" in name and bool(value) for name, value in self._config.to_dict().items())
         own, w = layer_to_cut(body, cut)
         layer = self._layer_name = f"{self._around.body_name}.{own}"
         self.factor_names: Mapping[str, Sequence[str]] = {}
@@ -97,6 +98,7 @@ class BodyModel(CutModel):
             renew_buffers(net_1)
             _log.warning("'%s' is in half precision: both halves train it in float32", self._around.body_name)
         modules = dict(self._model.named_children())
+        dimension = embedding_dimension(self._model) if is_sentence_model(self._model) else 0
         self._around.keep_net_1()
         for factor in self._edge_factors:
             parent, _, child = factor.name.rpartition(".")
@@ -116,7 +118,7 @@ class BodyModel(CutModel):
         names = [*self._model.state_dict(), *self.cloud_names]
         of_body = [name[len(within) :] for name in names if name.startswith(within)]
         if is_sentence_model(self._model):
-            follow_modules(self._model, modules)
+            follow_modules(self._model, modules, dimension)
         follow_body(self._model, self._around.body_name, self._head, self._cut, of_body)
         self._model.accepts_loss_kwargs = False  # type: ignore[assignment]  # as TransformersModel
         return dict(self._model.named_parameters())
@@ -134,6 +136,11 @@ class BodyModel(CutModel):
             raise UsageError("a model of your own finds its tokens where it expects them: pad on the right")
         a_BSR = net_1(inputs, lengths)
         training = self._model.training
+        if self._around.body.training is not training and self._draws:
+            raise UsageError(
+                f"'{self._around.body_name}' and the module around it are not both in train() or eval() mode, and the "
+                "cloud's follow the latter: set the dropout of the former to 0 in its config instead"
+            )
         outputs = cross(pack(a_BSR, lengths), lengths, a_BSR.shape[1], training=training, variant=variant).outputs
         assert outputs is not None  # labels stay
         return outputs

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from sft.errors import UsageError
-from sft.graphs.body import find_body
+from sft.graphs.body import check_single, find_body
 from sft.models import (
     Cut,
     Net1,
@@ -38,6 +38,7 @@ def decompose(model: nn.Module, options: SplitOptions) -> None:
         Saving(model, head, cut, None, model.state_dict(), frozen, {}).follow(model)
         return
     name = find_body(model, options.split_at)
+    check_single(model, name)
     body: Any = model.get_submodule(name)
     head = str(body_of(body))
     cut, _ = _decompose(body, head, options)

@@ -193,7 +193,8 @@ class BodySaving(Saving):
     def _state(self) -> Mapping[str, Tensor]:
         """The module's `state_dict` has the cloud's part, too."""
         outer = self._outer()
-        assert outer is not None  # what is saved is in it
+        if outer is None:  # whole as long as it is not cut
+            return super()._state()
         return {
             name[len(self._within) :]: tensor
             for name, tensor in outer.state_dict().items()
@@ -214,9 +215,9 @@ def follow_body(model: nn.Module, body_name: str, head: str, cut: Cut, names: Co
         _save_unopenable(model, f"{body_name}.{layer[: -len('.ffn1.weight')]}.weight")
 
 
-def follow_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+def follow_modules(model: nn.Module, modules: Mapping[str, nn.Module], dimension: int) -> None:
     """From now on `model.save(...)` of sentence-transformers, and `save_pretrained`, save all of `modules`, those that
-    the model had before it was cut, of which some are on the cloud."""
+    the model had before it was cut, of which some are on the cloud. `dimension`: of its embeddings then."""
     gone = {name: module for name, module in modules.items() if name not in model._modules}
 
     def with_all(saves: Callable[..., Any]) -> Callable[..., Any]:
@@ -237,6 +238,9 @@ def follow_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
 
         return save
 
+    for name in ("get_sentence_embedding_dimension", "get_embedding_dimension"):
+        if hasattr(model, name):
+            setattr(model, name, functools.partial(int, dimension))
     for name in ("save", "save_pretrained"):
         setattr(model, name, types.MethodType(with_all(getattr(type(model), name)), model))
 

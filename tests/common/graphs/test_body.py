@@ -90,6 +90,27 @@ def test_heads_of_the_library_that_have_no_name_here() -> None:
     assert all(frozenset({"input_ids", "attention_mask", *more}) in split.variants for more in ([], ["labels"]))
 
 
+class OfBatch(Mean):
+    """One argument, a dictionary, of which the mask is read twice."""
+
+    def forward(self, batch: Any) -> Any:
+        hidden = self.encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])[0]
+        mask = batch["attention_mask"].unsqueeze(-1)
+        return self.classifier((hidden * mask).sum(1) / mask.sum(1))
+
+
+def test_a_dictionary_of_what_the_model_takes() -> None:
+    model = made(OfBatch).eval()
+    split = cut_around(model, "encoder")
+    ids, mask, _, _ = next(iter(batches(1)))
+
+    def cross(named: Any, variant: int) -> Tensor:
+        return split.run_net_2((model.encoder(**named), mask), variant)
+
+    batch = {"input_ids": ids, "attention_mask": mask}
+    torch.testing.assert_close(split.run(cross, (batch,), {}), model(batch))
+
+
 class ReadsIds(Mean):
     """An embedding of its own, above the cut."""
 
@@ -120,6 +141,12 @@ class Both(Mean):
         return output.last_hidden_state, self.classifier(output.pooler_output)
 
 
+class LastLayers(Mean):
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+        output = self.encoder(input_ids, attention_mask, output_hidden_states=True)
+        return self.classifier(torch.cat(output.hidden_states[-2:], -1)[:, 0])
+
+
 class Whatever(Mean):
     def forward(self, **kwargs: Any) -> Any:
         return self.classifier(self.encoder(**kwargs).pooler_output)
@@ -138,6 +165,7 @@ class Decides(Mean):
         (OwnPooler, "the model calls its encoder.pooler by itself"),
         (Tied, r"are one parameter, which halves around a body cannot share: untie them"),
         (Both, "needs several tensors of the cloud"),
+        (LastLayers, "the model reads its hidden_states, of which those of the lower blocks stay on the edge"),
         (Whatever, "the forward method of this Whatever takes whatever it is given: name its arguments"),
         (Decides, "cannot be traced by torch.fx"),
     ],
