@@ -37,7 +37,7 @@ class SentenceInputs(Inputs):
     def __init__(self, model: nn.Module, body_name: str) -> None:
         super().__init__(model)
         self.required = ["input_ids", "attention_mask"]
-        self.defaults: Dict[str, Any] = {"token_type_ids": None}
+        self.defaults: Dict[str, Any] = dict.fromkeys(_TAKEN[len(self.required) :])
         first = next(model.children())
         body = model.get_submodule(body_name)
         of_text = getattr(first, "modality_config", {"text": {}}).get("text", {"method": ""})
