@@ -3,10 +3,9 @@
     python bench/edge_cost.py [--rows 640] [--shape minilm|bert-base]
 
 Processor seconds of the edge's process, user and system, and the most memory it held. Each run is one of its own, with
-one thread, and the cloud of the split one is another process, which does not count. What every run takes before its
-second step (importing, reading, opening a session) is measured by runs of one step, and left out of the second
-column. As the edge's steps take less than a start varies by, each of its runs is made three times, and the least counts.
-Evaluation is of 16 rows. MiniLM has its weights, BERT-base's shape random ones, and a quarter of the rows.
+one thread, and the cloud of the split one is another process, which does not count. The second column is of the
+training loop alone: without importing, reading and opening a session. Evaluation is of 16 rows. MiniLM has its
+weights, BERT-base's shape random ones, and a quarter of the rows.
 """
 
 from __future__ import annotations
@@ -16,20 +15,24 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from runs import BIN, SHAPES, read_results
+from runs import SHAPES, read_results
 
+import sft_edge.cli
 from sft_edge.systems import CloudProcess
 from sft_edge.tasks.synthetic import write_synthetic
+from sft_edge.training.loop import TrainingLoop
 
 MODELS = {
     "minilm": ["--model=minilm"],
     "bert-base": [f"--from-config={SHAPES / 'bert-base.json'}", "--tokenizer-name=minilm"],
 }
-EPOCHS, SPLIT_LAYER, REPEATS = 3, 2, 3
+EPOCHS, SPLIT_LAYER = 3, 2
+_MEASURED = "--measured-run"
 RUNS = {
     "one process": ["--mode=local"],
     f"frozen edge, cut at block {SPLIT_LAYER}": ["--mode=frozen", f"--split-layer={SPLIT_LAYER}"],
@@ -40,6 +43,7 @@ class Cost(NamedTuple):
     """Of one process."""
 
     seconds: float
+    loop_seconds: float
     memory_bytes: int
 
 
@@ -52,26 +56,17 @@ def main() -> None:
     rows = arguments.rows if arguments.shape == "minilm" else max(64, arguments.rows // 4)
     print(f"{arguments.shape}, {rows} rows, {EPOCHS} epochs, batches of 32")
     print(f"{'':<34}{'all':>10}{'steps':>10}{'memory':>12}")
-    whole, steps = [], []
+    costs = []
     with tempfile.TemporaryDirectory() as scratch:
         write_synthetic(Path(scratch) / "data")
         common = [*MODELS[arguments.shape], "--task=sst2", f"--data-dir={Path(scratch) / 'data'}", "--seed=0"]
         common += [f"--max-train-samples={rows}", "--max-eval-samples=16", f"--num-train-epochs={EPOCHS}"]
         for name, flags in RUNS.items():
-            first, all_of_it = (
-                least([*common, *flags, *more], Path(scratch) / "out") for more in (["--max-steps=1"], [])
-            )
-            whole.append(all_of_it)
-            steps.append(all_of_it.seconds - first.seconds)
-            print(f"{name:<34}{all_of_it.seconds:>8.1f} s{steps[-1]:>8.1f} s{all_of_it.memory_bytes / 1e6:>9,.0f} MB")
-    times = [whole[0].seconds / whole[1].seconds, steps[0] / steps[1], whole[0].memory_bytes / whole[1].memory_bytes]
+            one = cost([*common, *flags], Path(scratch) / "out")
+            costs.append(one)
+            print(f"{name:<34}{one.seconds:>8.1f} s{one.loop_seconds:>8.1f} s{one.memory_bytes / 1e6:>9,.0f} MB")
+    times = [first / second for first, second in zip(*costs, strict=True)]
     print(f"{'the first is so many times':<34}{times[0]:>10.1f}{times[1]:>10.1f}{times[2]:>12.2f}")
-
-
-def least(flags: Sequence[str], output_dir: Path) -> Cost:
-    """The least seconds of some runs, one for the whole model, and the most memory. Raises CalledProcessError."""
-    costs = [cost(flags, output_dir) for _ in range(1 if "--mode=local" in flags else REPEATS)]
-    return Cost(min(one.seconds for one in costs), max(one.memory_bytes for one in costs))
 
 
 def cost(flags: Sequence[str], output_dir: Path) -> Cost:
@@ -83,14 +78,33 @@ def cost(flags: Sequence[str], output_dir: Path) -> Cost:
 
 
 def _cost(flags: Sequence[str], output_dir: Path) -> Cost:
-    command = [str(BIN / "sft-edge"), "train", *flags, f"--output-dir={output_dir}", "--overwrite-output-dir"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    own = [f"--output-dir={output_dir}", "--overwrite-output-dir"]
+    command = [sys.executable, __file__, _MEASURED, "train", *flags, *own]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert process.stdout is not None
+    *_, loop_seconds = process.stdout.read().split()
     _, status, used = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command)
-    return Cost(used.ru_utime + used.ru_stime, int(read_results(output_dir)["edge_peak_memory_bytes"]))
+    memory_bytes = int(read_results(output_dir)["edge_peak_memory_bytes"])
+    return Cost(used.ru_utime + used.ru_stime, float(loop_seconds), memory_bytes)
+
+
+def measured(arguments: Sequence[str]) -> int:
+    """`sft-edge` in this process; then it prints the processor seconds of the training loop."""
+    run, seconds = TrainingLoop.run, []
+
+    def timed(loop: TrainingLoop) -> None:
+        begin = time.process_time()
+        run(loop)
+        seconds.append(time.process_time() - begin)
+
+    TrainingLoop.run = timed  # type: ignore[method-assign]
+    code = sft_edge.cli.main(arguments)
+    print(*seconds)
+    return code
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(measured(sys.argv[2:]) if sys.argv[1:2] == [_MEASURED] else main())
