@@ -89,3 +89,26 @@ def test_what_a_call_cannot_give_is_refused(saved: Path) -> None:
         with pytest.raises(CutError, match="is called with input_ids and attention_mask"):
             model({"input_ids": features["input_ids"]})
         assert model(features)["sentence_embedding"].shape == (1, 8)
+        assert model.get_sentence_embedding_dimension() == 8
+
+
+def test_prompts_are_pooled_unless_they_are_to_be_left_out(saved: Path) -> None:
+    for leaves_out in (False, True):
+        model, other = opened(saved), opened(saved)
+        for one in (model, other):
+            one[1].include_prompt = not leaves_out
+        with ScriptCloud(other, adamw(other), **CUT) as cloud, wrap(model, cloud):
+            if leaves_out:
+                with pytest.raises(CutError, match="leaves the prompt out, which no module above the cut sees"):
+                    model.encode(["a film"], prompt="one two ")
+            else:
+                assert model.encode(["a film"], prompt="one two ").shape == (1, 8)
+
+
+def test_a_model_that_does_not_begin_with_token_embeddings(saved: Path) -> None:
+    model = opened(saved)
+    if not hasattr(model[0], "modality_config"):
+        pytest.skip("this release of sentence-transformers knows no other models")
+    model[0].modality_config["text"]["method_output_name"] = "pooler_output"
+    with pytest.raises(CutError, match="begins with a Transformer, not with token embeddings of a transformers model"):
+        SFTOptimizer(adamw(model), role="edge", model=model, server="127.0.0.1:9", **CUT)
