@@ -224,6 +224,22 @@ class Unmasked(Mean):
         return self.classifier(hidden.mean(1))
 
 
+class OfMore(Mean):
+    """A field that the body's output has not."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+        return self.classifier(self.encoder(input_ids, attention_mask)[5])
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_what_the_models_forward_raises_on_the_cloud_is_told(padded: bool) -> None:
+    model = made(OfMore)
+    with host(made(OfMore)) as cloud, wrap(model, cloud):
+        ids, mask, _, _ = next(iter(batches(1, padded)))
+        with pytest.raises(ProtocolError, match="on the cloud the model's forward raised IndexError: "):
+            model(ids, mask)
+
+
 class Third(Mean):
     """A token that some texts do not have."""
 

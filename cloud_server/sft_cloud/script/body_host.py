@@ -23,7 +23,7 @@ from sft.wire.codec.packing import pack
 from sft.wire.codec.rows import Codes
 from sft.wire.cut import body_cut_to_proto
 from sft.wire.protocol import MAX_PADDED_TOKENS
-from sft_cloud.script.graph_host import GraphHalf
+from sft_cloud.script.graph_host import GraphHalf, blames_model
 from sft_cloud.script.hosted_model import HostedModel, check_same_cut
 from sft_cloud.script.hosted_net_2 import host_net_2
 from sft_cloud.session import Given, UpperHalf
@@ -94,7 +94,8 @@ class BodyHalf(GraphHalf):
     def outputs(self, given: Given) -> Tensor:
         """See UpperHalf. Raises ProtocolError where what the model does with hidden states reads those of padding."""
         if min(given.lengths) < min(given.a.shape[1], self._looked_at.get(given.variant, given.a.shape[1])):
-            self._check_reads_no_padding(given)
+            with blames_model():
+                self._check_reads_no_padding(given)
             self._looked_at[given.variant] = min(given.lengths)
         return super().outputs(given)
 

@@ -130,8 +130,8 @@ class GraphHalf:
         """See UpperHalf. Raises ProtocolError when the model gives something that does not cross."""
         largest = self._largest.get(given.variant, 0)
         is_largest = torch.is_grad_enabled() and given.a.numel() > largest
-        with _Made(self.parameters()) if is_largest else contextlib.nullcontext() as made:
-            y: Any = self._run(given)
+        with _Made(self.parameters()) if is_largest else contextlib.nullcontext() as made, blames_model():
+            y: Any = self.run(given)
         if made is not None:
             self._largest[given.variant] = given.a.numel()
             self._bytes_per_number[given.variant] = made.total_bytes / given.a.numel()
@@ -145,17 +145,6 @@ class GraphHalf:
     def run(self, given: Given) -> Any:
         """What the model makes of an activation."""
         return self._cut.run_net_2(given.a, given.variant)
-
-    def _run(self, given: Given) -> Any:
-        try:
-            return self.run(given)
-        except SFTError:
-            raise
-        except Exception as error:  # whatever a forward method raises
-            if is_out_of_memory(error):
-                raise
-            reason = " ".join(str(error).split())[:300]
-            raise ProtocolError(f"on the cloud the model's forward raised {type(error).__name__}: {reason}") from error
 
     def check_outputs(self, activation: pb.Activation) -> None:
         """See UpperHalf. How large they are is known once they are computed."""
@@ -188,6 +177,21 @@ class GraphHalf:
             raise ProtocolError("labels of a script's own model stay on the edge; leave them out")
         if not self._cut.has_variant(activation.variant):
             raise ProtocolError(f"the cloud's model has no variant {activation.variant} of its arguments; {ADVICE}")
+
+
+@contextlib.contextmanager
+def blames_model() -> Iterator[None]:
+    """Whatever a forward method raises in the block becomes a ProtocolError, but for what is one of ours, and want of
+    memory."""
+    try:
+        yield
+    except SFTError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise ProtocolError(f"on the cloud the model's forward raised {type(error).__name__}: {reason}") from error
 
 
 class _Made(TorchDispatchMode):  # type: ignore[no-untyped-call]
