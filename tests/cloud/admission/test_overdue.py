@@ -93,7 +93,9 @@ def test_answers_that_are_not_read_end_the_stream(server, connect, make_edge):
 
 
 def test_an_answer_of_one_message_that_is_not_read_ends_its_call(server, raw):
-    call = raw(server.address, "Probe", iter([pb.ProbeRequest(reply_bytes=4 << 20).SerializeToString()] * 1))
+    asked = iter([pb.ProbeRequest(reply_bytes=4 << 20).SerializeToString()] * 1)
+    no_more = [("grpc.http2.bdp_probe", 0)]  # a window that grew would let all of the answer through, read or not
+    call = raw(server.address, "Probe", asked, options=no_more)
     server.deadlines._waits.come("answers are not read")
     usage = server.quotas._usage(ANONYMOUS)
     assert (usage.calls, overdue(server, "answers are not read")) == (1, 1)
