@@ -26,6 +26,7 @@ from support.bodies import (
     one_machine,
     replaced_head,
 )
+from support.closeness import assert_close, assert_same_state
 from support.hosting_script import ScriptCloud
 from torch import Tensor, nn
 from torch.nn import functional
@@ -93,17 +94,6 @@ def train(model: Any, optimizer: Any, call: Callable[..., Any], first: int = 0, 
                 told += call(model, *batch)
             model.train()
     return told
-
-
-def assert_close(one: Any, other: Any) -> None:
-    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
-
-
-def assert_same_state(model: nn.Module, whole: nn.Module) -> None:
-    state, expected = model.state_dict(), whole.state_dict()
-    assert state.keys() == expected.keys()
-    for name, tensor in expected.items():
-        torch.testing.assert_close(state[name], tensor, rtol=1e-5, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
 @pytest.mark.parametrize("kind", KINDS)

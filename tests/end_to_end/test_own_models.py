@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.closeness import assert_close, assert_same_state
 from support.hosting_script import ScriptCloud
 from support.own_models import B, Gpt, S, V, Vae, tokens, whole_model
 from torch import nn
@@ -61,17 +62,6 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, first: int = 0, la
                 told.append(logits)
             model.train()
     return told
-
-
-def assert_close(one: Any, other: Any) -> None:
-    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
-
-
-def assert_same_state(model: nn.Module, whole: nn.Module) -> None:
-    state, expected = model.state_dict(), whole.state_dict()
-    assert state.keys() == expected.keys()
-    for name, tensor in expected.items():
-        torch.testing.assert_close(state[name], tensor, rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
 @pytest.mark.parametrize("options", [{}, {"shortens": False, "is_tied": False}], ids=["last, tied", "all, untied"])

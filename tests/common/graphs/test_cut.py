@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sft.errors import CutError, UsageError
+from sft.errors import CutError
 from sft.graphs.cut import GraphCut, cut
 from sft.models.decompose import decompose
 
@@ -313,29 +313,6 @@ def test_parameters_keep_their_objects_and_their_flags() -> None:
     assert not split.keep_net_1().weight.requires_grad
     assert [*dict(model.named_parameters())] == ["0.weight", "0.bias", "1.ffn1.weight"]
     assert model[0].weight is before["0.weight"]
-
-
-def test_a_part_of_the_model_alone_is_refused_in_a_line() -> None:
-    """As the sampling of a VAE's script calls its decoder."""
-
-    class Decodes(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Linear(D, F), nn.Linear(F, D)
-
-        def decode(self, z: Tensor) -> Tensor:
-            return self.b(torch.relu(z))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.decode(self.a(x))
-
-    lower, upper = halves(Decodes(), "b")
-    with pytest.raises(
-        UsageError, match=r"^'b' is cut, and the rest is on the cloud: a part of the model does not run"
-    ):
-        lower.model.decode(torch.randn(B, F))
-    with pytest.raises(UsageError, match=r"^'b' is cut, and what leads to it is on the edge: "):
-        upper.model.decode(torch.randn(B, F))
 
 
 def test_modes_of_modules_survive() -> None:

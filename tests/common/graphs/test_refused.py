@@ -332,3 +332,29 @@ def test_layers_whose_weight_is_not_their_own() -> None:
         cut(nn.Linear(D, D), "weight", R)
     with pytest.raises(UsageError, match="float32"):
         cut(nn.Sequential(nn.Linear(D, D)).double(), "0", R)
+
+
+class Decodes(nn.Module):
+    """A VAE's script calls the decoder by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(D, F), nn.Linear(F, D)
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.b(torch.relu(z))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decode(self.a(x))
+
+
+def test_a_part_of_the_model_alone_is_refused_in_a_line() -> None:
+    lower, upper = cut(Decodes(), "b", R), cut(Decodes(), "b", R)
+    lower.keep_net_1()
+    upper.keep_net_2()
+    with pytest.raises(
+        UsageError, match=r"^'b' is cut, and the rest is on the cloud: a part of the model does not run"
+    ):
+        lower.model.decode(torch.randn(B, F))
+    with pytest.raises(UsageError, match=r"^'b' is cut, and what leads to it is on the edge: "):
+        upper.model.decode(torch.randn(B, F))
