@@ -54,6 +54,8 @@ Rows = list[tuple[str, int]]
 class Script:
     """What the scripts have in common: the model, its rows, and the two lines."""
 
+    rate = RATE
+
     def __init__(self, server: str, train: Rows) -> None:
         self.server, self.train, self.place = server, train, str(find_model("minilm"))
         self.tokenizer = AutoTokenizer.from_pretrained(self.place)
@@ -64,7 +66,7 @@ class Script:
 
     def cut(self, model: Any, optimizer: Any = None) -> Any:
         optimizer = optimizer or torch.optim.AdamW(
-            [parameter for parameter in model.parameters() if parameter.requires_grad], lr=RATE
+            [parameter for parameter in model.parameters() if parameter.requires_grad], lr=self.rate
         )
         return SFTOptimizer(optimizer, role="edge", model=model, server=self.server, split_layer=5, split_rank=8)
 
@@ -103,7 +105,8 @@ def plain(script: Script, directory: str, model: Any = None) -> Any:
 
 
 def lora(script: Script, directory: str) -> Any:
-    """The same, of a PeftModel."""
+    """The same, of a PeftModel, which wants a higher rate."""
+    script.rate = 10 * RATE
     config = LoraConfig(task_type="SEQ_CLS", r=8, target_modules=["query", "value"])
     return plain(script, directory, get_peft_model(script.model(), config))
 
