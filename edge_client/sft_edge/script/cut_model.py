@@ -83,6 +83,9 @@ class CutModel(ABC):
     cloud_names: List[str]
     """What the cloud's weights are called, factors included and `frozen_names` not: those that a download brings."""
 
+    other_names: Mapping[str, str] = {}
+    """What the script's model had some of those by, too: further name -> the one in `cloud_names`."""
+
     factor_names: Mapping[str, Sequence[str]]
     """Parameter of the layer that is cut -> parameters, of either half, that take its place: they get its group."""
 

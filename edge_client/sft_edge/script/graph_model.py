@@ -49,6 +49,7 @@ class GraphModel(CutModel):
         self.cloud_factors: List[StoredTensor] = list(in_memory(cloud))
         self.cloud_tensors: List[StoredTensor] = list(in_memory(self._cut.upper_tensors()))
         self.cloud_names = sorted([*cloud, *self._cut.upper_names])
+        self.other_names = self._cut.other_names
         self.factor_names: Mapping[str, Sequence[str]] = self._cut.factor_names
 
     def request_fields(self) -> Dict[str, Any]:

@@ -92,9 +92,7 @@ class EdgeRole(Role):
         weakref.finalize(self._cross, link.abandon)  # both model and optimizer hold it
         atexit.register(_close, weakref.ref(self))  # a script in the form of Listing 1 just ends
         self.optimizer = optimizer
-        self._state = CloudState(
-            self._cross, {name: shapes[name] for name in cut_model.cloud_names}, cut_model.script_name, spec
-        )
+        self._state = CloudState(self._cross, {name: shapes[name] for name in cut_model.cloud_names}, cut_model, spec)
         self._state.follow(model)
         self._flags = TrainedFlags(model)
         _warn_of_frozen(parameters)
