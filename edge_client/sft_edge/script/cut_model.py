@@ -74,6 +74,9 @@ class Cross(ABC):
 class CutModel(ABC):
     """A script's model and where it is cut. All names are those of parameters in the whole model."""
 
+    layer_name: str
+    """The layer that is cut. FFN-1 to FFN-3 take its place: `LAYER_NAME.ffn1.weight` is the edge's."""
+
     cloud_tensors: List[StoredTensor]
     """Net_2's, as the model has them now, factors excluded. Read before `install`, never after it."""
 

@@ -35,7 +35,7 @@ class GraphModel(CutModel):
             raise UsageError(
                 f"the forward of this {type(model).__name__} was replaced; wrap it before anything else does"
             )
-        self._model = model
+        self._model, self.layer_name = model, layer_name
         self._cut: GraphCut = cut(model, layer_name, split_rank)
         layer = self._cut.layer
         factors = decompose(layer.weight.T, split_rank)

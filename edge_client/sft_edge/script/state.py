@@ -133,7 +133,7 @@ class CloudState:
             self._upload({name: tensor.float() for name, tensor in given.items()}, optimizer_state=False)
 
     def _download(self, optimizer_state: bool) -> Dict[str, Tensor]:
-        self._cross.check_mode()
+        self._cross.check_halves()
         self._cross.catch_up()
         chunks = self._cross.link.weights(optimizer_state)
         if optimizer_state:
