@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from pathlib import Path
 from typing import Any, Callable, Optional
@@ -183,6 +184,8 @@ def test_the_body_is_saved_as_what_was_trained(tmp_path: Path) -> None:
         model.bert.save_pretrained(tmp_path / "body")
         model.save_pretrained(tmp_path / "own")
         head = model.state_dict()["classifier.weight"], model.state_dict()["classifier.bias"]
+        with pytest.raises(UsageError, match="cannot be copied or pickled"):  # it would save what is trained here
+            copy.deepcopy(model.bert)
     body = AutoModel.from_pretrained(tmp_path / "body", trust_remote_code=True, add_pooling_layer=False).eval()
     with torch.no_grad():
         opened = functional.linear(body(ids, attention_mask=mask).last_hidden_state, *head)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.closeness import assert_close, assert_same_state
 from support.hosting_script import ScriptCloud
-from support.own_models import B, Gpt, S, V, Vae, tokens, whole_model
+from support.own_models import B, D, Feed, Gpt, S, V, Vae, tokens, whole_model
 from torch import nn
 from torch.nn import functional
 
@@ -111,6 +111,53 @@ def test_a_run_goes_on_in_another_session() -> None:
         told += train(again, optimizer, first=2)
         assert_same_state(again, whole)
     assert_close(told, expected)
+
+
+class Heads(nn.Module):
+    """Two heads above the cut that are one parameter, and one module by two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.feed = nn.Embedding(V, D), Feed()
+        self.norm = self.last = nn.BatchNorm1d(D)
+        self.head, self.out = nn.Linear(D, V), nn.Linear(D, V, bias=False)
+        self.head.weight = self.out.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        h = self.norm(self.feed(self.tokens(ids)).mean(1))
+        logits: torch.Tensor = self.head(h) + self.out(h)
+        return logits
+
+
+def test_what_is_tied_above_the_cut_keeps_all_of_its_names() -> None:
+    """A checkpoint goes to models that are cut, with all names or, as earlier releases wrote them, with one of each,
+    and to those that are whole, tied or not."""
+    data = tokens(1)
+    whole = whole_model(seeded(Heads), "feed.down", RANK)
+    model = seeded(Heads)
+    with host(seeded(Heads), "feed.down") as cloud, wrap(model, cloud, "feed.down") as optimizer:
+        for one, its in ((whole, two_groups(whole)), (model, optimizer)):
+            functional.cross_entropy(one(data["ids"][0]), data["ids"][0, :, 0]).backward()
+            its.step()
+        assert_same_state(model, whole)
+        state = model.state_dict()
+        untied = whole_model(seeded(Heads), "feed.down", RANK)
+        untied.head.weight = nn.Parameter(untied.head.weight.detach().clone())
+        untied.load_state_dict(state)
+        assert untied.head.weight.equal(untied.out.weight)
+        doubled = {name: x * 2 for name, x in state.items()}
+        lacking = {"out.weight": "head.weight", "last.running_mean": "norm.running_mean"}
+        for names in ((), lacking.keys(), lacking.values()):
+            model.load_state_dict(state)
+            model.load_state_dict({name: x for name, x in doubled.items() if name not in names})
+            assert all(x.equal(doubled[name]) for name, x in model.state_dict().items())
+        model.load_state_dict(state)
+        with pytest.raises(RuntimeError, match=r"out.weight and head.weight are one parameter, and differ"):
+            model.load_state_dict({**state, "out.weight": state["out.weight"] + 1}, strict=False)
+        with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "head.weight"'):
+            model.load_state_dict(
+                {name: x for name, x in state.items() if not name.endswith(("head.weight", "out.weight"))}
+            )
 
 
 def test_values_from_below_the_cut_are_returned_by_the_edge() -> None:

@@ -16,14 +16,14 @@ import inspect
 import itertools
 import operator
 from dataclasses import dataclass
-from typing import Any, Dict, FrozenSet, List, Optional, Set
+from typing import Any, Dict, FrozenSet, List, Mapping, Optional, Set
 
 import torch
 from torch import Tensor, fx, nn
 from transformers.utils.generic import ModelOutput
 
 from sft.errors import CutError, UsageError
-from sft.graphs.kept import add_constants, keep, owned, remove, stored_names, tensors_named
+from sft.graphs.kept import add_constants, keep, other_names, owned, remove, stored_names, tensors_named
 from sft.graphs.sentences import SentenceInputs, is_sentence_model
 from sft.graphs.split import Parts, Splitter, split
 from sft.graphs.tied import find_tied, in_words, names_of_each
@@ -50,6 +50,9 @@ class BodyCut(Variants):
     body_name: str
     upper_names: FrozenSet[str]
     """Parameters and buffers of net_2, without the body's; buffers only if the model's `state_dict` has them."""
+
+    other_names: Mapping[str, str]
+    """As `GraphCut` has them."""
 
     @property
     def body(self) -> Any:
@@ -122,7 +125,8 @@ def cut_around(model: nn.Module, body_name: str) -> BodyCut:
 
     found = find_variants(model, inputs, split_for)
     names = stored_names(model, [parts.net_2 for parts in found.variants.values()])
-    return BodyCut(**vars(found), body_name=body_name, upper_names=frozenset(names))
+    others = other_names(model, names)
+    return BodyCut(**vars(found), body_name=body_name, upper_names=frozenset(names), other_names=others)
 
 
 def check_single(model: nn.Module, body_name: str) -> None:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from sft.errors import CutError, UsageError
-from sft.graphs.kept import add_constants, keep, owned, remove, stored_names, tensors_named
+from sft.graphs.kept import add_constants, keep, other_names, owned, remove, stored_names, tensors_named
 from sft.graphs.split import Parts, split
 from sft.graphs.tied import Tied, find_tied, in_words, untie
 from sft.graphs.trace import Inputs, has_hooks, trace
@@ -63,6 +63,8 @@ class GraphCut(Variants):
     upper_names: FrozenSet[str] = field(default=frozenset())
     """Parameters and buffers of net_2 without the factors, by names in the whole model; buffers only if its
     `state_dict` has them."""
+    other_names: Mapping[str, str] = field(default_factory=dict)
+    """Where `state_dict` has one of those by several names: each further one -> that of `upper_names`."""
 
     def __str__(self) -> str:
         """Where, and what is not computed any more."""
@@ -153,8 +155,15 @@ def cut(model: nn.Module, layer_name: str, split_rank: int) -> GraphCut:
     names -= {f"{layer_name}.{own}" for own, _ in layer.named_parameters()}
     for one in tied:
         names = {*names.difference(one.names), one.upper[0]}
+    of_edge = {name for one in tied for name in one.names if name not in one.upper}
+    others = {other: name for other, name in other_names(model, names).items() if other not in of_edge}
     return GraphCut(
-        **vars(found), layer_name=layer_name, split_rank=split_rank, tied=tuple(tied), upper_names=frozenset(names)
+        **vars(found),
+        layer_name=layer_name,
+        split_rank=split_rank,
+        tied=tuple(tied),
+        upper_names=frozenset(names),
+        other_names=others,
     )
 
 

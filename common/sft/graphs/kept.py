@@ -17,6 +17,13 @@ def stored_names(model: nn.Module, halves: List[Half]) -> Set[str]:
     return {name for name, tensor in tensors.items() if id(tensor) in needed and name in stored}
 
 
+def other_names(model: nn.Module, names: Iterable[str]) -> Dict[str, str]:
+    """What `state_dict` has these tensors by, too: further name -> the one that is given here."""
+    stored = model.state_dict(keep_vars=True)
+    given = {id(stored[name]): name for name in sorted(names)}
+    return {other: given[id(x)] for other, x in stored.items() if given.get(id(x), other) != other}
+
+
 def tensors_named(model: nn.Module, names: Iterable[str]) -> Dict[str, Tensor]:
     """Parameters and buffers, which are the model's own."""
     tensors: Dict[str, Tensor] = dict(model.named_buffers())

@@ -65,9 +65,10 @@ class BodyModel(CutModel):
         names = {f"{self._around.body_name}.{name}": p for name, p in net_2.whole_parameters().items()}
         self.frozen_names: Sequence[str] = [name for name, p in names.items() if not p.requires_grad]
         self.cloud_names = sorted({*names, *self._around.upper_names}.difference(self.frozen_names))
+        self.other_names = self._around.other_names
         self._draws = any("drop" in name and bool(value) for name, value in self._config.to_dict().items())
         own, w = layer_to_cut(body, cut)
-        layer = self._layer_name = f"{self._around.body_name}.{own}"
+        layer = self.layer_name = f"{self._around.body_name}.{own}"
         self.factor_names: Mapping[str, Sequence[str]] = {}
         if decomposed_by(body) is not None:
             self._edge_factors = []  # the parameters that the script has
@@ -80,7 +81,7 @@ class BodyModel(CutModel):
 
     def request_fields(self) -> Dict[str, Any]:
         """See CutModel."""
-        return {"cut": body_cut_to_proto(self._layer_name, self._cut)}
+        return {"cut": body_cut_to_proto(self.layer_name, self._cut)}
 
     def describe(self) -> str:
         """See CutModel."""

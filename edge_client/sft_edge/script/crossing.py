@@ -54,8 +54,8 @@ class LinkCross(Cross):
         """How many steps the cloud has undone for want of memory."""
         self.on_undone: Callable[[], object] = lambda: None
         """Called then: the gradients of this half are to go, too."""
-        self.check_mode: Callable[[], object] = lambda: None
-        """Raises UsageError where weights of one half are at their average, and those of the other are not."""
+        self.check_halves: Callable[[], object] = lambda: None
+        """Raises UsageError where weights of this half became others, and those of the other did not."""
 
     def __call__(
         self,
@@ -70,7 +70,7 @@ class LinkCross(Cross):
         variant: int = 0,
     ) -> Crossed:
         """See Cross."""
-        self.check_mode()
+        self.check_halves()
         if variant and not self.link.takes_variants:
             raise UsageError(
                 "the cloud's release takes one set of this model's optional arguments: call it always with those, or "

@@ -74,6 +74,9 @@ class Cross(ABC):
 class CutModel(ABC):
     """A script's model and where it is cut. All names are those of parameters in the whole model."""
 
+    layer_name: str
+    """The layer that is cut. FFN-1 to FFN-3 take its place: `LAYER_NAME.ffn1.weight` is the edge's."""
+
     cloud_tensors: List[StoredTensor]
     """Net_2's, as the model has them now, factors excluded. Read before `install`, never after it."""
 
@@ -82,6 +85,9 @@ class CutModel(ABC):
 
     cloud_names: List[str]
     """What the cloud's weights are called, factors included and `frozen_names` not: those that a download brings."""
+
+    other_names: Mapping[str, str] = {}
+    """What the script's model had some of those by, too: further name -> the one in `cloud_names`."""
 
     factor_names: Mapping[str, Sequence[str]]
     """Parameter of the layer that is cut -> parameters, of either half, that take its place: they get its group."""

@@ -42,7 +42,7 @@ def decompose(model: nn.Module, options: SplitOptions) -> None:
     body: Any = model.get_submodule(name)
     head = str(body_of(body))
     cut, _ = _decompose(body, head, options)
-    follow_body(model, name, head, cut, body.state_dict())
+    follow_body(model, name, head, cut, body.state_dict(), is_cut=False)
 
 
 def _decompose(model: Any, head: str, options: SplitOptions) -> Tuple[Cut, Set[str]]:

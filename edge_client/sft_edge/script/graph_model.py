@@ -35,7 +35,7 @@ class GraphModel(CutModel):
             raise UsageError(
                 f"the forward of this {type(model).__name__} was replaced; wrap it before anything else does"
             )
-        self._model = model
+        self._model, self.layer_name = model, layer_name
         self._cut: GraphCut = cut(model, layer_name, split_rank)
         layer = self._cut.layer
         factors = decompose(layer.weight.T, split_rank)
@@ -49,6 +49,7 @@ class GraphModel(CutModel):
         self.cloud_factors: List[StoredTensor] = list(in_memory(cloud))
         self.cloud_tensors: List[StoredTensor] = list(in_memory(self._cut.upper_tensors()))
         self.cloud_names = sorted([*cloud, *self._cut.upper_names])
+        self.other_names = self._cut.other_names
         self.factor_names: Mapping[str, Sequence[str]] = self._cut.factor_names
 
     def request_fields(self) -> Dict[str, Any]:

@@ -33,6 +33,7 @@ from sft_edge.script.optimizer import ScriptGroups, arguments_of
 from sft_edge.script.other_optimizers import refuse_others
 from sft_edge.script.state import CloudState, check_state
 from sft_edge.script.transformers_model import TransformersModel
+from sft_edge.script.unseen_changes import UnseenChanges
 from sft_edge.script.wrappers import check_wrappers, uncompiled
 
 _log = logging.getLogger("sft_edge")
@@ -92,19 +93,23 @@ class EdgeRole(Role):
         weakref.finalize(self._cross, link.abandon)  # both model and optimizer hold it
         atexit.register(_close, weakref.ref(self))  # a script in the form of Listing 1 just ends
         self.optimizer = optimizer
-        self._state = CloudState(
-            self._cross, {name: shapes[name] for name in cut_model.cloud_names}, cut_model.script_name, spec
-        )
+        self._state = CloudState(self._cross, {name: shapes[name] for name in cut_model.cloud_names}, cut_model, spec)
         self._state.follow(model)
         self._flags = TrainedFlags(model)
-        _warn_of_frozen(parameters)
+        ffn_1 = parameters[f"{cut_model.layer_name}.ffn1.weight"]
+        self._unseen = UnseenChanges(model, ffn_1)
+        if not ffn_1.requires_grad:
+            _tell(
+                f"the layer that is cut, '{cut_model.layer_name}', is frozen, and its factors with it: nothing makes "
+                "up for what its decomposition drops; leave it trained"
+            )
         self._on_cloud = arguments_of(optimizer)
         self._skipped, self._undone = False, 0
         self._cloud_trains = is_training(optimizer)
         if has_modes(optimizer):
             link.average(not self._cloud_trains)
         role = weakref.ref(self)
-        self._cross.check_mode = lambda: _check_mode(role())
+        self._cross.check_halves = lambda: _check_halves(role())
         self._title = f"role='edge', server={options.server!r}, {cut_model.describe()}"
 
     @staticmethod
@@ -119,7 +124,7 @@ class EdgeRole(Role):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        _check_mode(self)
+        _check_halves(self)
         if not is_training(self.optimizer):
             raise UsageError("the optimizer is in eval mode: call optim.train() before training goes on")
         self._flags.check()
@@ -130,8 +135,11 @@ class EdgeRole(Role):
             raise UsageError(f"learning rates must be finite and not negative; they are {rates}")
         changed = _changed(arguments, self._on_cloud)
         check_mixed(self._opened, changed)
-        with self._cross.gradients.hidden():
-            self.optimizer.step()
+        try:
+            with self._cross.gradients.hidden():
+                self.optimizer.step()
+        finally:
+            self._unseen.accept()
         self._cross.commit(rates, clip_scale, changed)
         self._on_cloud = arguments
         self._skipped, self._undone = False, self._cross.undone
@@ -153,6 +161,7 @@ class EdgeRole(Role):
         self._cross.drop_waiting()
         with self._without_cloud_gradients():
             set_training(self.optimizer, training)
+        self._unseen.accept()
         self._cross.link.average(not training)
         self._cloud_trains = training
 
@@ -217,27 +226,20 @@ def _tell(text: str) -> None:
         _log.warning("%s", text)
 
 
-def _warn_of_frozen(parameters: Dict[str, nn.Parameter]) -> None:
-    for name, parameter in parameters.items():
-        if name.endswith(".ffn1.weight") and not parameter.requires_grad:
-            layer = name[: -len(".ffn1.weight")]
-            _tell(
-                f"the layer that is cut, '{layer}', is frozen, and its factors with it: nothing makes up for what its "
-                "decomposition drops; leave it trained"
-            )
-
-
 def _zero(optimizer: Optional[torch.optim.Optimizer]) -> None:
     if optimizer is not None:
         optimizer.zero_grad(set_to_none=True)
 
 
-def _check_mode(role: Optional[EdgeRole]) -> None:
-    if role is not None and is_training(role.optimizer) is not role._cloud_trains:
+def _check_halves(role: Optional[EdgeRole]) -> None:
+    if role is None:
+        return
+    if is_training(role.optimizer) is not role._cloud_trains:
         raise UsageError(
             "the optimizer that is wrapped was switched, which moves the weights of the edge alone: call "
             "train()/eval() of the SFTOptimizer"
         )
+    role._unseen.check()
 
 
 def _close(role: weakref.ReferenceType[EdgeRole]) -> None:

@@ -14,7 +14,6 @@ import functools
 import inspect
 import os
 import types
-import weakref
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Callable, Collection, Dict, Iterator, Mapping, Optional
@@ -68,20 +67,12 @@ class Saving:
 
         `model` is the script's, or the library's inside it. Its arguments stay what they were.
         """
-        saves = type(model).save_pretrained
 
-        @functools.wraps(saves)
-        def save_pretrained(self_: Any, *args: Any, **kwargs: Any) -> None:
-            named: Dict[str, Any] = dict(inspect.signature(saves).bind(self_, *args, **kwargs).arguments)
-            named.pop(next(iter(named)))  # the model
-            named.update(named.pop("kwargs", {}))
-            self._save(**named)
-
-        @functools.wraps(getattr(type(model), "load_adapter", saves))
+        @functools.wraps(getattr(type(model), "load_adapter", type(model).save_pretrained))
         def load_adapter(_: Any, model_id: Any, adapter_name: Optional[str] = None, *args: Any, **kwargs: Any) -> None:
             self._load_adapter(Path(str(model_id)), adapter_name)
 
-        model.save_pretrained = types.MethodType(save_pretrained, model)
+        model.save_pretrained = _SavePretrained(model, self._save)
         model._register_load_state_dict_pre_hook(self._drop_beside)
         if self._adapters is not None:
             model.load_adapter = types.MethodType(load_adapter, model)
@@ -181,38 +172,80 @@ class Saving:
                 del state_dict[prefix + name]
 
 
-class BodySaving(Saving):
-    """Of the base model inside a script's own module: what saves that, such as sentence-transformers, saves this."""
+class _SavePretrained:
+    """`save_pretrained` of one model object, with the arguments of its class's.
+
+    A copy of a model that is decomposed, and not cut, gets one of its own, and so does one that was pickled: what saves
+    is found by attributes, where a closure would hold the model that the copy was made of.
+    """
+
+    def __init__(self, model: Any, saves: Callable[..., None]) -> None:
+        """`saves`: a method, which gets what was given, by name."""
+        self._model, self._saves = model, saves
+
+    @property
+    def __wrapped__(self) -> Any:
+        """The class's, for `inspect.signature`."""
+        return types.MethodType(type(self._model).save_pretrained, self._model)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        named: Dict[str, Any] = dict(inspect.signature(self).bind(*args, **kwargs).arguments)
+        named.update(named.pop("kwargs", {}))
+        self._saves(**named)
+
+
+class _BodySaving(Saving):
+    """Of the base model inside a module that is cut, whose `state_dict` has the cloud's part, too."""
 
     def __init__(self, model: nn.Module, body_name: str, head: str, cut: Cut, names: Collection[str]) -> None:
-        """`model`: the module, cut or decomposed; `names`: those of the whole body's `state_dict()`."""
         super().__init__(model.get_submodule(body_name), head, cut, None, names, (), {})
-        self._outer = weakref.ref(model)
+        self._outer = model
         self._within = f"{body_name}."
 
     def _state(self) -> Mapping[str, Tensor]:
-        """The module's `state_dict` has the cloud's part, too."""
-        outer = self._outer()
-        if outer is None:  # whole as long as it is not cut
-            return super()._state()
         return {
             name[len(self._within) :]: tensor
-            for name, tensor in outer.state_dict().items()
+            for name, tensor in self._outer.state_dict().items()
             if name.startswith(self._within)
         }
 
 
-def follow_body(model: nn.Module, body_name: str, head: str, cut: Cut, names: Collection[str]) -> None:
-    """`Saving.follow` of a base model inside a module, and of the module, if it is of a class of the library's kind.
+def follow_body(
+    model: nn.Module, body_name: str, head: str, cut: Cut, names: Collection[str], is_cut: bool = True
+) -> None:
+    """`Saving.follow` of a base model inside a module, and of the module, if it is of a class of the library's kind:
+    what saves the former, such as sentence-transformers, saves all of it.
 
-    `names`: those of the whole body's `state_dict()`.
+    `names`: those of the whole body's `state_dict()`; `is_cut`: not decomposed alone.
     """
     body: Any = model.get_submodule(body_name)
-    if not isinstance(vars(body).get("save_pretrained"), types.MethodType):
-        BodySaving(model, body_name, head, cut, names).follow(body)
+    if is_cut:
+        _BodySaving(model, body_name, head, cut, names).follow(body)
+    else:
+        Saving(body, head, cut, None, names, (), {}).follow(body)
     if isinstance(model, PreTrainedModel) and "save_pretrained" not in vars(model):
         layer = next(name for name in names if name.endswith(".ffn1.weight"))
-        _save_unopenable(model, f"{body_name}.{layer[: -len('.ffn1.weight')]}.weight")
+        _Unopenable(model, f"{body_name}.{layer[: -len('.ffn1.weight')]}.weight").follow()
+
+
+class _Unopenable:
+    """Saving of a class of the script's own: its weights the class does not open by itself, as it would draw a new
+    layer in the place of the one that was cut."""
+
+    def __init__(self, model: Any, w_name: str) -> None:
+        self._model, self._w_name = model, w_name
+
+    def follow(self) -> None:
+        """From now on `save_pretrained` of the model does so."""
+        self._model.save_pretrained = _SavePretrained(self._model, self._save)
+        self._model._register_load_state_dict_pre_hook(self._drop)
+
+    def _save(self, state_dict: Optional[Mapping[str, Tensor]] = None, **more: Any) -> None:
+        state = {**(self._model.state_dict() if state_dict is None else state_dict), self._w_name: torch.empty(0)}
+        type(self._model).save_pretrained(self._model, state_dict=state, **more)
+
+    def _drop(self, state_dict: Dict[str, Any], prefix: str, *_: Any) -> None:
+        state_dict.pop(prefix + self._w_name, None)
 
 
 def follow_modules(model: nn.Module, modules: Mapping[str, nn.Module], dimension: int) -> None:
@@ -243,23 +276,6 @@ def follow_modules(model: nn.Module, modules: Mapping[str, nn.Module], dimension
             setattr(model, name, functools.partial(int, dimension))
     for name in ("save", "save_pretrained"):
         setattr(model, name, types.MethodType(with_all(getattr(type(model), name)), model))
-
-
-def _save_unopenable(model: Any, w_name: str) -> None:
-    """From now on `model.save_pretrained(...)` of a class of the script's own writes weights that the class does not
-    open by itself: it would draw a new layer in the place of the one that was cut."""
-    saves = type(model).save_pretrained
-
-    @functools.wraps(saves)
-    def save_pretrained(self: Any, *args: Any, state_dict: Optional[Mapping[str, Tensor]] = None, **kwargs: Any) -> Any:
-        state = {**(self.state_dict() if state_dict is None else state_dict), w_name: torch.empty(0)}
-        return saves(self, *args, state_dict=state, **kwargs)
-
-    def drop(state_dict: Dict[str, Any], prefix: str, *_: Any) -> None:
-        state_dict.pop(prefix + w_name, None)
-
-    model.save_pretrained = types.MethodType(save_pretrained, model)
-    model._register_load_state_dict_pre_hook(drop)
 
 
 def _fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Dict, List, Mapping, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, Sequence, Tuple
 
 import torch
 from safetensors.torch import load
@@ -16,6 +16,7 @@ from sft.tensors.stream import in_memory, safetensors_chunks, safetensors_size, 
 from sft.v1 import split_training_pb2 as pb
 from sft_edge.link import NUMBERS, Blob, checked_state, checked_weights, could_be_state
 from sft_edge.script.crossing import LinkCross
+from sft_edge.script.cut_model import CutModel
 from sft_edge.script.gradients import PARAMETER_NAME
 
 
@@ -34,17 +35,18 @@ class CloudState:
         self,
         cross: LinkCross,
         shapes: Mapping[str, Tuple[int, ...]],
-        script_name: Callable[[str], str],
+        cut_model: CutModel,
         spec: OptimizerSpec,
     ) -> None:
-        """`shapes` of net_2's parameters, by names in the whole model; `script_name`: how the script's has them;
+        """`shapes` of net_2's parameters, by names in the whole model; `cut_model`: how the script's has them;
         `spec`: the cloud's optimizer."""
         self._cross = cross
         self._shapes = shapes
         # Without memory: what the cloud's keeps is to be known before anything is sent that it would refuse.
         self._parameters = {name: nn.Parameter(torch.empty(shape, device="meta")) for name, shape in shapes.items()}
         self._likeness = make_optimizer(spec.restricted_to(shapes), self._parameters)
-        self._script_names = {name: script_name(name) for name in shapes}
+        self._script_names = {name: cut_model.script_name(name) for name in shapes}
+        self._other_names = dict(cut_model.other_names)
         self._has_optimizer_state = False
 
     def follow(self, model: nn.Module) -> None:
@@ -95,6 +97,8 @@ class CloudState:
         del state_dict[prefix + PARAMETER_NAME]
         for name, tensor in self._download(optimizer_state=False).items():
             state_dict[prefix + self._script_names[name]] = tensor
+        for other, name in self._other_names.items():
+            state_dict[prefix + other] = state_dict[prefix + self._script_names[name]]
 
     def _take_from(
         self,
@@ -110,8 +114,13 @@ class CloudState:
         state_dict[prefix + PARAMETER_NAME] = self._cross.gradients.parameter.detach().clone()
         keys = {name: prefix + own for name, own in self._script_names.items()}
         given = {name: state_dict.pop(key) for name, key in keys.items() if key in state_dict}
+        wrong = []
+        for other, name in self._other_names.items():
+            tensor = state_dict.pop(prefix + other, None)  # what an earlier release wrote has one of the names
+            if tensor is not None and not tensor.cpu().equal(given.setdefault(name, tensor).cpu()):
+                wrong.append(f"{prefix}{other} and {keys[name]} are one parameter, and differ in the state_dict")
         missing_keys.extend(key for name, key in keys.items() if name not in given)
-        wrong = [
+        wrong += [
             f"size mismatch for {keys[name]}: {list(tensor.shape)} in the state_dict, "
             f"{list(self._shapes[name])} on the cloud"
             for name, tensor in given.items()
@@ -124,7 +133,7 @@ class CloudState:
             self._upload({name: tensor.float() for name, tensor in given.items()}, optimizer_state=False)
 
     def _download(self, optimizer_state: bool) -> Dict[str, Tensor]:
-        self._cross.check_mode()
+        self._cross.check_halves()
         self._cross.catch_up()
         chunks = self._cross.link.weights(optimizer_state)
         if optimizer_state:

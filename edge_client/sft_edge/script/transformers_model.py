@@ -80,7 +80,7 @@ class TransformersModel(CutModel):
         library: Any = without_peft(model)
         self._model = library
         self._head = head_of(library)
-        name = name_of_w(library, family_of(library.config), split_layer)
+        name = self.layer_name = name_of_w(library, family_of(library.config), split_layer)
         if ".modules_to_save." in self._script_names.get(f"{name}.weight", ""):
             raise UsageError(
                 f"modules_to_save holds '{name}', the layer that is cut: leave it out, its factors are trained anyway"

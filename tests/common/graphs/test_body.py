@@ -76,6 +76,13 @@ def test_both_halves_and_the_tail_are_what_the_module_computes() -> None:
     assert not cut_around(made(First), "inner.bert").reads_mask(0)
 
 
+def test_what_has_two_names_above_the_body() -> None:
+    model = made(Mean)
+    model.again = model.classifier[2]
+    split = cut_around(model, "encoder")
+    assert split.other_names == {f"again.{own}": f"classifier.2.{own}" for own in ("weight", "bias")}
+
+
 def test_heads_of_the_library_that_have_no_name_here() -> None:
     model = made(AutoModelForNextSentencePrediction.from_config).eval()
     split = cut_around(model, "bert")

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import io
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Callable, Dict
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
+from support.bodies import Tagger, made
 from support.opened import code_copied_to
 from support.script import adamw, batches, one_machine, sgd, tiny_model, wrap
 
@@ -107,6 +111,40 @@ def test_what_it_saves_opens_as_what_it_is(tmp_path: Path) -> None:
                 said = model(**batch).logits
         opened = opens(str(tmp_path / "after"), trust_remote_code=True).eval()
         torch.testing.assert_close(opened(**batch).logits, said)
+
+
+def pickled(model: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def averaged(model: Any) -> Any:
+    return torch.optim.swa_utils.AveragedModel(model).module
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled, averaged])
+@pytest.mark.parametrize("make", [tiny_model, lambda: made(Tagger)], ids=["library's", "own"])
+def test_a_copy_saves_and_loads_its_own(copied: Callable[[Any], Any], make: Any, tmp_path: Path) -> None:
+    model = make()
+    SFTOptimizer.decompose(model, **CUT)
+    twin = copied(model)
+    others = {name: x.clone() for name, x in model.state_dict().items()}
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.add_(1.0)
+    for one in [twin] if make is tiny_model else [twin, twin.bert]:
+        mine = {name: x.clone() for name, x in one.state_dict().items()}
+        one.save_pretrained(str(tmp_path))
+        saved = load_file(str(tmp_path / "model.safetensors"))
+        assert all(saved[name].equal(x) for name, x in mine.items())
+        assert saved.keys() > mine.keys()  # what has the library's own class refuse it
+        one.load_state_dict({name: x * 2 for name, x in saved.items()})
+        assert all(x.equal(mine[name] * 2) for name, x in one.state_dict().items())
+        of_class = type(one).save_pretrained.__get__(one)
+        assert inspect.signature(one.save_pretrained) == inspect.signature(of_class)
+    assert same(model.state_dict(), others)
 
 
 def test_half_precision() -> None:

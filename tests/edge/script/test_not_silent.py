@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gc
-from typing import Any, Callable
+import math
+from typing import Any, Callable, Dict
 
 import pytest
 import torch
-from support.script import Wire, adamw, batches, sgd, tiny_model, wrap
-from torch import nn
+from support.script import OneMachine, Wire, adamw, assert_same_training, batches, sgd, tiny_model, wrap
+from torch import Tensor, nn
 
 from sft.errors import UsageError
 from sft_edge.script.crossing import LinkCross
@@ -17,6 +18,12 @@ from sft_edge.script.other_optimizers import _checks
 
 def backward(model: Any) -> None:
     model(**batches(1, model)[0]).loss.backward()
+
+
+def evaluate(model: Any) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = model(**batches(1, model)[0]).logits
+    return logits
 
 
 def test_a_second_optimizer_over_what_is_on_the_cloud() -> None:
@@ -194,3 +201,104 @@ def test_a_part_of_the_model_alone() -> None:
             model.bert(**batches(1, model, labels=False)[0])
         backward(model)
         optimizer.step()
+
+
+class Ema:
+    """As scripts have it, over the parameters that they see, or over the whole state."""
+
+    def __init__(self, model: nn.Module, over_state: bool = False) -> None:
+        self.model, self.over_state = model, over_state
+        self.shadow = {name: x.clone() for name, x in self._now().items()}
+
+    def _now(self) -> Dict[str, Tensor]:
+        if self.over_state:
+            return dict(self.model.state_dict())
+        return {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def update(self) -> None:
+        for name, x in self._now().items():
+            self.shadow[name] = 0.9 * self.shadow[name] + 0.1 * x
+
+    def apply_shadow(self) -> None:
+        self.backup = {name: x.clone() for name, x in self._now().items()}
+        self._put(self.shadow)
+
+    def restore(self) -> None:
+        self._put(self.backup)
+
+    def _put(self, values: Dict[str, Tensor]) -> None:
+        if self.over_state:
+            self.model.load_state_dict(values)
+            return
+        for name, parameter in self.model.named_parameters():
+            if name in values:
+                parameter.data.copy_(values[name])
+
+
+def test_an_average_of_the_edges_half_alone() -> None:
+    model = tiny_model()
+    with wrap(model, sgd(model)) as optimizer:
+        ema = Ema(model)
+        for _ in range(2):
+            backward(model)
+            optimizer.step()
+            ema.update()
+        ema.apply_shadow()
+        changed = (
+            "'bert.encoder.layer.1.output.dense.ffn1.weight' was changed past the optimizer, .* by load_state_dict"
+        )
+        for attempt in (lambda: evaluate(model), lambda: backward(model), model.state_dict, optimizer.step):
+            with pytest.raises(UsageError, match=changed):
+                attempt()
+        ema.restore()
+        evaluate(model)
+        backward(model)
+        optimizer.step()
+
+
+def test_an_average_of_the_whole_state() -> None:
+    """Evaluates as the averaged model does on one machine, and training goes on as if nothing had been."""
+
+    def script(model: Any, optimizer: Any) -> Any:
+        ema = Ema(model, over_state=True)
+        for _ in range(2):
+            backward(model)
+            optimizer.step()
+            optimizer.zero_grad()
+            ema.update()
+        ema.apply_shadow()
+        averaged = evaluate(model)
+        ema.restore()
+        backward(model)
+        optimizer.step()
+        return averaged
+
+    assert_same_training(script, sgd)
+
+
+def test_weights_that_a_script_may_change_itself() -> None:
+    """Embeddings that are perturbed and put back, a part below the cut that is loaded, another type and back."""
+
+    def script(model: Any, optimizer: Any) -> None:
+        first = model.net.model if isinstance(model, OneMachine) else model
+        words, part = first.bert.embeddings.word_embeddings.weight, first.bert.encoder.layer[0]
+        for _ in range(2):
+            backward(model)
+            kept = words.detach().clone()
+            words.data.add_(words.grad / words.grad.norm())
+            backward(model)
+            words.data.copy_(kept)
+            part.load_state_dict({name: 0.9 * x for name, x in part.state_dict().items()})
+            optimizer.step()
+            optimizer.zero_grad()
+
+    assert_same_training(script, sgd)
+    model = tiny_model()
+    with wrap(model, sgd(model)) as optimizer:
+        model.bfloat16().state_dict()
+        model.float()
+        backward(model)
+        optimizer.step()
+        with torch.no_grad():
+            model.bert.encoder.layer[1].output.dense.ffn1.weight.fill_(math.nan)
+        model.state_dict()  # of weights that diverged
