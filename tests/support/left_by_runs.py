@@ -12,7 +12,7 @@ from sft.wire.ledger import NO_TRAFFIC, Ledger, StepRecord, Traffic
 from sft_edge.files import write_file, write_json
 from sft_edge.model_files import Description
 from sft_edge.options import OPTIONS_FILE, repeatable
-from sft_edge.training import TrainerState, all_results, ledger_lines
+from sft_edge.training.report import TrainerState, all_results, ledger_lines
 
 
 def leave_run(
