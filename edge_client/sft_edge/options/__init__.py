@@ -1,5 +1,6 @@
 """Every option of every command. Imports nothing heavy, so that `--help` is quick."""
 
+from sft_edge.options.budget import BudgetOptions
 from sft_edge.options.commands import (
     AttachOptions,
     DemoOptions,
@@ -31,6 +32,7 @@ __all__ = [
     "NEWEST",
     "TRAIN_OPTIONS",
     "AttachOptions",
+    "BudgetOptions",
     "CutOptions",
     "DataOptions",
     "DemoOptions",
