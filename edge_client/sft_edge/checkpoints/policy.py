@@ -179,8 +179,12 @@ class Checkpointing:
 
     def save_now(self, loop: TrainingLoop) -> None:
         """Between two steps; nothing is done where that is saved. Raises StorageError."""
-        if not (self._has_saved and self._newest_step == loop.state.global_step):
+        if not self.is_saved(loop.state.global_step):
             self._save(loop)
+
+    def is_saved(self, step: int) -> bool:
+        """Whether this process has saved a checkpoint after so many steps, the newest."""
+        return self._has_saved and self._newest_step == step
 
     def check_lost(self, lost_at: int, error: LinkError) -> None:
         """The session was lost when so many steps were taken. Raises Stopped, or StorageError where nothing is saved,

@@ -77,8 +77,9 @@ class Attempt:
     def _train(self) -> Dict[str, float]:
         """Gives the last evaluation."""
         try:
-            with contextlib.suppress(CapReached):
-                self.loop.run()
+            if not self.budget.has_ended:  # in a session that was lost on the way home
+                with contextlib.suppress(CapReached):
+                    self.loop.run()
             return self.loop.evaluate() if self.budget.fits_evaluation() else {}
         except (Stopped, SessionLostError, *TRANSIENT):
             raise

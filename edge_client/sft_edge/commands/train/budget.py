@@ -60,12 +60,13 @@ class Budget:
             return
         self._amounts = Amounts(options, job.source.config, job.task.head)
         self._lengths = [feature.length for feature in job.features]
-        self._eval_lengths = [feature.length for feature in job.validation.features]
+        self._evaluation = self._amounts.evaluation([feature.length for feature in job.validation.features])
+        self._step = {kept: self._amounts.step(self._lengths, kept) for kept in (False, True)}
         # One step may have to be sent again, by a link that was mended or for a cloud that was short of memory.
-        self.meter.margin = self._amounts.step(self._lengths) + _ENDING_BYTES
+        self.meter.margin = self._step[False] + _ENDING_BYTES
         if options.budget.max_mbit is not None:
             rate = format_bytes(options.budget.max_mbit * 1e6 / 8)
-            progress.status(
+            progress.note(
                 f"--max-mbit {options.budget.max_mbit:g}: at most {rate} a second are sent, and as many received"
             )
 
@@ -82,7 +83,7 @@ class Budget:
     def opened(self, loop: TrainingLoop) -> None:
         """A session is open, and nothing trained in it: says how far the cap will reach. Raises UsageError where that
         is nowhere."""
-        if not self._crosses:
+        if not self._crosses or self.has_ended:
             return
         steps = loop.state.max_steps - loop.state.global_step
         if self._cap is not None and steps:
@@ -92,10 +93,10 @@ class Budget:
                     f"--data-cap {self._cap_text}: {moved} of it are moved, {format_bytes(self.meter.result)} are kept "
                     f"to bring the result home, and not one step fits; give more: {self._needs(loop)}"
                 )
-            self._progress.status(self._forecast(loop))
+            self._progress.note(self._forecast(loop))
         if self._options.budget.max_mbit is not None and steps:
             seconds = (self._left(loop) + self.meter.result) / 2 / (self._options.budget.max_mbit * 1e6 / 8)
-            self._progress.status(
+            self._progress.note(
                 f"--max-mbit {self._options.budget.max_mbit:g}: what is to be moved takes at least "
                 f"{format_seconds(seconds)}"
             )
@@ -109,13 +110,12 @@ class Budget:
 
     def after_step(self, loop: TrainingLoop, checkpointing: Checkpointing) -> None:
         """Between two steps. Where the next one does not fit a checkpoint is saved, and CapReached raised."""
-        if not self._crosses:
-            return
-        if self._cap is not None:
-            if loop.state.global_step < loop.state.max_steps and self.meter.room < self._next(loop):
-                self._end(loop, checkpointing)
-            if self.meter.link_bytes - self._written >= self._cap / _WRITES:
-                self.write(checkpointing)
+        step, cap = loop.state.global_step, self._cap
+        if cap is not None and step < loop.state.max_steps and self.meter.room < self._next(loop):
+            self._end(loop, checkpointing)
+        many = cap is not None and self.meter.link_bytes - self._written >= cap / _WRITES
+        if many or checkpointing.is_saved(step):
+            self.write(checkpointing)
 
     def write(self, checkpointing: Checkpointing) -> None:
         """Notes what was moved, once there is something that a run could go on from."""
@@ -126,9 +126,9 @@ class Budget:
 
     def fits_evaluation(self) -> bool:
         """Whether one may be made before the result is brought home; says so where not."""
-        if self._cap is None or self.meter.room >= self._amounts.evaluation(self._eval_lengths):
+        if self._cap is None or self.meter.room >= self._evaluation:
             return True
-        self._progress.status(
+        self._progress.note(
             f"--data-cap {self._cap_text} leaves no room to evaluate: sft-edge evaluate does, without a cloud"
         )
         return False
@@ -168,16 +168,17 @@ class Budget:
             checkpointing.save_now(loop)
             self.ended_at = checkpointing.newest
         except StorageError as error:
-            self._progress.status(f"no checkpoint of step {loop.state.global_step}: {error}")
+            self._progress.note(f"no checkpoint of step {loop.state.global_step}: {error}")
         raise CapReached
 
     def _next(self, loop: TrainingLoop) -> float:
         """At most what is moved until the run is between two steps again."""
-        evaluation = self._amounts.evaluation(self._eval_lengths) if loop.evaluates_next else 0.0
-        return self._amounts.step(self._lengths, self._is_kept(loop, loop.state.global_step)) + evaluation
+        evaluation = self._evaluation if loop.evaluates_next else 0.0
+        return self._step[self._is_kept(loop)] + evaluation
 
-    def _is_kept(self, loop: TrainingLoop, step: int) -> bool:
-        return loop.system.sends_rows_once and step >= loop.steps_per_epoch
+    @staticmethod
+    def _is_kept(loop: TrainingLoop) -> bool:
+        return loop.system.sends_rows_once and loop.state.global_step >= loop.steps_per_epoch
 
     def _left(self, loop: TrainingLoop) -> float:
         """About what the steps and the evaluations that are left move."""
@@ -189,7 +190,7 @@ class Budget:
         each, kept = (self._amounts.epoch(self._lengths, kept) / loop.steps_per_epoch for kept in (False, True))
         once = min(steps, loop.steps_per_epoch) if loop.system.sends_rows_once else steps
         evaluations = loop.evaluations_in(steps) + (steps == loop.state.max_steps)
-        return once * each + (steps - once) * kept + evaluations * self._amounts.evaluation(self._eval_lengths)
+        return once * each + (steps - once) * kept + evaluations * self._evaluation
 
     def _needs(self, loop: TrainingLoop) -> str:
         needed = self._before.link_bytes + self.meter.link_bytes + self._left(loop) + self.meter.result
