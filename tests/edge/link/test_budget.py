@@ -77,31 +77,35 @@ def test_who_ends_waits_no_longer(clock: Clock) -> None:
 
 def test_messages_of_a_stream_and_their_answers_are_paced(clock: Clock) -> None:
     """The answers are as large as the messages here; both directions are paid for at a time."""
-    steps, size = 4, 3_000_000
+    steps, size = 6, 900_000
     with opened(ScriptedCloud(), Meter(None, clock.pace())) as link:
         for step in range(steps):
             forward(link, step, size)
     least = (steps - 1) * size / RATE - BURST
-    assert least <= clock.now < 1.2 * least + 1, "in parts of a megabyte, of which the last is paid for by nobody"
+    assert least <= clock.now < 1.2 * least + 1, "the last is paid for by nobody"
 
 
 def test_a_rate_does_not_look_like_a_dead_link(clock: Clock) -> None:
     """The answer is late, as the message waits for its turn: the stream stays."""
-    asked = threading.Event()
+    waits, asked = threading.Event(), threading.Event()
 
     class Waiting(Meter):
         def has_held(self, seconds: float) -> bool:
+            assert waits.wait(TIMEOUT_SECONDS)
             asked.set()
-            return super().has_held(seconds)
+            return super().has_held(1000)  # of the test's clock
 
     def wait(over: threading.Event, seconds: float) -> None:
+        waits.set()
         assert asked.wait(TIMEOUT_SECONDS)
         clock.now += seconds
 
-    meter = Waiting(None, Pace(MBIT, lambda: clock.now, wait))
-    with opened(ScriptedCloud(), meter, reply_timeout_seconds=0.1) as link:
-        forward(link, 0, 6_000_000)
+    pace = Pace(MBIT, lambda: clock.now, wait)
+    with opened(ScriptedCloud(), Waiting(None, pace), reply_timeout_seconds=0.1) as link:
+        pace.took(SENT, 5_000_000)
+        forward(link, 0, 900_000)
         assert asked.is_set()
+        assert clock.now >= 4
         assert link.counts.reconnects == 0
 
 
