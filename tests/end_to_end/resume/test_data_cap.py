@@ -14,7 +14,6 @@ from sft_edge.cli import main
 
 LONG = {"max_steps": 60, "save_steps": None, "logging_steps": 20, "mode": "sl"}
 FROZEN = {**LONG, "mode": "frozen", "activations": "resend", "codec": "float32"}
-KEPT = {**FROZEN, "activations": "keep-on-cloud", "max_steps": 40}
 
 
 @pytest.fixture
@@ -28,7 +27,7 @@ def moved(proxy: TcpProxy) -> int:
 
 
 @pytest.mark.first_only
-@pytest.mark.parametrize("options", [LONG, FROZEN, KEPT, {**LONG, "labels": "local"}])
+@pytest.mark.parametrize("options", [LONG, FROZEN, {**LONG, "labels": "local"}])
 def test_a_run_that_needs_twice_its_cap(
     run: Callable[..., int],
     whole: Callable[..., Outcome],
