@@ -62,12 +62,13 @@ _COMMANDS_HEAD = f"""\
 
 All options of a command are also keys of a YAML or JSON file (`--config FILE`, as in [examples](../examples/configs));
 flags win. Names that transformers' `TrainingArguments` has mean what they mean there.
-`sft-edge COMMAND --help` and `sft-cloud COMMAND --help` say the same. A time is `30s`, `1m30s` or `2h`.
+`sft-edge COMMAND --help` and `sft-cloud COMMAND --help` say the same. A time is `30s`, `1m30s` or `2h`, a size `500MB`
+or `2GiB`.
 
 Exit codes: 0 done, 1 what nobody foresaw (with a traceback, for a report), 2 options, 3 data, 4 checkpoint or
-model, 5 the cloud or the way to it, 6 training, 7 disk, 8 `verify` or `export` found a difference, 130
-interrupted. What went wrong is one line on standard error, the last. Whatever it is, `train` saves the model as of
-its last whole step first, and the line says where."""
+model, 5 the cloud or the way to it, 6 training, 7 disk, 8 `verify` or `export` found a difference, 9 a run that
+`--data-cap` ended early and whole, 130 interrupted. What went wrong is one line on standard error, the last. Whatever
+it is, `train` saves the model as of its last whole step first, and the line says where."""
 
 _API_HEAD = f"""\
 # What a script may import

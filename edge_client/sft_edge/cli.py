@@ -30,12 +30,12 @@ from sft_edge.options import (
 def train(prog: str, argv: List[str]) -> int:
     """fine-tune a model across this machine and a cloud"""
     options = RunOptions(*parse(TRAIN_OPTIONS, argv, prog, train.__doc__))
-    check_together(options.cut, options.link, options.training, options.lora)
+    check_together(options.cut, options.link, options.training, options.lora, options.budget)
     with imports():
+        from sft_edge.commands.train.budget import exit_code_of
         from sft_edge.commands.train.train import TrainingRun
 
-    TrainingRun(options, argv).run()
-    return 0
+    return exit_code_of(TrainingRun(options, argv).run())
 
 
 def attach(prog: str, argv: List[str]) -> int:

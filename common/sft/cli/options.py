@@ -34,6 +34,7 @@ from typing import (
 )
 
 from sft.cli.durations import Duration
+from sft.cli.sizes import Size
 from sft.errors import UsageError
 
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
@@ -130,9 +131,8 @@ class Option:
     def metavar(self) -> str:
         if self.choices:
             return "{" + ",".join(self.choices) + "}"
-        return {bool: "true|false", int: "N", float: "X", Duration: "TIME", Path: "PATH", str: "TEXT"}.get(
-            self.type, "JSON"
-        )
+        names = {bool: "true|false", int: "N", float: "X", Duration: "TIME", Size: "SIZE", Path: "PATH", str: "TEXT"}
+        return names.get(self.type, "JSON")
 
     @property
     def help(self) -> str:
@@ -286,8 +286,8 @@ def _convert_one(option: Option, raw: object, where: str) -> Any:
         return option.type(raw)
     except ValueError:
         kinds = {int: "a whole number", float: "a number", Duration: "a duration such as 30s, 1m30s or 2h"}
-        kind = kinds[option.type]
-        raise UsageError(f"{where}: {raw!r} is not {kind}") from None
+        kinds[Size] = "a size such as 500MB, 2GB or 1.5GiB"
+        raise UsageError(f"{where}: {raw!r} is not {kinds[option.type]}") from None
 
 
 def _convert_mapping(raw: object, where: str) -> Dict[str, Any]:

@@ -78,6 +78,12 @@ class Checkpointing:
         """Whether a run whose session is lost begins anew: it was asked to save, or did."""
         return bool(self._every or self._mine())
 
+    @property
+    def newest(self) -> Optional[Path]:
+        """The run's newest checkpoint in its directory, if there is one."""
+        mine = self._mine()
+        return mine[0].directory if mine else None
+
     def recover(self, lost_at: int) -> None:
         """The session was lost when so many steps were taken: what is saved comes next."""
         self.counts["recoveries"] += 1
@@ -162,8 +168,7 @@ class Checkpointing:
             checkpoint = self._save(loop)
         except StorageError as error:
             if asked:
-                mine = self._mine()
-                last = f"the newest is {mine[0].directory}" if mine else "there is none"
+                last = f"the newest is {self.newest}" if self.newest else "there is none"
                 raise StorageError(f"no checkpoint of step {step} could be saved ({error}); {last}") from error
             self._progress.status(f"no checkpoint of step {step}: {error}; training goes on")
             return
@@ -174,8 +179,12 @@ class Checkpointing:
 
     def save_now(self, loop: TrainingLoop) -> None:
         """Between two steps; nothing is done where that is saved. Raises StorageError."""
-        if not (self._has_saved and self._newest_step == loop.state.global_step):
+        if not self.is_saved(loop.state.global_step):
             self._save(loop)
+
+    def is_saved(self, step: int) -> bool:
+        """Whether this process has saved a checkpoint after so many steps, the newest."""
+        return self._has_saved and self._newest_step == step
 
     def check_lost(self, lost_at: int, error: LinkError) -> None:
         """The session was lost when so many steps were taken. Raises Stopped, or StorageError where nothing is saved,

@@ -20,8 +20,7 @@ from __future__ import annotations
 import socket
 import threading
 from contextlib import contextmanager
-from types import TracebackType
-from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Tuple, Type
+from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Tuple
 
 import grpc
 
@@ -41,11 +40,13 @@ from sft.errors import (
     SFTError,
     StreamBrokenError,
 )
-from sft.printable import said
+from sft.printable import format_bytes, said
 from sft.v1 import split_training_pb2 as pb
 from sft.v1.split_training_pb2_grpc import SplitTrainingStub
 from sft.wire.parts import parts_of
 from sft.wire.protocol import CLIENT_OPTIONS, MAX_PROBE_BYTES, TRAIN
+from sft_edge.link.meter import Meter
+from sft_edge.link.stall_guard import StallGuard
 from sft_edge.link.tracing import edge_tracer, traced
 from sft_edge.link.transport import SEVERAL_SERVERS, Stream, Transport
 from sft_edge.options import LinkOptions
@@ -55,6 +56,9 @@ OPEN_TIMEOUT_SECONDS = 600.0
 
 _LOOKS, _LOOK_SECONDS = 8, 5.0
 """How often to ask who answers, where calls may reach different servers, and how long to wait for each answer."""
+
+_NEVER = threading.Event()
+"""What nothing ends."""
 
 STALL_TIMEOUT_SECONDS = 120.0
 """For one chunk of an upload or download. A whole file may take as long as the link needs."""
@@ -84,8 +88,10 @@ class GrpcTransport(Transport):
         stall_timeout_seconds: float = STALL_TIMEOUT_SECONDS,
         keepalive: Keepalive = Keepalive(),  # noqa: B008  # a tuple
         credentials: Credentials = PLAINTEXT,
+        meter: Optional[Meter] = None,
     ) -> None:
-        """`connect_timeout_seconds` is from the first packet to the end of gRPC's handshake."""
+        """`connect_timeout_seconds` is from the first packet to the end of gRPC's handshake. `meter` counts what
+        crosses, and says when it may."""
         self._address = address
         self._credentials = credentials
         self._host_and_port = split_address(address, "server")
@@ -93,6 +99,7 @@ class GrpcTransport(Transport):
         self._open_timeout_seconds = open_timeout_seconds
         self._stall_timeout_seconds = stall_timeout_seconds
         self._keepalive = keepalive
+        self._meter = meter or Meter()
         self._channel = self._dial()
         self._is_closed = False
         self._answered: List[str] = []  # which servers, each time that it was another than before
@@ -107,6 +114,7 @@ class GrpcTransport(Transport):
         ]
         channel = traced(open_channel(self._address, self._credentials, options), edge_tracer())
         self._stub = SplitTrainingStub(channel)
+        self._meter.connect()
         # Without serializers: see transport.py.
         self._train: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(TRAIN)
         return channel
@@ -115,11 +123,13 @@ class GrpcTransport(Transport):
         """See Transport. Fails at once when nobody listens, and within the connect time-out when the peer is silent."""
         try:
             response: pb.OpenSessionResponse
+            self._meter.send(request.ByteSize(), _NEVER)
             response, call = self._stub.OpenSession.with_call(
                 request, timeout=self._open_timeout_seconds, metadata=self._credentials.metadata()
             )
         except grpc.RpcError as error:
             raise self._opening_error(error) from error
+        self._meter.receive(response.ByteSize())
         self._note(call)
         return response
 
@@ -130,15 +140,17 @@ class GrpcTransport(Transport):
         def requests() -> Iterator[pb.UploadBlobRequest]:
             request = pb.UploadBlobRequest(sha256=sha256, total_bytes=total_bytes)
             try:
-                for chunk in chunks:
-                    request.data = chunk
+                for piece in (piece for chunk in chunks for piece in self._meter.pieces(chunk)):
+                    request.data = piece
+                    if not self._meter.send(request.ByteSize(), guard.over, guard.progress):
+                        return
                     yield request
                     guard.progress()
                     request = pb.UploadBlobRequest()
             except (SFTError, OSError) as error:
                 failure.append(error)  # the upload ends too short, which the cloud refuses
 
-        with _StallGuard(self._stall_timeout_seconds) as guard:
+        with StallGuard(self._stall_timeout_seconds) as guard:
             with _renewed_meanwhile():
                 call = self._stub.UploadBlob.future(requests(), metadata=self._credentials.metadata())
             guard.watch(call.cancel)
@@ -155,19 +167,26 @@ class GrpcTransport(Transport):
 
     def stream(self, messages: Iterator[bytes]) -> Stream:
         """See Transport. A link that breaks without a word is noticed by gRPC's keepalive."""
-        return _GrpcStream(self._train(_in_parts(messages), metadata=self._credentials.metadata()), self._error)
+        if self._meter.is_used_up:
+            raise SessionLostError("--data-cap leaves no room to send again what was on its way")
+        over = threading.Event()
+        call = self._train(_in_parts(messages, self._meter, over), metadata=self._credentials.metadata())
+        return _GrpcStream(call, self._error, self._meter, over)
 
     def download(self, session_id: str, optimizer_state: bool = False, offset: int = 0) -> Iterator[bytes]:
         """See Transport. The way counts as broken when no chunk came for the stall time-out."""
-        with _StallGuard(self._stall_timeout_seconds) as guard:
+        with StallGuard(self._stall_timeout_seconds) as guard:
             request = pb.DownloadWeightsRequest(session_id=session_id, optimizer_state=optimizer_state, offset=offset)
+            self._meter.send(request.ByteSize(), guard.over)
             with _renewed_meanwhile():
                 call = self._stub.DownloadWeights(request, metadata=self._credentials.metadata())
             guard.watch(call.cancel)
             try:
                 for response in call:
                     guard.progress()
+                    self._meter.receive(response.ByteSize())
                     yield response.data
+                    self._meter.wait_to_receive(guard.over, guard.progress)
             except grpc.RpcError as error:
                 raise self._error(call, guard.stalled) from error
             finally:
@@ -190,6 +209,7 @@ class GrpcTransport(Transport):
     def check_carries(self, total_bytes: int) -> None:
         """See Transport."""
         request = pb.ProbeRequest(data=bytes(min(total_bytes, MAX_PROBE_BYTES)))
+        self._meter.send(request.ByteSize(), _NEVER)
         try:
             self._stub.Probe(request, timeout=self._stall_timeout_seconds, metadata=self._credentials.metadata())
         except grpc.RpcError as error:
@@ -198,6 +218,14 @@ class GrpcTransport(Transport):
                 raise refused from error
         except ValueError:  # another thread renews the way
             return
+
+    def check_room(self, total_bytes: int) -> None:
+        """See Transport."""
+        self._meter.check(total_bytes, f"the cloud lacks {format_bytes(total_bytes)} of the model")
+
+    def has_held(self, seconds: float) -> bool:
+        """See Transport."""
+        return self._meter.has_held(seconds)
 
     def _not_there(self, details: str) -> LinkError:
         if self.several_servers():
@@ -209,6 +237,7 @@ class GrpcTransport(Transport):
         status, call = self._stub.Status.with_call(
             pb.StatusRequest(), timeout=_LOOK_SECONDS, metadata=self._credentials.metadata()
         )
+        self._meter.receive(status.ByteSize())
         self._note(call)
         return status
 
@@ -308,75 +337,41 @@ def _renewed_meanwhile() -> Iterator[None]:
         raise StreamBrokenError("the connection was given up while it was about to be used") from error
 
 
-def _in_parts(messages: Iterator[bytes]) -> Iterator[bytes]:
+def _in_parts(messages: Iterator[bytes], meter: Meter, over: threading.Event) -> Iterator[bytes]:
     for data in messages:
-        yield from parts_of(data)
-        del data  # a stream that idles must not keep it
+        for part in parts_of(data):
+            if not meter.send(len(part), over):
+                return
+            yield part
+        del data, part  # a stream that idles must not keep it
 
 
 class _GrpcStream(Stream):
-    def __init__(self, call: grpc._CallIterator[bytes], to_domain_error: Callable[[grpc.RpcError], LinkError]) -> None:
+    def __init__(
+        self,
+        call: grpc._CallIterator[bytes],
+        to_domain_error: Callable[[grpc.RpcError], LinkError],
+        meter: Meter,
+        over: threading.Event,
+    ) -> None:
         self._call = call
         self._to_domain_error = to_domain_error
+        self._meter, self._over = meter, over
 
     def __next__(self) -> bytes:
         try:
-            return next(self._call)
+            data = next(self._call)
         except grpc.RpcError as error:
             raise self._to_domain_error(error) from error
+        self._meter.receive(len(data))
+        return data
 
     def cancel(self) -> None:
+        self._over.set()
         self._call.cancel()
 
 
-class _StallGuard:
-    """Cancels a call that made no progress for `seconds`; its thread lives as long as the `with` block."""
-
-    def __init__(self, seconds: float) -> None:
-        self.stalled = False
-        self._seconds = seconds
-        self._cancel: Callable[[], object] = lambda: None
-        self._moved = False
-        self._finished = False
-        self._changed = threading.Condition()
-        self._thread: Optional[threading.Thread] = None
-
-    def watch(self, cancel: Callable[[], object]) -> None:
-        """Begins to watch the call that `cancel` cancels."""
-        self._cancel = cancel
-        self._thread = threading.Thread(target=self._watch, name="sft-stall-guard", daemon=True)
-        self._thread.start()
-
-    def progress(self) -> None:
-        """Something moved."""
-        with self._changed:
-            self._moved = True
-            self._changed.notify_all()
-
-    def _watch(self) -> None:
-        with self._changed:
-            while not self._finished:
-                self._moved = False
-                if not self._changed.wait_for(lambda: self._moved, self._seconds):
-                    self.stalled = True
-                    break
-        if self.stalled:
-            self._cancel()
-
-    def __enter__(self) -> _StallGuard:
-        return self
-
-    def __exit__(
-        self, kind: Optional[Type[BaseException]], error: Optional[BaseException], traceback: Optional[TracebackType]
-    ) -> None:
-        with self._changed:
-            self._finished = self._moved = True
-            self._changed.notify_all()
-        if self._thread is not None:
-            self._thread.join()
-
-
-def transport_of(address: str, link: LinkOptions) -> GrpcTransport:
+def transport_of(address: str, link: LinkOptions, meter: Optional[Meter] = None) -> GrpcTransport:
     """The way to `address` as the options want it. Raises UsageError."""
     keepalive = Keepalive(link.keepalive_time, link.keepalive_timeout)
-    return GrpcTransport(address, link.connect_timeout, keepalive=keepalive, credentials=link.credentials)
+    return GrpcTransport(address, link.connect_timeout, keepalive=keepalive, credentials=link.credentials, meter=meter)

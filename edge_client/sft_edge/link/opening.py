@@ -57,7 +57,9 @@ class Opening:
         check_mixed(response, self._request.optimizer.groups)
         check_missing(response, self._blobs)
         if response.missing_blobs:
-            for sha256 in dict.fromkeys(response.missing_blobs):
+            missing = dict.fromkeys(response.missing_blobs)
+            self._transport.check_room(sum(self._blobs[sha256].total_bytes for sha256 in missing))
+            for sha256 in missing:
                 blob = self._blobs[sha256]
                 self._transport.upload(sha256, blob.total_bytes, blob.chunks())
             response = self._transport.open_session(self._request)

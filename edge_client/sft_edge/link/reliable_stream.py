@@ -218,10 +218,7 @@ class ReliableStream:
 
     def settle(self) -> None:
         """Waits until everything that was sent is answered."""
-        while True:
-            oldest = self._oldest(1)
-            if oldest is None:
-                break
+        for oldest in iter(lambda: self._oldest(1), None):
             oldest.wait()
         self.check()
 
@@ -377,6 +374,8 @@ class ReliableStream:
     def _break_off(self) -> None:
         """An answer is late: whatever holds it up, another stream may get it."""
         seconds = self._policy.reply_timeout_seconds
+        if self._transport.has_held(seconds):
+            return
         self._why = StreamBrokenError(f"the cloud did not answer within {seconds:g} s")
         if self._stream is not None:
             self._stream.cancel()

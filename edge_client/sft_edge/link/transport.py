@@ -88,6 +88,15 @@ class Transport(ABC):
         an earlier call has brought is not there."""
         return False
 
+    def check_room(self, total_bytes: int) -> None:
+        """Before so many bytes are uploaded. Raises UsageError where the run may not move them."""
+        return
+
+    def has_held(self, seconds: float) -> bool:
+        """Whether something that was to be sent had to wait here within so many seconds, as the link is not to be used
+        faster: an answer that is late then says nothing."""
+        return False
+
     @abstractmethod
     def renew(self) -> None:
         """What was known of the way is forgotten: the next call dials anew, with names looked up and files of secrets

@@ -1,5 +1,6 @@
 """Every option of every command. Imports nothing heavy, so that `--help` is quick."""
 
+from sft_edge.options.budget import BudgetOptions
 from sft_edge.options.commands import (
     AttachOptions,
     CompareOptions,
@@ -35,6 +36,7 @@ __all__ = [
     "TRAIN_OPTIONS",
     "AttachOptions",
     "CompareOptions",
+    "BudgetOptions",
     "CutOptions",
     "DataOptions",
     "DemoOptions",

@@ -17,6 +17,7 @@ from sft.cli.options import above_zero, at_least
 from sft.errors import CutError, UsageError
 from sft.files.names import is_utf8
 from sft.files.room import nearest_existing
+from sft_edge.options.budget import BudgetOptions
 from sft_edge.options.link import LinkOptions
 from sft_edge.options.lora import LoraOptions
 from sft_edge.options.optimizer import OptimizerOptions
@@ -279,13 +280,20 @@ class RunOptions(NamedTuple):
     lora: LoraOptions
     logging: LoggingOptions
     link: LinkOptions
+    budget: BudgetOptions
 
 
 TRAIN_OPTIONS = tuple(get_type_hints(RunOptions).values())
 """What it takes, in the order of its help."""
 
 
-def check_together(cut: CutOptions, link: LinkOptions, training: TrainingOptions, lora: LoraOptions) -> None:
+def check_together(
+    cut: CutOptions,
+    link: LinkOptions,
+    training: TrainingOptions,
+    lora: LoraOptions,
+    budget: BudgetOptions = BudgetOptions(),  # noqa: B008  # nobody changes it
+) -> None:
     """Raises UsageError where options of the link would do nothing, as there is none, or cannot be left, and where
     adapters are asked for of a half that is not trained.
     """
@@ -298,8 +306,13 @@ def check_together(cut: CutOptions, link: LinkOptions, training: TrainingOptions
         raise UsageError("--detach needs labels that travel: with --labels local every step needs the edge")
     if training.detach and link.server is None:
         raise UsageError("--detach needs --server: a cloud that is started for the run ends with it")
+    if training.detach and budget.data_cap is not None:
+        raise UsageError("--detach does not go with --data-cap: what an edge that has left will fetch is not known yet")
     if cut.mode != "local":
         return
+    for option, value in (("--data-cap", budget.data_cap), ("--max-mbit", budget.max_mbit)):
+        if value is not None:
+            raise UsageError(f"{option} {value} needs --mode sft, sl or frozen: one process has no wire")
     if link.server is not None:
         raise UsageError(f"--server {link.server} needs --mode sft, sl or frozen: one process has no cloud")
     if link.labels == "local":

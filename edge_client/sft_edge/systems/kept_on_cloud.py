@@ -53,6 +53,12 @@ class KeptOnCloud:
         self._on_status = on_status
         self._numbers: Dict[bytes, int] = {}  # in the order of the numbers, which is from 1 on
         self._is_full = False
+        self._lacks = False
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the cloud holds everything that was sent in the run."""
+        return not (self._is_full or self._lacks)
 
     def activation(self, net_1: Net1, batch: Batch, is_evaluation: bool = False) -> Activation:
         """Of a batch, without dropout and gradient, with the rows that the cloud lacks alone.
@@ -93,6 +99,7 @@ class KeptOnCloud:
             self._kept = known
         if self._kept > known:
             raise CheckpointError(f"the cloud holds {self._kept} sequences of this run, where {known} were sent")
+        self._lacks = self._kept < known
         keys = state[_SEQUENCES].numpy().tobytes()
         places = range(0, KEY_BYTES * self._kept, KEY_BYTES)
         self._numbers = {keys[at : at + KEY_BYTES]: number for number, at in enumerate(places, 1)}

@@ -17,7 +17,7 @@ from sft.models.weights import fill
 from sft.optim.spec import make_optimizer
 from sft.v1 import split_training_pb2 as pb
 from sft.wire.codec.elements import codecs_named
-from sft_edge.link import Left, Link, retry_policy_of, transport_of
+from sft_edge.link import Left, Link, Meter, retry_policy_of, transport_of
 from sft_edge.model_files import Source
 from sft_edge.options import CutOptions, LinkOptions, RunOptions
 from sft_edge.systems.cloud_process import CloudProcess
@@ -58,6 +58,7 @@ def open_system(
     keep_key: bytes = b"",
     tables: Optional[Mapping[str, Tensor]] = None,
     left: Optional[Tuple[Left, int]] = None,
+    meter: Optional[Meter] = None,
 ) -> Iterator[System]:
     """The system for the block; the session, and a cloud that was started for it, end with the block.
 
@@ -65,7 +66,7 @@ def open_system(
     for; `run_id`: whose checkpoints are saved, if any are; `resume_from`: those of which it may go on, see
     `halve`; `checkpoint_store`: where a cloud that is started for it keeps its halves; `on_link`, `keep_in` and `left`
     as `open_split_system` has them; `keep_key`: with which the cloud is to keep activations, if it is; `tables`: of a
-    codec that was fitted earlier in the run.
+    codec that was fitted earlier in the run; `meter`: counts what crosses.
 
     Raises what building, connecting and opening a session raise: CutError, CheckpointError, UsageError, LinkError.
     """
@@ -99,9 +100,18 @@ def open_system(
             tables=tables,
         )
         start.request.keep_key = keep_key
-        transport, policy = transport_of(address, options.link), retry_policy_of(options.link)
+        transport, policy = transport_of(address, options.link, meter), retry_policy_of(options.link)
         system = open_split_system(
-            start, device, transport, policy, on_status, options.link.labels, on_link, keep_in, left
+            start,
+            device,
+            transport,
+            policy,
+            on_status,
+            options.link.labels,
+            on_link,
+            keep_in,
+            left,
+            expects=lambda result_bytes: None if meter is None else meter.expect(result_bytes),
         )
         del start  # what the blobs read from may be half a model
         with system.link, contextlib.ExitStack() as stack:

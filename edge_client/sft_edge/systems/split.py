@@ -39,6 +39,9 @@ _KEEPS_NONE = "the cloud keeps no activations (an older release, or --max-kept-b
 _MOST_ASKED_BYTES = 256 << 20
 """Of logits that a cloud has to remember for an edge that is away; it remembers four times as much of all answers."""
 
+_TENSOR_HEADER_BYTES = 256
+"""In a file, of what a tensor is."""
+
 _LEAVES = 4
 """Times the model's size, of the disk that activations are kept on: the result, and a checkpoint with Adam's states."""
 
@@ -160,6 +163,11 @@ class SplitSystem(System):
     def keeps_activations(self) -> bool:
         """See System."""
         return self.kept is not None and not self.kept.on_cloud
+
+    @property
+    def sends_rows_once(self) -> bool:
+        """See System."""
+        return isinstance(self.kept, KeptOnCloud) and self.kept.is_whole
 
     def prepare(self, batch: Batch) -> None:
         """See System."""
@@ -338,14 +346,17 @@ def open_split_system(
     on_link: Callable[[Link], None] = lambda link: None,
     keep_in: Optional[Path] = None,
     left: Optional[Tuple[Left, int]] = None,
+    expects: Callable[[int], None] = lambda result_bytes: None,
 ) -> SplitSystem:
     """Fills net_1 on `device`, and opens a session in which the cloud fills net_2. `start` is used up.
 
     The edge never holds net_2: what the cloud lacks of it is copied from the checkpoint one tensor at a time. `labels`
     as SplitSystem has it; `on_link` gets the link before it is opened, which may take a while; `keep_in`: the file of a
     frozen edge's activations; `left`: no session is opened, but one gone on with as it was left after so many steps.
-    Raises UsageError, and what opening a link raises.
+    `expects` is told, before anything is sent, how many bytes of the result will have to come, and may raise. Raises
+    UsageError, and what opening a link raises.
     """
+    expects(sum(_TENSOR_HEADER_BYTES + 4 * math.prod(shape) for shape in start.cloud_shapes.values()))
     optimizer = start.start_edge(device)
     codecs = start.agree_on_codecs(device, on_status)
     link = Link(transport, start.request, start.blobs, policy, on_status)

@@ -40,6 +40,11 @@ class System(ABC):
         """Whether what `forward_backward` computes of a batch once is kept for all epochs: see `prepare`."""
         return False
 
+    @property
+    def sends_rows_once(self) -> bool:
+        """Whether the cloud keeps what the first epoch sends of each sequence, so that it does not cross again."""
+        return False
+
     def prepare(self, batch: Batch) -> None:
         """Has what is kept of a batch be there, as if it had been trained on."""
         del batch

@@ -306,6 +306,21 @@ class TrainingLoop:
         if self._is_evaluated_after(step):
             self.evaluate()
 
+    @property
+    def evaluates_next(self) -> bool:
+        """Whether an evaluation is made before the run is between two steps again."""
+        steps = self.state.global_step
+        ended_epoch = steps > 0 and steps % self.steps_per_epoch == 0
+        return (ended_epoch and self._training.eval_strategy == "epoch") or self._is_evaluated_after(steps + 1)
+
+    def evaluations_in(self, steps: int) -> int:
+        """How many are made in so many steps, but that at the end of the run."""
+        if self._training.eval_strategy == "no":
+            return 0
+        by_steps = self._training.eval_strategy == "steps"
+        every = self._training.eval_steps or self.state.logging_steps if by_steps else self.steps_per_epoch
+        return (steps - (steps == self.state.max_steps)) // every
+
     def _is_evaluated_after(self, step: int) -> bool:
         every = self._training.eval_steps or self.state.logging_steps
         return self._training.eval_strategy == "steps" and step % every == 0 and step != self.state.max_steps

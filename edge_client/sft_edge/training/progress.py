@@ -58,6 +58,10 @@ class Progress:
         """Writes an entry of the log history, such as the result of an evaluation."""
         self._line("  ".join(f"{name} {format_value(value)}" for name, value in values.items()))
 
+    def note(self, text: str) -> None:
+        """Writes a line that stays, about the whole run."""
+        self._line(text)
+
     def status(self, text: str) -> None:
         """Tells what the run is about beside steps, such as `evaluating`; an empty text ends it."""
         if text:

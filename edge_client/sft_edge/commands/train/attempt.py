@@ -17,6 +17,7 @@ from sft.cli.run import explained
 from sft.errors import LinkError, NonFiniteLossError, ProtocolError, SessionLostError, SFTError, StorageError
 from sft.tensors.stream import in_memory, safetensors_chunks
 from sft_edge.checkpoints import Checkpointing, Stopped
+from sft_edge.commands.train.budget import Budget, CapReached
 from sft_edge.commands.train.job import Job, description_of
 from sft_edge.files import write_file, write_json
 from sft_edge.link import TRANSIENT
@@ -44,6 +45,7 @@ class Attempt:
     loop: TrainingLoop
     progress: Progress
     checkpointing: Checkpointing
+    budget: Budget
 
     @property
     def steps(self) -> int:
@@ -68,13 +70,17 @@ class Attempt:
         self.progress.stop()
         print_report(self.system.ledger, results)
         sys.stdout.write(f"saved in {self.output_dir}\n")
+        if self.budget.has_ended:
+            sys.stdout.write(f"{self.budget.farewell(self.loop)}\n")
         return results
 
     def _train(self) -> Dict[str, float]:
         """Gives the last evaluation."""
         try:
-            self.loop.run()
-            return self.loop.evaluate()
+            if not self.budget.has_ended:  # in a session that was lost on the way home
+                with contextlib.suppress(CapReached):
+                    self.loop.run()
+            return self.loop.evaluate() if self.budget.fits_evaluation() else {}
         except (Stopped, SessionLostError, *TRANSIENT):
             raise
         except (KeyboardInterrupt, SystemExit, Exception) as error:
@@ -175,7 +181,7 @@ class Attempt:
         )
 
     def _save_results(self, directory: Path, evaluation: Dict[str, float]) -> Dict[str, Any]:
-        results = {**self._results(evaluation), **self.checkpointing.counts}
+        results = {**self._results(evaluation), **self.budget.results(), **self.checkpointing.counts}
         write_file(directory / "README.md", [model_card(description_of(self.options, self.job), results).encode()])
         write_file(directory / "ledger.csv", ledger_lines(self.system.ledger))
         write_json(directory / "all_results.json", results)

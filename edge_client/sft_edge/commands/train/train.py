@@ -21,6 +21,7 @@ from sft.v1 import split_training_pb2 as pb
 from sft.wire.codec.elements import FITTED
 from sft_edge.checkpoints import Checkpointing, Stopped, keep_key_of, likeness, read_codec_tables
 from sft_edge.commands.train.attempt import Attempt
+from sft_edge.commands.train.budget import Budget
 from sft_edge.commands.train.job import Job, try_end
 from sft_edge.commands.train.leaving import Detached, Leaving, LeftRun, check_not_left, forget_left
 from sft_edge.commands.train.start import open_start
@@ -79,10 +80,13 @@ class TrainingRun:
             terminated = stack.enter_context(terminations_noted())
             same = likeness(options, job.source, job.features)
             checkpointing = Checkpointing(self.output_dir, options.training, same, progress, terminated)
+            budget = Budget(options, self.output_dir, job, progress)
             stack.enter_context(checkpointing)
             try_end(job, options, self.output_dir)
+            budget.begin(checkpointing.run_id)
+            stack.callback(budget.write, checkpointing)
             try:
-                return self._with_recovery(job, progress, checkpointing, terminated)
+                return self._with_recovery(job, progress, checkpointing, terminated, budget)
             except Stopped as stopped:
                 progress.stop()
                 sys.stdout.write(self._farewell(stopped) + "\n")
@@ -121,7 +125,7 @@ class TrainingRun:
         )
 
     def _with_recovery(
-        self, job: Job, progress: Progress, checkpointing: Checkpointing, terminated: Termination
+        self, job: Job, progress: Progress, checkpointing: Checkpointing, terminated: Termination, budget: Budget
     ) -> Dict[str, Any]:
         """Attempts, each with a session of its own, until one gets to the end."""
         link = self.options.link
@@ -136,12 +140,13 @@ class TrainingRun:
             checkpointing.after_step(loop)
             if leaving is not None:
                 leaving.after_step(loop)
+            budget.after_step(loop, checkpointing)
 
         while True:
             attempt: Optional[Attempt] = None
             try:
                 with ExitStack() as stack:
-                    attempt = self._begin(stack, job, progress, checkpointing, terminated, after_step)
+                    attempt = self._begin(stack, job, progress, checkpointing, terminated, budget, after_step)
                     results = attempt.run()
                 with contextlib.suppress(OSError, StorageError):
                     if is_ours(self.output_dir / ACTIVATIONS):  # those of a run that was given up, too
@@ -173,6 +178,7 @@ class TrainingRun:
         progress: Progress,
         checkpointing: Checkpointing,
         terminated: Termination,
+        budget: Budget,
         after_step: Callable[[TrainingLoop], None],
     ) -> Attempt:
         """Opens a session, and what else ends with `stack`; the loop is where the run goes on."""
@@ -207,6 +213,7 @@ class TrainingRun:
                 keep_key=keep_key,
                 tables=self._codec_tables,
                 left=None if self._left is None else (self._left.left, self._left.step),
+                meter=budget.meter,
             )
         )
         self._codec_tables = system.codec_tables
@@ -225,11 +232,16 @@ class TrainingRun:
             lambda step: evaluate(system, job.task, job.validation, batch_size, step),
             report,
             after_step,
-            lambda steps: checkpointing.is_due(steps, system) or (detach and steps % loop.steps_per_epoch == 0),
+            lambda steps: (
+                checkpointing.is_due(steps, system)
+                or (detach and steps % loop.steps_per_epoch == 0)
+                or budget.pauses_after(steps, loop)
+            ),
             lambda step: ask(system, job.task, job.validation, batch_size, step),
         )
         checkpointing.begin(system, loop, chosen)
-        return Attempt(options, self.output_dir, job, system, loop, progress, checkpointing)
+        budget.opened(loop)
+        return Attempt(options, self.output_dir, job, system, loop, progress, checkpointing, budget)
 
     def _kept_activations(self) -> Optional[Path]:
         """The file of a frozen edge's activations, if any are kept. Raises UsageError where it is somebody else's."""
