@@ -152,12 +152,13 @@ def of_lightning(script: Script, directory: str) -> Any:
 
 def cross_encoder(script: Script, directory: str) -> Any:
     """sentence-transformers' own trainer and `save_pretrained`."""
+    script.rate = 5 * RATE
     set_seed(0)
     encoder = CrossEncoder(script.place, num_labels=2, device="cpu")
     texts, labels = zip(*script.train, strict=True)
     rows = Dataset.from_dict({"one": list(texts), "other": [SECOND] * len(texts), "label": list(labels)})
     with tempfile.TemporaryDirectory() as place:
-        settings = CrossEncoderTrainingArguments(place, **script.settings(learning_rate=RATE))
+        settings = CrossEncoderTrainingArguments(place, **script.settings(learning_rate=script.rate))
         own = CrossEncoderTrainer(encoder, settings, rows, loss=CrossEntropyLoss(encoder))
         own.create_optimizer()
         own.optimizer = script.cut(encoder.model, own.optimizer)

@@ -118,7 +118,7 @@ def test_the_options_of_train_are_frozen(capsys):
         parse(TRAIN_OPTIONS, ["--help"], "sft-edge train")
     text = " " + " ".join(capsys.readouterr().out.split("message and exit", 1)[1].split())
     lines = []
-    for part in re.split(r"(?= --[a-z0-9-]+ (?:\[|\{|N|X|TEXT|TIME|PATH|JSON))", text)[1:]:
+    for part in re.split(r"(?= --[a-z0-9-]+ (?:\[|\{|N|X|SIZE|TEXT|TIME|PATH|JSON))", text)[1:]:
         flag = part.split()[0]
         note = re.search(r"\((?:default: (.*?)|(required))\)(?: |$)", part)
         lines.append(" ".join(filter(None, [flag, note and (note[1] or note[2])])))
