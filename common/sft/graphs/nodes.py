@@ -8,8 +8,6 @@ from typing import Callable, List, Optional, Set
 import torch
 from torch import fx
 
-from sft.graphs.trace import function_of
-
 _ADDITIONS = (operator.add, operator.iadd, torch.add)
 _IN_PLACE = (
     operator.setitem, operator.iadd, operator.iand, operator.ifloordiv, operator.ilshift, operator.imatmul,
@@ -22,6 +20,9 @@ _FRESH = (
     "truediv", "where",
 )  # fmt: skip
 """What gives memory of its own, as losses do."""
+
+_DRAWS = ("bernoulli", "dropout", "exponential", "multinomial", "normal", "poisson", "rand", "uniform")
+"""In the names of functions that give something else each time."""
 
 _SIZES = ("dim", "numel", "size", "stride")
 
@@ -78,6 +79,16 @@ def is_size(node: fx.Node) -> bool:
     return node.target is getattr
 
 
+def is_of_sizes(node: fx.Node) -> bool:
+    """Whether a value is the same for all tensors of the same sizes."""
+    if node.target is getattr:
+        return node.args[1] in ("device", "dtype", "ndim", "shape")
+    draws = any(part in function_of(node) for part in _DRAWS)
+    if node.op not in ("call_function", "call_method") or draws:
+        return False
+    return is_size(node) or all(map(is_of_sizes, node.all_input_nodes))
+
+
 def asserts(node: fx.Node) -> bool:
     """Whether a node is there for what it raises."""
     return node.op == "call_function" and node.target is torch._assert
@@ -91,3 +102,19 @@ def ancestors(node: fx.Node) -> Set[fx.Node]:
 def where(node: fx.Node) -> str:
     """A place of the model, in words."""
     return f"'{node.target}'" if node.op == "call_module" else f"'{node.name}' ({function_of(node)})"
+
+
+def describe(node: fx.Node) -> str:
+    """A value, in words."""
+    if node.op == "placeholder":
+        return f"the input '{node.target}'"
+    if node.op == "call_module":
+        return f"the output of '{node.target}'"
+    return f"'{node.name}' ({function_of(node)})"
+
+
+def function_of(node: fx.Node) -> str:
+    """What a node calls."""
+    if node.op == "call_method":
+        return f"Tensor.{node.target}"
+    return str(getattr(node.target, "__name__", node.target))

@@ -18,8 +18,20 @@ from torch import fx, nn
 
 from sft.errors import CutError
 from sft.graphs.half import Half, make_half
-from sft.graphs.nodes import ancestors, asserts, changes, is_addition, is_fresh, is_in_place, is_size, needed, where
-from sft.graphs.trace import Traced, describe, function_of
+from sft.graphs.nodes import (
+    ancestors,
+    asserts,
+    changes,
+    describe,
+    function_of,
+    is_addition,
+    is_fresh,
+    is_in_place,
+    is_size,
+    needed,
+    where,
+)
+from sft.graphs.trace import Traced
 
 _KEEPING_FUNCTIONS = (
     nn.functional.dropout, nn.functional.alpha_dropout, torch.dropout, torch.flatten, torch.permute, torch.reshape,

@@ -25,6 +25,8 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sft.errors import CutError
+from sft.graphs.nodes import describe, is_of_sizes
+from sft.graphs.plain import PLAIN
 
 _FACTORIES = ("arange", "empty", "full", "linspace", "ones", "rand", "randn", "zeros")
 """Functions of torch whose arguments may be sizes of the input; older releases do not trace them by themselves."""
@@ -102,17 +104,20 @@ class Inputs:
 def trace(model: nn.Module, layer_name: str, inputs: Inputs, given: FrozenSet[str]) -> Traced:
     """Traces a model twice, in training and in evaluation. It is left as it was. Raises CutError."""
     on_the_way = _modules_on_the_way(model, layer_name)
-    before, flags = set(model.__dict__), [module.training for module in on_the_way]
+    before = [dict(vars(module)) for module in on_the_way]
     graphs, constants = {}, {}
     try:
         for training in (True, False):
             for module in on_the_way:
                 module.training = training
             graphs[training] = _trace(model, on_the_way, inputs, given, layer_name)
+            _forget(on_the_way, before)
     finally:
-        for module, flag in zip(on_the_way, flags):
-            module.training = flag
-        made = {name: model.__dict__.pop(name) for name in set(model.__dict__) - before}
+        made = {name: value for name, value in vars(model).items() if name not in before[0]}
+        for module, attributes in zip(on_the_way, before):
+            for name in vars(module).keys() - attributes.keys():
+                del vars(module)[name]
+            vars(module).update(attributes)
     tensors = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
     for node in (node for graph in graphs.values() for node in graph.nodes):
         if node.op == "get_attr" and node.target not in tensors:
@@ -121,6 +126,26 @@ def trace(model: nn.Module, layer_name: str, inputs: Inputs, given: FrozenSet[st
             node.target = _constant_name(tensor)
             constants[node.target] = tensor
     return Traced(graphs, constants)
+
+
+def _forget(on_the_way: Sequence[nn.Module], before: Sequence[Mapping[str, Any]]) -> None:
+    """Takes back what a forward method has kept in attributes, such as a mask for the next call, which has to find what
+    this one has found. Raises CutError for what is computed from more than sizes: halves keep nothing.
+    """
+    for module, attributes in zip(on_the_way, before):
+        for name, value in list(vars(module).items()):
+            if name in attributes and value is attributes[name]:
+                continue
+            kept = _proxies(value)
+            if not all(is_of_sizes(proxy.node) for proxy in kept):
+                raise CutError(
+                    f"the forward method of {type(module).__name__} keeps what it computes in its attribute '{name}', "
+                    "which a model that is cut would lose: return it, or keep it in a module that does not contain the "
+                    "layer"
+                )
+            if kept:
+                del vars(module)[name]
+        vars(module).update(attributes)
 
 
 def _trace(
@@ -163,39 +188,6 @@ class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise ValueError(_DRAWS)
         return func(*args, **(kwargs or {}))
-
-
-def _encoder_layer(
-    layer: Any,
-    src: Tensor,
-    src_mask: Optional[Tensor] = None,
-    src_key_padding_mask: Optional[Tensor] = None,
-    is_causal: bool = False,
-) -> Tensor:
-    """`nn.TransformerEncoderLayer` by the book."""
-    x = src
-    if layer.norm_first:
-        x = x + layer._sa_block(layer.norm1(x), src_mask, src_key_padding_mask, is_causal=False)
-        return x + layer._ff_block(layer.norm2(x))  # type: ignore[no-any-return]
-    x = layer.norm1(x + layer._sa_block(x, src_mask, src_key_padding_mask, is_causal=False))
-    return layer.norm2(x + layer._ff_block(x))  # type: ignore[no-any-return]
-
-
-def _encoder(
-    encoder: Any,
-    src: Tensor,
-    mask: Optional[Tensor] = None,
-    src_key_padding_mask: Optional[Tensor] = None,
-    is_causal: Optional[bool] = None,
-) -> Tensor:
-    """`nn.TransformerEncoder` by the book. `is_causal` is but a hint about the mask."""
-    x = src
-    for layer in encoder.layers:
-        x = layer(x, src_mask=mask, src_key_padding_mask=src_key_padding_mask)
-    return x if encoder.norm is None else encoder.norm(x)
-
-
-_PLAIN: Dict[type, Callable[..., Any]] = {nn.TransformerEncoderLayer: _encoder_layer, nn.TransformerEncoder: _encoder}
 
 
 def _in_place(function: Callable[..., Any]) -> Callable[[fx.Proxy, Any], fx.Proxy]:
@@ -280,7 +272,7 @@ class _Tracer(fx.Tracer):
             return forward(*args, **kwargs)
         if id(m) not in self._known and not any(True for _ in m.parameters()):
             return forward(*args, **kwargs)  # made in a forward method, as losses often are
-        plain = None if has_hooks(m) else _PLAIN.get(type(m))
+        plain = None if has_hooks(m) else PLAIN.get(type(m))
         if plain is not None and id(m) in self._open:
             return plain(m, *args, **kwargs)
         return super().call_module(m, forward, args, kwargs)
@@ -289,7 +281,7 @@ class _Tracer(fx.Tracer):
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> Tuple[Any, List[Any]]:
         """What is not given keeps its default, where fx would take it for a tensor."""
-        root_fn = self._inputs.forward or _PLAIN.get(type(self.root), root_fn)
+        root_fn = self._inputs.forward or PLAIN.get(type(self.root), root_fn)
         names = [*self._inputs.required, *(name for name in self._inputs.defaults if name in self._given)]
         fixed = {name: value for name, value in self._inputs.defaults.items() if name not in self._given}
 
@@ -338,13 +330,19 @@ def _traceable_factories() -> Iterator[None]:
 
 def _traceable(factory: Callable[..., Any]) -> Callable[..., Any]:
     def traced(*args: Any, **kwargs: Any) -> Any:
-        proxies: List[Any] = []
-        fx.node.map_aggregate((args, kwargs), lambda one: proxies.append(one) if isinstance(one, fx.Proxy) else None)
+        proxies = _proxies((args, kwargs))
         if not proxies:
             return factory(*args, **kwargs)
         return proxies[0].tracer.create_proxy("call_function", factory, args, kwargs)
 
     return traced
+
+
+def _proxies(value: Any) -> List[fx.Proxy]:
+    """The stand-ins for tensors in a value."""
+    proxies: List[fx.Proxy] = []
+    fx.node.map_aggregate(value, lambda one: proxies.append(one) if isinstance(one, fx.Proxy) else None)
+    return proxies
 
 
 def attribute_of(model: nn.Module, name: str) -> Any:
@@ -357,22 +355,6 @@ def has_hooks(module: nn.Module) -> bool:
     """Whether something else than its forward method runs when it does, or on the way back."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return any(getattr(module, kind, None) for kind in kinds)
-
-
-def describe(node: fx.Node) -> str:
-    """A value, in words."""
-    if node.op == "placeholder":
-        return f"the input '{node.target}'"
-    if node.op == "call_module":
-        return f"the output of '{node.target}'"
-    return f"'{node.name}' ({function_of(node)})"
-
-
-def function_of(node: fx.Node) -> str:
-    """What a node calls."""
-    if node.op == "call_method":
-        return f"Tensor.{node.target}"
-    return str(getattr(node.target, "__name__", node.target))
 
 
 def _modules_on_the_way(model: nn.Module, layer_name: str) -> List[nn.Module]:
