@@ -151,7 +151,7 @@ class Both(Mean):
 class LastLayers(Mean):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
         output = self.encoder(input_ids, attention_mask, output_hidden_states=True)
-        return self.classifier(torch.cat(output.hidden_states[-2:], -1)[:, 0])
+        return self.classifier((output.hidden_states[-2] + output.hidden_states[-1])[:, 0])
 
 
 class Whatever(Mean):
