@@ -89,7 +89,7 @@ class BodyHalf(GraphHalf):
         if padded_tokens > MAX_PADDED_TOKENS:
             raise ProtocolError(f"a batch of {padded_tokens} padded tokens is too large; at most {MAX_PADDED_TOKENS}")
         given = decode_activation(activation, self._width, self._longest, self.device, self.codes)
-        return Given(*given, variant=activation.variant)
+        return self._asked(Given(*given), activation)
 
     def outputs(self, given: Given) -> Tensor:
         """See UpperHalf. Raises ProtocolError where what the model does with hidden states reads those of padding."""

@@ -24,7 +24,7 @@ from sft.tensors.stream import StoredTensor, in_memory
 from sft.wire.codec.packing import pack
 from sft.wire.cut import body_cut_to_proto
 from sft_edge.script.arguments import calibration_batch, read_call
-from sft_edge.script.cut_model import Cross, CutModel
+from sft_edge.script.cut_model import Cross, CutModel, other_modes
 from sft_edge.script.forward import replace_forward
 from sft_edge.script.saving import follow_body, follow_modules
 
@@ -99,7 +99,10 @@ class BodyModel(CutModel):
             _log.warning("'%s' is in half precision: both halves train it in float32", self._around.body_name)
         modules = dict(self._model.named_children())
         dimension = embedding_dimension(self._model) if is_sentence_model(self._model) else 0
+        upper = self._around.upper_modules()
         self._around.keep_net_1()
+        left = set(map(id, self._model.modules()))
+        self._upper = {name: module for name, module in upper.items() if id(module) in left}
         for factor in self._edge_factors:
             parent, _, child = factor.name.rpartition(".")
             module = self._model.get_submodule(parent)
@@ -141,7 +144,10 @@ class BodyModel(CutModel):
                 f"'{self._around.body_name}' and the module around it are not both in train() or eval() mode, and the "
                 "cloud's follow the latter: set the dropout of the former to 0 in its config instead"
             )
-        outputs = cross(pack(a_BSR, lengths), lengths, a_BSR.shape[1], training=training, variant=variant).outputs
+        others = other_modes(self._upper, training)
+        outputs = cross(
+            pack(a_BSR, lengths), lengths, a_BSR.shape[1], training=training, variant=variant, other_mode=others
+        ).outputs
         assert outputs is not None  # labels stay
         return outputs
 

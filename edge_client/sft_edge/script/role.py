@@ -77,6 +77,7 @@ class EdgeRole(Role):
         before = list(model.parameters())
         try:
             self._cross = LinkCross(link, codecs, next(model.parameters()).device, seed)
+            self._cross.takes_modes = self._opened.takes_modes
             parameters = cut_model.install(self._cross)
             model.register_parameter(PARAMETER_NAME, self._cross.gradients.parameter)
             groups.swap(parameters, self._cross.gradients.parameter)
