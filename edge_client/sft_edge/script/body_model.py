@@ -24,6 +24,7 @@ from sft.tensors.stream import StoredTensor, in_memory
 from sft.wire.codec.packing import pack
 from sft.wire.cut import body_cut_to_proto
 from sft_edge.script.arguments import calibration_batch, read_call
+from sft_edge.script.block_modes import BlockModes
 from sft_edge.script.cut_model import Cross, CutModel, other_modes
 from sft_edge.script.forward import replace_forward
 from sft_edge.script.saving import follow_body, follow_modules
@@ -65,7 +66,6 @@ class BodyModel(CutModel):
         names = {f"{self._around.body_name}.{name}": p for name, p in net_2.whole_parameters().items()}
         self.frozen_names: Sequence[str] = [name for name, p in names.items() if not p.requires_grad]
         self.cloud_names = sorted({*names, *self._around.upper_names}.difference(self.frozen_names))
-        self._draws = any("drop" in name and bool(value) for name, value in self._config.to_dict().items())
         own, w = layer_to_cut(body, cut)
         layer = self._layer_name = f"{self._around.body_name}.{own}"
         self.factor_names: Mapping[str, Sequence[str]] = {}
@@ -94,6 +94,7 @@ class BodyModel(CutModel):
         device = next(body.parameters()).device
         is_half = any(parameter.dtype != torch.float32 for parameter in body.parameters())
         net_1 = cut_live(body, self._head, self._cut)
+        self._modes = BlockModes(body, self._around.body_name, self._cut)
         if is_half:
             renew_buffers(net_1)
             _log.warning("'%s' is in half precision: both halves train it in float32", self._around.body_name)
@@ -139,11 +140,7 @@ class BodyModel(CutModel):
             raise UsageError("a model of your own finds its tokens where it expects them: pad on the right")
         a_BSR = net_1(inputs, lengths)
         training = self._model.training
-        if self._around.body.training is not training and self._draws:
-            raise UsageError(
-                f"'{self._around.body_name}' and the module around it are not both in train() or eval() mode, and the "
-                "cloud's follow the latter: set the dropout of the former to 0 in its config instead"
-            )
+        self._modes.check(training)
         others = other_modes(self._upper, training)
         outputs = cross(
             pack(a_BSR, lengths), lengths, a_BSR.shape[1], training=training, variant=variant, other_mode=others
