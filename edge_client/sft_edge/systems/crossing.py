@@ -157,8 +157,8 @@ class Crossing:
         self._pending = self._link.backward(self._step, self.micro_batch, gradient)
 
     def gradient(self) -> Optional[Tensor]:
-        """By the activation, of its shape, float32, on its device; None where none was wanted."""
-        if self._is_frozen:
+        """By the activation, of its shape, float32, on its device; None where none was wanted, or there is none."""
+        if self._is_frozen or self.wait().result.no_gradient:
             return None
         message = self.wait().result.packed_gradient
         if message.data_type != self._gradient_codec:
