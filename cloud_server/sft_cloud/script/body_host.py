@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sft.batch import attention_mask
 from sft.errors import ProtocolError, UsageError
 from sft.graphs.body import BodyCut, cut_around, find_body
+from sft.graphs.wrappers import never_compiled
 from sft.models import Cut, Net2, body_of, max_positions
 from sft.models.seeding import undisturbed
 from sft.v1 import split_training_pb2 as pb
@@ -49,7 +50,7 @@ class BodyHost(HostedModel):
         self.factors = {prefix + name: parameter for name, parameter in hosted.factors.items()}
         self.tensors.update({prefix + name: tensor for name, tensor in hosted.tensors.items()})
         self._shared = {prefix + name for name in hosted.shared_names}
-        model.forward = _Forward(model, self._around, hosted.net_2)
+        model.forward = never_compiled(_Forward(model, self._around, hosted.net_2))
 
     def make_half(self, request: pb.OpenSessionRequest) -> UpperHalf:
         """See HostedModel."""

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_flatten
 from sft.errors import CutError, ProtocolError, SFTError, UsageError
 from sft.graphs.cut import GraphCut, cut
 from sft.graphs.variants import Variants
+from sft.graphs.wrappers import never_compiled
 from sft.tensors.stream import StoredTensor, in_memory
 from sft.v1 import split_training_pb2 as pb
 from sft.wire.codec.elements import MAX_DIMENSIONS, codecs_of, decode_tensor, encode_tensor
@@ -49,7 +50,7 @@ class GraphHost(HostedModel):
             for factor, linear in named.items()
             for own, parameter in linear.named_parameters()
         }
-        model.forward = self._cut.run_net_2
+        model.forward = never_compiled(self._cut.run_net_2)
 
     def make_half(self, request: pb.OpenSessionRequest) -> UpperHalf:
         """See HostedModel."""
