@@ -164,6 +164,8 @@ class _Inputs(Inputs):
 class _Splitter(Splitter):
     """One graph around the body."""
 
+    _advice = "have the forward method call it once, for one text; call the model for each, and join that in the loop"
+
     def __init__(self, model: nn.Module, graph: fx.Graph, layer_name: str) -> None:
         super().__init__(model, _by_name(model, graph, layer_name), layer_name)
         for node in graph.nodes:

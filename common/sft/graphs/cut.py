@@ -96,10 +96,9 @@ class GraphCut(Variants):
         return tensors_named(self.model, self.upper_names)
 
     def keep_net_1(self) -> nn.Linear:
-        """Takes from the model what is net_2's, in place: of its modules the modes stay. Returns FFN-1, which stands where
-        the layer was, unset.
+        """Takes from the model what is net_2's, in place. Returns FFN-1, which stands where the layer was, unset.
 
-        What neither half needs stays, too.
+        What neither half needs stays, too, and so do the modes of net_2's modules.
         """
         linear = self._factor(self.layer.in_features, self.split_rank, self.layer.weight)
         untie(self.model, self.tied)
@@ -159,9 +158,7 @@ def cut(model: nn.Module, layer_name: str, split_rank: int) -> GraphCut:
     names -= {f"{layer_name}.{own}" for own, _ in layer.named_parameters()}
     for one in tied:
         names = {*names.difference(one.names), one.upper[0]}
-    return GraphCut(
-        **vars(found), split_rank=split_rank, tied=tuple(tied), upper_names=frozenset(names)
-    )
+    return GraphCut(**vars(found), split_rank=split_rank, tied=tuple(tied), upper_names=frozenset(names))
 
 
 def _check_layer(model: nn.Module, name: str, split_rank: int) -> nn.Linear:
