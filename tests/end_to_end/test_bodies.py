@@ -138,6 +138,19 @@ def test_without_a_mask_and_with_the_pooler() -> None:
         assert_same_state(model, whole)
 
 
+def test_a_norm_above_the_body_whose_statistics_rest() -> None:
+    def call(model: Any, *batch: Tensor) -> Any:
+        model.norm.eval()
+        return of_mean(model, *batch)
+
+    whole = one_machine(made(Mean))
+    expected = train(whole, adamw(whole), call)
+    model = made(Mean)
+    with host(made(Mean)) as cloud, wrap(model, cloud) as optimizer:
+        assert_close(train(model, optimizer, call), expected)
+        assert_same_state(model, whole)
+
+
 def test_a_low_rank_residual_and_a_code() -> None:
     calibration = [{"input_ids": ids, "attention_mask": mask} for ids, mask, _, _ in batches(2)]
     options = {"residual": "low-rank", "calibration": calibration}

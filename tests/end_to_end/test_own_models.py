@@ -85,12 +85,15 @@ def test_a_model_that_is_compiled_runs_uncompiled(when: str) -> None:
     told = []
     for compiles in (False, True):
         model = calls = seeded()
+        upper = seeded()
         if compiles and when == "before":
             calls = torch.compile(model, backend="eager")
-        with host(seeded()) as cloud, wrap(calls, cloud) as optimizer:
+            upper = torch.compile(upper, backend="eager")
+        with host(upper) as cloud, wrap(calls, cloud) as optimizer:
             if compiles and when == "after":
                 calls = torch.compile(model, backend="eager")
             told.append(train(calls, optimizer, last=2))
+        assert upper(torch.ones(B, S, RANK)).shape == (B, 1, V), "afterwards, too"
     assert_close(*told)
 
 
@@ -247,3 +250,94 @@ def test_a_loss_of_what_stayed_on_the_edge_alone() -> None:
         model(x)[1].sum().backward()
         with pytest.raises(UsageError, match=r"they were zeroed after the last backward\(\) through it"):
             optimizer.step()
+
+
+class Normed(nn.Module):
+    """Norms on both sides, one dropout that both use, and another in what follows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.low, self.high = nn.Linear(6, 8), nn.Linear(8, 8), nn.BatchNorm1d(8), nn.BatchNorm1d(8)
+        self.drop, self.head = nn.Dropout(0.5), nn.Sequential(nn.Dropout(0.5), nn.Linear(8, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.b(self.drop(self.low(self.a(x))))
+        return self.head(self.drop(self.high(h)))
+
+
+def at_rest(model: Any) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d):
+            module.eval()
+    model.drop.eval()
+    model.head.eval()
+
+
+@pytest.mark.parametrize("when", ["before it is cut", "in the loop"])
+def test_modules_above_the_cut_are_in_the_modes_that_the_script_puts_them_into(when: str) -> None:
+    x = torch.rand(STEPS, B, 6, generator=torch.Generator().manual_seed(1))
+
+    def run(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+        told = []
+        for step in range(STEPS):
+            if when == "in the loop":
+                model.train()
+                at_rest(model)
+            optimizer.zero_grad()
+            y = model(x[step])
+            y.square().sum().backward()
+            optimizer.step()
+            told.append(y.detach())
+        return told
+
+    whole, model = whole_model(seeded(Normed), "b", RANK), seeded(Normed)
+    if when != "in the loop":
+        at_rest(whole)
+        at_rest(model)
+    expected = run(whole, two_groups(whole))
+    with host(seeded(Normed), "b") as cloud, wrap(model, cloud, "b") as optimizer:
+        assert_close(run(model, optimizer), expected)
+        assert_same_state(model, whole)
+        with torch.no_grad():
+            assert model.eval()(x[0]).equal(model(x[0]))
+            model.head.train()  # to see how sure it is
+            assert not model(x[0]).equal(model(x[0]))
+        optimizer._role._cross.takes_modes = False
+        with pytest.raises(UsageError, match=r"'head' is not in the model's mode, .*: update the cloud"):
+            model(x[0])
+
+
+class Detached(nn.Module):
+    """Nothing below learns from the loss; of two heads one a call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.one, self.other = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor, other: Any = None) -> torch.Tensor:
+        h = self.b(self.a(x)).tanh().detach()
+        return self.one(h) if other is None else self.other(h)
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+def test_what_gets_no_gradient_is_left_alone(to_none: bool) -> None:
+    """Neither decayed nor moved by what came before, on either side; with zeros it is, as on one machine."""
+    x = torch.rand(STEPS, B, 6, generator=torch.Generator().manual_seed(1))
+
+    def run(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+        told = []
+        for step in range(STEPS):
+            y = model(x[step]) if step % 2 else model(x[step], other=True)
+            y.square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=to_none)
+            told.append(y.detach())
+        return told
+
+    whole, model = whole_model(seeded(Detached), "b", RANK), seeded(Detached)
+    before = model.a.weight.detach().clone()
+    expected = run(whole, two_groups(whole))
+    with host(seeded(Detached), "b") as cloud, wrap(model, cloud, "b") as optimizer:
+        assert_close(run(model, optimizer), expected)
+        assert_same_state(model, whole)
+        assert model.a.weight.equal(before)

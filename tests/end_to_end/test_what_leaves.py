@@ -214,6 +214,7 @@ def _script(model: Any, address: str) -> None:
 
 def _hosted() -> None:
     model = hosting_script.make_model()
+    model[4].eval()
     with hosting_script.host() as cloud, hosting_script.wrap(model, cloud) as optimizer:
         hosting_script.train(model, optimizer, 1)
     at, data = {"split_at": "body.layers.1.feed.down"}, tokens(1)

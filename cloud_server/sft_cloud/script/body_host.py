@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sft.batch import attention_mask
 from sft.errors import ProtocolError, UsageError
 from sft.graphs.body import BodyCut, cut_around, find_body
+from sft.graphs.wrappers import never_compiled
 from sft.models import Cut, Net2, body_of, max_positions
 from sft.models.seeding import undisturbed
 from sft.v1 import split_training_pb2 as pb
@@ -49,7 +50,7 @@ class BodyHost(HostedModel):
         self.factors = {prefix + name: parameter for name, parameter in hosted.factors.items()}
         self.tensors.update({prefix + name: tensor for name, tensor in hosted.tensors.items()})
         self._shared = {prefix + name for name in hosted.shared_names}
-        model.forward = _Forward(model, self._around, hosted.net_2)
+        model.forward = never_compiled(_Forward(model, self._around, hosted.net_2))
 
     def make_half(self, request: pb.OpenSessionRequest) -> UpperHalf:
         """See HostedModel."""
@@ -89,7 +90,7 @@ class BodyHalf(GraphHalf):
         if padded_tokens > MAX_PADDED_TOKENS:
             raise ProtocolError(f"a batch of {padded_tokens} padded tokens is too large; at most {MAX_PADDED_TOKENS}")
         given = decode_activation(activation, self._width, self._longest, self.device, self.codes)
-        return Given(*given, variant=activation.variant)
+        return self._asked(Given(*given), activation)
 
     def outputs(self, given: Given) -> Tensor:
         """See UpperHalf. Raises ProtocolError where what the model does with hidden states reads those of padding."""

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_flatten
 from sft.errors import CutError, ProtocolError, SFTError, UsageError
 from sft.graphs.cut import GraphCut, cut
 from sft.graphs.variants import Variants
+from sft.graphs.wrappers import never_compiled
 from sft.tensors.stream import StoredTensor, in_memory
 from sft.v1 import split_training_pb2 as pb
 from sft.wire.codec.elements import MAX_DIMENSIONS, codecs_of, decode_tensor, encode_tensor
@@ -49,7 +50,7 @@ class GraphHost(HostedModel):
             for factor, linear in named.items()
             for own, parameter in linear.named_parameters()
         }
-        model.forward = self._cut.run_net_2
+        model.forward = never_compiled(self._cut.run_net_2)
 
     def make_half(self, request: pb.OpenSessionRequest) -> UpperHalf:
         """See HostedModel."""
@@ -69,6 +70,7 @@ class GraphHalf:
         self._width = width
         self._tensors = tensors
         self._gradient_codec = gradient_codec
+        self._upper_modules = graph_cut.upper_modules()
         self._largest: dict[int, int] = {}  # by variant: numbers of the largest activation so far
         self._bytes_per_number: dict[int, float] = {}  # that it took
 
@@ -124,10 +126,12 @@ class GraphHalf:
             raise ProtocolError("the activation of a script's module has no lengths")
         if len(shape) < 2 or shape[-1] != rank or 0 in shape:
             raise ProtocolError(f"the activation has shape {shape}; its last dimension must be the rank, {rank}")
-        return Given(decode_tensor(activation.packed, self.device), [], variant=activation.variant)
+        return self._asked(Given(decode_tensor(activation.packed, self.device), []), activation)
 
     def outputs(self, given: Given) -> Tensor:
         """See UpperHalf. Raises ProtocolError when the model gives something that does not cross."""
+        for name in given.other_mode:
+            self._upper_modules[name].training = not self._cut.model.training
         largest = self._largest.get(given.variant, 0)
         is_largest = torch.is_grad_enabled() and given.a.numel() > largest
         with _Made(self.parameters()) if is_largest else contextlib.nullcontext() as made, blames_model():
@@ -177,6 +181,14 @@ class GraphHalf:
             raise ProtocolError("labels of a script's own model stay on the edge; leave them out")
         if not self._cut.has_variant(activation.variant):
             raise ProtocolError(f"the cloud's model has no variant {activation.variant} of its arguments; {ADVICE}")
+        for name in activation.other_mode:
+            if name not in self._upper_modules:
+                raise ProtocolError(f"the cloud's model has no module '{name[:200]}' above the cut; {ADVICE}")
+
+    @staticmethod
+    def _asked(given: Given, activation: pb.Activation) -> Given:
+        """What `_check_asked` has seen, added."""
+        return given._replace(variant=activation.variant, other_mode=activation.other_mode)
 
 
 @contextlib.contextmanager

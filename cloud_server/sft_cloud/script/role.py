@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from torch import nn
 from sft.client.address import split_address
 from sft.errors import LinkError, SessionLostError, UsageError
 from sft.files.temporary import TemporaryDirectory
+from sft.graphs.wrappers import check_wrappers, uncompiled
 from sft.models import Cut, is_stock
 from sft.optimizer import Role, SplitOptions
 from sft_cloud.access import make_access
@@ -29,6 +31,8 @@ from sft_cloud.script.transformers_host import TransformersHost
 from sft_cloud.server import CloudServer
 from sft_cloud.service import DONE, Entry
 
+_log = logging.getLogger("sft_cloud")
+
 _TERMINATED = 128 + signal.SIGTERM
 
 
@@ -41,6 +45,8 @@ class CloudRole(Role):
         What of the options is for the edge is left unread, so that a script can give both roles the same.
         """
         self._access_options = options.as_options(ServerAccess)
+        model = uncompiled(model, _log)
+        check_wrappers(model)
         names = names_of(optimizer, model)
         self._hosted = _cut(model, options)
         self._groups = swap(optimizer, names, self._hosted)
@@ -114,6 +120,10 @@ class CloudRole(Role):
 
 def _cut(model: Any, options: SplitOptions) -> HostedModel:
     kind = type(model).__name__
+    if kind.startswith("PeftModel"):
+        raise UsageError(
+            f"a script hosts no {kind}: adapters are for `sft-cloud serve`, and for library models with a head"
+        )
     if is_stock(model):
         if options.split_at is not None or options.split_layer is None:
             raise UsageError("a transformers model is cut at a block: give split_layer=1 or higher, not split_at")

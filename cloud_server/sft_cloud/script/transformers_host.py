@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sft.errors import ProtocolError, UsageError
+from sft.graphs.wrappers import never_compiled
 from sft.models import Cut, Net2, Output, head_of
 from sft.v1 import split_training_pb2 as pb
 from sft.wire.cut import cut_to_proto
@@ -29,7 +30,7 @@ class TransformersHost(HostedModel):
         self._config, self._net_2 = hosted.config, hosted.net_2
         self.layer_name, self.factor_names = hosted.layer_name, hosted.factor_names
         self.factors, self.tensors = hosted.factors, hosted.tensors
-        model.forward = _Forward(model, self._net_2)
+        model.forward = never_compiled(_Forward(model, self._net_2))
 
     def make_half(self, request: pb.OpenSessionRequest) -> UpperHalf:
         """See HostedModel."""

@@ -87,6 +87,7 @@ class SplitTrainingService(pb_grpc.SplitTrainingServicer):
             package_version=__version__, device=self._engine.device, codecs=NAMES.values()
         )
         response.takes_ahead = response.takes_detach = response.takes_variants = response.takes_mixed = True
+        response.takes_modes = True
         caller = context.caller
         self._check_draining()
         if request.only_check:

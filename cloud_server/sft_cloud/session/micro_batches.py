@@ -150,13 +150,14 @@ class MicroBatches:
         self.losses_are_finite &= math.isfinite(loss)
 
     def scale(self, scale: float) -> None:
-        """Multiplies the gradients added so far; 0 forgets them."""
+        """Multiplies the gradients added so far; 0 forgets them, and -0 makes zeros of them, whatever they are."""
+        forgets = scale == 0.0 and math.copysign(1.0, scale) > 0
         self._squared_norm = None
         for parameter in self._half.parameters():
-            if scale == 0.0:
+            if forgets:
                 parameter.grad = None
             elif parameter.grad is not None:
-                parameter.grad.mul_(scale)
+                parameter.grad = parameter.grad.zero_() if scale == 0.0 else parameter.grad.mul_(scale)
 
     def clip(self, scale: float) -> None:
         """Multiplies the gradients added so far for the step that is taken with them."""
@@ -183,6 +184,7 @@ class MicroBatches:
 
     def _answer_gradient(self, given: Given, gradient: Tensor | None, result: pb.Result) -> None:
         if given.a.requires_grad:
+            result.no_gradient = gradient is None
             by_a = torch.zeros_like(given.a) if gradient is None else gradient
             result.packed_gradient.CopyFrom(self._half.encode_gradient(by_a, given))
 

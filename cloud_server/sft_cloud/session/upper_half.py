@@ -49,7 +49,8 @@ class Given(NamedTuple):
     """Labels of tokens whose scores are the outputs."""
 
     variant: int = 0
-    """As `pb.Activation` has it."""
+    other_mode: Sequence[str] = ()
+    """As `pb.Activation` has them."""
 
 
 class UpperHalf(Protocol):
@@ -188,6 +189,8 @@ class TransformersUpperHalf:
             raise ProtocolError(f"a batch of {padded_tokens} padded tokens is too large; at most {MAX_PADDED_TOKENS}")
         if activation.variant:
             raise ProtocolError(f"variant {activation.variant} is for the activation of a script's module")
+        if activation.other_mode:
+            raise ProtocolError("modes of single modules are for the activation of a script's module")
         longest = max_positions(self._config)
         given = Given(*decode_activation(activation, self.net_2.width, longest, self.device, self.codes))
         if scored is None or scored.WhichOneof("kind") is None:

@@ -24,6 +24,7 @@ from transformers.utils.generic import ModelOutput
 
 from sft.errors import CutError, UsageError
 from sft.graphs.kept import add_constants, keep, other_names, owned, remove, stored_names, tensors_named
+from sft.graphs.on_cloud import leave_modes
 from sft.graphs.sentences import SentenceInputs, is_sentence_model
 from sft.graphs.split import Parts, Splitter, split
 from sft.graphs.tied import find_tied, in_words, names_of_each
@@ -47,12 +48,16 @@ class BodyCut(Variants):
     """What surrounds a body, in halves. Net_1 gives the body's arguments, by name; net_2 takes what it returns, and the
     mask (B, S) int64."""
 
-    body_name: str
     upper_names: FrozenSet[str]
     """Parameters and buffers of net_2, without the body's; buffers only if the model's `state_dict` has them."""
 
     other_names: Mapping[str, str]
     """As `GraphCut` has them."""
+
+    @property
+    def body_name(self) -> str:
+        """The base model's."""
+        return self.cut_at
 
     @property
     def body(self) -> Any:
@@ -68,10 +73,13 @@ class BodyCut(Variants):
         return tensors_named(self.model, self.upper_names)
 
     def keep_net_1(self) -> None:
-        """Takes from the model, in place, what is net_2's beside the body, which the caller cuts."""
+        """Takes from the model, in place, what is net_2's beside the body, which the caller cuts; of modules the modes
+        stay, but not in a bi-encoder, whose own methods look at the modules that it has."""
         halves = self.variants.values()
         lower = owned(self.model, [half for parts in halves for half in (parts.net_1, parts.tail)])
-        remove(self.model, owned(self.model, [parts.net_2 for parts in halves]) - lower)
+        upper = owned(self.model, [parts.net_2 for parts in halves]) - lower
+        take = remove if is_sentence_model(self.model) else leave_modes
+        take(self.model, upper)
         add_constants(self.model, [parts.net_1 for parts in halves])
 
     def keep_net_2(self) -> None:
@@ -123,10 +131,10 @@ def cut_around(model: nn.Module, body_name: str) -> BodyCut:
         _check_apart(model, body_name, [*others, parts])
         return parts
 
-    found = find_variants(model, inputs, split_for)
+    found = find_variants(model, body_name, inputs, split_for)
     names = stored_names(model, [parts.net_2 for parts in found.variants.values()])
     others = other_names(model, names)
-    return BodyCut(**vars(found), body_name=body_name, upper_names=frozenset(names), other_names=others)
+    return BodyCut(**vars(found), upper_names=frozenset(names), other_names=others)
 
 
 def check_single(model: nn.Module, body_name: str) -> None:
@@ -159,6 +167,8 @@ class _Inputs(Inputs):
 
 class _Splitter(Splitter):
     """One graph around the body."""
+
+    _advice = "have the forward method call it once, for one text; call the model for each, and join that in the loop"
 
     def __init__(self, model: nn.Module, graph: fx.Graph, layer_name: str) -> None:
         super().__init__(model, _by_name(model, graph, layer_name), layer_name)

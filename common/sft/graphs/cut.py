@@ -27,7 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from sft.errors import CutError, UsageError
-from sft.graphs.kept import add_constants, keep, other_names, owned, remove, stored_names, tensors_named
+from sft.graphs.kept import add_constants, keep, other_names, owned, stored_names, tensors_named
+from sft.graphs.on_cloud import leave_modes
 from sft.graphs.split import Parts, split
 from sft.graphs.tied import Tied, find_tied, in_words, untie
 from sft.graphs.trace import Inputs, has_hooks, trace
@@ -56,7 +57,6 @@ class CutLayer(nn.Module):
 class GraphCut(Variants):
     """Where a module is cut, and what each half runs and holds. Made without touching the module."""
 
-    layer_name: str
     split_rank: int
     tied: Tuple[Tied, ...]
     """Parameters that net_1 and net_2 share, until the model is cut."""
@@ -70,6 +70,11 @@ class GraphCut(Variants):
         """Where, and what is not computed any more."""
         without = f", without {' and '.join(self.dropped)}" if self.dropped else ""
         return f"{type(self.model).__name__} cut at '{self.layer_name}', rank {self.split_rank}{without}"
+
+    @property
+    def layer_name(self) -> str:
+        """Where it is cut."""
+        return self.cut_at
 
     @property
     def layer(self) -> nn.Linear:
@@ -95,7 +100,7 @@ class GraphCut(Variants):
     def keep_net_1(self) -> nn.Linear:
         """Takes from the model what is net_2's, in place. Returns FFN-1, which stands where the layer was, unset.
 
-        What neither half needs stays, too.
+        What neither half needs stays, too, and so do the modes of net_2's modules.
         """
         linear = self._factor(self.layer.in_features, self.split_rank, self.layer.weight)
         untie(self.model, self.tied)
@@ -103,7 +108,7 @@ class GraphCut(Variants):
         lower = owned(self.model, [half for parts in halves for half in (parts.net_1, parts.tail)])
         upper = owned(self.model, [parts.net_2 for parts in halves])
         self._replace_layer({"ffn1": linear}, "the rest is on the cloud")
-        remove(self.model, upper - lower)
+        leave_modes(self.model, upper - lower)
         add_constants(self.model, [parts.net_1 for parts in halves])
         return linear
 
@@ -150,7 +155,7 @@ def cut(model: nn.Module, layer_name: str, split_rank: int) -> GraphCut:
         tied = find_tied(model, [*others, parts])
         return parts
 
-    found = find_variants(model, inputs, split_for)
+    found = find_variants(model, layer_name, inputs, split_for)
     names = stored_names(model, [parts.net_2 for parts in found.variants.values()])
     names -= {f"{layer_name}.{own}" for own, _ in layer.named_parameters()}
     for one in tied:
@@ -159,7 +164,6 @@ def cut(model: nn.Module, layer_name: str, split_rank: int) -> GraphCut:
     others = {other: name for other, name in other_names(model, names).items() if other not in of_edge}
     return GraphCut(
         **vars(found),
-        layer_name=layer_name,
         split_rank=split_rank,
         tied=tuple(tied),
         upper_names=frozenset(names),

@@ -87,6 +87,8 @@ def split(model: nn.Module, layer_name: str, traced: Traced, splitter: Optional[
 class Splitter:
     """One graph, and which of its nodes come after the layer."""
 
+    _advice = "choose a layer that is called once"
+
     def __init__(self, model: nn.Module, graph: fx.Graph, layer_name: str) -> None:
         self._graph = graph
         self._model = model
@@ -308,7 +310,7 @@ class Splitter:
             raise CutError(f"'{self._name}' cannot be cut: the model uses its {reads[0].target} by itself")
         if len(calls) != 1:
             times = "never calls it" if not calls else f"calls it {len(calls)} times"
-            raise CutError(f"'{self._name}' cannot be cut: the model {times}; choose a layer that is called once")
+            raise CutError(f"'{self._name}' cannot be cut: the model {times}; {self._advice}")
         call: fx.Node = calls[0]
         if not call.all_input_nodes:
             raise CutError(f"'{self._name}' cannot be cut: nothing that is computed goes into it")

@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sft.errors import CutError
 from sft.graphs.nodes import describe, is_of_sizes
 from sft.graphs.plain import PLAIN
+from sft.models import body_of
 
 _FACTORIES = ("arange", "empty", "full", "linspace", "ones", "rand", "randn", "zeros")
 """Functions of torch whose arguments may be sizes of the input; older releases do not trace them by themselves."""
@@ -167,6 +168,11 @@ def _trace(
     except Exception as error:  # whatever a forward method raises that is given stand-ins for tensors
         random.setstate(start)
         reason = " ".join(str(error).split())[:200]
+        if any(body_of(module) is not None for module in on_the_way):
+            raise CutError(
+                f"'{layer_name}' is in a transformers model, of which torch.fx makes no graph: give split_layer, the "
+                "block, in the place of split_at"
+            ) from error
         raise CutError(
             f"what leads to '{layer_name}' in this {type(model).__name__} cannot be traced by torch.fx "
             f"({type(error).__name__}: {reason}): move what decides by values or sizes of tensors, or draws, into a "

@@ -184,7 +184,7 @@ class CheckpointId(_message.Message):
     def __init__(self, step: _Optional[int] = ..., sha256: _Optional[str] = ...) -> None: ...
 
 class OpenSessionResponse(_message.Message):
-    __slots__ = ("session_id", "missing_blobs", "package_version", "device", "next_step", "session_timeout_seconds", "codecs", "keeps_activations", "kept", "takes_detach", "takes_ahead", "takes_variants", "takes_mixed")
+    __slots__ = ("session_id", "missing_blobs", "package_version", "device", "next_step", "session_timeout_seconds", "codecs", "keeps_activations", "kept", "takes_detach", "takes_ahead", "takes_variants", "takes_mixed", "takes_modes")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     MISSING_BLOBS_FIELD_NUMBER: _ClassVar[int]
     PACKAGE_VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -198,6 +198,7 @@ class OpenSessionResponse(_message.Message):
     TAKES_AHEAD_FIELD_NUMBER: _ClassVar[int]
     TAKES_VARIANTS_FIELD_NUMBER: _ClassVar[int]
     TAKES_MIXED_FIELD_NUMBER: _ClassVar[int]
+    TAKES_MODES_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     missing_blobs: _containers.RepeatedScalarFieldContainer[str]
     package_version: str
@@ -211,7 +212,8 @@ class OpenSessionResponse(_message.Message):
     takes_ahead: bool
     takes_variants: bool
     takes_mixed: bool
-    def __init__(self, session_id: _Optional[str] = ..., missing_blobs: _Optional[_Iterable[str]] = ..., package_version: _Optional[str] = ..., device: _Optional[str] = ..., next_step: _Optional[int] = ..., session_timeout_seconds: _Optional[float] = ..., codecs: _Optional[_Iterable[_Union[DataType, str]]] = ..., keeps_activations: bool = ..., kept: _Optional[int] = ..., takes_detach: bool = ..., takes_ahead: bool = ..., takes_variants: bool = ..., takes_mixed: bool = ...) -> None: ...
+    takes_modes: bool
+    def __init__(self, session_id: _Optional[str] = ..., missing_blobs: _Optional[_Iterable[str]] = ..., package_version: _Optional[str] = ..., device: _Optional[str] = ..., next_step: _Optional[int] = ..., session_timeout_seconds: _Optional[float] = ..., codecs: _Optional[_Iterable[_Union[DataType, str]]] = ..., keeps_activations: bool = ..., kept: _Optional[int] = ..., takes_detach: bool = ..., takes_ahead: bool = ..., takes_variants: bool = ..., takes_mixed: bool = ..., takes_modes: bool = ...) -> None: ...
 
 class UploadBlobRequest(_message.Message):
     __slots__ = ("sha256", "total_bytes", "data")
@@ -280,20 +282,22 @@ class Labels(_message.Message):
     def __init__(self, classes: _Optional[_Union[Labels.Classes, _Mapping]] = ..., values: _Optional[_Union[Labels.Values, _Mapping]] = ..., spans: _Optional[_Union[Labels.Spans, _Mapping]] = ..., tokens: _Optional[_Union[Labels.Tokens, _Mapping]] = ...) -> None: ...
 
 class Activation(_message.Message):
-    __slots__ = ("packed", "lengths", "padded_length", "keep", "kept", "variant")
+    __slots__ = ("packed", "lengths", "padded_length", "keep", "kept", "variant", "other_mode")
     PACKED_FIELD_NUMBER: _ClassVar[int]
     LENGTHS_FIELD_NUMBER: _ClassVar[int]
     PADDED_LENGTH_FIELD_NUMBER: _ClassVar[int]
     KEEP_FIELD_NUMBER: _ClassVar[int]
     KEPT_FIELD_NUMBER: _ClassVar[int]
     VARIANT_FIELD_NUMBER: _ClassVar[int]
+    OTHER_MODE_FIELD_NUMBER: _ClassVar[int]
     packed: Tensor
     lengths: _containers.RepeatedScalarFieldContainer[int]
     padded_length: int
     keep: _containers.RepeatedScalarFieldContainer[int]
     kept: _containers.RepeatedScalarFieldContainer[int]
     variant: int
-    def __init__(self, packed: _Optional[_Union[Tensor, _Mapping]] = ..., lengths: _Optional[_Iterable[int]] = ..., padded_length: _Optional[int] = ..., keep: _Optional[_Iterable[int]] = ..., kept: _Optional[_Iterable[int]] = ..., variant: _Optional[int] = ...) -> None: ...
+    other_mode: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, packed: _Optional[_Union[Tensor, _Mapping]] = ..., lengths: _Optional[_Iterable[int]] = ..., padded_length: _Optional[int] = ..., keep: _Optional[_Iterable[int]] = ..., kept: _Optional[_Iterable[int]] = ..., variant: _Optional[int] = ..., other_mode: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Attach(_message.Message):
     __slots__ = ("session_id",)
@@ -481,20 +485,22 @@ class Attached(_message.Message):
     def __init__(self, next_step: _Optional[int] = ..., last_number: _Optional[int] = ...) -> None: ...
 
 class Result(_message.Message):
-    __slots__ = ("loss", "packed_gradient", "squared_gradient_norm", "logits", "own_squared_norm", "gradient_product")
+    __slots__ = ("loss", "packed_gradient", "squared_gradient_norm", "logits", "own_squared_norm", "gradient_product", "no_gradient")
     LOSS_FIELD_NUMBER: _ClassVar[int]
     PACKED_GRADIENT_FIELD_NUMBER: _ClassVar[int]
     SQUARED_GRADIENT_NORM_FIELD_NUMBER: _ClassVar[int]
     LOGITS_FIELD_NUMBER: _ClassVar[int]
     OWN_SQUARED_NORM_FIELD_NUMBER: _ClassVar[int]
     GRADIENT_PRODUCT_FIELD_NUMBER: _ClassVar[int]
+    NO_GRADIENT_FIELD_NUMBER: _ClassVar[int]
     loss: float
     packed_gradient: Tensor
     squared_gradient_norm: float
     logits: Tensor
     own_squared_norm: float
     gradient_product: float
-    def __init__(self, loss: _Optional[float] = ..., packed_gradient: _Optional[_Union[Tensor, _Mapping]] = ..., squared_gradient_norm: _Optional[float] = ..., logits: _Optional[_Union[Tensor, _Mapping]] = ..., own_squared_norm: _Optional[float] = ..., gradient_product: _Optional[float] = ...) -> None: ...
+    no_gradient: bool
+    def __init__(self, loss: _Optional[float] = ..., packed_gradient: _Optional[_Union[Tensor, _Mapping]] = ..., squared_gradient_norm: _Optional[float] = ..., logits: _Optional[_Union[Tensor, _Mapping]] = ..., own_squared_norm: _Optional[float] = ..., gradient_product: _Optional[float] = ..., no_gradient: bool = ...) -> None: ...
 
 class Outputs(_message.Message):
     __slots__ = ("logits",)

@@ -206,11 +206,11 @@ class Link:
         self._hold_weight(pb.Weight(micro_batch=micro_batch, dropped=True))
 
     def scale_gradients(self, scale: float) -> None:
-        """Multiplies what the cloud has added up of net_2's gradients, after a held commit; 0 forgets them. Held back;
-        several before one message multiply."""
+        """Multiplies what the cloud has added up of net_2's gradients, after a held commit; 0 forgets them, -0 makes
+        zeros of them. Held back; several before one message multiply."""
         self._stream.check()
         before = self._held.gradient_scale if self._held.HasField("gradient_scale") else 1.0
-        self._held.gradient_scale = before * scale
+        self._held.gradient_scale = before * scale if scale else scale
 
     def average(self, averaged: bool) -> None:
         """A schedule-free optimizer's weights: at their average from here on, or back where they train. Held back."""

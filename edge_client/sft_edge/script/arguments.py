@@ -20,6 +20,7 @@ from sft_edge.script.padding import Moved, lengths_of
 _EMBEDDED = ("input_ids", "inputs_embeds")
 _OF_TOKENS = ("attention_mask", "token_type_ids", "position_ids")
 _TAKEN = (*_EMBEDDED, *_OF_TOKENS, "labels", "start_positions", "end_positions", "return_dict")
+_OF_GENERATE = ("past_key_values", "use_cache", "cache_position", "logits_to_keep", "num_logits_to_keep")
 
 
 class Call(NamedTuple):
@@ -43,7 +44,8 @@ def read_call(arguments: Mapping[str, Any], config: PretrainedConfig, head: str)
         arguments.pop("num_items_in_batch", None)
     for name, value in arguments.items():
         if name not in _TAKEN and not _says_nothing(value):
-            raise UsageError(f"the argument {name} cannot cross to the cloud: call the model without it")
+            generates = ", as generate() does not: save the model, and generate with that" * (name in _OF_GENERATE)
+            raise UsageError(f"the argument {name} cannot cross to the cloud: call the model without it{generates}")
     choices = _flatten_choices(arguments) if head == "multiple-choice" else 1
     main = _embedded(arguments)
     B, S = main.shape[:2]

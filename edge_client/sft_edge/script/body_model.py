@@ -24,7 +24,8 @@ from sft.tensors.stream import StoredTensor, in_memory
 from sft.wire.codec.packing import pack
 from sft.wire.cut import body_cut_to_proto
 from sft_edge.script.arguments import calibration_batch, read_call
-from sft_edge.script.cut_model import Cross, CutModel
+from sft_edge.script.block_modes import BlockModes
+from sft_edge.script.cut_model import Cross, CutModel, other_modes
 from sft_edge.script.forward import replace_forward
 from sft_edge.script.saving import follow_body, follow_modules
 
@@ -66,7 +67,6 @@ class BodyModel(CutModel):
         self.frozen_names: Sequence[str] = [name for name, p in names.items() if not p.requires_grad]
         self.cloud_names = sorted({*names, *self._around.upper_names}.difference(self.frozen_names))
         self.other_names = self._around.other_names
-        self._draws = any("drop" in name and bool(value) for name, value in self._config.to_dict().items())
         own, w = layer_to_cut(body, cut)
         layer = self.layer_name = f"{self._around.body_name}.{own}"
         self.factor_names: Mapping[str, Sequence[str]] = {}
@@ -95,12 +95,16 @@ class BodyModel(CutModel):
         device = next(body.parameters()).device
         is_half = any(parameter.dtype != torch.float32 for parameter in body.parameters())
         net_1 = cut_live(body, self._head, self._cut)
+        self._modes = BlockModes(body, self._around.body_name, self._cut)
         if is_half:
             renew_buffers(net_1)
             _log.warning("'%s' is in half precision: both halves train it in float32", self._around.body_name)
         modules = dict(self._model.named_children())
         dimension = embedding_dimension(self._model) if is_sentence_model(self._model) else 0
+        upper = self._around.upper_modules()
         self._around.keep_net_1()
+        left = set(map(id, self._model.modules()))
+        self._upper = {name: module for name, module in upper.items() if id(module) in left}
         for factor in self._edge_factors:
             parent, _, child = factor.name.rpartition(".")
             module = self._model.get_submodule(parent)
@@ -137,12 +141,11 @@ class BodyModel(CutModel):
             raise UsageError("a model of your own finds its tokens where it expects them: pad on the right")
         a_BSR = net_1(inputs, lengths)
         training = self._model.training
-        if self._around.body.training is not training and self._draws:
-            raise UsageError(
-                f"'{self._around.body_name}' and the module around it are not both in train() or eval() mode, and the "
-                "cloud's follow the latter: set the dropout of the former to 0 in its config instead"
-            )
-        outputs = cross(pack(a_BSR, lengths), lengths, a_BSR.shape[1], training=training, variant=variant).outputs
+        self._modes.check(training)
+        others = other_modes(self._upper, training)
+        outputs = cross(
+            pack(a_BSR, lengths), lengths, a_BSR.shape[1], training=training, variant=variant, other_mode=others
+        ).outputs
         assert outputs is not None  # labels stay
         return outputs
 

@@ -43,6 +43,8 @@ class LinkCross(Cross):
         """How many of that step were sent."""
         self.is_closed = False
         """Whether the script has ended the session."""
+        self.takes_modes = True
+        """Whether the cloud knows `Activation.other_mode`."""
         self._codecs = codecs
         self._backwards = 0
         self._evaluations = 0
@@ -68,6 +70,7 @@ class LinkCross(Cross):
         want_outputs: bool = True,
         scored: Optional[pb.Labels] = None,
         variant: int = 0,
+        other_mode: Sequence[str] = (),
     ) -> Crossed:
         """See Cross."""
         self.check_halves()
@@ -76,8 +79,13 @@ class LinkCross(Cross):
                 "the cloud's release takes one set of this model's optional arguments: call it always with those, or "
                 "without all of them, or update the cloud"
             )
-        packed = Activation(activation, lengths, padded_length, variant=variant)
-        if not torch.is_grad_enabled() and not training:
+        if other_mode and not self.takes_modes:
+            raise UsageError(
+                f"'{other_mode[0]}' is not in the model's mode, train() or eval(), which the cloud's release follows "
+                "throughout: update the cloud"
+            )
+        packed = Activation(activation, lengths, padded_length, variant=variant, other_mode=other_mode)
+        if not torch.is_grad_enabled() and not training and not other_mode:  # an evaluation draws nothing
             return self._evaluate(packed, autocast_type(activation.device), labels, scored)
 
         def ask() -> _Question:

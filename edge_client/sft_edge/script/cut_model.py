@@ -57,15 +57,17 @@ class Cross(ABC):
         want_outputs: bool = True,
         scored: Optional[pb.Labels] = None,
         variant: int = 0,
+        other_mode: Sequence[str] = (),
     ) -> Crossed:
         """Runs net_2 on an activation.
 
         `activation`: what `pb.Activation.packed` holds: (T, R) with the `lengths` of B sequences, padding left out
         (`sft.wire.codec.packing.pack`), or any shape (..., R) without lengths. `training`: with dropout. `labels`:
         only where gradients are enabled; they travel, and the loss comes back. `scored`: labels that travel, too, and
-        the outputs are their (T, 3) scores, see `pb.Forward`. `variant`: as `pb.Activation` has it.
+        the outputs are their (T, 3) scores, see `pb.Forward`. `variant` and `other_mode`: as `pb.Activation` has
+        them.
 
-        Raises UsageError for a variant that the cloud's release does not know.
+        Raises UsageError for one of these that the cloud's release does not know.
 
         Raises LinkError when the cloud or the way to it fails.
         """
@@ -123,3 +125,8 @@ class CutModel(ABC):
         the place of the cut layer is trained where that was. A forward that does not know `self` or its signature any
         more would break scripts: it is replaced as `sft_edge.script.forward.replace_forward` does.
         """
+
+
+def other_modes(upper: Mapping[str, nn.Module], training: bool) -> List[str]:
+    """Names of those of net_2's modules that the script has put into another mode than the model's."""
+    return [name for name, module in upper.items() if module.training is not training]

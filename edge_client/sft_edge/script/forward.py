@@ -8,7 +8,7 @@ from typing import Any, Callable
 
 from torch import nn
 
-from sft_edge.script.wrappers import never_compiled
+from sft.graphs.wrappers import never_compiled
 
 
 def replace_forward(model: nn.Module, forward: Callable[..., Any]) -> None:

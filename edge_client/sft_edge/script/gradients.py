@@ -5,7 +5,7 @@ backward its `.grad` has the L2 norm of net_2's gradients, so whatever takes the
 halves. Whatever a script does to gradients, it does to this one, too, and the cloud is told before it needs to know:
 
     clip_grad_norm_, GradScaler.unscale_    .grad multiplied     all of net_2's gradients are multiplied by as much
-    zero_grad of optimizer or model         .grad None or 0      net_2's gradients are forgotten
+    zero_grad of optimizer or model         .grad None or 0      net_2's gradients are forgotten, or become 0
     clip_grad_value_, noise                 its two numbers have another ratio: refused
 
 While a backward is under way, and after one that was broken off, nobody here knows what the cloud has: `.grad` is NaN.
@@ -83,8 +83,11 @@ class CloudGradients:
             return
         left = self._left()
         if left is None:
-            if not self._committed:
-                self._link.scale_gradients(0.0)
+            are_zeros = self.parameter.grad is not None  # with which an optimizer goes on decaying what gets no others
+            if are_zeros and self._committed:
+                self._link.keep_gradients()
+            if are_zeros or not self._committed:
+                self._link.scale_gradients(-0.0 if are_zeros else 0.0)
             self._norm = None
             self.generation += 1
         else:

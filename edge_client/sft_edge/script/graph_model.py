@@ -15,7 +15,7 @@ from sft.graphs.cut import GraphCut, cut
 from sft.models.decompose import decompose
 from sft.tensors.stream import StoredTensor, in_memory
 from sft.wire.cut import layer_cut_to_proto
-from sft_edge.script.cut_model import Cross, CutModel
+from sft_edge.script.cut_model import Cross, CutModel, other_modes
 from sft_edge.script.forward import replace_forward
 
 _log = logging.getLogger("sft_edge")
@@ -62,6 +62,7 @@ class GraphModel(CutModel):
 
     def install(self, cross: Cross) -> Dict[str, nn.Parameter]:
         """See CutModel."""
+        upper = self._cut.upper_modules()
         ffn_1 = self._cut.keep_net_1()
         ffn_1.weight.data.copy_(self._u_FR.T)
         for tied in self._cut.tied:
@@ -70,7 +71,8 @@ class GraphModel(CutModel):
 
         def forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
             def there_and_back(activation: Tensor, variant: int) -> Tensor:
-                outputs = cross(activation, training=model.training, variant=variant).outputs
+                others = other_modes(upper, model.training)
+                outputs = cross(activation, training=model.training, variant=variant, other_mode=others).outputs
                 assert outputs is not None  # labels stay
                 return outputs
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from sft.client.credentials import ClientOptions, read_credentials
 from sft.errors import LinkError, UsageError
+from sft.graphs.wrappers import check_wrappers, uncompiled
 from sft.models import Cut, is_stock
 from sft.optim.listed import has_modes, is_training, set_training
 from sft.optim.script import has_stepped
@@ -34,7 +35,6 @@ from sft_edge.script.other_optimizers import refuse_others
 from sft_edge.script.state import CloudState, check_state
 from sft_edge.script.transformers_model import TransformersModel
 from sft_edge.script.unseen_changes import UnseenChanges
-from sft_edge.script.wrappers import check_wrappers, uncompiled
 
 _log = logging.getLogger("sft_edge")
 
@@ -47,7 +47,7 @@ class EdgeRole(Role):
         codecs = _check(options)
         if hasattr(model, PARAMETER_NAME):
             raise UsageError("this model is cut already; load it again to cut it again")
-        model = uncompiled(model)
+        model = uncompiled(model, _log)
         check_wrappers(model)
         groups = ScriptGroups(optimizer, model)
         cut_model = _cut_model(model, options)
@@ -78,6 +78,7 @@ class EdgeRole(Role):
         before = list(model.parameters())
         try:
             self._cross = LinkCross(link, codecs, next(model.parameters()).device, seed)
+            self._cross.takes_modes = self._opened.takes_modes
             parameters = cut_model.install(self._cross)
             model.register_parameter(PARAMETER_NAME, self._cross.gradients.parameter)
             groups.swap(parameters, self._cross.gradients.parameter)
@@ -269,6 +270,11 @@ def _check(options: SplitOptions) -> Codecs:
 
 def _cut_model(model: nn.Module, options: SplitOptions) -> CutModel:
     library = without_peft(model)
+    if library is not model and not isinstance(library, PreTrainedModel):
+        raise UsageError(
+            f"adapters of peft are for the library's models with a head, not for a {type(library).__name__}: train "
+            "that whole, without them"
+        )
     if library is not model or is_stock(library):
         if options.split_at is not None:
             raise UsageError("a transformers model is cut at a block: give split_layer=1 or higher, not split_at")

@@ -44,6 +44,7 @@ from sft_edge.link import model_fields
 from sft_edge.model_files import told_name
 from sft_edge.script.adapters import adapters_of, adapters_of_cloud, without_peft
 from sft_edge.script.arguments import Call, calibration_batch, count_learned, may_travel, problem_type, read_call
+from sft_edge.script.block_modes import BlockModes
 from sft_edge.script.cut_model import Cross, Crossed, CutModel
 from sft_edge.script.forward import replace_forward
 from sft_edge.script.fused_head import FusedHead
@@ -173,6 +174,7 @@ class TransformersModel(CutModel):
             parameters[factor.name] = nn.Parameter(factor.read().to(device), requires_grad=is_trained)
             setattr(net_1.get_submodule(parent), child, parameters[factor.name])
         forward.net_1 = net_1
+        forward.modes = BlockModes(model.base_model, model.base_model_prefix, self._cut)
         replace_forward(model, forward)
         names = [*self._given.state_dict(), *map(self.script_name, self.cloud_names)]
         saving = Saving(self._given, self._head, self._cut, self._adapters, names, frozen, self._tied)
@@ -187,6 +189,7 @@ class _CutForward:
     """Stands where the model's forward was."""
 
     net_1: Net1
+    modes: BlockModes
 
     def __init__(self, model: Any, head: str, config: PretrainedConfig, cross: Cross) -> None:
         """`model` not cut yet; `config` as the cloud has it, whatever becomes of the model's own."""
@@ -203,6 +206,7 @@ class _CutForward:
         for name in ("output_hidden_states", "output_attentions"):
             if getattr(model.config, name, False) and named.get(name) is None:
                 raise UsageError(f"config.{name} asks for what stays on the cloud: set it to False")
+        self.modes.check(model.training)
         call = read_call(named, self._config, self._head)
         inputs, lengths, labels = call.batch
         if "position_ids" in inputs and "position_ids" not in self._signature.parameters:

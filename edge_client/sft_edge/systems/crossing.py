@@ -41,7 +41,8 @@ class Activation(NamedTuple):
     kept: Sequence[int] = ()
     """As `pb.Activation` has them: `rows` are then of the sequences alone that the cloud does not hold."""
     variant: int = 0
-    """As `pb.Activation` has it."""
+    other_mode: Sequence[str] = ()
+    """As `pb.Activation` has them."""
 
     def encoded(self, codecs: Codecs) -> pb.Activation:
         """For the wire. Raises UsageError for more than the cloud would take, which would end the session."""
@@ -54,6 +55,7 @@ class Activation(NamedTuple):
             message = encode_activation(self.packed, codec, self.lengths, self.padded_length, codes)
             check_size("activation", len(message.packed.data))
             message.variant = self.variant
+            message.other_mode.extend(self.other_mode)
             return message
         check_size("activation", len(self.rows))
         held = sum(length for length, number in zip(self.lengths, self.kept) if number)
@@ -155,8 +157,8 @@ class Crossing:
         self._pending = self._link.backward(self._step, self.micro_batch, gradient)
 
     def gradient(self) -> Optional[Tensor]:
-        """By the activation, of its shape, float32, on its device; None where none was wanted."""
-        if self._is_frozen:
+        """By the activation, of its shape, float32, on its device; None where none was wanted, or there is none."""
+        if self._is_frozen or self.wait().result.no_gradient:
             return None
         message = self.wait().result.packed_gradient
         if message.data_type != self._gradient_codec:

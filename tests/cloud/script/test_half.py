@@ -95,6 +95,23 @@ def test_variants_of_a_models_arguments() -> None:
         half.decode(message)
 
 
+def test_a_module_in_another_mode(half: UpperHalf) -> None:
+    message = activation(B, R)
+    message.other_mode.append("2")
+    for training in (True, False):
+        half.train(training)
+        given = half.decode(message)
+        assert half.outputs(given).equal(half.outputs(given)) is training
+    half.train(True)
+    given = half.decode(activation(B, R))
+    assert not half.outputs(given).equal(half.outputs(given)), "that was for those alone"
+    for name in ("0", "9", ""):
+        del message.other_mode[:]
+        message.other_mode.append(name)
+        with pytest.raises(ProtocolError, match=f"has no module '{name}' above the cut; run the same script"):
+            half.decode(message)
+
+
 def test_dropout_follows_the_mode(half: UpperHalf) -> None:
     given = half.decode(activation(B, R))
     half.train(True)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from support.hosting_script import AT, RANK, ScriptCloud, host, make_model, train, wrap
 from support.script import adamw, tiny_model
 from torch import Tensor, nn
@@ -88,6 +89,21 @@ def test_another_transformers_model() -> None:
         cloud.optimizer.serve("127.0.0.1:0")
     logits = model(torch.randn(2, 5, 4)).logits
     assert logits.shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("around", "reason"),
+    [
+        (nn.DataParallel, "of class DataParallel: copies of a model cannot share a session"),
+        (
+            lambda model: get_peft_model(model, LoraConfig(target_modules=["0"])),
+            "a script hosts no PeftModel: adapters",
+        ),
+    ],
+)
+def test_a_wrapped_model(around: Any, reason: str) -> None:
+    with pytest.raises(UsageError, match=reason):
+        host(around(make_model()))
 
 
 def test_an_output_that_does_not_cross() -> None:

@@ -24,7 +24,13 @@ def of_variant(evaluation):
     return evaluation
 
 
+def in_another_mode(evaluation):
+    evaluation.evaluate.activation.other_mode.append("head")
+    return evaluation
+
+
 REFUSED = {
+    "modes of modules": (lambda e: in_another_mode(e.evaluate()), "modes of single modules are for the activation of"),
     "a variant": (lambda e: of_variant(e.evaluate()), "variant 2 is for the activation of a script's module"),
     "weight of a micro-batch that never came": (lambda e: weigh(0, (9, 1.0)), "nothing of micro-batch 9 waits"),
     "weight of gradients that were added": (lambda e: weigh(0, (0, 1.0)), "nothing of micro-batch 0 waits"),

@@ -12,6 +12,7 @@ from transformers import AutoModel, AutoModelForNextSentencePrediction, AutoMode
 
 from sft.errors import CutError
 from sft.graphs.body import cut_around, find_body
+from sft.graphs.cut import cut
 from sft.models import body_of
 
 
@@ -185,7 +186,12 @@ def test_what_cannot_be_cut(make: Any, reason: str) -> None:
     assert model.state_dict().keys() == before
 
 
+def test_a_layer_inside_a_body() -> None:
+    with pytest.raises(CutError, match=r"is in a transformers model, .*: give split_layer"):
+        cut(made(Mean), "encoder.encoder.layer.1.output.dense", 4)
+
+
 def test_a_body_that_is_called_twice() -> None:
-    with pytest.raises(CutError, match="calls it 2 times"):
+    with pytest.raises(CutError, match=r"calls it 2 times; .* call the model for each"):
         cut_around(Around(), "one")
     assert Around()(torch.ones(B, S).long(), torch.ones(B, S).long()).shape == (B, C)

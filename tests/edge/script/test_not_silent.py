@@ -10,6 +10,7 @@ import pytest
 import torch
 from support.script import OneMachine, Wire, adamw, assert_same_training, batches, sgd, tiny_model, wrap
 from torch import Tensor, nn
+from transformers import BertForSequenceClassification
 
 from sft.errors import UsageError
 from sft_edge.script.crossing import LinkCross
@@ -24,6 +25,47 @@ def evaluate(model: Any) -> Tensor:
     with torch.no_grad():
         logits: Tensor = model(**batches(1, model)[0]).logits
     return logits
+
+
+def of_base(model: Any) -> None:
+    model.bert.eval()
+
+
+def of_block(model: Any) -> None:
+    model.bert.encoder.layer[1].eval()
+
+
+def of_dropout(model: Any) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.eval()
+
+
+def no_dropout(model: Any) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (of_base, r"'bert' and the model around it are not both in train\(\) or eval\(\) mode"),
+        (of_block, r"'bert\.encoder\.layer\.1' and the model around it are not both"),
+        (of_dropout, r"'bert\.encoder\.layer\.1\.attention\.self\.dropout' and the model around it are not both"),
+        (no_dropout, r"p of 'bert\.encoder\.layer\.1\.\S+' has become 0\.0 since the model was cut"),
+    ],
+)
+def test_another_mode_or_dropout_than_the_clouds(change: Callable[[Any], None], says: str) -> None:
+    config = tiny_model().config
+    config.attention_probs_dropout_prob = 0.1
+    model = BertForSequenceClassification(config).train()
+    with wrap(model, sgd(model)):
+        model.bert.embeddings.eval()  # the edge's alone, as a frozen block below is
+        backward(model)
+        change(model)
+        with pytest.raises(UsageError, match=says):
+            backward(model)
 
 
 def test_a_second_optimizer_over_what_is_on_the_cloud() -> None:

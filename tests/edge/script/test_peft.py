@@ -303,3 +303,9 @@ def test_what_is_tied_in_the_library_is_trained_whole_or_not_at_all() -> None:
     model = adapted("bert", "masked-lm", modules_to_save=["decoder"])
     with pytest.raises(UsageError, match=r"'cls.predictions.bias' are tied in the library's model: train both"):
         wrap(model, sgd(model), server="127.0.0.1:1")
+
+
+def test_around_a_model_of_ones_own() -> None:
+    model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), LoraConfig(target_modules=["0"]))
+    with pytest.raises(UsageError, match="are for the library's models with a head, not for a Sequential"):
+        wrap(model, sgd(model), split_layer=None, split_at="0", server="127.0.0.1:1")

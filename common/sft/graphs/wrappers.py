@@ -13,8 +13,6 @@ from sft.errors import UsageError
 
 _PART_COMPILED = "give SFTOptimizer the model as it was before a part of it was compiled"
 
-_log = logging.getLogger("sft_edge")
-
 _WRAPPERS: Dict[str, str] = {
     # By the names of their classes: most are of packages that are not here.
     "OptimizedModule": _PART_COMPILED,
@@ -51,14 +49,14 @@ def check_wrappers(model: nn.Module) -> None:
             )
 
 
-def uncompiled(model: nn.Module) -> nn.Module:
+def uncompiled(model: nn.Module, log: logging.Logger) -> nn.Module:
     """The model inside of one that `torch.compile` has made; any other as it is. What was compiled of it is forgotten.
 
     A cut model has nothing that compiling would make faster: between its halves is a network.
     """
     inside: Any = model._orig_mod if type(model).__name__ == "OptimizedModule" else model
     if inside is not model or getattr(model, "_compiled_call_impl", None) is not None:
-        _log.warning("the model is compiled, and runs uncompiled: a cut model's forward crosses the network")
+        log.warning("the model is compiled, and runs uncompiled: a cut model's forward crosses the network")
         inside._compiled_call_impl = None
         compiler: Any = sys.modules["torch._dynamo"]  # it is here if something is compiled
         compiler.reset()

@@ -1,0 +1,114 @@
+"""What is left on the edge of a module that is on the cloud."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any, Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from sft.errors import UsageError
+from sft.graphs.cut import cut
+from sft.graphs.on_cloud import OnCloud
+
+
+class Upper(nn.Module):
+    """Modules that hold more than parameters, and classes with ways of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rest, self.rnn = nn.BatchNorm1d(4), nn.LSTM(4, 4)
+        self.kept = torch.ones(3)
+
+    def train(self, mode: bool = True) -> Upper:
+        super().train(mode)
+        assert self.kept.sum() == 3
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rnn(self.rest(x)[:, None])[0][:, 0]
+
+
+def lower_of(model: nn.Sequential) -> nn.Sequential:
+    split = cut(model, "1", 2)
+    split.keep_net_1()
+    return model
+
+
+def test_modes_stay_and_nothing_else() -> None:
+    model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 4), Upper(), nn.Sequential(nn.Dropout(0.3), nn.Linear(4, 2)))
+    model[3].eval()
+    upper: Any = model[2]
+    weight, kept = weakref.ref(upper.rnn.weight_ih_l0), weakref.ref(upper.kept)
+    lower_of(model)
+    gc.collect()
+    assert weight() is None
+    assert kept() is None
+    assert model[2] is upper, "for whoever holds it"
+    assert isinstance(upper, Upper)
+    assert [type(one).__name__ for one in upper.modules()] == ["Upper", "BatchNorm1d", "LSTM"]
+    assert [module.training for module in model[3].modules()] == [False] * 3
+    assert all(module.training for module in upper.modules())
+    model.eval()
+    assert not any(module.training for module in model.modules())
+    upper.rest.train()
+    assert [one for one in model.modules() if isinstance(one, OnCloud) and one.training] == [upper.rest]
+    model.to(torch.float64).zero_grad()
+    assert set(model.state_dict()) == {"0.weight", "0.bias", "1.ffn1.weight"}
+    assert {name for name, _ in model.named_parameters()} == set(model.state_dict())
+    assert model.load_state_dict({**model.state_dict(), "3.1.weight": torch.ones(1)}, strict=False).unexpected_keys
+    assert "LSTM(on the cloud)" in repr(model)
+    assert not hasattr(model[3][1], "weight")
+
+
+def set_dropout(module: Any) -> None:
+    module.p = 0.0
+
+
+@pytest.mark.parametrize(
+    ("what", "says"),
+    [
+        (lambda dropout: dropout(torch.ones(2)), "this Dropout is on the cloud, and does not run here: call the model"),
+        (lambda dropout: dropout.p, "and 'p' with it: read that before the model is cut"),
+        (set_dropout, r"hears of nothing but train\(\) and eval\(\): set 'p' before the model is cut"),
+        (lambda dropout: list(dropout.parameters()), "and its parameters with it: freeze, group or count them before"),
+        (lambda dropout: dropout.requires_grad_(False), "its parameters with it"),
+        (lambda dropout: dropout.register_forward_hook(print), "'_forward_hooks' with it"),
+    ],
+)
+def test_what_else_is_wanted_of_it_is_refused(what: Callable[[Any], Any], says: str) -> None:
+    model = lower_of(nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 4), nn.Dropout(0.3), nn.Linear(4, 2)))
+    with pytest.raises(UsageError, match=says):
+        what(model[2])
+
+
+class Inner(nn.Module):
+    """Contains the layer."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.layer, self.p = nn.Linear(4, 4), p
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(functional.dropout(x, self.p, self.training) if self.p else x)
+
+
+def test_a_module_that_contains_the_layer_and_decides_by_its_mode() -> None:
+    for p in (0.0, 0.5):
+        model = nn.Sequential(nn.Linear(6, 4), Inner(p), nn.Linear(4, 2))
+        split = cut(model, "1.layer", 2)
+        split.keep_net_1()
+        model[1].eval()
+
+        def run(split: Any = split) -> Any:
+            return split.run(lambda a, variant: a, (torch.ones(3, 6),), {})
+
+        if not p:
+            assert run().shape == (3, 2)
+            continue
+        with pytest.raises(UsageError, match="'1', in which the model is cut, is not in its mode"):
+            run()
