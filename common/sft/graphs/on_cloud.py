@@ -1,11 +1,13 @@
 """What is left on the edge of a module that is on the cloud: its place in the model, and its mode, which the cloud's
-follows. Everything else that a script may want of it says where it is."""
+follows. Who counts parameters finds stand-ins without memory, as Lightning's summary of a model does, whose hooks are
+never called; everything else that a script may want of it says where it is."""
 
 from __future__ import annotations
 
 import types
-from typing import Any, NoReturn, Set
+from typing import Any, Dict, Iterator, NoReturn, Set, Tuple
 
+import torch
 from torch import nn
 
 from sft.errors import UsageError
@@ -19,6 +21,9 @@ _KEPT = (
     "_load_state_dict_post_hooks",
 )
 """Attributes by which torch walks through a model, sets modes, and loads and saves it."""
+
+
+_STAND_INS = "_stand_ins"
 
 
 class OnCloudError(UsageError, AttributeError):
@@ -46,11 +51,21 @@ class OnCloud(nn.Module):
 
     forward = __call__
 
-    def parameters(self, *_: Any, **__: Any) -> NoReturn:
-        """Raises UsageError: what a script would do with them, the cloud would not hear of."""
-        self._refuse("its parameters with it: freeze, group or count them before the model is cut")
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[Tuple[str, nn.Parameter]]:
+        """Stand-ins for those that it had; the whole model has none of them."""
+        del remove_duplicate
+        for name, module in self.named_modules(prefix=prefix) if recurse else [(prefix, self)]:
+            for own, stand_in in vars(module).get(_STAND_INS, {}).items():
+                yield f"{name}.{own}" if name else own, stand_in
 
-    named_parameters = buffers = named_buffers = parameters
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """As above."""
+        return (stand_in for _, stand_in in self.named_parameters(recurse=recurse))
+
+    buffers, named_buffers = nn.Module.buffers, nn.Module.named_buffers
+    requires_grad_, zero_grad = nn.Module.requires_grad_, nn.Module.zero_grad
 
     def __getattr__(self, name: str) -> Any:
         if name in self.__dict__.get("_modules", ()):
@@ -66,20 +81,35 @@ class OnCloud(nn.Module):
         raise OnCloudError(f"this {type(self).__name__} is on the cloud, and {text}")
 
 
+def stand_ins(model: nn.Module) -> Dict[str, nn.Parameter]:
+    """Of all that the model has lost, by name. Whoever freezes or trains them means parameters of the cloud."""
+    return {
+        name: stand_in
+        for place, module in model.named_modules()
+        if isinstance(module, OnCloud)
+        for name, stand_in in module.named_parameters(place, recurse=False)
+    }
+
+
 def leave_modes(model: nn.Module, doomed: Set[int]) -> None:
     """Takes from a model, in place, the parameters, buffers and modules of these ids; of modules their modes stay."""
     for module in list(model.modules()):
+        had = {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
         for registered in (module._parameters, module._buffers):
             for name, value in list(registered.items()):
                 if id(value) in doomed:
                     delattr(module, name)
         if id(module) in doomed:
-            _empty(module)
+            _empty(module, had)
 
 
-def _empty(module: Any) -> None:
+def _empty(module: Any, had: Dict[str, nn.Parameter]) -> None:
     kept = {name: value for name, value in vars(module).items() if name in _KEPT}
+    without_memory = {
+        name: nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+        for name, parameter in had.items()
+    }
     kind = type(module)
     module.__class__ = types.new_class(kind.__name__, (OnCloud, kind))
     vars(module).clear()
-    vars(module).update(kept, _parameters={}, _buffers={}, _non_persistent_buffers_set=set())
+    vars(module).update({**vars(nn.Module()), **kept, _STAND_INS: without_memory})

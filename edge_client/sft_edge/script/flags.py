@@ -7,13 +7,15 @@ import weakref
 from torch import nn
 
 from sft.errors import UsageError
+from sft.graphs.on_cloud import stand_ins
 
 
 class TrainedFlags:
     """`requires_grad` of a cut model's parameters, as it was when the model was cut."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._flags = [(name, weakref.ref(p), p.requires_grad) for name, p in model.named_parameters()]
+        both = (*model.named_parameters(), *stand_ins(model).items())
+        self._flags = [(name, weakref.ref(p), p.requires_grad) for name, p in both]
 
     def check(self) -> None:
         """Raises UsageError where one has changed since: whoever means both halves reaches the edge's alone."""

@@ -62,6 +62,11 @@ def test_modes_stay_and_nothing_else() -> None:
     assert {name for name, _ in model.named_parameters()} == set(model.state_dict())
     assert model.load_state_dict({**model.state_dict(), "3.1.weight": torch.ones(1)}, strict=False).unexpected_keys
     assert "LSTM(on the cloud)" in repr(model)
+    assert {name: tuple(one.shape) for name, one in upper.named_parameters()}["rnn.weight_ih_l0"] == (16, 4)
+    assert sum(one.numel() for one in model[3][1].parameters()) == 4 * 2 + 2, "as Lightning's summary counts them"
+    assert all(one.is_meta for one in upper.parameters())
+    assert not list(upper.buffers())
+    model[3][1].register_forward_hook(print).remove()
     assert not hasattr(model[3][1], "weight")
 
 
@@ -75,9 +80,6 @@ def set_dropout(module: Any) -> None:
         (lambda dropout: dropout(torch.ones(2)), "this Dropout is on the cloud, and does not run here: call the model"),
         (lambda dropout: dropout.p, "and 'p' with it: read that before the model is cut"),
         (set_dropout, r"hears of nothing but train\(\) and eval\(\): set 'p' before the model is cut"),
-        (lambda dropout: list(dropout.parameters()), "and its parameters with it: freeze, group or count them before"),
-        (lambda dropout: dropout.requires_grad_(False), "its parameters with it"),
-        (lambda dropout: dropout.register_forward_hook(print), "'_forward_hooks' with it"),
     ],
 )
 def test_what_else_is_wanted_of_it_is_refused(what: Callable[[Any], Any], says: str) -> None:
