@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Tuple
 
 import pytest
 from support.jobs import read_json
@@ -82,7 +82,7 @@ def test_more_runs_than_fit_side_by_side(tmp_path: Path, capsys: pytest.CaptureF
 def test_json_has_every_number_and_point(runs: List[str], capsys: pytest.CaptureFixture[str]) -> None:
     found = asked(capsys, *runs)
     assert found["baseline"] == "sl"
-    assert found["differing_options"]["mode"] == {"sl": "sl", "sft": "sft", "local": "local"}
+    assert found["differing_options"]["mode"] == ["sl", "sft", "local"]
     assert found["shared_options"]["seed"] == "1"
     of_sft = found["columns"][1]
     assert of_sft["figures"]["wire_bytes_per_step"] == 1500.0
@@ -115,6 +115,26 @@ def test_runs_of_one_kind_are_a_mean_and_a_spread(
     twin = str(leave_run(tmp_path / "twin", codec="int4", seed=3))
     assert main(["compare", *runs, twin, "--group-seeds"]) == 0
     assert "a seed is there twice" in capsys.readouterr().out
+
+
+def test_groups_that_one_name_would_fit_have_that_of_their_first_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [str(leave_run(tmp_path / f"r1{seed}", mode="sl", seed=seed)) for seed in range(2)]
+    runs += [str(leave_run(tmp_path / f"r2{seed}", mode="sft", seed=seed)) for seed in range(2)]
+    found = asked(capsys, *runs, "--group-seeds")
+    assert [column["name"] for column in found["columns"]] == ["r10 (n=2)", "r20 (n=2)"]
+    assert found["differing_options"]["mode"] == ["sl", "sft"]
+
+
+@pytest.mark.parametrize("pair", [("x" * 240 + "a", "x" * 240 + "b"), (os.fsdecode(b"r\xff"), os.fsdecode(b"r\xfe"))])
+def test_names_that_differ_where_they_are_not_shown_are_whole_paths(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], pair: Tuple[str, str]
+) -> None:
+    found = asked(capsys, *(str(leave_run(tmp_path / name)) for name in pair))
+    names = [column["name"] for column in found["columns"]]
+    assert len(set(names)) == 2
+    assert all(name.isprintable() and name.startswith(str(tmp_path)) for name in names)
 
 
 def test_a_run_that_was_broken_off_is_shown_as_far_as_it_came(tmp_path: Path) -> None:

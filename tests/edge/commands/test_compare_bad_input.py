@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import struct
+import sys
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,6 +19,8 @@ from support.left_by_runs import leave_run
 from sft_edge.cli import main
 from sft_edge.commands.compare import files
 from sft_edge.files import write_json
+
+WRITTEN_BEFORE = Path(__file__).parents[2] / "end_to_end" / "written_before" / "run"
 
 
 @pytest.fixture
@@ -68,13 +73,52 @@ def test_a_file_that_is_not_what_it_should_be(
     assert refused(4, run).startswith(f"{run / name} is not ")
 
 
-@pytest.mark.parametrize("content", ["", "step,bytes_sent\n1,2\n", "bytes_sent,bytes_received\n1,-2\n1\n"])
+@pytest.mark.parametrize(
+    "content",
+    ["", "step,bytes_sent\n1,2\n", "bytes_sent,bytes_received\n1,-2\n1\n", "bytes_sent,bytes_received\n1\n"],
+    ids=["empty", "column", "negative", "short"],
+)
 def test_a_ledger_that_is_none(run: Path, refused: Callable[..., str], content: str) -> None:
     (run / "ledger.csv").write_text(content)
     if content:
         assert refused(4, run) == f"{run / 'ledger.csv'} is not what sft-edge train writes"
     else:
         assert main(["compare", str(run)]) == 0
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("BF16", 2), ("F8_E4M3", 1), ("F8_E5M2", 1)])
+def test_a_checkpoint_with_a_ledger_of_what_numpy_lacks(
+    tmp_path: Path, refused: Callable[..., str], dtype: str, size: int
+) -> None:
+    saved = tmp_path / "killed" / "checkpoint-2"
+    shutil.copytree(str(WRITTEN_BEFORE / "checkpoint-2"), str(saved))
+    header = json.dumps({"bytes_sent": {"dtype": dtype, "shape": [1], "data_offsets": [0, size]}}).encode()
+    (saved / "ledger.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(size))
+    told = refused(4, tmp_path / "killed")
+    assert told == f"{saved / 'ledger.safetensors'} is not what sft-edge train writes"
+
+
+@pytest.mark.parametrize("name", ["options.json", "all_results.json", "ledger.csv"])
+def test_a_link_to_a_file_of_the_reader(run: Path, tmp_path: Path, refused: Callable[..., str], name: str) -> None:
+    (run / name).rename(tmp_path / "mine")
+    (run / name).symlink_to(tmp_path / "mine")
+    assert refused(4, run).startswith(f"{run / name} is a symbolic link; ")
+
+
+@pytest.mark.parametrize("depth", [100, 500])
+def test_an_option_that_is_nested(run: Path, capsys: pytest.CaptureFixture[str], depth: int) -> None:
+    (run / "options.json").write_text('{"optimizer_options": ' * depth + "1" + "}" * depth)
+    assert main(["compare", str(run), "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["shared_options"]["optimizer_options"]) <= 200
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other file systems have no such names")
+def test_names_that_are_no_text(run: Path, tmp_path: Path) -> None:
+    odd = tmp_path / os.fsdecode(b"r\xff")
+    run.rename(odd)
+    page = tmp_path / os.fsdecode(b"\xfe.html")
+    assert main(["compare", str(odd), "--html", str(page)]) == 0
+    assert '<td class="text">' + str(tmp_path / "r?") in page.read_text(encoding="utf-8")
 
 
 def test_files_beyond_all_measure(run: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,7 +200,7 @@ def test_what_a_hostile_run_says_is_text(tmp_path: Path, capsys: pytest.CaptureF
 
 
 @pytest.mark.parametrize(
-    "value", ["1e400", "-1e308", "1e17", "NaN", '"x"', "true", "null", "{}", "9" * 5000, "-1", "0", "5e-324"]
+    "value", ["1e400", "-1e308", "1e17", "NaN", '"x"', "true", "null", "{}", "9" * 5000, "-1", "0", "5e-324", "1e-322"]
 )
 def test_numbers_that_nothing_can_be_done_with(
     tmp_path: Path, run: Path, value: str, capsys: pytest.CaptureFixture[str]
@@ -177,3 +221,11 @@ def test_numbers_that_nothing_can_be_done_with(
         assert main(arguments) == 0
         capsys.readouterr()
         ElementTree.parse(str(tmp_path / "c.svg"))
+
+
+def test_numbers_as_far_apart_as_can_be(tmp_path: Path, run: Path) -> None:
+    other = leave_run(tmp_path / "other")
+    for directory, seconds in ((run, 1e18), (other, 5e-324)):
+        results = directory / "all_results.json"
+        write_json(results, {**read_json(results), "train_runtime": seconds})
+    assert main(["compare", str(run), str(other)]) == 0

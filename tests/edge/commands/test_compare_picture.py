@@ -32,6 +32,7 @@ def comparison_of(*directories: Path, group_seeds: bool = False) -> Comparison:
         (-3, 4, [-4, -2, 0, 2, 4]),
         (80, 80, [76, 78, 80, 82, 84]),
         (0, 0, [-1, -0.5, 0, 0.5, 1]),
+        (1e-322, 1e-322, [-1, -0.5, 0, 0.5, 1]),
     ],
 )
 def test_ticks_are_round_numbers_around_all_values(low: float, high: float, expected: List[float]) -> None:
@@ -82,6 +83,15 @@ def test_seeds_are_a_mean_in_a_band(tmp_path: Path) -> None:
 def test_runs_of_one_process_are_drawn_over_steps(tmp_path: Path) -> None:
     chart = charts_of(comparison_of(leave_run(tmp_path / "a", mode="local")))[0]
     assert (chart.title, chart.is_log) == ("accuracy over steps", False)
+
+
+def test_a_group_without_a_shared_step_leaves_a_chart_over_steps(tmp_path: Path) -> None:
+    """There is no point on the axis of bytes, so that a run in one process is no level there."""
+    local = leave_run(tmp_path / "local", mode="local")
+    runs = [leave_run(tmp_path / f"s{seed}", seed=seed, steps=seed, planned=seed, scores=(1.0,)) for seed in (3, 4)]
+    scores, losses = charts_of(comparison_of(local, *runs, group_seeds=True))
+    assert (scores.title, [curve.name for curve in scores.curves]) == ("accuracy over steps", ["local"])
+    assert "local: accuracy 80 at step 4" in picture([scores, losses])
 
 
 def test_another_metric_does_not_share_an_axis(tmp_path: Path) -> None:

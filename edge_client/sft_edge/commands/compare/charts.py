@@ -86,7 +86,7 @@ def picture(charts: Sequence[Chart], style: bool = True) -> str:
 def _scores(comparison: Comparison) -> Chart:
     shown = list(_alike(comparison, "score"))
     metric = comparison.columns[comparison.baseline].metric or comparison.metric
-    moved = any(run.bytes_at(point.step) for _, column in shown for run in column.runs for point in run.scores)
+    moved = any(True for _, column in shown for _ in _spots(column, lambda run: run.scores, Run.bytes_at, metric))
     curves = []
     for mark, column in shown:
         spots = list(_spots(column, lambda run: run.scores, Run.bytes_at if moved else None, metric))

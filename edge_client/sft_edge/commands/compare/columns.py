@@ -74,12 +74,18 @@ def columns_of(
     members: Dict[object, List[int]] = {}
     for index, run in enumerate(runs):
         members.setdefault(_kind(run) or index, []).append(index)
-    columns, notes = [], []
+    notes = []
     for indices in members.values():
         seeds = [runs[index].options.get("seed") for index in indices]
         if len(set(seeds)) < len(seeds):
             notes.append(f"{' and '.join(names[index] for index in indices)}: a seed is there twice")
-        columns.append(Column(_common([names[index] for index in indices]), [runs[index] for index in indices]))
+    grouped = [[names[index] for index in indices] for indices in members.values()]
+    sizes = [f" (n={len(group)})" if len(group) > 1 else "" for group in grouped]
+    told = _told_apart(
+        [_common(group) + size for group, size in zip(grouped, sizes)],
+        [group[0] + size for group, size in zip(grouped, sizes)],
+    )
+    columns = [Column(name, [runs[index] for index in indices]) for name, indices in zip(told, members.values())]
     unknown = [name for name, run in zip(names, runs) if _kind(run) is None]
     if unknown:
         notes.append(f"in no group, as they are unfinished or their options are not known: {', '.join(unknown)}")
@@ -102,7 +108,12 @@ def _names(directories: Sequence[Path]) -> List[str]:
             break
     else:
         names = [str(directory) for directory in directories]
-    return [short(name) for name in names]
+    return _told_apart([short(name) for name in names], [repr(str(directory))[1:-1] for directory in directories])
+
+
+def _told_apart(names: Sequence[str], instead: Sequence[str]) -> List[str]:
+    """`names`, but where several are the same what `instead` has in their places."""
+    return [name if names.count(name) == 1 else other for name, other in zip(names, instead)]
 
 
 def _common(names: Sequence[str]) -> str:
@@ -110,4 +121,4 @@ def _common(names: Sequence[str]) -> str:
         return names[0]
     alike = next((count for count, letters in enumerate(zip(*names)) if len(set(letters)) > 1), min(map(len, names)))
     stem = re.sub(r"[-_. ]*(seed|s)?[-_. ]*\d*$", "", names[0][:alike])
-    return f"{stem or names[0]} (n={len(names)})"
+    return stem or names[0]

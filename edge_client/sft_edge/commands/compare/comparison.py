@@ -221,10 +221,7 @@ def as_json(comparison: Comparison) -> Dict[str, Any]:
     return {
         "baseline": comparison.columns[comparison.baseline].name,
         "notes": list(comparison.notes),
-        "differing_options": {
-            name: dict(zip((column.name for column in comparison.columns), values))
-            for name, values in comparison.differing.items()
-        },
+        "differing_options": comparison.differing,
         "shared_options": comparison.shared,
         "columns": [
             {

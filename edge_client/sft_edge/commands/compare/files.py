@@ -19,12 +19,12 @@ MAX_LEDGER_BYTES = 64 << 20
 MAX_TEXT = 200
 MAX_DIGITS = 18
 MAX_NUMBER = 1e18
-"""Further from 0 is no loss, no count of bytes and no time."""
+"""Further from 0 is no loss, no count of bytes and no time; nearer to it than 1e-18 is 0."""
 
 
 def read_json(path: Path) -> Dict[str, Any]:
     """An object. Raises CheckpointError for what is none, or too large."""
-    _check_size(path, MAX_JSON_BYTES)
+    _check(path, MAX_JSON_BYTES)
     try:
         content = json.loads(path.read_text(encoding="utf-8"), parse_int=_whole_number)
     except OSError as error:
@@ -45,10 +45,10 @@ def read_if_there(path: Path) -> Optional[Dict[str, Any]]:
 
 def read_ledger(path: Path) -> List[int]:
     """Of `ledger.csv`: bytes on the wire, both ways, up to and with each step. Raises CheckpointError."""
-    _check_size(path, MAX_LEDGER_BYTES)
+    _check(path, MAX_LEDGER_BYTES)
     try:
         with open(str(path), encoding="utf-8", newline="") as file:
-            rows = csv.DictReader(file)
+            rows = csv.DictReader(file, restval="")
             return list(accumulate(_count(row["bytes_sent"]) + _count(row["bytes_received"]) for row in rows))
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from error
@@ -61,11 +61,11 @@ def read_saved_ledger(path: Path) -> Dict[str, List[float]]:
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    _check_size(path, MAX_LEDGER_BYTES)
+    _check(path, MAX_LEDGER_BYTES)
     try:
         columns = load_file(str(path))
         return {name: [number(one) or 0 for one in column.ravel().tolist()] for name, column in columns.items()}
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:  # numpy lacks dtypes
         raise CheckpointError(f"{path} is not what sft-edge train writes") from error
 
 
@@ -73,7 +73,7 @@ def number(value: object) -> Optional[float]:
     """One that can be calculated with; None for all else."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= MAX_NUMBER:
         return None
-    return value
+    return value if abs(value) >= 1 / MAX_NUMBER else 0
 
 
 def numbers(content: Mapping[str, Any]) -> Dict[str, float]:
@@ -102,10 +102,15 @@ def option_text(value: object) -> str:
         return "-"
     if isinstance(value, bool) or value in ("True", "False"):
         return str(value).lower()
-    return short(" ".join(json_text(value).split()) if isinstance(value, dict) else value)
+    try:
+        return short(" ".join(json_text(value).split()) if isinstance(value, dict) else value)
+    except RecursionError:  # deeper than any option
+        return "…"
 
 
-def _check_size(path: Path, limit: int) -> None:
+def _check(path: Path, limit: int) -> None:
+    if path.is_symlink():  # in a stranger's run it would show what is the reader's
+        raise CheckpointError(f"{path} is a symbolic link; put a copy there of what it leads to, if that is of the run")
     try:
         size = path.stat().st_size
     except OSError as error:

@@ -9,6 +9,7 @@ from sft.version import __version__
 from sft_edge.commands.compare import svg
 from sft_edge.commands.compare.charts import charts_of, picture
 from sft_edge.commands.compare.comparison import Cell, Comparison
+from sft_edge.commands.compare.files import short
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
@@ -115,7 +116,7 @@ def _shared(comparison: Comparison) -> Iterator[str]:
 
 
 def _directories(comparison: Comparison) -> Iterator[str]:
-    rows = [[column.name, str(run.directory)[:400]] for column in comparison.columns for run in column.runs]
+    rows = [[column.name, short(run.directory)] for column in comparison.columns for run in column.runs]
     yield from _folded("Where the runs are", rows)
 
 

@@ -109,7 +109,7 @@ _SHAPES = (
 def ticks(low: float, high: float, count: int = 5) -> List[float]:
     """Round numbers that reach from below `low` to above `high`, about so many."""
     if high - low < max(1e-12, 1e-9 * max(abs(low), abs(high))):
-        pad = abs(low) * 0.05 or 1.0
+        pad = abs(low) * 0.05 if abs(low) > 1e-12 else 1.0
         low, high = low - pad, high + pad
     raw = (high - low) / count
     scale = 10.0 ** math.floor(math.log10(raw))
