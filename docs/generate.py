@@ -31,6 +31,7 @@ EDGE: Mapping[str, Sequence[type]] = {
     "attach": [edge.AttachOptions],
     "evaluate": [edge.EvaluateOptions],
     "predict": [edge.PredictOptions],
+    "compare": [edge.CompareOptions],
     "export": [edge.ExportOptions],
     "verify": [edge.VerifyOptions, edge.OptimizerOptions, edge.LinkOptions],
     "doctor": [edge.DoctorOptions, edge.LinkOptions],

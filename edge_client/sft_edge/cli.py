@@ -12,6 +12,7 @@ from sft.cli.run import run
 from sft_edge.options import (
     TRAIN_OPTIONS,
     AttachOptions,
+    CompareOptions,
     DemoOptions,
     DoctorOptions,
     EnvOptions,
@@ -76,6 +77,17 @@ def predict(prog: str, argv: List[str]) -> int:
     return 0
 
 
+def compare(prog: str, argv: List[str]) -> int:
+    """hold runs against each other: metrics, bytes, seconds, memory, and the options that differ"""
+    if argv and not argv[0].startswith("-"):
+        argv = ["--runs", *argv]
+    (options,) = parse((CompareOptions,), argv, prog, compare.__doc__)
+    from sft_edge.commands.compare.compare import compare as hold_against  # without torch
+
+    hold_against(options)
+    return 0
+
+
 def export(prog: str, argv: List[str]) -> int:
     """make a trained model one that transformers opens without this package"""
     (options,) = parse((ExportOptions,), argv, prog, export.__doc__)
@@ -129,6 +141,7 @@ COMMANDS = {
     "attach": attach,
     "evaluate": evaluate,
     "predict": predict,
+    "compare": compare,
     "export": export,
     "verify": verify,
     "doctor": doctor,

@@ -19,6 +19,7 @@ AN_OPTION = {
     "attach": "--output-dir",
     "evaluate": "--output-file",
     "predict": "--json-lines",
+    "compare": "--group-seeds",
     "export": "--factored",
     "verify": "--tolerance",
     "doctor": "--idle",

@@ -2,6 +2,7 @@
 
 from sft_edge.options.commands import (
     AttachOptions,
+    CompareOptions,
     DemoOptions,
     DoctorOptions,
     EnvOptions,
@@ -13,6 +14,7 @@ from sft_edge.options.commands import (
 from sft_edge.options.link import LinkOptions
 from sft_edge.options.lora import LoraOptions
 from sft_edge.options.optimizer import OptimizerOptions
+from sft_edge.options.repeating import OPTIONS_FILE, repeatable
 from sft_edge.options.train import (
     ACTIVATIONS,
     NEWEST,
@@ -29,8 +31,10 @@ from sft_edge.options.train import (
 __all__ = [
     "ACTIVATIONS",
     "NEWEST",
+    "OPTIONS_FILE",
     "TRAIN_OPTIONS",
     "AttachOptions",
+    "CompareOptions",
     "CutOptions",
     "DataOptions",
     "DemoOptions",
@@ -48,4 +52,5 @@ __all__ = [
     "TrainingOptions",
     "VerifyOptions",
     "check_together",
+    "repeatable",
 ]

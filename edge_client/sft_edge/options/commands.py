@@ -5,12 +5,19 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Optional
+from typing import List, Literal, Optional
 
 from sft.cli.durations import Duration
 from sft.cli.options import above_zero, at_least, flag
 from sft.errors import UsageError
-from sft_edge.options.train import Codec, GradientCodec, check_codecs, check_name, default_codec
+from sft_edge.options.train import (
+    Codec,
+    GradientCodec,
+    check_codecs,
+    check_name,
+    check_output_file,
+    default_codec,
+)
 
 Head = Literal[
     "sequence-classification", "question-answering", "causal-lm", "token-classification", "multiple-choice", "masked-lm"
@@ -49,6 +56,41 @@ class EvaluateOptions:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "max_eval_samples", "per_device_eval_batch_size")
+
+
+@dataclass
+class CompareOptions:
+    """The comparison."""
+
+    runs: List[Path]
+    """directories that `sft-edge train` wrote; their names alone will do, without the option, before all others"""
+
+    baseline: Optional[Path] = None
+    """which of them the others are held against; without it the first"""
+
+    group_seeds: bool = False
+    """runs that differ in nothing but --seed are one column: their mean, and their standard deviation"""
+
+    json: bool = False
+    """write it as JSON, with every point of the curves"""
+
+    html: Optional[Path] = None
+    """file for a page with tables and charts, which needs nothing from elsewhere"""
+
+    svg: Optional[Path] = None
+    """file for the charts alone"""
+
+    overwrite: bool = False
+    """replace the files of --html and --svg where they are there already"""
+
+    def __post_init__(self) -> None:
+        if not self.runs:
+            raise UsageError("no run is named: sft-edge compare RUN RUN")
+        for option, path in (("--html", self.html), ("--svg", self.svg)):
+            if path is not None:
+                check_output_file(option, path, self.overwrite)
+        if self.html is not None and self.svg is not None and self.html.resolve() == self.svg.resolve():
+            raise UsageError(f"--html and --svg name the same file, {self.html}")
 
 
 @dataclass

@@ -329,11 +329,25 @@ def check_output_dir(output_dir: Path, overwrite: bool, resumes: bool = False) -
                 f"--output-dir {output_dir} holds {theirs[0]}, and neither a model nor a checkpoint of sft-edge; name "
                 "another, or add --overwrite-output-dir"
             )
-    existing = nearest_existing(output_dir)
+    _check_place("--output-dir", output_dir, output_dir)
+
+
+def check_output_file(option: str, path: Path, overwrite: bool) -> None:
+    """Raises UsageError where a file could not be written, or would replace one unasked."""
+    if path.is_dir():
+        raise UsageError(f"{option} {path} is a directory; name a file")
+    if os.path.lexists(str(path)) and not overwrite:
+        raise UsageError(f"{option} {path} is there already; name another, or add --overwrite")
+    _check_place(option, path, path.parent)
+
+
+def _check_place(option: str, path: Path, directory: Path) -> None:
+    """Raises UsageError where `path` could not be written, which is or will be in that directory."""
+    existing = nearest_existing(directory)
     if not existing.is_dir():
-        raise UsageError(f"--output-dir {output_dir}: {existing} is not a directory")
+        raise UsageError(f"{option} {path}: {existing} is not a directory")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise UsageError(f"--output-dir {output_dir}: no permission to write in {existing}")
+        raise UsageError(f"{option} {path}: no permission to write in {existing}")
 
 
 def default_codec(mode: str, wire_dtype: Optional[str]) -> Optional[Codec]:

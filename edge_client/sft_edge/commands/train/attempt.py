@@ -21,7 +21,7 @@ from sft_edge.commands.train.job import Job, description_of
 from sft_edge.files import write_file, write_json
 from sft_edge.link import TRANSIENT
 from sft_edge.model_files import model_card, save_model
-from sft_edge.options import RunOptions
+from sft_edge.options import OPTIONS_FILE, RunOptions, repeatable
 from sft_edge.systems import System, cut_of
 from sft_edge.training import (
     Progress,
@@ -63,7 +63,7 @@ class Attempt:
         except LinkError:
             if self.steps:
                 with contextlib.suppress(StorageError):
-                    write_json(self.output_dir / "trainer_state.json", self.loop.state)
+                    self._save_history(self.output_dir)
             raise
         self.progress.stop()
         print_report(self.system.ledger, results)
@@ -179,5 +179,9 @@ class Attempt:
         write_file(directory / "README.md", [model_card(description_of(self.options, self.job), results).encode()])
         write_file(directory / "ledger.csv", ledger_lines(self.system.ledger))
         write_json(directory / "all_results.json", results)
-        write_json(directory / "trainer_state.json", self.loop.state)
+        self._save_history(directory)
         return results
+
+    def _save_history(self, directory: Path) -> None:
+        write_json(directory / OPTIONS_FILE, repeatable(self.options))
+        write_json(directory / "trainer_state.json", self.loop.state)
