@@ -79,7 +79,7 @@ def predict(prog: str, argv: List[str]) -> int:
 
 
 def compare(prog: str, argv: List[str]) -> int:
-    """hold runs against each other: metrics, bytes, seconds, memory, and the options that differ"""
+    """hold runs against each other: scores, bytes, time, memory, what differs"""
     if argv and not argv[0].startswith("-"):
         argv = ["--runs", *argv]
     (options,) = parse((CompareOptions,), argv, prog, compare.__doc__)

@@ -8,12 +8,12 @@ from typing import Callable, Iterator, List, NamedTuple, Optional, Sequence, Tup
 from sft.printable import format_bytes
 from sft_edge.commands.compare import svg
 from sft_edge.commands.compare.columns import Column
-from sft_edge.commands.compare.comparison import Comparison
+from sft_edge.commands.compare.comparison import Comparison, alike
 from sft_edge.commands.compare.reading import Point, Run
 
 WIDTH, HEIGHT = 720, 380
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 20, 40, 52
-_LEGEND_ROW, _LEGEND_CELL = 20, 220
+_LEGEND_ROW, _LEGEND_CELL = 20, 214
 _MOST_POINTS = 300
 """More than a chart has pixels for would only make the file large."""
 
@@ -84,16 +84,15 @@ def picture(charts: Sequence[Chart], style: bool = True) -> str:
 
 
 def _scores(comparison: Comparison) -> Chart:
-    metric = comparison.metric
-    moved = any(
-        run.bytes_at(point.step) for column in comparison.columns for run in column.runs for point in run.scores
-    )
+    shown = list(_alike(comparison, "score"))
+    metric = comparison.columns[comparison.baseline].metric or comparison.metric
+    moved = any(run.bytes_at(point.step) for _, column in shown for run in column.runs for point in run.scores)
     curves = []
-    for index, column in enumerate(comparison.columns):
+    for mark, column in shown:
         spots = list(_spots(column, lambda run: run.scores, Run.bytes_at if moved else None, metric))
         level = _level(column) if moved and not spots else None
         if spots or level is not None:
-            curves.append(Curve(column.name, svg.mark_of(index), spots, level))
+            curves.append(Curve(column.name, mark, spots, level))
     if moved:
         title = f"{metric} against bytes on the wire"
         return Chart(title, "bytes of training, both ways (log)", metric, True, format_bytes, curves)
@@ -102,11 +101,18 @@ def _scores(comparison: Comparison) -> Chart:
 
 def _losses(comparison: Comparison) -> Chart:
     curves = []
-    for index, column in enumerate(comparison.columns):
+    for mark, column in _alike(comparison, "loss"):
         spots = list(_spots(column, lambda run: run.losses, None, "loss"))
         if spots:
-            curves.append(Curve(column.name, svg.mark_of(index), spots))
+            curves.append(Curve(column.name, mark, spots))
     return Chart("training loss over steps", "steps", "loss", False, _count, curves)
+
+
+def _alike(comparison: Comparison, kind: str) -> Iterator[Tuple[svg.Mark, Column]]:
+    """The columns that belong on one axis with the baseline."""
+    for index, column in enumerate(comparison.columns):
+        if alike(kind, column, comparison.columns[comparison.baseline]):
+            yield svg.mark_of(index), column
 
 
 def _level(column: Column) -> Optional[float]:
@@ -146,20 +152,23 @@ def _drawn(chart: Chart) -> Iterator[str]:
     levels = [curve.level for curve in chart.curves if curve.level is not None]
     y_ticks = svg.ticks(min([*(spot.low for spot in spots), *levels]), max([*(spot.high for spot in spots), *levels]))
     x_low, x_high = min(spot.x for spot in spots), max(spot.x for spot in spots)
-    x_ticks = svg.log_ticks(x_low, x_high) if chart.is_log else svg.ticks(min(x_low, 0), x_high, 6)
-    x_end = x_ticks[-1] if chart.is_log else x_high
+    if chart.is_log:
+        begin, end, x_ticks = svg.log_ticks(x_low, x_high)
+    else:
+        begin, end = min(x_low, 0.0), max(x_high, 1.0)
+        x_ticks = [tick for tick in svg.ticks(begin, end, 6) if begin <= tick <= end]
 
     def across(value: float) -> float:
-        low, high, at = x_ticks[0], x_end, value
+        low, high, at = begin, end, value
         if chart.is_log:
             low, high, at = math.log10(low), math.log10(high), math.log10(at)
-        return _LEFT + (at - low) / ((high - low) or 1.0) * (right - _LEFT)
+        return _LEFT + (at - low) / (high - low) * (right - _LEFT)
 
     def up(value: float) -> float:
         return bottom - (value - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]) * (bottom - _TOP)
 
     yield svg.text(_LEFT, 22, chart.title, size=15, font_weight="600")
-    yield from _axes(chart, [(across(x), x) for x in x_ticks if x <= x_end], [(up(y), y) for y in y_ticks])
+    yield from _axes(chart, [(across(x), x) for x in x_ticks], [(up(y), y) for y in y_ticks])
     for curve in chart.curves:
         if curve.level is not None:
             y = up(curve.level)

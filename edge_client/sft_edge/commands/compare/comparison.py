@@ -48,7 +48,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Comparison:
-    """Of columns with the one they are held against."""
+    """Of columns, with the one that the others are held against."""
 
     columns: Sequence[Column]
     baseline: int
@@ -128,7 +128,7 @@ def _row(figure: Figure, columns: Sequence[Column], baseline: int) -> Optional[R
         mean is not None
         and (mean > 0 or figure.kind not in ("bytes", "seconds"))  # nothing on a wire that is not there is no feat
         and column.is_finished
-        and _alike(figure, column, columns[baseline])
+        and alike(figure.kind, column, columns[baseline])
         for column, mean in zip(columns, means)
     ]
     candidates = [mean for mean, fits in zip(means, comparable) if fits and mean is not None]
@@ -140,17 +140,17 @@ def _row(figure: Figure, columns: Sequence[Column], baseline: int) -> Optional[R
             mean is not None
             and base is not None
             and index != baseline
-            and _alike(figure, columns[index], columns[baseline])
+            and alike(figure.kind, columns[index], columns[baseline])
         ):
             beside = _difference(figure.kind, mean, base)
         cells.append(Cell(_text(figure.kind, mean, spread), beside, comparable[index] and mean == best, mean, spread))
     return Row(figure.key, figure.section, figure.label, cells)
 
 
-def _alike(figure: Figure, one: Column, other: Column) -> bool:
-    if figure.kind == "score":
-        return one.metric == other.metric and one.runs[0].task == other.runs[0].task
-    return figure.kind != "loss" or one.runs[0].task == other.runs[0].task
+def alike(kind: str, one: Column, other: Column) -> bool:
+    """Whether their figures of this kind say anything about each other."""
+    same_task = one.runs[0].task == other.runs[0].task
+    return kind not in ("score", "loss") or (same_task and (kind == "loss" or one.metric == other.metric))
 
 
 def _text(kind: str, mean: Optional[float], spread: Optional[float]) -> str:

@@ -159,7 +159,7 @@ def _run(directory: Path, found: _Found, options: Dict[str, str]) -> Run:
         directory=directory,
         steps=found.steps,
         planned_steps=int(planned) if planned else None,
-        status="finished" if is_finished else _how_far(directory, found.where),
+        status="finished" if is_finished else _how_far(directory, found, planned),
         is_finished=is_finished,
         metric=metric[len("eval_") :] or None,
         scores=scores,
@@ -171,10 +171,14 @@ def _run(directory: Path, found: _Found, options: Dict[str, str]) -> Run:
     )
 
 
-def _how_far(directory: Path, where: str) -> str:
+def _how_far(directory: Path, found: _Found, planned: Optional[float]) -> str:
     if (directory / LEFT).is_file():
         return "left to the cloud"
-    return f"unfinished: {where}" if where else "unfinished"
+    if found.where:
+        return f"unfinished: {found.where}"
+    if planned is None or found.steps < planned:
+        return "unfinished"
+    return "not evaluated" if found.results else f"without {RESULTS}"
 
 
 def _points(history: Sequence[Mapping[str, float]], name: str) -> List[Point]:

@@ -118,17 +118,18 @@ def ticks(low: float, high: float, count: int = 5) -> List[float]:
     return [index * step for index in range(first, last + 1)]
 
 
-def log_ticks(low: float, high: float) -> List[float]:
-    """The same on a logarithmic scale, above 0: powers of ten, and between few of them 2 and 5 times those."""
-    first, last = math.floor(math.log10(low) + 1e-9), math.ceil(math.log10(high) - 1e-9)
-    last = max(last, first + 1)
-    if last - first <= 2:
-        steps = [digit * 10.0**power for power in range(first, last) for digit in (1, 2, 5)] + [10.0**last]
-        inside_below = [step for step in steps if step <= low * 1.0001]
-        inside_above = [step for step in steps if step >= high * 0.9999]
-        return [step for step in steps if inside_below[-1] <= step <= inside_above[0]]
-    every = math.ceil((last - first) / 8)
-    return [10.0**power for power in range(first, last + every, every)]
+def log_ticks(low: float, high: float) -> Tuple[float, float, List[float]]:
+    """The same on a logarithmic scale, of numbers above 0: where it begins and ends, and the ticks.
+
+    These are powers of ten; between fewer than three of them there are 2 and 5 times those, too.
+    """
+    first, last = math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1
+    steps = [digit * 10.0**power for power in range(first, last + 1) for digit in (1, 2, 5)]
+    begin = max(step for step in steps if step <= low * 1.0001)
+    end = min(step for step in steps if step >= high * 0.9999 and step > begin)
+    inside = [step for step in steps if begin <= step <= end]
+    tens = [10.0**power for power in range(first, last + 1) if begin <= 10.0**power <= end]
+    return begin, end, inside if len(tens) < 3 else tens[:: math.ceil(len(tens) / 8)]
 
 
 def decimals(values: Sequence[float]) -> int:
