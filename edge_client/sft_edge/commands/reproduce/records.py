@@ -87,10 +87,10 @@ class Directory:
             return None
         metric = make_task(self._run.task).main_metric
         counts = [results.get(name) for name in ("wire_bytes_sent", "wire_bytes_received", "train_steps")]
-        score, seconds = results.get(f"eval_{metric}"), record.get("seconds")
-        if not all(_is_number(value) for value in (score, seconds, *counts)):
+        score, seconds = _number(results.get(f"eval_{metric}")), _number(record.get("seconds"))
+        if score is None or seconds is None or any(_number(count) is None for count in counts):
             return None
-        return Finished(self._run, metric, float(score), results, float(seconds), record.get("made_with") or {})
+        return Finished(self._run, metric, score, results, seconds, record.get("made_with") or {})
 
     def begin(self) -> bool:
         """Makes the directory ready; whether a run of the same flags was broken off there, which may go on.
@@ -134,8 +134,7 @@ class Directory:
         return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
     def _seconds(self) -> float:
-        seconds = _json_in(self.path / RECORD).get("seconds")
-        return float(seconds) if _is_number(seconds) else 0.0
+        return _number(_json_in(self.path / RECORD).get("seconds")) or 0.0
 
     def _write(self, **content: object) -> None:
         write_json(self.path / RECORD, {"flags": dict(self._run.flags), **content})
@@ -156,5 +155,8 @@ def _json_in(path: Path) -> Dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _number(value: object) -> Optional[float]:
+    """None for what is no finite one."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return None
+    return float(value) if math.isfinite(value) else None

@@ -90,7 +90,8 @@ def block_seconds(config: Any, device: torch.device) -> float:
     length = min(paper.SEQUENCE, max_positions(config))
     alone = copy.deepcopy(config)
     alone.num_hidden_layers = 1
-    base = AutoModel.from_config(alone).to(device).train()
+    auto_model: Any = AutoModel
+    base = auto_model.from_config(alone).to(device).train()
     block = blocks_of(base, family)[0]
     given: Dict[str, Any] = {}
 
