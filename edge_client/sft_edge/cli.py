@@ -138,7 +138,7 @@ def demo(prog: str, argv: List[str]) -> int:
 
 
 def reproduce(prog: str, argv: List[str]) -> int:
-    """do the paper's experiments again: table1, fig2, fig3 or timing, beside what the paper says"""
+    """do the paper's experiments again, and show its numbers beside"""
     if argv and not argv[0].startswith("-"):
         argv = ["--figure", *argv]
     options = parse((ReproduceOptions, LinkOptions), argv, prog, reproduce.__doc__)

@@ -91,7 +91,7 @@ def block_seconds(config: Any, device: torch.device) -> float:
     alone = copy.deepcopy(config)
     alone.num_hidden_layers = 1
     auto_model: Any = AutoModel
-    base = auto_model.from_config(alone).to(device).train()
+    base = auto_model.from_config(alone, trust_remote_code=False).to(device).train()
     block = blocks_of(base, family)[0]
     given: Dict[str, Any] = {}
 
