@@ -66,9 +66,9 @@ class Estimate:
 
 
 LINES: Mapping[str, str] = {
-    "t(V100, 12)": "(5) cloud, 12 blocks, ms",
+    "t(V100, 12)": "(5) cloud, all blocks, ms",
     "t(V100, 1)": "(6) cloud, one block, ms",
-    "t(XAVIER, 12)": "(7) edge, 12 blocks, ms",
+    "t(XAVIER, 12)": "(7) edge, all blocks, ms",
     "t(XAVIER, 1)": "(8) edge, one block, ms",
     "SL traffic": "traffic of SL, MB",
     "SFT traffic": "traffic of SFT, MB",
