@@ -37,6 +37,7 @@ EDGE: Mapping[str, Sequence[type]] = {
     "doctor": [edge.DoctorOptions, edge.LinkOptions],
     "env": [edge.EnvOptions],
     "demo": [edge.DemoOptions],
+    "reproduce": [edge.ReproduceOptions, edge.LinkOptions],
 }
 CLOUD: Mapping[str, Sequence[type]] = {
     "serve": [ServeOptions, ServerAccess, LimitOptions, MetricsOptions],

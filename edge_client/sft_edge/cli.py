@@ -21,6 +21,7 @@ from sft_edge.options import (
     LinkOptions,
     OptimizerOptions,
     PredictOptions,
+    ReproduceOptions,
     RunOptions,
     VerifyOptions,
     check_together,
@@ -136,6 +137,17 @@ def demo(prog: str, argv: List[str]) -> int:
     return run_demo(options)
 
 
+def reproduce(prog: str, argv: List[str]) -> int:
+    """do the paper's experiments again, and show its numbers beside"""
+    if argv and not argv[0].startswith("-"):
+        argv = ["--figure", *argv]
+    options = parse((ReproduceOptions, LinkOptions), argv, prog, reproduce.__doc__)
+    with imports():
+        from sft_edge.commands.reproduce.reproduce import reproduce as do_again
+
+    return do_again(*options)
+
+
 COMMANDS = {
     "train": train,
     "attach": attach,
@@ -147,6 +159,7 @@ COMMANDS = {
     "doctor": doctor,
     "env": env,
     "demo": demo,
+    "reproduce": reproduce,
 }
 
 

@@ -25,6 +25,7 @@ AN_OPTION = {
     "doctor": "--idle",
     "env": "--json",
     "demo": "--seed",
+    "reproduce": "--split-ranks",
 }
 
 

@@ -1,6 +1,7 @@
 """How a run survives: when it is saved, what is in it, whether two attempts are one run."""
 
 from sft_edge.checkpoints.content import keep_key_of, read_codec_tables
+from sft_edge.checkpoints.directory import only_run_in
 from sft_edge.checkpoints.policy import Checkpointing, Stopped
 from sft_edge.checkpoints.same_run import likeness
 
@@ -9,5 +10,6 @@ __all__ = [
     "Stopped",
     "keep_key_of",
     "likeness",
+    "only_run_in",
     "read_codec_tables",
 ]

@@ -16,6 +16,7 @@ from sft_edge.options.link import LinkOptions
 from sft_edge.options.lora import LoraOptions
 from sft_edge.options.optimizer import OptimizerOptions
 from sft_edge.options.repeating import OPTIONS_FILE, repeatable
+from sft_edge.options.reproduce import PAPER_TASKS, TIMING, ReproduceOptions
 from sft_edge.options.train import (
     ACTIVATIONS,
     NEWEST,
@@ -33,6 +34,8 @@ __all__ = [
     "ACTIVATIONS",
     "NEWEST",
     "OPTIONS_FILE",
+    "PAPER_TASKS",
+    "TIMING",
     "TRAIN_OPTIONS",
     "AttachOptions",
     "BudgetOptions",
@@ -50,6 +53,7 @@ __all__ = [
     "ModelOptions",
     "OptimizerOptions",
     "PredictOptions",
+    "ReproduceOptions",
     "RunOptions",
     "TrainingOptions",
     "VerifyOptions",

@@ -1,0 +1,1 @@
+"""`sft-edge reproduce`: the paper's experiments, done again."""

@@ -1,0 +1,161 @@
+"""`sft-edge reproduce`, which has its runs done by other processes: here by a program that only leaves what they do."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Tuple
+
+import pytest
+from support.jobs import error_line, flags, read_json
+from support.tiny import make_tiny_model
+
+from sft_edge.cli import main
+
+RUN = """\
+import json, os, pathlib, signal, sys
+said = dict(zip(sys.argv[2::2], sys.argv[3::2]))
+output_dir = pathlib.Path(said["--output-dir"])
+output_dir.mkdir(parents=True, exist_ok=True)
+with open(os.environ["CALLS"], "a") as calls:
+    calls.write(f"{output_dir.parent.name}{' goes on' if sys.argv[-1] == '--resume-from-checkpoint' else ''}\\n")
+if output_dir.parent.name in os.environ.get("FAILING", ""):
+    print("a warning\\nsft-edge train: error: no rows")
+    sys.exit(3)
+if output_dir.parent.name in os.environ.get("INTERRUPTING", ""):
+    (output_dir / "checkpoint-1").mkdir()
+    ignores = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    signal.signal(signal.SIGTERM, lambda *_: (print("saved, without Ctrl-C" if ignores else "?"), os._exit(0)))
+    os.kill(os.getppid(), int(os.environ["SIGNAL"]))
+    while True:
+        signal.pause()
+results = {"wire_bytes_sent": 6, "wire_bytes_received": 4, "train_steps": 1, "eval_accuracy": 75.0}
+if output_dir.parent.name not in os.environ.get("TORN", ""):
+    (output_dir / "all_results.json").write_text(json.dumps(results))
+(output_dir / "model.safetensors").write_text("weights")
+"""
+
+LOCAL, SPLIT = "rte-local-seed0", "rte-sft-l3-r4-seed0"
+
+Reproduce = Callable[..., Tuple[int, List[str]]]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four blocks."""
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def reproduce(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> Reproduce:
+    """Runs table1 of two runs into `tmp_path / "out"`; gives the exit code and the runs that were begun."""
+    monkeypatch.setattr("sft_edge.commands.reproduce.runner.python_command", lambda module: [sys.executable, "-c", RUN])
+    calls = tmp_path / "calls"
+    monkeypatch.setenv("CALLS", str(calls))
+
+    def run(**options: Any) -> Tuple[int, List[str]]:
+        calls.write_text("")
+        values: Dict[str, Any] = {"model": model, "data_dir": "data", "tasks": "rte", "split_ranks": 4, **options}
+        code = main(["reproduce", "table1", *flags(output_dir=tmp_path / "out", **values)])
+        return code, calls.read_text().splitlines()
+
+    return run
+
+
+def test_what_is_finished_is_not_run_again(
+    reproduce: Reproduce, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert reproduce() == (0, [LOCAL, SPLIT])
+    told = capsys.readouterr().out
+    assert "2/2  rte    SFT(l=3,R=4)  seed 0: accuracy 75.00, " in told
+    out = tmp_path / "out"
+    assert sorted(path.name for path in out.iterdir()) == [LOCAL, SPLIT, "table1.json", "table1.md", "table1.svg"]
+    assert sorted(path.name for path in (out / LOCAL).iterdir()) == ["all_results.json", "log.txt", "run.json"]
+    report = read_json(out / "table1.json")
+    assert [run["score"] for run in report["runs"]] == [75.0, 75.0]
+    assert report["runs"][1]["flags"]["--split-rank"] == "4"
+    assert report["runs"][1]["made_with"]["versions"]["torch"]
+    assert report["mean_loss_against_local"] == {"local": 0.0, "SFT(l=3,R=4)": 0.0}
+    assert "| SFT(l=3,R=4) | 75.00 | 75.00 | +0.00 |" in (out / "table1.md").read_text()
+    assert reproduce() == (0, [])
+    assert "2 of 2 runs are there already" in capsys.readouterr().out
+    assert reproduce(seeds=1) == (0, [LOCAL[:-1] + "1", SPLIT[:-1] + "1"]), "another seed is another run"
+
+
+def test_a_run_with_other_flags_is_run_anew(reproduce: Reproduce, tmp_path: Path) -> None:
+    reproduce()
+    (tmp_path / "out" / LOCAL / "model").mkdir()
+    (tmp_path / "out" / LOCAL / "model" / "checkpoint-7").mkdir()  # which a run of these flags could not go on from
+    assert reproduce(learning_rate=1e-3) == (0, [LOCAL, SPLIT])
+    assert not (tmp_path / "out" / LOCAL / "model").exists()
+    assert read_json(tmp_path / "out" / LOCAL / "run.json")["flags"]["--learning-rate"] == "0.001"
+
+
+@pytest.mark.parametrize("left", ["", "{", "[]", "{}", json.dumps({"train_steps": 1, "eval_accuracy": None})])
+def test_results_that_are_not_whole_are_made_again(reproduce: Reproduce, tmp_path: Path, left: str) -> None:
+    reproduce()
+    (tmp_path / "out" / SPLIT / "all_results.json").write_text(left)
+    assert reproduce() == (0, [SPLIT])
+
+
+def test_models_are_kept_where_that_is_wanted(reproduce: Reproduce, tmp_path: Path) -> None:
+    reproduce(keep_models=True)
+    assert (tmp_path / "out" / LOCAL / "model" / "model.safetensors").exists()
+
+
+def test_a_run_that_fails_is_told_and_the_others_go_on(
+    reproduce: Reproduce, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAILING", LOCAL)
+    assert reproduce() == (3, [LOCAL, SPLIT])
+    log = tmp_path / "out" / LOCAL / "log.txt"
+    told = capsys.readouterr().out
+    assert f"local  seed 0: failed: sft-edge train: error: no rows ({log})\n" in told
+    assert "1 runs failed" in told
+    assert read_json(tmp_path / "out" / "table1.json")["failed"][0]["run"] == LOCAL
+    monkeypatch.delenv("FAILING")
+    assert reproduce() == (0, [f"{LOCAL} goes on"])
+    assert log.read_text().startswith("a warning"), "of all attempts"
+
+
+def test_a_run_that_leaves_no_results_has_failed(
+    reproduce: Reproduce, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORN", SPLIT)
+    assert reproduce() == (1, [LOCAL, SPLIT])
+    assert "failed: it left no whole results: it said nothing" in capsys.readouterr().out
+    monkeypatch.delenv("TORN")
+    assert reproduce() == (0, [f"{SPLIT} goes on"])
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_who_is_stopped_goes_on_with_the_run_that_was_on(
+    reproduce: Reproduce,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    code: int,
+) -> None:
+    """The run is asked by SIGTERM, by which it saves a checkpoint, and gets no Ctrl-C of the terminal's."""
+    monkeypatch.setenv("INTERRUPTING", SPLIT)
+    monkeypatch.setenv("SIGNAL", str(int(number)))
+    assert reproduce() == (code, [LOCAL, SPLIT])
+    assert "table1, 1 of 2 runs" in capsys.readouterr().out, "what is there is reported"
+    directory = tmp_path / "out" / SPLIT
+    assert (directory / "log.txt").read_text() == "saved, without Ctrl-C\n"
+    assert (directory / "model" / "checkpoint-1").exists()
+    assert 0 < read_json(directory / "run.json")["seconds"] < 60
+    monkeypatch.delenv("INTERRUPTING")
+    assert reproduce() == (0, [f"{SPLIT} goes on"])
+
+
+def test_what_no_run_left_stays(reproduce: Reproduce, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    theirs = tmp_path / "out" / LOCAL / "notes.txt"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("theirs")
+    assert reproduce() == (2, [])
+    assert "holds what no run of this command left" in error_line(capsys.readouterr().err)
+    assert theirs.read_text() == "theirs"
