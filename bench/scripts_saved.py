@@ -58,11 +58,13 @@ class Script:
 
     def __init__(self, server: str, train: Rows) -> None:
         self.server, self.train, self.place = server, train, str(find_model("minilm"))
-        self.tokenizer = AutoTokenizer.from_pretrained(self.place)
+        self.tokenizer = AutoTokenizer.from_pretrained(self.place, trust_remote_code=False, local_files_only=True)
 
     def model(self) -> Any:
         set_seed(0)
-        return AutoModelForSequenceClassification.from_pretrained(self.place, num_labels=2)
+        return AutoModelForSequenceClassification.from_pretrained(
+            self.place, num_labels=2, trust_remote_code=False, local_files_only=True
+        )
 
     def cut(self, model: Any, optimizer: Any = None) -> Any:
         optimizer = optimizer or torch.optim.AdamW(
