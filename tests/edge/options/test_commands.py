@@ -11,11 +11,9 @@ import pytest
 
 from sft.cli.durations import Duration
 from sft.cli.options import parse
-from sft.cli.sizes import Size
 from sft.errors import CutError, UsageError
 from sft.wire.codec.rows import NAMES
 from sft_edge.cli import main
-from sft_edge.options.budget import BudgetOptions
 from sft_edge.options.commands import DoctorOptions, VerifyOptions
 from sft_edge.options.link import LinkOptions
 from sft_edge.options.lora import LoraOptions
@@ -227,9 +225,6 @@ def test_what_is_said_of_the_type_on_the_wire_holds(mode):
         (lambda: LinkOptions(reply_timeout=Duration(0)), "--reply-timeout must be above 0"),
         (lambda: LinkOptions(keepalive_time=Duration("5s")), "--keepalive-time must be 10s or more, not 5s"),
         (lambda: LinkOptions("cloud.example"), "--server must be HOST:PORT"),
-        (lambda: BudgetOptions(data_cap=Size("0GB")), "--data-cap must be above 0"),
-        (lambda: BudgetOptions(max_mbit=0.2), "--max-mbit must be 0.3 or more, not 0.2"),
-        (lambda: parse((BudgetOptions,), ["--data-cap", "2G"], "x"), "--data-cap: '2G' is not a size such as 500MB"),
         (lambda: LinkOptions(token_file=Path("token")), "--token-file needs --server"),
         (lambda: LinkOptions("cloud:1", tls_key=Path("key")), "--tls-cert and --tls-key belong together"),
     ],
@@ -254,29 +249,6 @@ def test_what_one_process_has_no_use_for_is_named(link, message):
         check_together(CutOptions("local"), link, TrainingOptions(), LoraOptions())
     check_together(CutOptions("sl", 3, wire_dtype="float16"), link, TrainingOptions(), LoraOptions())
     check_together(CutOptions("local"), LinkOptions(), TrainingOptions(), LoraOptions())
-
-
-@pytest.mark.parametrize(
-    ("budget", "message"),
-    [
-        (
-            BudgetOptions(data_cap=Size("2GB")),
-            "--data-cap 2 GB needs --mode sft, sl or frozen: one process has no wire",
-        ),
-        (BudgetOptions(max_mbit=5.0), "--max-mbit 5.0 needs --mode sft, sl or frozen: one process has no wire"),
-    ],
-)
-def test_a_budget_of_one_process(budget, message):
-    with pytest.raises(UsageError, match=message):
-        check_together(CutOptions("local"), LinkOptions(), TrainingOptions(), LoraOptions(), budget)
-    check_together(CutOptions("sl", 3), LinkOptions(), TrainingOptions(), LoraOptions(), budget)
-
-
-def test_an_edge_that_leaves_knows_no_cap():
-    given = (CutOptions("frozen", 2), LinkOptions("cloud:1"), TrainingOptions(detach=True), LoraOptions())
-    with pytest.raises(UsageError, match="--detach does not go with --data-cap"):
-        check_together(*given, BudgetOptions(data_cap=Size("2GB")))
-    check_together(*given, BudgetOptions(max_mbit=5.0))
 
 
 @pytest.mark.parametrize(
