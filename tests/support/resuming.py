@@ -63,6 +63,7 @@ class Outcome:
         self.state = state
         results = read_json(output_dir / "all_results.json")
         self.results = {name: results[name] for name in ("train_loss", "train_steps", "train_samples", "eval_accuracy")}
+        self.link_bytes = results.get("run_link_bytes")
         self.payload = [results[f"wire_payload_bytes_{way}"] for way in ("sent", "received")]
         self.checkpoints: dict[str, torch.Tensor] = {}
         for step in steps_in(output_dir):

@@ -11,6 +11,8 @@ _UNITS = {"": 1, "b": 1, **{f"{prefix}b": 1000**power for power, prefix in enume
 _UNITS.update({f"{prefix}ib": 1 << 10 * power for power, prefix in enumerate("kmgt", 1)})
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([kmgt]?i?b|)", re.IGNORECASE)
 
+_MOST = 1 << 62
+
 
 class Size(int):
     """A number of bytes that is read with its unit: kB, MB, GB and TB are decimal, KiB and so on powers of 1024."""
@@ -21,7 +23,10 @@ class Size(int):
             found = _SIZE.fullmatch(value)
             if found is None or found[2].lower() not in _UNITS:
                 raise ValueError(f"{value!r} is not a size such as 500MB, 2GB or 1.5GiB")
-            value = round(float(found[1]) * _UNITS[found[2].lower()])
+            number = float(found[1]) * _UNITS[found[2].lower()]
+            if number > _MOST:
+                raise ValueError(f"{value[:20]!r}... is more bytes than there are")
+            value = round(number)
         return super().__new__(cls, value)
 
     def __str__(self) -> str:

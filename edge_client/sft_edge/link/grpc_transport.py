@@ -43,9 +43,9 @@ from sft.errors import (
 from sft.printable import format_bytes, said
 from sft.v1 import split_training_pb2 as pb
 from sft.v1.split_training_pb2_grpc import SplitTrainingStub
-from sft.wire.parts import parts_of
 from sft.wire.protocol import CLIENT_OPTIONS, MAX_PROBE_BYTES, TRAIN
 from sft_edge.link.meter import Meter
+from sft_edge.link.outgoing import Outgoing
 from sft_edge.link.stall_guard import StallGuard
 from sft_edge.link.tracing import edge_tracer, traced
 from sft_edge.link.transport import SEVERAL_SERVERS, Stream, Transport
@@ -56,9 +56,6 @@ OPEN_TIMEOUT_SECONDS = 600.0
 
 _LOOKS, _LOOK_SECONDS = 8, 5.0
 """How often to ask who answers, where calls may reach different servers, and how long to wait for each answer."""
-
-_NEVER = threading.Event()
-"""What nothing ends."""
 
 STALL_TIMEOUT_SECONDS = 120.0
 """For one chunk of an upload or download. A whole file may take as long as the link needs."""
@@ -101,7 +98,7 @@ class GrpcTransport(Transport):
         self._keepalive = keepalive
         self._meter = meter or Meter()
         self._channel = self._dial()
-        self._is_closed = False
+        self._closed = threading.Event()
         self._answered: List[str] = []  # which servers, each time that it was another than before
 
     def _dial(self) -> grpc.Channel:
@@ -123,7 +120,7 @@ class GrpcTransport(Transport):
         """See Transport. Fails at once when nobody listens, and within the connect time-out when the peer is silent."""
         try:
             response: pb.OpenSessionResponse
-            self._meter.send(request.ByteSize(), _NEVER)
+            self._meter.send(request.ByteSize(), self._closed)
             response, call = self._stub.OpenSession.with_call(
                 request, timeout=self._open_timeout_seconds, metadata=self._credentials.metadata()
             )
@@ -135,6 +132,7 @@ class GrpcTransport(Transport):
 
     def upload(self, sha256: str, total_bytes: int, chunks: Iterator[bytes]) -> None:
         """See Transport. The way counts as broken when no chunk went through for the stall time-out."""
+        self.check_room(total_bytes)  # once more where it broke
         failure: List[BaseException] = []
 
         def requests() -> Iterator[pb.UploadBlobRequest]:
@@ -155,7 +153,7 @@ class GrpcTransport(Transport):
                 call = self._stub.UploadBlob.future(requests(), metadata=self._credentials.metadata())
             guard.watch(call.cancel)
             try:
-                call.result()
+                self._meter.receive(call.result().ByteSize())
                 self._note(call)
             except (grpc.RpcError, grpc.FutureCancelledError) as error:
                 if not failure:
@@ -167,14 +165,18 @@ class GrpcTransport(Transport):
 
     def stream(self, messages: Iterator[bytes]) -> Stream:
         """See Transport. A link that breaks without a word is noticed by gRPC's keepalive."""
-        if self._meter.is_used_up:
-            raise SessionLostError("--data-cap leaves no room to send again what was on its way")
-        over = threading.Event()
-        call = self._train(_in_parts(messages, self._meter, over), metadata=self._credentials.metadata())
-        return _GrpcStream(call, self._error, self._meter, over)
+        outgoing = Outgoing(messages, self._meter)
+        with _renewed_meanwhile():
+            call = self._train(outgoing.parts(), metadata=self._credentials.metadata())
+        return _GrpcStream(call, self._error, self._meter, outgoing)
 
     def download(self, session_id: str, optimizer_state: bool = False, offset: int = 0) -> Iterator[bytes]:
         """See Transport. The way counts as broken when no chunk came for the stall time-out."""
+        if not optimizer_state:
+            self._meter.bring(offset)
+        if offset:
+            self._meter.connect()  # gRPC dials by itself where the connection broke, too
+        receive = self._meter.receive if optimizer_state else self._meter.receive_result
         with StallGuard(self._stall_timeout_seconds) as guard:
             request = pb.DownloadWeightsRequest(session_id=session_id, optimizer_state=optimizer_state, offset=offset)
             self._meter.send(request.ByteSize(), guard.over)
@@ -184,7 +186,7 @@ class GrpcTransport(Transport):
             try:
                 for response in call:
                     guard.progress()
-                    self._meter.receive(response.ByteSize())
+                    receive(response.ByteSize())
                     yield response.data
                     self._meter.wait_to_receive(guard.over, guard.progress)
             except grpc.RpcError as error:
@@ -209,9 +211,13 @@ class GrpcTransport(Transport):
     def check_carries(self, total_bytes: int) -> None:
         """See Transport."""
         request = pb.ProbeRequest(data=bytes(min(total_bytes, MAX_PROBE_BYTES)))
-        self._meter.send(request.ByteSize(), _NEVER)
+        if 2 * request.ByteSize() > self._meter.room or not self._meter.send(request.ByteSize(), self._closed):
+            return
         try:
-            self._stub.Probe(request, timeout=self._stall_timeout_seconds, metadata=self._credentials.metadata())
+            answer = self._stub.Probe(
+                request, timeout=self._stall_timeout_seconds, metadata=self._credentials.metadata()
+            )
+            self._meter.receive(answer.ByteSize())
         except grpc.RpcError as error:
             refused = proxy_refusal(said(error.details() or ""), self._address)
             if isinstance(refused, ProtocolError):
@@ -222,6 +228,10 @@ class GrpcTransport(Transport):
     def check_room(self, total_bytes: int) -> None:
         """See Transport."""
         self._meter.check(total_bytes, f"the cloud lacks {format_bytes(total_bytes)} of the model")
+
+    def check_again(self, total_bytes: int, steps: int) -> None:
+        """See Transport."""
+        self._meter.check_again(total_bytes, steps)
 
     def has_held(self, seconds: float) -> bool:
         """See Transport."""
@@ -234,6 +244,7 @@ class GrpcTransport(Transport):
 
     def _ask_status(self) -> pb.StatusResponse:
         status: pb.StatusResponse
+        self._meter.send(0, self._closed)
         status, call = self._stub.Status.with_call(
             pb.StatusRequest(), timeout=_LOOK_SECONDS, metadata=self._credentials.metadata()
         )
@@ -263,14 +274,14 @@ class GrpcTransport(Transport):
     def renew(self) -> None:
         """See Transport."""
         before = self._channel
-        if not self._is_closed:
+        if not self._closed.is_set():
             self._credentials = self._credentials.renewed()
             self._channel = self._dial()  # first: another thread may be about to make a call
         before.close()
 
     def close(self) -> None:
         """See Transport."""
-        self._is_closed = True
+        self._closed.set()
         self._channel.close()
 
     def _opening_error(self, error: grpc.RpcError) -> LinkError:
@@ -337,37 +348,32 @@ def _renewed_meanwhile() -> Iterator[None]:
         raise StreamBrokenError("the connection was given up while it was about to be used") from error
 
 
-def _in_parts(messages: Iterator[bytes], meter: Meter, over: threading.Event) -> Iterator[bytes]:
-    for data in messages:
-        for part in parts_of(data):
-            if not meter.send(len(part), over):
-                return
-            yield part
-        del data, part  # a stream that idles must not keep it
-
-
 class _GrpcStream(Stream):
     def __init__(
         self,
         call: grpc._CallIterator[bytes],
         to_domain_error: Callable[[grpc.RpcError], LinkError],
         meter: Meter,
-        over: threading.Event,
+        outgoing: Outgoing,
     ) -> None:
         self._call = call
         self._to_domain_error = to_domain_error
-        self._meter, self._over = meter, over
+        self._meter, self._outgoing = meter, outgoing
 
     def __next__(self) -> bytes:
         try:
             data = next(self._call)
-        except grpc.RpcError as error:
+        except (StopIteration, grpc.RpcError) as error:
+            if self._outgoing.refused is not None:
+                raise self._outgoing.refused from error
+            if isinstance(error, StopIteration):
+                raise
             raise self._to_domain_error(error) from error
         self._meter.receive(len(data))
         return data
 
     def cancel(self) -> None:
-        self._over.set()
+        self._outgoing.over.set()
         self._call.cancel()
 
 

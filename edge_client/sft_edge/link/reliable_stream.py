@@ -250,6 +250,7 @@ class ReliableStream:
             if self._flows:
                 self._reader.join(CLOSE_TIMEOUT_SECONDS if timeout_seconds is None else timeout_seconds)
             while self._reader.is_alive():
+                self._transport.close()  # or a call beside the stream would have to end first
                 if self._stream is not None:
                     self._stream.cancel()  # which may have become another one since
                 self._reader.join(_JOIN_SECONDS)
@@ -270,6 +271,9 @@ class ReliableStream:
             self._total += Traffic(bytes_sent=framed_size(len(data)))
             self._outgoing, self._flows = outgoing, flows
             self._sent_bytes, self._opened_at = len(data), self._policy.clock()
+            again = self._unanswered.size
+        if not flows:
+            self._transport.check_again(*again)
         self._is_attached = False
         stream = self._stream = self._transport.stream(iter(outgoing.get, None))
         self._watch = threading.Timer(self._policy.attach_timeout_seconds, self._not_attached, [stream])
@@ -337,9 +341,8 @@ class ReliableStream:
         check_answer(message)
         self.stopping = message.stopping
         if message.HasField("keeps_only"):
-            self.keeps_only = min(
-                message.keeps_only, message.keeps_only if self.keeps_only is None else self.keeps_only
-            )
+            known = message.keeps_only if self.keeps_only is None else self.keeps_only
+            self.keeps_only = min(message.keeps_only, known)
         received = Traffic(payload_bytes_received=_payload_bytes(message), bytes_received=framed_size(len(data)))
         if message.HasField("attached"):
             self._is_attached = True
@@ -390,10 +393,6 @@ class ReliableStream:
 
 
 def _payload_bytes(message: pb.CloudMessage) -> int:
-    """Bytes of the gradient, of the logits, or of both."""
-    body = message.WhichOneof("body")
-    if body == "result":
-        return len(message.result.packed_gradient.data) + len(message.result.logits.data)
-    if body == "outputs":
-        return len(message.outputs.logits.data)
-    return len(message.evaluation.logits.data) if body == "evaluation" else 0
+    """Bytes of the gradient, of the logits, or of both; a body that is not there has none."""
+    logits = (message.result.logits, message.outputs.logits, message.evaluation.logits)
+    return len(message.result.packed_gradient.data) + sum(len(each.data) for each in logits)

@@ -120,6 +120,12 @@ class Unanswered:
         return len(self._sent)
 
     @property
+    def size(self) -> Tuple[int, int]:
+        """Bytes of the messages, and of how many steps they are."""
+        sent = self._sent.values()
+        return sum(len(each.data) for each in sent), len({each.step for each in sent})
+
+    @property
     def answered(self) -> int:
         """The answers to all messages up to this number are here, and need not be given again: those to what was left
         may have to be, to who comes back once more, until all are here."""

@@ -92,6 +92,11 @@ class Transport(ABC):
         """Before so many bytes are uploaded. Raises UsageError where the run may not move them."""
         return
 
+    def check_again(self, total_bytes: int, steps: int) -> None:
+        """Before a stream is opened in the place of one that broke: so many bytes are to be sent again, and the answers
+        to so many steps are due. Raises SessionLostError where the run may not move them."""
+        return
+
     def has_held(self, seconds: float) -> bool:
         """Whether something that was to be sent had to wait here within so many seconds, as the link is not to be used
         faster: an answer that is late then says nothing."""

@@ -27,5 +27,11 @@ def test_other_text_is_refused(text):
         Size(text)
 
 
+@pytest.mark.parametrize("text", ["9" * 400, "9" * 400 + "TB", "99999999 TB"])
+def test_more_bytes_than_there_are_is_refused(text):
+    with pytest.raises(ValueError, match="is more bytes than there are"):
+        Size(text)
+
+
 def test_it_is_shown_with_a_unit():
     assert f"{Size('2000MB')}" == str(Size("2GB")) == "2 GB"

@@ -7,6 +7,7 @@ import threading
 from contextlib import contextmanager
 from typing import Iterator
 
+import grpc
 import pytest
 from support.scripted_cloud import TIMEOUT_SECONDS, ScriptedCloud, serving
 from support.waits import LABELS, Waits
@@ -15,7 +16,7 @@ from sft.errors import SessionLostError, UsageError
 from sft.v1 import split_training_pb2 as pb
 from sft_edge.link.grpc_transport import GrpcTransport
 from sft_edge.link.link import Blob, Link
-from sft_edge.link.meter import Meter
+from sft_edge.link.meter import Meter, on_link
 from sft_edge.link.pace import RECEIVED, SENT, Pace
 
 MBIT = 8.0
@@ -142,6 +143,78 @@ def test_an_upload_that_leaves_no_room_for_the_result_is_not_begun() -> None:
 def test_a_result_that_alone_is_too_much() -> None:
     with pytest.raises(UsageError, match=r"--data-cap 1 MB is too little: bringing the result home takes 1\.6"):
         Meter(1_000_000).expect(1_500_000)
+
+
+def test_a_link_that_breaks_near_the_end_does_not_pass_the_cap() -> None:
+    """One step more may be sent again; the fourth time it would take what is kept for the result."""
+    cloud, size, cuts = ScriptedCloud(), 900_000, 3
+    once = on_link(size, 2)
+    meter = Meter(int(on_link(1_000_000, 1) + 6 * once + 100_000))
+    meter.expect(1_000_000)
+    meter.margin, meter.answers = 2 * once, once
+
+    def cut(message: pb.EdgeMessage, context: object) -> None:
+        nonlocal cuts
+        if message.step == 1 and message.HasField("forward") and cuts:
+            cuts -= 1
+            context.abort(grpc.StatusCode.UNAVAILABLE, "cut")  # type: ignore[attr-defined]
+
+    cloud.before_answer = cut
+    with opened(cloud, meter) as link:
+        forward(link, 0, size)
+        assert meter.room >= 2 * once, "the step fits"
+        with pytest.raises(SessionLostError, match="--data-cap leaves no room to send again"):
+            forward(link, 1, size)
+    assert meter.cap is not None
+    assert meter.link_bytes + meter.result <= meter.cap
+
+
+def test_what_leaves_no_room_for_the_result_is_not_sent() -> None:
+    """As a step that is sent again and again to a cloud without memory."""
+    meter = Meter(3_000_000)
+    meter.expect(1_000_000)
+    with opened(ScriptedCloud(), meter) as link:
+        forward(link, 0, 1000)
+        meter.before = 1_500_000
+        with pytest.raises(SessionLostError, match="--data-cap leaves no room to send again"):
+            forward(link, 1, 900_000)
+    assert meter.sent < 10_000
+
+
+def test_a_result_is_brought_home_by_what_was_kept_for_it_and_once() -> None:
+    """A download that breaks goes on; closing, with a stream that is opened for it, is no reason to fail."""
+    cloud, breaks, size = ScriptedCloud(), [3], 5_000_000
+    cloud.weights = [bytes(1_000_000)] * 5
+    meter = Meter(int(on_link(size, 5)) + 40_000)
+
+    def cut(context: object) -> None:
+        breaks[0] -= 1
+        if not breaks[0]:
+            context.abort(grpc.StatusCode.UNAVAILABLE, "cut")  # type: ignore[attr-defined]
+
+    cloud.before_chunk = cut
+    with opened(cloud, meter) as link:
+        meter.expect(size)
+        assert sum(map(len, link.weights())) == size
+        assert breaks[0] == -3, "it was broken off"
+        assert meter.result < 10_000
+        with pytest.raises(SessionLostError, match="--data-cap leaves no room to bring the result home"):
+            next(link.weights())
+    assert cloud.ended_properly.wait(TIMEOUT_SECONDS)
+    assert meter.cap is not None
+    assert meter.link_bytes <= meter.cap
+
+
+def test_who_closes_does_not_wait_for_a_probe(clock: Clock) -> None:
+    def wait(over: threading.Event, seconds: float) -> None:
+        clock.now += seconds
+        transport.close()
+
+    pace = Pace(MBIT, lambda: clock.now, wait)
+    transport = GrpcTransport("127.0.0.1:1", meter=Meter(None, pace))
+    pace.took(SENT, 100_000_000)
+    transport.check_carries(1_000_000)
+    assert clock.now == 1.0
 
 
 def test_a_stream_that_broke_is_not_opened_again_without_room() -> None:

@@ -10,7 +10,11 @@ from support.jobs import error_line, read_json, same_bits, weights_of
 from support.proxy import TcpProxy
 from support.resuming import Clouds, Outcome
 
+from sft.errors import StorageError
+from sft_edge.checkpoints import policy
 from sft_edge.cli import main
+from sft_edge.commands.train.budget import Budget
+from sft_edge.training import TrainingLoop
 
 LONG = {"max_steps": 60, "save_steps": None, "logging_steps": 20, "mode": "sl"}
 FROZEN = {**LONG, "mode": "frozen", "activations": "resend", "codec": "float32"}
@@ -37,10 +41,9 @@ def test_a_run_that_needs_twice_its_cap(
     job,
     capsys: pytest.CaptureFixture[str],
     options: dict[str, object],
-    tmp_path: Path,
 ) -> None:
     expected = whole(**options)
-    needed = read_json(tmp_path / "whole" / "all_results.json")["run_link_bytes"]
+    needed = expected.link_bytes
     cap = needed // 2
     capsys.readouterr()
     assert run(**options, data_cap=cap, server=proxy.address) == 9
@@ -71,6 +74,58 @@ def test_a_run_that_needs_twice_its_cap(
     counted = results["run_wire_bytes_sent"] + results["run_wire_bytes_received"]
     assert counted == pytest.approx(moved(proxy), rel=0.05), "what the run had moved before counts"
     assert results["ended_by"] is None
+
+
+@pytest.fixture
+def needed(whole: Callable[..., Outcome]) -> int:
+    """Bytes of a run with LONG, without checkpoints."""
+    return int(whole(**LONG).link_bytes)
+
+
+@pytest.mark.first_only
+def test_an_older_checkpoint_where_the_last_cannot_be_saved(
+    run: Callable[..., int],
+    needed: int,
+    out: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    write = policy.write_checkpoint
+
+    def full(directory: Path, run_id: str, step: int, *rest: object) -> object:
+        if step > 5:
+            raise StorageError("the disk is full")
+        return write(directory, run_id, step, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(policy, "write_checkpoint", full)
+    assert run(**{**LONG, "save_steps": 5}, data_cap=needed // 2) == 9
+    assert capsys.readouterr().out.endswith(
+        f"of 60; no checkpoint of it is saved, the same command with a higher --data-cap and --resume-from-checkpoint "
+        f"goes on from {out / 'checkpoint-5'}\n"
+    )
+
+
+@pytest.mark.first_only
+def test_a_session_that_is_lost_in_the_last_save_leaves_no_older_model_for_a_result(
+    run: Callable[..., int],
+    needed: int,
+    out: Path,
+    clouds: Clouds,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    save = policy.Checkpointing.save_now
+
+    def lost(checkpointing: policy.Checkpointing, loop: TrainingLoop) -> None:
+        clouds.replace()
+        save(checkpointing, loop)
+
+    monkeypatch.setattr(policy.Checkpointing, "save_now", lost)
+    looked_up = Budget._next
+    monkeypatch.setattr(Budget, "_next", lambda budget, loop: 10 * looked_up(budget, loop))  # there is room to go on in
+    assert run(**{**LONG, "save_steps": 15}, data_cap=needed // 2) == 2
+    assert "and not one step fits; give more" in error_line(capsys.readouterr().err)
+    assert not (out / "model.safetensors").exists()
 
 
 def test_a_cap_that_is_less_than_the_result(

@@ -48,6 +48,12 @@ class Amounts:
         longest = sorted(lengths, reverse=True)[: self._rows * self._micro_batches]
         return self._training(longest, self._micro_batches, self._most_up, kept)
 
+    def answers(self, lengths: Sequence[int]) -> float:
+        """At most what the cloud's answers to one step take."""
+        longest = sorted(lengths, reverse=True)[: self._rows * self._micro_batches]
+        bytes_moved = self._beside(longest) + sum(longest) * self._down + (self._answers - 1) * self._logits(longest)
+        return self._on_link(bytes_moved, self._answers * self._micro_batches)
+
     def epoch(self, lengths: Sequence[int], kept: bool = False) -> float:
         """About that of the steps of an epoch over sequences of these lengths."""
         return self._training(lengths, math.ceil(len(lengths) / self._rows), self._up, kept)

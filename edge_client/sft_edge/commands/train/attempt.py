@@ -71,7 +71,7 @@ class Attempt:
         print_report(self.system.ledger, results)
         sys.stdout.write(f"saved in {self.output_dir}\n")
         if self.budget.has_ended:
-            sys.stdout.write(f"{self.budget.farewell(self.loop)}\n")
+            sys.stdout.write(f"{self.budget.farewell(self.loop, self.checkpointing)}\n")
         return results
 
     def _train(self) -> Dict[str, float]:
@@ -80,7 +80,7 @@ class Attempt:
             if not self.budget.has_ended:  # in a session that was lost on the way home
                 with contextlib.suppress(CapReached):
                     self.loop.run()
-            return self.loop.evaluate() if self.budget.fits_evaluation() else {}
+            return self.loop.evaluate() if self.budget.fits_evaluation(self.loop) else {}
         except (Stopped, SessionLostError, *TRANSIENT):
             raise
         except (KeyboardInterrupt, SystemExit, Exception) as error:

@@ -52,18 +52,16 @@ class Budget:
         self._before = Moved()
         self._written = 0
         self._run_id = ""
-        self.ended_at: Optional[Path] = None
-        """The checkpoint after which the cap has ended the run."""
         self.has_ended = False
         """Whether the cap has ended the run."""
+        self._ended_after = 0  # steps
         if not self._crosses:
             return
         self._amounts = Amounts(options, job.source.config, job.task.head)
         self._lengths = [feature.length for feature in job.features]
         self._evaluation = self._amounts.evaluation([feature.length for feature in job.validation.features])
         self._step = {kept: self._amounts.step(self._lengths, kept) for kept in (False, True)}
-        # One step may have to be sent again, by a link that was mended or for a cloud that was short of memory.
-        self.meter.margin = self._step[False] + _ENDING_BYTES
+        self._keep_step()
         if options.budget.max_mbit is not None:
             rate = format_bytes(options.budget.max_mbit * 1e6 / 8)
             progress.note(
@@ -83,8 +81,12 @@ class Budget:
     def opened(self, loop: TrainingLoop) -> None:
         """A session is open, and nothing trained in it: says how far the cap will reach. Raises UsageError where that
         is nowhere."""
-        if not self._crosses or self.has_ended:
+        if not self._crosses:
             return
+        self.has_ended = self.has_ended and loop.state.global_step >= self._ended_after
+        if self.has_ended:
+            return
+        self._keep_step()
         steps = loop.state.max_steps - loop.state.global_step
         if self._cap is not None and steps:
             if self.meter.room < self._next(loop):
@@ -106,7 +108,8 @@ class Budget:
         if self._cap is None:
             return False
         on_their_way = steps - loop.state.global_step
-        return self.meter.room < (on_their_way + 1) * self._next(loop)
+        evaluations = 2 * self._evaluation  # at most, before anything is looked up again
+        return self.meter.room < (on_their_way + 1) * self._next(loop) + evaluations
 
     def after_step(self, loop: TrainingLoop, checkpointing: Checkpointing) -> None:
         """Between two steps. Where the next one does not fit a checkpoint is saved, and CapReached raised."""
@@ -119,15 +122,20 @@ class Budget:
 
     def write(self, checkpointing: Checkpointing) -> None:
         """Notes what was moved, once there is something that a run could go on from."""
-        if self._crosses and checkpointing.newest is not None:
-            self._written = self.meter.link_bytes
+        if not self._crosses:
+            return
+        self._written = self.meter.link_bytes
+        if checkpointing.newest is not None:
             with contextlib.suppress(StorageError):  # a disk that is full ends no run here, nor hides why one ends
                 write_moved(self._output_dir, self._run_id, self._before.and_by(self.meter))
 
-    def fits_evaluation(self) -> bool:
-        """Whether one may be made before the result is brought home; says so where not."""
-        if self._cap is None or self.meter.room >= self._evaluation:
+    def fits_evaluation(self, loop: TrainingLoop) -> bool:
+        """After the last step: whether one may be made before the result is brought home; says so where not."""
+        fits = self._cap is None or self.meter.room >= self._evaluation
+        self.meter.margin, self.meter.answers = _ENDING_BYTES, 0.0
+        if fits:
             return True
+        self.has_ended, self._ended_after = True, loop.state.global_step
         self._progress.note(
             f"--data-cap {self._cap_text} leaves no room to evaluate: sft-edge evaluate does, without a cloud"
         )
@@ -145,36 +153,44 @@ class Budget:
             "ended_by": _DATA_CAP if self.has_ended else None,
         }
 
-    def farewell(self, loop: TrainingLoop) -> str:
+    def farewell(self, loop: TrainingLoop, checkpointing: Checkpointing) -> str:
         """What is said last of a run that the cap has ended."""
-        where = "which is saved" if self.ended_at is None else f"which is saved in {self.ended_at}"
-        goes_on = (
-            "the cloud keeps no checkpoints, so it cannot be gone on with"
-            if self.ended_at is None
-            else "the same command with a higher --data-cap and --resume-from-checkpoint goes on"
+        step, newest = loop.state.global_step, checkpointing.newest
+        is_saved = checkpointing.is_saved(step) and newest is not None
+        where = f", which is saved in {newest}" if is_saved else "; no checkpoint of it is saved"
+        goes_on = "so it cannot be gone on with from there"
+        if newest is not None:
+            named = "" if self._options.training.output_dir is not None else f"--output-dir {self._output_dir} "
+            goes_on = f"the same command with a higher --data-cap and {named}--resume-from-checkpoint goes on"
+            goes_on += "" if is_saved else f" from {newest}"
+        joined = "; " if is_saved else ", "
+        return (
+            f"--data-cap {self._cap_text} ended the run after step {step} of {loop.state.max_steps}"
+            f"{where}{joined}{goes_on}"
         )
-        if self._options.training.output_dir is None and self.ended_at is not None:
-            goes_on = goes_on.replace("--resume", f"--output-dir {self._output_dir} --resume")
-        steps = f"{loop.state.global_step} of {loop.state.max_steps}"
-        return f"--data-cap {self._cap_text} ended the run after step {steps}, {where}; {goes_on}"
 
     @property
     def _cap_text(self) -> str:
         return format_bytes(self._cap or 0)
 
     def _end(self, loop: TrainingLoop, checkpointing: Checkpointing) -> None:
-        self.has_ended = True
         try:
             checkpointing.save_now(loop)
-            self.ended_at = checkpointing.newest
         except StorageError as error:
             self._progress.note(f"no checkpoint of step {loop.state.global_step}: {error}")
+        # Not before: a session that is lost in there takes the steps since an older checkpoint with it.
+        self.has_ended, self._ended_after = True, loop.state.global_step
         raise CapReached
+
+    def _keep_step(self) -> None:
+        """One step may have to be sent again, by a link that was mended or for a cloud that was short of memory."""
+        self.meter.margin = self._step[False] + _ENDING_BYTES
+        self.meter.answers = self._amounts.answers(self._lengths)
 
     def _next(self, loop: TrainingLoop) -> float:
         """At most what is moved until the run is between two steps again."""
-        evaluation = self._evaluation if loop.evaluates_next else 0.0
-        return self._step[self._is_kept(loop)] + evaluation
+        is_last = loop.state.global_step + 1 == loop.state.max_steps  # after which an evaluation ends the run
+        return self._step[self._is_kept(loop)] + (loop.evaluates_next + is_last) * self._evaluation
 
     @staticmethod
     def _is_kept(loop: TrainingLoop) -> bool:

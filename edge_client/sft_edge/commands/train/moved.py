@@ -45,7 +45,9 @@ def _read(path: Path, run_id: str) -> Moved:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["run_id"] == run_id:
-            return Moved(*(int(content[name]) for name in Moved._fields))
-    except (OSError, ValueError, KeyError, TypeError):
+            moved = Moved(*(int(content[name]) for name in Moved._fields))
+            if all(0 <= count < 1 << 62 for count in moved):
+                return moved
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         pass
     return Moved()
