@@ -4,7 +4,6 @@ never called; everything else that a script may want of it says where it is."""
 
 from __future__ import annotations
 
-import types
 from typing import Any, Dict, Iterator, NoReturn, Set, Tuple
 
 import torch
@@ -12,22 +11,42 @@ from torch import nn
 
 from sft.errors import UsageError
 
-_KEPT = (
-    "training",
-    "_modules",
-    "_state_dict_hooks",
-    "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-)
-"""Attributes by which torch walks through a model, sets modes, and loads and saves it."""
-
+_KEPT = ("training", "_modules")
+"""Attributes by which torch walks through a model, and sets modes."""
 
 _STAND_INS = "_stand_ins"
+
+_COUNTING = frozenset(
+    {
+        torch.Tensor.numel, torch.Tensor.nelement, torch.Tensor.element_size, torch.Tensor.size, torch.Tensor.dim,
+        torch.Tensor.is_floating_point, torch.Tensor.is_complex, torch.Tensor.requires_grad_, torch.Tensor.__hash__,
+        torch.Tensor.requires_grad.__set__,  # type: ignore[attr-defined]
+        *(
+            getattr(torch.Tensor, name).__get__
+            for name in ("shape", "ndim", "dtype", "device", "is_meta", "grad", "requires_grad")
+        ),
+    }
+)  # fmt: skip
+"""What may be asked of a stand-in: its size, and whether it is trained, which the optimizer looks at in `step()`."""
 
 
 class OnCloudError(UsageError, AttributeError):
     """The latter, so that `hasattr` says no."""
+
+
+class StandIn(nn.Parameter):
+    """For a parameter on the cloud: of its shape, without memory."""
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"parameter on the cloud, of shape {list(self.shape)}"
+
+    @classmethod
+    def __torch_function__(cls, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Raises OnCloudError for what would change it, or compute with it."""
+        if func not in _COUNTING:
+            raise OnCloudError("this parameter is on the cloud: what is done to it here does not reach it")
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
 
 
 class OnCloud(nn.Module):
@@ -38,7 +57,6 @@ class OnCloud(nn.Module):
 
     # As torch has them: the module's own may need what it has no more.
     train, eval, _apply = nn.Module.train, nn.Module.eval, nn.Module._apply
-    state_dict, load_state_dict = nn.Module.state_dict, nn.Module.load_state_dict
     _save_to_state_dict, _load_from_state_dict = nn.Module._save_to_state_dict, nn.Module._load_from_state_dict
     get_extra_state, set_extra_state = nn.Module.get_extra_state, nn.Module.set_extra_state
 
@@ -50,6 +68,19 @@ class OnCloud(nn.Module):
         self._refuse("does not run here: call the model")
 
     forward = __call__
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Of the whole model, which has this one's weights of the cloud; raises UsageError where it is asked alone."""
+        if not args and kwargs.get("destination") is None:
+            self._refuse("its weights with it: they are in model.state_dict()")
+        return super().state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *_: Any, **__: Any) -> NoReturn:
+        """Raises UsageError."""
+        self._refuse("its weights with it: load them with model.load_state_dict()")
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        self._refuse("can be neither copied nor pickled")
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
@@ -106,10 +137,16 @@ def leave_modes(model: nn.Module, doomed: Set[int]) -> None:
 def _empty(module: Any, had: Dict[str, nn.Parameter]) -> None:
     kept = {name: value for name, value in vars(module).items() if name in _KEPT}
     without_memory = {
-        name: nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+        name: StandIn(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
         for name, parameter in had.items()
     }
-    kind = type(module)
-    module.__class__ = types.new_class(kind.__name__, (OnCloud, kind))
+    module.__class__ = _emptied(type(module))
     vars(module).clear()
     vars(module).update({**vars(nn.Module()), **kept, _STAND_INS: without_memory})
+
+
+def _emptied(kind: Any) -> Any:
+    """A class that is, for `isinstance` and for `==`, `kind`. The script's own metaclass is not asked."""
+    likeness = {"__eq__": lambda own, other: own is other or other is kind, "__hash__": lambda own: hash(kind)}
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    return type.__new__(type("_Likeness", (type(kind),), likeness), kind.__name__, (OnCloud, kind), names)

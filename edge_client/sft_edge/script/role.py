@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 
 from sft.client.credentials import ClientOptions, read_credentials
 from sft.errors import LinkError, UsageError
-from sft.graphs.on_cloud import stand_ins
 from sft.graphs.wrappers import check_wrappers, uncompiled
 from sft.models import Cut, is_stock
 from sft.optim.listed import has_modes, is_training, set_training
@@ -88,7 +87,6 @@ class EdgeRole(Role):
             raise
         kept = set(map(id, model.parameters()))
         gone = [parameter for parameter in before if id(parameter) not in kept]
-        gone += stand_ins(model).values()
         refuse_others(optimizer, gone, self._cross.gradients.parameter, until_end_of=self._cross)
         del before, gone  # their memory is to be free
         own = weakref.ref(optimizer)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
-from typing import Any, Callable
+from typing import Any, Callable, ClassVar, Set
 
 import pytest
 import torch
@@ -67,6 +68,9 @@ def test_modes_stay_and_nothing_else() -> None:
     assert all(one.is_meta for one in upper.parameters())
     assert not list(upper.buffers())
     model[3][1].register_forward_hook(print).remove()
+    assert type(upper.rest) == nn.BatchNorm1d, "as scripts ask that rest their norms"  # noqa: E721
+    assert type(upper.rest) != nn.BatchNorm2d  # noqa: E721
+    assert type(upper.rest) in (nn.LayerNorm, nn.BatchNorm1d)
     assert not hasattr(model[3][1], "weight")
 
 
@@ -79,6 +83,9 @@ def set_dropout(module: Any) -> None:
     [
         (lambda dropout: dropout(torch.ones(2)), "this Dropout is on the cloud, and does not run here: call the model"),
         (lambda dropout: dropout.p, "and 'p' with it: read that before the model is cut"),
+        (lambda dropout: dropout.state_dict(), r"and its weights with it: they are in model\.state_dict\(\)"),
+        (lambda dropout: dropout.load_state_dict({}), r"load them with model\.load_state_dict\(\)"),
+        (copy.deepcopy, "can be neither copied nor pickled"),
         (set_dropout, r"hears of nothing but train\(\) and eval\(\): set 'p' before the model is cut"),
     ],
 )
@@ -86,6 +93,47 @@ def test_what_else_is_wanted_of_it_is_refused(what: Callable[[Any], Any], says: 
     model = lower_of(nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 4), nn.Dropout(0.3), nn.Linear(4, 2)))
     with pytest.raises(UsageError, match=says):
         what(model[2])
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        lambda p: p.data.clamp_(0, 1),
+        lambda p: p.square().sum(),
+        nn.init.zeros_,
+        lambda p: torch.optim.SGD([p], lr=0.1),
+    ],
+)
+def test_a_stand_in_is_there_to_be_counted(what: Callable[[Any], Any]) -> None:
+    model = lower_of(nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 4), nn.Linear(4, 2)))
+    weight = next(model[2].parameters())
+    assert (weight.numel(), weight.shape, weight.grad, weight.requires_grad) == (8, (2, 4), None, True)
+    assert repr(weight) == "parameter on the cloud, of shape [2, 4]"
+    with pytest.raises(UsageError, match="this parameter is on the cloud"):
+        what(weight)
+
+
+class Registered(type):
+    """Knows every class by name, and none twice."""
+
+    seen: ClassVar[Set[str]] = set()
+
+    def __new__(cls, name: str, bases: Any, names: Any) -> Any:
+        if name in cls.seen:
+            raise ValueError(f"{name} is registered already")
+        cls.seen.add(name)
+        return super().__new__(cls, name, bases, names)
+
+
+class Head(nn.Linear, metaclass=Registered):
+    """A script's own."""
+
+
+def test_a_class_that_has_a_metaclass_of_its_own() -> None:
+    head = Head(4, 2)
+    lower_of(nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 4), head))
+    assert isinstance(head, Head)
+    assert isinstance(head, OnCloud)
 
 
 class Inner(nn.Module):
