@@ -156,6 +156,15 @@ def test_the_plot_is_svg(figure: str, says: str) -> None:
     assert plot_of(Comparison(figure, runs, [])) is None
 
 
+def test_a_curve_goes_from_block_to_block_in_whatever_order_they_are_named() -> None:
+    plots = []
+    for layers in ([6, 2, 4], [2, 4, 6]):
+        runs = grid("fig2", tasks=["sst2"], split_layers=layers)
+        done = [finished(run, 80.0 + run.system.split_layer) for run in runs]
+        plots.append(plot_of(Comparison("fig2", runs, done)))
+    assert plots[0] == plots[1]
+
+
 def test_how_long_it_will_take_is_told_by_what_is_done() -> None:
     runs = grid("table1", tasks=["sst2", "rte", "cola"], split_ranks=[8])
     assert estimate(runs, []) is None

@@ -37,6 +37,9 @@ if output_dir.parent.name not in os.environ.get("TORN", ""):
 (output_dir / "model.safetensors").write_text("weights")
 """
 
+WHOLE = '{"wire_bytes_sent": 6, "wire_bytes_received": 4, "train_steps": 1, "eval_accuracy": 75.0}'
+"""What a run that has ended leaves."""
+
 LOCAL, SPLIT = "rte-local-seed0", "rte-sft-l3-r4-seed0"
 
 Reproduce = Callable[..., Tuple[int, List[str]]]
@@ -93,11 +96,31 @@ def test_a_run_with_other_flags_is_run_anew(reproduce: Reproduce, tmp_path: Path
     assert read_json(tmp_path / "out" / LOCAL / "run.json")["flags"]["--learning-rate"] == "0.001"
 
 
-@pytest.mark.parametrize("left", ["", "{", "[]", "{}", json.dumps({"train_steps": 1, "eval_accuracy": None})])
+@pytest.mark.parametrize(
+    "left", ["", "{", "[]", "{}", "[" * 100_000, WHOLE.replace("75.0", "null"), WHOLE.replace("75.0", "1" + "0" * 400)]
+)
 def test_results_that_are_not_whole_are_made_again(reproduce: Reproduce, tmp_path: Path, left: str) -> None:
     reproduce()
     (tmp_path / "out" / SPLIT / "all_results.json").write_text(left)
     assert reproduce() == (0, [SPLIT])
+
+
+def test_what_others_wrote_beside_the_results_is_shown_as_text(reproduce: Reproduce, tmp_path: Path) -> None:
+    reproduce()
+    directory = tmp_path / "out" / LOCAL
+    (directory / "all_results.json").write_text(WHOLE[:-1] + ', "train_samples": ' + "[" * 500 + "]" * 500 + "}")
+    record = {**read_json(directory / "run.json"), "made_with": {"versions": [1], "devices": [{"\x1b[2J": "\ud800"}]}}
+    (directory / "run.json").write_text(json.dumps(record))
+    assert reproduce() == (0, [])
+    assert read_json(tmp_path / "out" / "table1.json")["runs"][0]["made_with"]["versions"] == {}
+    assert "\x1b" not in (tmp_path / "out" / "table1.md").read_text()
+
+
+def test_a_plot_of_other_runs_goes(reproduce: Reproduce, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reproduce()
+    monkeypatch.setenv("FAILING", f"{LOCAL} {SPLIT}")
+    reproduce(learning_rate=1e-3)
+    assert not (tmp_path / "out" / "table1.svg").exists()
 
 
 def test_models_are_kept_where_that_is_wanted(reproduce: Reproduce, tmp_path: Path) -> None:
@@ -115,7 +138,11 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(
     assert f"local  seed 0: failed: sft-edge train: error: no rows ({log})\n" in told
     assert "1 runs failed" in told
     assert read_json(tmp_path / "out" / "table1.json")["failed"][0]["run"] == LOCAL
-    monkeypatch.delenv("FAILING")
+    monkeypatch.setenv("FAILING", "")
+    monkeypatch.setenv("TORN", LOCAL)
+    assert reproduce()[0] == 1
+    assert "no whole results: it said nothing" in capsys.readouterr().out, "and not what the first attempt said"
+    monkeypatch.delenv("TORN")
     assert reproduce() == (0, [f"{LOCAL} goes on"])
     assert log.read_text().startswith("a warning"), "of all attempts"
 
@@ -140,22 +167,28 @@ def test_who_is_stopped_goes_on_with_the_run_that_was_on(
     code: int,
 ) -> None:
     """The run is asked by SIGTERM, by which it saves a checkpoint, and gets no Ctrl-C of the terminal's."""
+    monkeypatch.setenv("FAILING", LOCAL)
     monkeypatch.setenv("INTERRUPTING", SPLIT)
     monkeypatch.setenv("SIGNAL", str(int(number)))
     assert reproduce() == (code, [LOCAL, SPLIT])
-    assert "table1, 1 of 2 runs" in capsys.readouterr().out, "what is there is reported"
+    assert "table1, 0 of 2 runs" in capsys.readouterr().out, "what is there is reported"
+    assert [one["run"] for one in read_json(tmp_path / "out" / "table1.json")["failed"]] == [LOCAL]
     directory = tmp_path / "out" / SPLIT
     assert (directory / "log.txt").read_text() == "saved, without Ctrl-C\n"
     assert (directory / "model" / "checkpoint-1").exists()
     assert 0 < read_json(directory / "run.json")["seconds"] < 60
     monkeypatch.delenv("INTERRUPTING")
-    assert reproduce() == (0, [f"{SPLIT} goes on"])
+    monkeypatch.delenv("FAILING")
+    assert reproduce() == (0, [f"{LOCAL} goes on", f"{SPLIT} goes on"])
 
 
-def test_what_no_run_left_stays(reproduce: Reproduce, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    theirs = tmp_path / "out" / LOCAL / "notes.txt"
+@pytest.mark.parametrize("name", ["notes.txt", "run.json"])
+def test_what_no_run_left_stays(
+    reproduce: Reproduce, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    theirs = tmp_path / "out" / LOCAL / name
     theirs.parent.mkdir(parents=True)
-    theirs.write_text("theirs")
+    theirs.write_text('{"theirs": 1}')
     assert reproduce() == (2, [])
     assert "holds what no run of this command left" in error_line(capsys.readouterr().err)
-    assert theirs.read_text() == "theirs"
+    assert theirs.read_text() == '{"theirs": 1}'

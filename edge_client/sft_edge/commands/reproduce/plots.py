@@ -27,7 +27,7 @@ def _over_blocks(comparison: Comparison) -> Iterator[Chart]:
             if system != BASELINE and scores:
                 curves.setdefault(system.curve, []).append(_spot(system.split_layer, scores, system.title))
         names = list(dict.fromkeys(system.curve for system in comparison.systems if system != BASELINE))
-        drawn = [Curve(name, svg.mark_of(names.index(name) + 1), spots) for name, spots in curves.items()]
+        drawn = [Curve(name, svg.mark_of(names.index(name) + 1), sorted(spots)) for name, spots in curves.items()]
         if not drawn:
             continue
         base = list(comparison.scores(BASELINE, task).values())

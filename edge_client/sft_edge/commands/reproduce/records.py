@@ -10,14 +10,13 @@ What has another run.json, or none, was not written by a run of these flags.
 
 from __future__ import annotations
 
-import json
-import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional
 
-from sft.errors import UsageError
+from sft.errors import CheckpointError, UsageError
+from sft_edge.commands.compare.files import number, numbers, read_json, short
 from sft_edge.commands.reproduce.grid import Run
 from sft_edge.files import storage_errors, write_file, write_json
 from sft_edge.tasks import make_task
@@ -35,8 +34,8 @@ class Finished:
     run: Run
     metric: str
     score: float
-    results: Mapping[str, Any]
-    """The content of its all_results.json."""
+    results: Mapping[str, float]
+    """The numbers of its all_results.json."""
 
     seconds: float
     """Of all its processes, from start to end: importing, reading and evaluating are in it."""
@@ -79,18 +78,19 @@ class Directory:
         self.model = self.path / MODEL
         self.log = self.path / LOG
         self._run = run
+        self._told_before = 0
 
     def finished(self) -> Optional[Finished]:
         """The run, if it has ended with these flags, and what it left is whole."""
-        record, results = _json_in(self.path / RECORD), _json_in(self.path / _RESULTS)
+        record, results = self._record(), numbers(_json_in(self.path / _RESULTS))
         if record.get("flags") != self._run.flags or record.get("ended") is not True:
             return None
         metric = make_task(self._run.task).main_metric
-        counts = [results.get(name) for name in ("wire_bytes_sent", "wire_bytes_received", "train_steps")]
-        score, seconds = _number(results.get(f"eval_{metric}")), _number(record.get("seconds"))
-        if score is None or seconds is None or any(_number(count) is None for count in counts):
+        needed = (f"eval_{metric}", "wire_bytes_sent", "wire_bytes_received", "train_steps")
+        seconds = number(record.get("seconds"))
+        if seconds is None or any(name not in results for name in needed):
             return None
-        return Finished(self._run, metric, score, results, seconds, record.get("made_with") or {})
+        return Finished(self._run, metric, results[needed[0]], results, seconds, _made_with(record.get("made_with")))
 
     def begin(self) -> bool:
         """Makes the directory ready; whether a run of the same flags was broken off there, which may go on.
@@ -98,7 +98,8 @@ class Directory:
         What is left of other flags is deleted. Raises UsageError where something is there that no run of ours left,
         and StorageError.
         """
-        record = _json_in(self.path / RECORD)
+        record = self._record()
+        self._told_before = self.log.stat().st_size if self.log.is_file() else 0
         goes_on = record.get("flags") == self._run.flags and record.get("ended") is False
         if not goes_on:
             if not record and self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
@@ -106,6 +107,7 @@ class Directory:
             with storage_errors(self.path):
                 if self.path.exists():
                     shutil.rmtree(str(self.path))
+            self._told_before = 0
             self._write(ended=False, seconds=0.0)
         return goes_on
 
@@ -129,12 +131,19 @@ class Directory:
         return finished
 
     def last_line(self) -> str:
-        """Of what the run said; empty where it said nothing."""
-        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines() if self.log.is_file() else []
+        """Of what the attempt said that has begun here; empty where it said nothing."""
+        with self.log.open("rb") as log:
+            log.seek(self._told_before)
+            lines = log.read().decode("utf-8", errors="replace").splitlines()
         return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
     def _seconds(self) -> float:
-        return _number(_json_in(self.path / RECORD).get("seconds")) or 0.0
+        return number(self._record().get("seconds")) or 0.0
+
+    def _record(self) -> Dict[str, Any]:
+        """Of a run of this command; empty where none is: another program's run.json is no leave to delete."""
+        record = _json_in(self.path / RECORD)
+        return record if isinstance(record.get("flags"), dict) and "ended" in record else {}
 
     def _write(self, **content: object) -> None:
         write_json(self.path / RECORD, {"flags": dict(self._run.flags), **content})
@@ -149,14 +158,16 @@ def finished_in(output_dir: Path, runs: List[Run]) -> List[Finished]:
 def _json_in(path: Path) -> Dict[str, Any]:
     """The object in the file; an empty one where there is none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(path)
+    except CheckpointError:
         return {}
-    return content if isinstance(content, dict) else {}
 
 
-def _number(value: object) -> Optional[float]:
-    """None for what is no finite one."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        return None
-    return float(value) if math.isfinite(value) else None
+def _made_with(value: object) -> Dict[str, Any]:
+    """Versions and devices as short texts, whoever wrote them."""
+    told = value if isinstance(value, dict) else {}
+    versions, devices = told.get("versions"), told.get("devices")
+    return {
+        "versions": {short(name): short(one) for name, one in versions.items()} if isinstance(versions, dict) else {},
+        "devices": [short(one) for one in devices] if isinstance(devices, list) else [],
+    }

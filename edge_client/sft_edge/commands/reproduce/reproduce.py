@@ -19,7 +19,7 @@ from sft_edge.commands.reproduce.records import Finished, finished_in
 from sft_edge.commands.reproduce.runner import Failed, Runner, Stopped
 from sft_edge.commands.reproduce.tables import markdown, print_table
 from sft_edge.commands.reproduce.timing import timing
-from sft_edge.files import write_file, write_json
+from sft_edge.files import storage_errors, write_file, write_json
 from sft_edge.model_files import open_model
 from sft_edge.options import TIMING, LinkOptions, ReproduceOptions
 from sft_edge.signals import Termination, terminations_noted
@@ -43,17 +43,16 @@ def reproduce(options: ReproduceOptions, link: LinkOptions) -> int:
         return 0
     with terminations_noted() as asked, only_run_in(options.output_dir):
         runner = Runner(options.output_dir, link_arguments(link), _made_with(), options.keep_models, asked)
-        failed: List[Failed] = []
         stopped = False
         try:
-            failed = runner.do(runs)
+            runner.do(runs)
         except Stopped:
             stopped = True
         finally:
-            _report(options.figure, options.output_dir, runs, failed)
+            _report(options.figure, options.output_dir, runs, runner.failed)
     if stopped:
         return EXIT_TERMINATED
-    codes = [failure.code if failure.code > 0 else SFTError.exit_code for failure in failed]
+    codes = [failure.code if failure.code > 0 else SFTError.exit_code for failure in runner.failed]
     return codes[0] if codes else 0
 
 
@@ -95,7 +94,7 @@ def _report(figure: str, output_dir: Path, runs: Sequence[Run], failed: Sequence
     if failed:
         sections.append("\n".join(["## Failed\n", *(f"- {one.run.name}: {one.says}" for one in failed)]) + "\n")
     sections.append(_how(finished))
-    write_file(output_dir / f"{figure}.md", ["\n".join(sections).encode("utf-8")])
+    write_file(output_dir / f"{figure}.md", ["\n".join(sections).encode("utf-8", "backslashreplace")])
     losses = {system.title: comparison.mean_loss(system) for system in comparison.systems}
     write_json(
         output_dir / f"{figure}.json",
@@ -109,10 +108,13 @@ def _report(figure: str, output_dir: Path, runs: Sequence[Run], failed: Sequence
         },
     )
     names = [f"{figure}.md", f"{figure}.json"]
-    plot = plot_of(comparison)
+    plot, place = plot_of(comparison), output_dir / f"{figure}.svg"
     if plot is not None:
-        write_file(output_dir / f"{figure}.svg", [plot.encode("utf-8")])
-        names.append(f"{figure}.svg")
+        write_file(place, [plot.encode("utf-8")])
+        names.append(place.name)
+    elif place.is_file():
+        with storage_errors(place):
+            place.unlink()  # of other runs than the table beside it
     sys.stdout.write(f"{len(failed)} runs failed\n" if failed else "")
     sys.stdout.write(f"saved in {output_dir}: {', '.join(names)}\n")
 

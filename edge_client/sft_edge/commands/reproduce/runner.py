@@ -46,13 +46,13 @@ class Runner:
         self._made_with = made_with
         self._keep_models = keep_models
         self._asked = asked
+        self.failed: List[Failed] = []
 
-    def do(self, runs: Sequence[Run]) -> List[Failed]:
-        """Those that are not finished; tells each on a line. Gives those that failed: the others went on.
+    def do(self, runs: Sequence[Run]) -> None:
+        """Those that are not finished; tells each on a line. Those that fail are in `failed`: the others go on.
 
         Raises KeyboardInterrupt and Stopped, after the run that was on has ended, and StorageError.
         """
-        failed = []
         left = [run for run in runs if Directory(self._output_dir, run).finished() is None]
         if len(left) < len(runs):
             _tell(f"{len(runs) - len(left)} of {len(runs)} runs are there already\n")
@@ -64,12 +64,11 @@ class Runner:
                 _tell("stopped\n")
                 raise
             if isinstance(outcome, Failed):
-                failed.append(outcome)
+                self.failed.append(outcome)
                 _tell(f"failed: {outcome.says}\n")
             else:
                 crossed = f", {format_bytes(outcome.wire_bytes)}" if outcome.wire_bytes else ""
                 _tell(f"{outcome.metric} {outcome.score:.2f}, {format_seconds(outcome.seconds)}{crossed}\n")
-        return failed
 
     def command(self, run: Run) -> List[str]:
         """What is run, as one would type it after `sft-edge`."""
