@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 from typing import Any
 
 import pytest
@@ -154,6 +155,10 @@ def test_what_is_tied_above_the_cut_keeps_all_of_its_names() -> None:
             model.load_state_dict(state)
             model.load_state_dict({name: x for name, x in doubled.items() if name not in names})
             assert all(x.equal(doubled[name]) for name, x in model.state_dict().items())
+        diverged = {**state, "head.weight": state["head.weight"] * math.nan}
+        for its_other_name in (diverged["head.weight"], diverged["head.weight"].clone()):
+            model.load_state_dict({**diverged, "out.weight": its_other_name})
+            assert model.state_dict()["out.weight"].isnan().all()
         model.load_state_dict(state)
         with pytest.raises(RuntimeError, match=r"out.weight and head.weight are one parameter, and differ"):
             model.load_state_dict({**state, "out.weight": state["out.weight"] + 1}, strict=False)

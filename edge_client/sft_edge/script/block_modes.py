@@ -10,6 +10,9 @@ from torch import nn
 from sft.errors import UsageError
 from sft.models import Cut, family_of
 
+_OF_HEADS = ("classifier_dropout", "qa_dropout", "seq_classif_dropout", "summary_first_dropout")
+"""Settings that say nothing of the blocks."""
+
 
 class BlockModes:
     """Of the block that is cut; blocks below it are the edge's alone."""
@@ -21,8 +24,8 @@ class BlockModes:
         self._dropouts = {own: (one, one.p) for own, one in inside.items() if isinstance(one, nn.Dropout)}
         self._modules = {name: base, f"{name}.{place}": inside[f"{name}.{place}"]}
         self._modules.update((own, one) for own, (one, _) in self._dropouts.items())
-        settings = base.config.to_dict()
-        self._draws = any("drop" in key and isinstance(p, (int, float)) and p > 0 for key, p in settings.items())
+        settings = [p for key, p in base.config.to_dict().items() if "drop" in key and key not in _OF_HEADS]
+        self._draws = any(isinstance(p, (int, float)) and p > 0 for p in settings)
 
     def check(self, training: bool) -> None:
         """Raises UsageError where one has become another than the cloud's, which are in the mode `training`."""
@@ -36,5 +39,5 @@ class BlockModes:
             if self._draws and module.training is not training:
                 raise UsageError(
                     f"'{name}' and the model around it are not both in train() or eval() mode, and the cloud's blocks "
-                    "follow the latter: make it of a config with a dropout of 0 instead"
+                    "follow the latter: call train() or eval() of the model, or make it of a config with a dropout of 0"
                 )
