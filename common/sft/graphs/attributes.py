@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Dict, List, Sequence
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from sft.errors import CutError
 from sft.graphs.nodes import is_of_sizes
@@ -27,19 +27,19 @@ class Attributes:
         """Takes back what was kept, such as a mask for the next call, which has to find what this one has found; what
         is new and no stand-in stays.
 
-        Raises CutError for what is computed from more than sizes: halves keep nothing.
+        Raises CutError for what is computed from more than sizes, and for a number that changed: halves keep nothing.
         """
         for module, before in zip(self._modules, self._before):
             for name in vars(module).keys() - _OF_TORCH:
-                value = vars(module)[name]
+                value, was = vars(module)[name], before.get(name)
                 kept = proxies_in(value)
-                if not all(is_of_sizes(proxy.node) for proxy in kept):
+                if not all(is_of_sizes(proxy.node) for proxy in kept) or _is_another_number(value, was):
                     raise CutError(
                         f"the forward method of {type(module).__name__} keeps what it computes in its attribute "
                         f"'{name}', which a model that is cut would lose: return it, or keep it in a module that does "
                         "not contain the layer"
                     )
-                if kept and value is not before.get(name):
+                if kept and value is not was:
                     del vars(module)[name]
         self._put_back()
 
@@ -63,6 +63,17 @@ class Attributes:
         for by_key, items in self._dicts:
             by_key.clear()
             by_key.update(items)
+
+
+def _is_another_number(value: Any, was: Any) -> bool:
+    """Than an attribute was: one that counts or decays. A tensor may be made anew for other sizes, as masks are."""
+    if value is was or not isinstance(was, (int, float, Tensor)):
+        return False
+    if isinstance(value, fx.Proxy):
+        return not isinstance(was, Tensor)
+    if isinstance(value, Tensor) and isinstance(was, Tensor):
+        return not (value.dtype == was.dtype and value.device == was.device and value.equal(was))
+    return isinstance(value, (int, float, Tensor)) and (type(value) is not type(was) or bool(value != was))
 
 
 def proxies_in(value: Any) -> List[fx.Proxy]:

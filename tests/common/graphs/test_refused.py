@@ -320,33 +320,6 @@ def test_assertions_about_sizes_are_those_of_the_halves() -> None:
     refuse(either, "of assertions about sizes those of plain comparisons in one line can stay")
 
 
-def keeps(value: Any, keep: Callable[[Any, Tensor], Any]) -> None:
-    def forward(m: Any, x: Tensor) -> Tensor:
-        h = m.a(x)
-        keep(m, h)
-        return m.c(m.b(h) * 2.0)
-
-    model = Model(forward)
-    model.kept = value
-    before = copy.copy(value)
-    with pytest.raises(CutError, match=r"of Model keeps what it computes in its attribute 'kept', which"):
-        cut(model, "b", R)
-    assert model.kept is value
-    assert value == before
-
-
-@pytest.mark.parametrize(
-    ("value", "keep"),
-    [
-        ([1], lambda m, h: (m.kept.clear(), m.kept.append(h.square().mean()))),
-        ({"a": 1}, lambda m, h: m.kept.update(h=h)),
-        ({}, lambda m, h: m.kept.update(all=[h])),
-    ],
-)
-def test_what_is_kept_in_a_container(value: Any, keep: Callable[[Any, Tensor], Any]) -> None:
-    keeps(value, keep)
-
-
 def test_layers_whose_weight_is_not_their_own() -> None:
     model = nn.Sequential(nn.Linear(D, D), nn.Linear(D, D))
     model[1].weight = model[0].weight
