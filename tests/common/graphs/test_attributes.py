@@ -26,7 +26,8 @@ class Model(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.a(x)
         self.keep(self, h)
-        return self.b(h) * 2.0
+        y: Tensor = self.b(h) * 2.0
+        return y
 
 
 def check_keeps(value: Any, keep: Callable[[Any, Tensor], Any]) -> None:
@@ -62,6 +63,6 @@ def test_a_number_that_changes_from_call_to_call(value: Any, change: Callable[[A
     check_keeps(value, lambda m, h: setattr(m, "kept", change(m.kept, h)))
 
 
-def test_what_is_set_to_what_it_is() -> None:
-    for value, again in ((6, lambda: 6), (torch.arange(3), lambda: torch.arange(3))):
-        cut(Model(value, lambda m, h, again=again: setattr(m, "kept", again())), "b", R)
+@pytest.mark.parametrize("again", [lambda: 6, lambda: torch.arange(3)])
+def test_what_is_set_to_what_it_is(again: Callable[[], Any]) -> None:
+    cut(Model(again(), lambda m, h: setattr(m, "kept", again())), "b", R)
