@@ -25,7 +25,8 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sft.errors import CutError
-from sft.graphs.nodes import describe, is_of_sizes
+from sft.graphs.attributes import Attributes, proxies_in
+from sft.graphs.nodes import describe
 from sft.graphs.plain import PLAIN
 from sft.models import body_of
 
@@ -105,20 +106,17 @@ class Inputs:
 def trace(model: nn.Module, layer_name: str, inputs: Inputs, given: FrozenSet[str]) -> Traced:
     """Traces a model twice, in training and in evaluation. It is left as it was. Raises CutError."""
     on_the_way = _modules_on_the_way(model, layer_name)
-    before = [dict(vars(module)) for module in on_the_way]
+    attributes = Attributes(on_the_way)
     graphs, constants = {}, {}
     try:
         for training in (True, False):
             for module in on_the_way:
                 module.training = training
             graphs[training] = _trace(model, on_the_way, inputs, given, layer_name)
-            _forget(on_the_way, before)
+            attributes.forget()
     finally:
-        made = {name: value for name, value in vars(model).items() if name not in before[0]}
-        for module, attributes in zip(on_the_way, before):
-            for name in vars(module).keys() - attributes.keys():
-                del vars(module)[name]
-            vars(module).update(attributes)
+        made = attributes.made()
+        attributes.restore()
     tensors = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
     for node in (node for graph in graphs.values() for node in graph.nodes):
         if node.op == "get_attr" and node.target not in tensors:
@@ -127,26 +125,6 @@ def trace(model: nn.Module, layer_name: str, inputs: Inputs, given: FrozenSet[st
             node.target = _constant_name(tensor)
             constants[node.target] = tensor
     return Traced(graphs, constants)
-
-
-def _forget(on_the_way: Sequence[nn.Module], before: Sequence[Mapping[str, Any]]) -> None:
-    """Takes back what a forward method has kept in attributes, such as a mask for the next call, which has to find what
-    this one has found. Raises CutError for what is computed from more than sizes: halves keep nothing.
-    """
-    for module, attributes in zip(on_the_way, before):
-        for name, value in list(vars(module).items()):
-            if name in attributes and value is attributes[name]:
-                continue
-            kept = _proxies(value)
-            if not all(is_of_sizes(proxy.node) for proxy in kept):
-                raise CutError(
-                    f"the forward method of {type(module).__name__} keeps what it computes in its attribute '{name}', "
-                    "which a model that is cut would lose: return it, or keep it in a module that does not contain the "
-                    "layer"
-                )
-            if kept:
-                del vars(module)[name]
-        vars(module).update(attributes)
 
 
 def _trace(
@@ -336,19 +314,12 @@ def _traceable_factories() -> Iterator[None]:
 
 def _traceable(factory: Callable[..., Any]) -> Callable[..., Any]:
     def traced(*args: Any, **kwargs: Any) -> Any:
-        proxies = _proxies((args, kwargs))
+        proxies = proxies_in((args, kwargs))
         if not proxies:
             return factory(*args, **kwargs)
         return proxies[0].tracer.create_proxy("call_function", factory, args, kwargs)
 
     return traced
-
-
-def _proxies(value: Any) -> List[fx.Proxy]:
-    """The stand-ins for tensors in a value."""
-    proxies: List[fx.Proxy] = []
-    fx.node.map_aggregate(value, lambda one: proxies.append(one) if isinstance(one, fx.Proxy) else None)
-    return proxies
 
 
 def attribute_of(model: nn.Module, name: str) -> Any:
