@@ -145,7 +145,7 @@ def test_a_link_that_broke_before_the_answer(stub, edge, handled):
     assert handled.held.wait(SECONDS), "it may have been the answer that said so"
     back = come_back(stub, session_id, answered=1)
     handled.released.set()
-    assert next(back.call).attached.last_number == 3
+    assert next(back.call).attached.last_number >= 3, "the worker was let go before it is asked"
     assert next(back.call) == first
 
 
