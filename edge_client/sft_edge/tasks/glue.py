@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from itertools import islice
 from pathlib import Path
-from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+
+import numpy as np
 
 from sft.errors import DataError, UsageError
 from sft_edge.tasks.base import Label, Row
 from sft_edge.tasks.files import MAX_LINE_BYTES, Record, column_of, numbered_lines, read_table, read_tsv, shown
 from sft_edge.tasks.labels import REGRESSION, SINGLE_LABEL, class_name
 from sft_edge.tasks.sequence import SequenceTask, parse_number, texts_of
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 class GlueSpec(NamedTuple):
@@ -107,6 +112,13 @@ class GlueTask(SequenceTask):
         values = [value.strip() for value in first.split("\t")]
         named = any(set(fields) <= set(values) for fields in self.input_fields())
         return read_tsv(path, None if named or len(values) != len(self.spec.header) else self.spec.header)
+
+    def as_scored(self, labels: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Class ids as GLUE numbers them, in whatever order the model has them: F1 is that of class 1."""
+        if self.label_names is None:
+            return labels
+        own = list(self.spec.labels.values())
+        return np.asarray([own.index(name) for name in self.label_names], dtype=np.float64)[labels.astype(int)]
 
     def _label(self, record: Record) -> Label:
         value = column_of(record, self.spec.label_field)

@@ -17,6 +17,7 @@ from sft_edge.tasks.files import Record, clean_text, column_of, no_column, numbe
 from sft_edge.tasks.labels import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
 
@@ -98,7 +99,12 @@ class SequenceTask(Task):
         else:
             predictions = logits_BC[:, 0]
         references = np.asarray([rows[feature.row].label for feature in features], dtype=np.float64)
-        return metrics.compute(self.metric_names, predictions.double().numpy(), references)
+        pair = (self.as_scored(predictions.double().numpy()), self.as_scored(references))
+        return metrics.compute(self.metric_names, *pair)
+
+    def as_scored(self, labels: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Labels as the task's metrics are defined on them; those of the model unless a task says otherwise."""
+        return labels
 
     def predictions(
         self, logits: Sequence[Tensor], features: Sequence[Feature], rows: Sequence[Row]

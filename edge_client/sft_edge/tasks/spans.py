@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from typing import Iterable, List, NamedTuple, Sequence
+from typing import Dict, Iterable, List, NamedTuple, Sequence
 
 import torch
 from torch import Tensor
@@ -73,6 +73,19 @@ def normalized(text: str) -> str:
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
+def scores(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> Dict[str, float]:
+    """Of all questions, in percent: `exact_match` and `f1`. `answers` are those that are accepted, a list a question.
+
+    SQuAD's script prints every digit there is, so the last one counts: added up one by one, as there. `sum` is more
+    exact than that from Python 3.12 on.
+    """
+    exact = overlap = 0.0
+    for prediction, accepted in zip(predictions, answers):
+        exact += exact_match(prediction, accepted)
+        overlap += f1(prediction, accepted)
+    return {"exact_match": 100.0 * exact / len(answers), "f1": 100.0 * overlap / len(answers)}
+
+
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
     """1 if the prediction is one of the answers, else 0."""
     return float(any(normalized(prediction) == normalized(answer) for answer in answers))
@@ -85,4 +98,8 @@ def f1(prediction: str, answers: Sequence[str]) -> float:
 
 def _f1(prediction: Sequence[str], answer: Sequence[str]) -> float:
     common = sum((Counter(prediction) & Counter(answer)).values())
-    return 2 * common / (len(prediction) + len(answer)) if common else 0.0
+    if not common:
+        return 0.0
+    # Not as 2 * common / (all words): the last digit would be another than the official one.
+    precision, recall = common / len(prediction), common / len(answer)
+    return 2 * precision * recall / (precision + recall)

@@ -111,8 +111,7 @@ class SquadTask(Task):
         answers = [[answer.text for answer in row.answers] for row in rows]
         if not rows or not all(answers):
             raise ValueError("questions without answers cannot be scored")
-        scores = {"exact_match": map(spans.exact_match, texts, answers), "f1": map(spans.f1, texts, answers)}
-        return {name: 100.0 * sum(values) / len(rows) for name, values in scores.items()}
+        return spans.scores(texts, answers)
 
     def predictions(
         self, logits: Sequence[Tensor], features: Sequence[Feature], rows: Sequence[Row]
