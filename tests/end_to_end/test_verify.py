@@ -64,7 +64,7 @@ def verify(cloud: str, model: Path, capsys: pytest.CaptureFixture[str]) -> Calla
         {"codec": "int8"},
         {"max_grad_norm": 0.01},
         {"max_grad_norm": 0},
-        {"weight_decay": 0.5},
+        {"weight_decay": 0.5, "factor_learning_rate": 1e-2},
         {"adam_beta1": 0.5, "adam_beta2": 0.7, "adam_epsilon": 1e-4},
         {"warmup_ratio": 0.5, "lr_scheduler_type": "constant_with_warmup"},
         MOMENTUM,

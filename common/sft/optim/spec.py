@@ -21,6 +21,10 @@ _NEED_MORE = {
 }
 
 
+_FACTORS = (".ffn1.weight", ".ffn2.weight", ".ffn3.weight")
+"""How the names of u, S and v end."""
+
+
 @dataclass(frozen=True)
 class GroupSpec:
     """Parameters that share their settings."""
@@ -68,6 +72,16 @@ def decay_groups(net: Net, arguments: Mapping[str, Any]) -> List[GroupSpec]:
         GroupSpec([name for name in names if name not in undecayed], dict(arguments)),
         GroupSpec([name for name in names if name in undecayed], {**arguments, **without_decay}),
     ]
+
+
+def factors_apart(groups: Sequence[GroupSpec], learning_rate: float) -> List[GroupSpec]:
+    """The groups of `decay_groups`, and behind them one of u, S and v, with a rate of its own: empty where there are
+    none, or they are not trained."""
+    first = groups[0]
+    factors = [name for name in first.parameter_names if name.endswith(_FACTORS)]
+    rest = [name for name in first.parameter_names if name not in factors]
+    apart = GroupSpec(factors, {**first.arguments, "lr": learning_rate})
+    return [replace(first, parameter_names=rest), *groups[1:], apart]
 
 
 def make_optimizer(spec: OptimizerSpec, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:

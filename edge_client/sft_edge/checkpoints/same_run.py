@@ -39,7 +39,12 @@ _LENGTH = ("--num-train-epochs", "--max-steps")
 
 _FLOATS, _CODEC = "--wire-dtype", "--codec"
 
-_BEFORE = {_CODEC: str(None), "--gradient-codec": str(None), "--activations": "resend"}
+_BEFORE = {
+    _CODEC: str(None),
+    "--gradient-codec": str(None),
+    "--activations": "resend",
+    "--factor-learning-rate": str(None),
+}
 """What options would have been in checkpoints of releases that did not have them."""
 
 MODEL, ROWS = "--model", "the training rows, or their tokens"

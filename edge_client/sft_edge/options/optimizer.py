@@ -40,6 +40,10 @@ class OptimizerOptions:
     learning_rate: float = 5e-5
     """the highest learning rate of the schedule"""
 
+    factor_learning_rate: Optional[float] = None
+    """the same of u, S and v, the factors of the layer that is decomposed, by default --learning-rate; at a low cut a
+    tenfold one can win accuracy"""
+
     weight_decay: float = 0.0
     """weight decay, of all but biases and normalization weights"""
 
@@ -68,7 +72,7 @@ class OptimizerOptions:
     """the same as --warmup-steps below 1"""
 
     def __post_init__(self) -> None:
-        at_least(self, 0, "learning_rate", "weight_decay", "max_grad_norm", "warmup_steps")
+        at_least(self, 0, "learning_rate", "factor_learning_rate", "weight_decay", "max_grad_norm", "warmup_steps")
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UsageError(f"{flag(name)} must be 0 or more and below 1, not {getattr(self, name)}")

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from sft.batch import Batch
-from sft.errors import CheckpointError, CutError
+from sft.errors import CheckpointError, CutError, UsageError
 from sft.models import Cut, Net1, Whole, build_net_1, build_net_2
 from sft.models.lora import LoraSpec, add_lora, lora_to_json
 from sft.models.weights import factor_tensors, fill, pretrained_tensors, shapes
-from sft.optim.spec import OptimizerSpec, decay_groups, make_optimizer
+from sft.optim.spec import OptimizerSpec, decay_groups, factors_apart, make_optimizer
 from sft.tensors.stream import StoredTensor, in_memory
 from sft.v1 import split_training_pb2 as pb
 from sft.wire.codec.elements import IN_FULL, Codecs
@@ -168,5 +168,16 @@ def check_kept(source: Source, cut: Cut) -> None:
 
 
 def optimizer_spec(options: OptimizerOptions, whole: Whole) -> OptimizerSpec:
-    """The optimizer that the options mean for the model in one piece, which may be on the meta device."""
-    return OptimizerSpec(options.optim, decay_groups(whole, options.arguments()))
+    """The optimizer that the options mean for the model in one piece, which may be on the meta device.
+
+    Raises UsageError for a rate of factors where none is trained.
+    """
+    groups = decay_groups(whole, options.arguments())
+    if options.factor_learning_rate is not None:
+        groups = factors_apart(groups, options.factor_learning_rate)
+        if not groups[-1].parameter_names:
+            raise UsageError(
+                "--factor-learning-rate needs --mode sft, or local with --residual: no layer is decomposed, or its "
+                "factors are not trained"
+            )
+    return OptimizerSpec(options.optim, groups)

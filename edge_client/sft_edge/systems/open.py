@@ -84,12 +84,13 @@ def open_system(
         return
     assert cut is not None  # every other mode is cut
     lora = half_lora(options.lora, whole, source.config, cut, options.training.seed)
+    spec = optimizer_spec(options.optimizer, whole)
     with _server(options.link, checkpoint_store) as address:
         start = halve(
             source,
             head,
             cut,
-            optimizer_spec(options.optimizer, whole),
+            spec,
             options.training.seed,
             codecs_named(options.cut.wire_dtype, options.cut.codec, options.cut.gradient_codec),
             freeze_edge=options.cut.freeze_edge,

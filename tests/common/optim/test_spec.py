@@ -11,6 +11,7 @@ from sft.optim.spec import (
     GroupSpec,
     OptimizerSpec,
     decay_groups,
+    factors_apart,
     make_optimizer,
     set_learning_rates,
     spec_from_proto,
@@ -68,6 +69,22 @@ def test_norms_of_every_kind_do_not_decay():
         *(f"model.layers.{i}.{name}_layernorm.weight" for i in range(2) for name in ("input", "post_attention")),
         "model.norm.weight",
     ]
+
+
+def test_factors_have_a_rate_of_their_own_in_either_half():
+    config = AutoConfig.for_model("bert", num_hidden_layers=2, hidden_size=32, num_attention_heads=2)
+    cut, head = Cut("sft", 1, 4), "sequence-classification"
+    groups = decay_groups(build_whole(config, head, cut), {"lr": 1e-3, "weight_decay": 0.1})
+    spec = OptimizerSpec("AdamW", factors_apart(groups, 1e-2))
+    factors = [f"bert.encoder.layer.0.output.dense.ffn{number}.weight" for number in (1, 2, 3)]
+    assert spec.groups[2] == GroupSpec(factors, {"lr": 1e-2, "weight_decay": 0.1})
+    assert spec.groups[0].parameter_names == [name for name in groups[0].parameter_names if name not in factors]
+    assert spec.groups[1] == groups[1]
+    at_edge, at_cloud = (
+        spec.restricted_to(build(config, head, cut).whole_names.values()) for build in (build_net_1, build_net_2)
+    )
+    assert at_edge.groups[2].parameter_names == factors[:1]
+    assert at_cloud.groups[2].parameter_names == factors[1:]
 
 
 def test_sums_over_tensors():

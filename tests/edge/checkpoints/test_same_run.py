@@ -76,6 +76,7 @@ MATTERS: Dict[str, Any] = {
     "optim": "Rprop",
     "optim_args": "momentum=0.5",
     "learning_rate": 0.5,
+    "factor_learning_rate": 0.5,
     "weight_decay": 0.5,
     "adam_beta1": 0.5,
     "adam_beta2": 0.5,
@@ -129,7 +130,7 @@ def test_other_rows_and_another_model(data_dir: Path) -> None:
 
 def test_an_option_of_another_release(data_dir: Path) -> None:
     now = of(data_dir, codec="float32")
-    added = ("--codec", "--gradient-codec", "--activations")
+    added = ("--codec", "--gradient-codec", "--activations", "--factor-learning-rate")
     check_same_run(now, {name: value for name, value in now.items() if name not in added}, Path("out"))
     check_same_run(now, {**now, "--codec": "None"}, Path("out"))
     half = of(data_dir, wire_dtype="bfloat16")

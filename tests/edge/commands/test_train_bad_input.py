@@ -222,6 +222,7 @@ def test_no_files(refused: Callable[..., str], job: Job) -> None:
         ({"optim": "LBFGS"}, "cannot train a split model: it evaluates the loss several times a step"),
         ({"optim": "SGD", "optim_args": "nesterov=true"}, "Nesterov momentum requires a momentum"),
         ({"learning_rate": "fast"}, "'fast' is not a number"),
+        ({"mode": "sl", "factor_learning_rate": 1e-2}, "--factor-learning-rate needs --mode sft, or local with"),
         ({"max_steps": 0}, "--max-steps must be 1 or more"),
         ({"server": "localhost"}, "--server must be HOST:PORT"),
         ({"device": "cuda:99"}, "this machine has"),

@@ -70,6 +70,7 @@ FROZEN = """
 --optim AdamW
 --optim-args
 --learning-rate 5e-05
+--factor-learning-rate
 --weight-decay 0.0
 --adam-beta1 0.9
 --adam-beta2 0.999

@@ -44,6 +44,7 @@ def test_torch_takes_the_arguments(name):
         ({"optim_args": "=1"}, "--optim-args: '=1' is not of the form name=value"),
         ({"learning_rate": -1.0}, "--learning-rate must be 0 or more"),
         ({"learning_rate": float("nan")}, "--learning-rate must be 0 or more"),
+        ({"factor_learning_rate": -1.0}, "--factor-learning-rate must be 0 or more"),
         ({"max_grad_norm": -1.0}, "--max-grad-norm must be 0 or more"),
         ({"adam_beta1": 1.0}, "--adam-beta1 must be 0 or more and below 1"),
         ({"warmup_steps": -1}, "--warmup-steps must be 0 or more"),
