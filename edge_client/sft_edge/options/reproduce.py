@@ -29,6 +29,7 @@ _OF_RUNS = (
     "per_device_train_batch_size",
     "max_seq_length",
     "keep_models",
+    "jobs",
     "dry_run",
 )
 
@@ -88,6 +89,9 @@ class ReproduceOptions:
     keep_models: bool = False
     """keep the model of each run, in RUN/model; without it only what is told of the run stays"""
 
+    jobs: Optional[int] = None
+    """so many runs side by side (default: 1); torch takes all cores for each unless OMP_NUM_THREADS says how many"""
+
     dry_run: bool = False
     """print the runs with their commands, and how long they will take as far as earlier ones tell; run nothing"""
 
@@ -113,5 +117,5 @@ class ReproduceOptions:
         if any(not 0 <= seed < 2**63 for seed in self.seeds):
             raise UsageError("--seeds must be 0 or more and below 2^63")
         at_least(self, 0, "max_train_samples", "max_eval_samples", "learning_rate")
-        at_least(self, 1, "per_device_train_batch_size", "max_seq_length")
+        at_least(self, 1, "per_device_train_batch_size", "max_seq_length", "jobs")
         above_zero(self, "num_train_epochs")

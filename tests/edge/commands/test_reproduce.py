@@ -12,12 +12,12 @@ from support.jobs import error_line, flags
 from support.tiny import make_tiny_model
 
 from sft_edge.cli import main
+from sft_edge.commands.reproduce.carry_out import estimate
 from sft_edge.commands.reproduce.comparison import Comparison
 from sft_edge.commands.reproduce.equations import corrected, from_its_inputs, printed
-from sft_edge.commands.reproduce.grid import Run, link_arguments, runs_of
+from sft_edge.commands.reproduce.grid import Run, System, link_arguments, runs_of, runs_with
 from sft_edge.commands.reproduce.plots import plot_of
 from sft_edge.commands.reproduce.records import Finished
-from sft_edge.commands.reproduce.reproduce import estimate
 from sft_edge.options import LinkOptions, ReproduceOptions
 
 DATA = Path("data")
@@ -165,12 +165,24 @@ def test_a_curve_goes_from_block_to_block_in_whatever_order_they_are_named() -> 
     assert plots[0] == plots[1]
 
 
+def test_what_is_not_as_usual_is_in_the_name_and_wins() -> None:
+    more = (("--gradient-codec", "int4"), ("--learning-rate", "0.001"))
+    systems = [System("SFT", "sft", 2, 8, codec="float32"), System("SFT", "sft", 2, 8, "low-rank", "int8", more)]
+    options = ReproduceOptions("fig3", data_dir=DATA, seeds=[1])
+    usual, other = runs_with([*systems, *systems], ["sst2"], options, LinkOptions())
+    assert usual.name == "sst2-sft-l2-r8-seed1"
+    assert other.name == "sst2-sft-l2-r8-low-rank-residual-int8-gradient-codec-int4-learning-rate-0.001-seed1"
+    assert usual.flags["--learning-rate"] == "0.0002"
+    assert (other.flags["--learning-rate"], other.flags["--gradient-codec"]) == ("0.001", "int4")
+
+
 def test_how_long_it_will_take_is_told_by_what_is_done() -> None:
     runs = grid("table1", tasks=["sst2", "rte", "cola"], split_ranks=[8])
     assert estimate(runs, []) is None
     done = [finished(runs[0], 80.0, seconds=10.0), finished(runs[2], 80.0, seconds=30.0)]
     assert estimate([runs[1], runs[3], runs[4]], done) == 10.0 + 30.0 + 20.0
     assert estimate([], []) == 0.0
+    assert estimate(runs[:3], [], usual_seconds=7.0) == 21.0
 
 
 def test_the_equations_as_printed_from_their_inputs_and_corrected() -> None:
@@ -216,6 +228,8 @@ def test_timing_without_a_server(tmp_path: Path, tiny_model: Path, capsys: pytes
         ([], "--figure must be given"),
         (["table2", "--data-dir", "data"], "'table2' is none of table1, fig2, fig3, timing"),
         (["timing", "--tasks", "sst2"], "--tasks is for table1, fig2 and fig3"),
+        (["timing", "--jobs", "2"], "--jobs is for table1, fig2 and fig3"),
+        (["fig2", "--data-dir", "data", "--jobs", "0"], "--jobs must be 1 or more"),
         (["timing", "--dry-run"], "--dry-run is for table1, fig2 and fig3"),
         (["fig2", "--data-dir", "data", "--tasks", "imdb"], "the paper has no 'imdb'"),
         (["fig2", "--data-dir", "data", "--split-ranks", "0"], "--split-ranks must be 1 or more, not 0"),

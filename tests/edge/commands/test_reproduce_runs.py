@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -24,13 +26,22 @@ with open(os.environ["CALLS"], "a") as calls:
 if output_dir.parent.name in os.environ.get("FAILING", ""):
     print("a warning\\nsft-edge train: error: no rows")
     sys.exit(3)
+def meet():  # the other run, which is on, too, or this one dies
+    if "MEETING" in os.environ:
+        signal.alarm(60)
+        open(os.environ["MEETING"], "r" if output_dir.parent.name == os.environ["READING"] else "w")
+        signal.alarm(0)
 if output_dir.parent.name in os.environ.get("INTERRUPTING", ""):
     (output_dir / "checkpoint-1").mkdir()
     ignores = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     signal.signal(signal.SIGTERM, lambda *_: (print("saved, without Ctrl-C" if ignores else "?"), os._exit(0)))
-    os.kill(os.getppid(), int(os.environ["SIGNAL"]))
+    meet()
+    if os.environ["INTERRUPTING"].startswith(output_dir.parent.name):
+        os.kill(os.getppid(), int(os.environ["SIGNAL"]))
+    signal.alarm(60)  # who is not asked to end dies, and has saved nothing
     while True:
         signal.pause()
+meet()
 results = {"wire_bytes_sent": 6, "wire_bytes_received": 4, "train_steps": 1, "eval_accuracy": 75.0}
 if output_dir.parent.name not in os.environ.get("TORN", ""):
     (output_dir / "all_results.json").write_text(json.dumps(results))
@@ -180,6 +191,38 @@ def test_who_is_stopped_goes_on_with_the_run_that_was_on(
     monkeypatch.delenv("INTERRUPTING")
     monkeypatch.delenv("FAILING")
     assert reproduce() == (0, [f"{LOCAL} goes on", f"{SPLIT} goes on"])
+
+
+@pytest.fixture
+def meeting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of the two runs waits until the other is on."""
+    os.mkfifo(str(tmp_path / "meeting"))
+    monkeypatch.setenv("MEETING", str(tmp_path / "meeting"))
+    monkeypatch.setenv("READING", LOCAL)
+
+
+@pytest.mark.usefixtures("meeting")
+def test_runs_side_by_side(reproduce: Reproduce, capsys: pytest.CaptureFixture[str]) -> None:
+    code, begun = reproduce(jobs=2)
+    assert (code, sorted(begun)) == (0, [LOCAL, SPLIT])
+    lines = capsys.readouterr().out.splitlines()
+    assert re.match(r"1/2  rte    local  seed 0: accuracy 75.00, .*|2/2  rte    SFT\(l=3,R=4\)  seed 0: ac", lines[0])
+    assert "2 of 2 runs" in lines[2]
+
+
+@pytest.mark.usefixtures("meeting")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_all_that_are_on_are_stopped(
+    reproduce: Reproduce, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int
+) -> None:
+    monkeypatch.setenv("INTERRUPTING", f"{SPLIT} {LOCAL}")
+    monkeypatch.setenv("SIGNAL", str(int(number)))
+    assert reproduce(jobs=2)[0] == code
+    for name in (LOCAL, SPLIT):
+        assert (tmp_path / "out" / name / "log.txt").read_text() == "saved, without Ctrl-C\n"
+        assert read_json(tmp_path / "out" / name / "run.json")["ended"] is False
+    monkeypatch.delenv("INTERRUPTING")
+    assert sorted(reproduce(jobs=2)[1]) == [f"{LOCAL} goes on", f"{SPLIT} goes on"]
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "run.json"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Dict, Iterator, List, Mapping, NamedTuple
+from typing import Dict, Iterable, Iterator, List, Mapping, NamedTuple, Sequence, Tuple
 
 from sft.cli.options import options_of
 from sft.errors import CutError
@@ -33,6 +33,9 @@ _SAMPLES: Mapping[str, _Sample] = {
     "squad": _Sample(480, 300, 384),
 }
 
+_USUAL_CODECS = {"sft": "float32", "frozen": "int8", "sl": "int8"}
+"""By mode; a run with another says so in its name."""
+
 _DEFAULTS = {"num_train_epochs": 2.0, "learning_rate": 2e-4, "per_device_train_batch_size": 32}
 
 
@@ -54,6 +57,9 @@ class System:
     codec: str = ""
     """Empty where nothing crosses a wire."""
 
+    more: Tuple[Tuple[str, str], ...] = ()
+    """Further flags of `sft-edge train` with their values, which win over all others."""
+
     @property
     def curve(self) -> str:
         """`SFT(R=8)`: what systems that differ in the block alone have in common."""
@@ -67,7 +73,7 @@ class System:
         return f"{self.name}({','.join(numbers)})" if numbers else self.name
 
     def flags(self) -> Dict[str, str]:
-        """Of `sft-edge train`."""
+        """Of `sft-edge train`, without `more`."""
         flags = {"--mode": self.mode}
         if self.split_layer:
             flags["--split-layer"] = str(self.split_layer)
@@ -101,6 +107,8 @@ class Run:
         words += [f"l{system.split_layer}"] if system.split_layer else []
         words += [f"r{system.split_rank}"] if system.split_rank else []
         words += [f"{system.residual}-residual"] if system.residual != "none" else []
+        words += [system.codec] if system.codec != _USUAL_CODECS.get(system.mode, "") else []
+        words += [f"{flag.strip('-')}-{value}" for flag, value in system.more]
         return "-".join([*words, f"seed{self.seed}"])
 
 
@@ -109,16 +117,28 @@ def runs_of(options: ReproduceOptions, link: LinkOptions, blocks: int) -> List[R
 
     Raises CutError for a block that the model does not have.
     """
-    beyond = [layer for layer in options.split_layers if layer > blocks]
+    check_layers(options.split_layers, blocks)
+    tasks = options.tasks or (PAPER_TASKS if options.figure == "table1" else _FIGURE_TASKS)
+    return runs_with(_systems(options, blocks), tasks, options, link)
+
+
+def check_layers(split_layers: Sequence[int], blocks: int) -> None:
+    """Raises CutError for one that a model of so many blocks does not have."""
+    beyond = [layer for layer in split_layers if layer > blocks]
     if beyond:
         raise CutError(f"--split-layers {beyond[0]}: this model has blocks 1 to {blocks}; choose among them")
-    tasks = options.tasks or (PAPER_TASKS if options.figure == "table1" else _FIGURE_TASKS)
-    systems = list(dict.fromkeys(_systems(options, blocks)))
+
+
+def runs_with(
+    systems: Iterable[System], tasks: Sequence[str], options: ReproduceOptions, link: LinkOptions
+) -> List[Run]:
+    """Of each seed and task one with each system, in that order; `options` say how large they are."""
+    each = list(dict.fromkeys(systems))
     return [
         Run(task, system, seed, _flags(options, link, task, system, seed))
         for seed in dict.fromkeys(options.seeds or [0])
         for task in dict.fromkeys(tasks)
-        for system in systems
+        for system in each
     ]
 
 
@@ -166,7 +186,7 @@ def _flags(options: ReproduceOptions, link: LinkOptions, task: str, system: Syst
             flags["--" + name.replace("_", "-")] = str(rows if given is None else given)
     if system.mode != "local" and link.labels != "cloud":
         flags["--labels"] = link.labels
-    return flags
+    return {**flags, **dict(system.more)}
 
 
 def link_arguments(link: LinkOptions) -> List[str]:

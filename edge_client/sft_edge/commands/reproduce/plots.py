@@ -14,11 +14,11 @@ from sft_edge.commands.reproduce.grid import BASELINE, System
 
 def plot_of(comparison: Comparison) -> Optional[str]:
     """An SVG; None while no run is finished that would be a point of it."""
-    charts = list(_over_ranks(comparison) if comparison.figure == "table1" else _over_blocks(comparison))
+    charts = list(_over_ranks(comparison) if comparison.figure == "table1" else over_blocks(comparison))
     return picture(charts) if charts else None
 
 
-def _over_blocks(comparison: Comparison) -> Iterator[Chart]:
+def over_blocks(comparison: Comparison) -> Iterator[Chart]:
     """One a task: a curve a system, and the baseline across."""
     for task in comparison.tasks:
         curves: Dict[str, List[Spot]] = {}

@@ -3,82 +3,38 @@
 from __future__ import annotations
 
 import shlex
-import statistics
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, List, Sequence
 
-from sft.cli.environment import environment
-from sft.errors import SFTError
-from sft.printable import format_seconds
-from sft_edge.checkpoints import only_run_in
+from sft_edge.commands.reproduce.carry_out import Manner, carry_out, print_plan
 from sft_edge.commands.reproduce.comparison import Comparison
 from sft_edge.commands.reproduce.grid import Run, link_arguments, runs_of
 from sft_edge.commands.reproduce.plots import plot_of
 from sft_edge.commands.reproduce.records import Finished, finished_in
-from sft_edge.commands.reproduce.runner import Failed, Runner, Stopped
+from sft_edge.commands.reproduce.runner import Failed
 from sft_edge.commands.reproduce.tables import markdown, print_table
 from sft_edge.commands.reproduce.timing import timing
 from sft_edge.files import storage_errors, write_file, write_json
 from sft_edge.model_files import open_model
 from sft_edge.options import TIMING, LinkOptions, ReproduceOptions
-from sft_edge.signals import Termination, terminations_noted
-
-EXIT_TERMINATED = 143  # 128 + SIGTERM, as shells report it
 
 
 def reproduce(options: ReproduceOptions, link: LinkOptions) -> int:
     """Does what is missing of the figure, and reports all there is; the exit code is that of the first failed run.
 
-    Raises any SFTError, and KeyboardInterrupt after the run that was on has ended in order.
+    Raises any SFTError, and KeyboardInterrupt after the runs that were on have ended in order.
     """
     assert options.output_dir is not None
     if options.figure == TIMING:
         return timing(options, link)
     config: Any = open_model(options.model or "minilm", None, {}).config
     runs = runs_of(options, link, int(config.num_hidden_layers))
+    manner = Manner(options.output_dir, link_arguments(link), options.keep_models, options.jobs or 1)
     if options.dry_run:
-        runner = Runner(options.output_dir, link_arguments(link), {}, options.keep_models, Termination())
-        _print_plan(runs, options.output_dir, runner)
+        print_plan(runs, manner)
         return 0
-    with terminations_noted() as asked, only_run_in(options.output_dir):
-        runner = Runner(options.output_dir, link_arguments(link), _made_with(), options.keep_models, asked)
-        stopped = False
-        try:
-            runner.do(runs)
-        except Stopped:
-            stopped = True
-        finally:
-            _report(options.figure, options.output_dir, runs, runner.failed)
-    if stopped:
-        return EXIT_TERMINATED
-    codes = [failure.code if failure.code > 0 else SFTError.exit_code for failure in runner.failed]
-    return codes[0] if codes else 0
-
-
-def _print_plan(runs: Sequence[Run], output_dir: Path, runner: Runner) -> None:
-    finished = finished_in(output_dir, list(runs))
-    done = {one.run.name for one in finished}
-    for run in runs:
-        mark = "done" if run.name in done else "    "
-        sys.stdout.write(f"{mark}  sft-edge {' '.join(map(shlex.quote, runner.command(run)))}\n")
-    left = [run for run in runs if run.name not in done]
-    seconds = estimate(left, finished)
-    how_long = "how long they take is known once one is done" if seconds is None else f"about {format_seconds(seconds)}"
-    sys.stdout.write(f"{len(runs)} runs, {len(done)} of them done; {len(left)} are left: {how_long}\n")
-
-
-def estimate(left: Sequence[Run], finished: Sequence[Finished]) -> Optional[float]:
-    """Seconds that the runs will take, by those done of the same task, or else by all; None while there is none."""
-    if not left:
-        return 0.0
-    if not finished:
-        return None
-    mean = statistics.fmean(one.seconds for one in finished)
-    of_task: Dict[str, List[float]] = {}
-    for one in finished:
-        of_task.setdefault(one.run.task, []).append(one.seconds)
-    return sum(statistics.fmean(of_task.get(run.task, [mean])) for run in left)
+    return carry_out(runs, manner, lambda failed: _report(options.figure, manner.output_dir, runs, failed))
 
 
 def _report(figure: str, output_dir: Path, runs: Sequence[Run], failed: Sequence[Failed]) -> None:
@@ -138,16 +94,3 @@ def _different(ones: Sequence[Any]) -> List[Any]:
         if one not in found:
             found.append(one)
     return found
-
-
-def _made_with() -> Dict[str, Any]:
-    """Versions and devices of this machine, for each run to be told with."""
-    found = environment()
-    libraries = {name: one["version"] for name, one in found["libraries"].items() if one["version"]}
-    torch: Dict[str, Any] = found["torch"] or {}
-    threads = torch.get("threads", {}).get("within")
-    devices = [device["name"] for device in torch.get("devices", [])]
-    return {
-        "versions": {"split-fine-tuning": found["package"], "python": found["python"], **libraries},
-        "devices": [*devices, f"{found['cpus']['usable']} processors, {threads} threads of torch"],
-    }

@@ -1,4 +1,4 @@
-"""Does the runs of a grid, one after the other, each in a process of its own; what is done already is left."""
+"""Does the runs of a grid, each in a process of its own; what is done already is left."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Iterator, List, Mapping, NamedTuple, Sequence, Union
+from typing import Any, Iterator, List, Mapping, NamedTuple, Sequence, Set, Union
 
 from sft.cli.child import python_command
 from sft.printable import format_bytes, format_seconds, printable
 from sft_edge.commands.reproduce.grid import Run
 from sft_edge.commands.reproduce.records import Directory, Finished
 from sft_edge.signals import Termination
+
+_LOOK_SECONDS = 0.2
+"""How long to wait for the end of one of several runs before the next is looked at."""
 
 
 class Failed(NamedTuple):
@@ -30,45 +33,72 @@ class Failed(NamedTuple):
 
 
 class Stopped(Exception):
-    """This command was asked to end; the run that was on has ended, too."""
+    """This command was asked to end; the runs that were on have ended, too."""
+
+
+class _On(NamedTuple):
+    """A run that is on."""
+
+    run: Run
+    directory: Directory
+    child: subprocess.Popen[bytes]
+    began: float
+    called: str
+    """What is told of it first."""
 
 
 class Runner:
     """Runs that have one place."""
 
     def __init__(
-        self, output_dir: Path, way: Sequence[str], made_with: Mapping[str, Any], keep_models: bool, asked: Termination
+        self,
+        output_dir: Path,
+        way: Sequence[str],
+        made_with: Mapping[str, Any],
+        keep_models: bool,
+        asked: Termination,
+        jobs: int = 1,
     ) -> None:
-        """`way`: arguments for runs that need a cloud; `asked` stops a run that is on, which then saves a checkpoint
-        where it can."""
+        """`way`: arguments for runs that need a cloud; `asked` stops runs that are on, which then save a checkpoint
+        where they can; `jobs`: so many are on side by side."""
         self._output_dir = output_dir
         self._way = way
         self._made_with = made_with
         self._keep_models = keep_models
         self._asked = asked
+        self._jobs = jobs
+        self._told: Set[int] = set()
         self.failed: List[Failed] = []
 
     def do(self, runs: Sequence[Run]) -> None:
         """Those that are not finished; tells each on a line. Those that fail are in `failed`: the others go on.
 
-        Raises KeyboardInterrupt and Stopped, after the run that was on has ended, and StorageError.
+        Raises KeyboardInterrupt and Stopped, after the runs that were on have ended, and StorageError.
         """
         left = [run for run in runs if Directory(self._output_dir, run).finished() is None]
         if len(left) < len(runs):
             _tell(f"{len(runs) - len(left)} of {len(runs)} runs are there already\n")
-        for number, run in enumerate(left, 1):
-            _tell(f"{number:>{len(str(len(left)))}}/{len(left)}  {run.task:5}  {run.system.title}  seed {run.seed}: ")
-            try:
-                outcome = self._one(run)
-            except (KeyboardInterrupt, Stopped):
+        digits = len(str(len(left)))
+        waiting = [(run, f"{number:>{digits}}/{len(left)}  ") for number, run in enumerate(left, 1)]
+        on: List[_On] = []
+        self._asked.then = lambda: self._ask_to_end(on)  # or they would go on, and nobody would know of it
+        try:
+            while waiting or on:
+                while waiting and len(on) < self._jobs and not self._asked.is_set():
+                    on.append(self._begin(*waiting.pop(0)))
+                if not self._asked.is_set():
+                    ended = _first_to_end(on)
+                if self._asked.is_set():
+                    raise Stopped
+                on.remove(ended)
+                self._tell_of(ended)
+        except BaseException as error:
+            self._stop(on)
+            if isinstance(error, (KeyboardInterrupt, Stopped)):
                 _tell("stopped\n")
-                raise
-            if isinstance(outcome, Failed):
-                self.failed.append(outcome)
-                _tell(f"failed: {outcome.says}\n")
-            else:
-                crossed = f", {format_bytes(outcome.wire_bytes)}" if outcome.wire_bytes else ""
-                _tell(f"{outcome.metric} {outcome.score:.2f}, {format_seconds(outcome.seconds)}{crossed}\n")
+            raise
+        finally:
+            self._asked.then = lambda: None
 
     def command(self, run: Run) -> List[str]:
         """What is run, as one would type it after `sft-edge`."""
@@ -76,48 +106,71 @@ class Runner:
         way = self._way if run.system.mode != "local" else []
         return ["train", *words, *way, "--output-dir", str(Directory(self._output_dir, run).model)]
 
-    def _one(self, run: Run) -> Union[Finished, Failed]:
+    def _begin(self, run: Run, number: str) -> _On:
+        called = f"{number}{run.task:5}  {run.system.title}  seed {run.seed}: "
+        if self._jobs == 1:
+            _tell(called)
         directory = Directory(self._output_dir, run)
         goes_on = directory.begin()
         # It begins anew where no checkpoint is there; a torn result of its own is in nobody's way.
         arguments = [*self.command(run), *(["--resume-from-checkpoint"] if goes_on else [])]
         began = time.monotonic()
-        try:
-            code = self._wait_for([*python_command("sft_edge.cli"), *arguments], directory.log)
-        except (KeyboardInterrupt, Stopped):
-            directory.took(time.monotonic() - began)
-            raise
-        finished = None
-        if code == 0:
-            finished = directory.end(time.monotonic() - began, self._made_with, self._keep_models)
-        if finished is not None:
-            return finished
-        said = printable(directory.last_line())[:400] or "it said nothing"
-        ended = f"killed by signal {-code}: " if code < 0 else "" if code else "it left no whole results: "
-        return Failed(run, code, f"{ended}{said} ({directory.log})")
-
-    def _wait_for(self, command: Sequence[str], log: Path) -> int:
-        """Its exit code. When this command is to end, the run is asked to, and waited for; a second Ctrl-C kills it."""
-        with log.open("ab") as told, _ignoring_ctrl_c():
+        with directory.log.open("ab") as told, _ignoring_ctrl_c():
+            command = [*python_command("sft_edge.cli"), *arguments]
             child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=told, stderr=subprocess.STDOUT)
-        with child:
-            self._asked.then = child.terminate  # or the run would go on, and nobody would know of it
+        return _On(run, directory, child, began, called)
+
+    def _tell_of(self, ended: _On) -> None:
+        """What came of a run that has ended."""
+        outcome = self._outcome(ended)
+        called = "" if self._jobs == 1 else ended.called
+        if isinstance(outcome, Failed):
+            self.failed.append(outcome)
+            _tell(f"{called}failed: {outcome.says}\n")
+        else:
+            crossed = f", {format_bytes(outcome.wire_bytes)}" if outcome.wire_bytes else ""
+            _tell(f"{called}{outcome.metric} {outcome.score:.2f}, {format_seconds(outcome.seconds)}{crossed}\n")
+
+    def _outcome(self, ended: _On) -> Union[Finished, Failed]:
+        code, directory = ended.child.returncode, ended.directory
+        if code == 0:
+            finished = directory.end(time.monotonic() - ended.began, self._made_with, self._keep_models)
+            if finished is not None:
+                return finished
+        said = printable(directory.last_line())[:400] or "it said nothing"
+        how = f"killed by signal {-code}: " if code < 0 else "" if code else "it left no whole results: "
+        return Failed(ended.run, code, f"{how}{said} ({directory.log})")
+
+    def _ask_to_end(self, on: Sequence[_On]) -> None:
+        """Once: who is asked twice saves nothing."""
+        for one in on:
+            if one.child.pid not in self._told:
+                self._told.add(one.child.pid)
+                one.child.terminate()
+
+    def _stop(self, on: Sequence[_On]) -> None:
+        """Has the runs end, and waits for that; a second Ctrl-C kills them."""
+        try:
+            self._ask_to_end(on)
+            for one in on:
+                one.child.wait()
+        except KeyboardInterrupt:
+            for one in on:
+                one.child.kill()
+            for one in on:
+                one.child.wait()
+        for one in on:
+            one.directory.took(time.monotonic() - one.began)
+
+
+def _first_to_end(on: Sequence[_On]) -> _On:
+    while True:
+        for one in on:
             try:
-                if self._asked.is_set():
-                    child.terminate()
-                code = child.wait()
-            except KeyboardInterrupt:
-                child.terminate()
-                try:
-                    child.wait()
-                except KeyboardInterrupt:
-                    child.kill()
-                raise
-            finally:
-                self._asked.then = lambda: None
-        if self._asked.is_set():
-            raise Stopped
-        return code
+                one.child.wait(_LOOK_SECONDS if len(on) > 1 else None)
+            except subprocess.TimeoutExpired:
+                continue
+            return one
 
 
 @contextmanager
