@@ -51,7 +51,7 @@ CODES_TRIED = (
     "fitted:32,fitted:32",
     "float32,none",
     "rank:8,none",
-    "fitted:58,none",
+    "fitted:32,none",
 )
 Code = Callable[[Tensor, int], tuple[Tensor, int]]
 """Of (T, W) and a seed: what arrives, and its bytes."""
