@@ -70,7 +70,7 @@ def _by_task(runs: Sequence[Recorded], depth: float) -> Tuple[List[float], List[
         at: Dict[float, List[float]] = {}
         for run in runs:
             if run.task == task:
-                at.setdefault(round(run.depth, 6), []).append(run.points)
+                at.setdefault(round(run.depth, 9), []).append(run.points)
         same = [known for known in at if abs(known - depth) <= _SAME_DEPTH]
         sides = [max((d for d in at if d < depth), default=None), min((d for d in at if d > depth), default=None)]
         used = same[:1] or [side for side in sides if side is not None]

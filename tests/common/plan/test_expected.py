@@ -44,14 +44,14 @@ def test_a_task_with_runs_on_one_side_alone_is_left_out():
 
 
 def test_nine_of_ten_other_tasks_are_within_the_spread():
-    draw, within, tries = random.Random(0), 0, 2000
+    draw, within, tries = random.Random(0), 0, 500
     for _ in range(tries):
         effects = [draw.gauss(-2.0, 1.0) for _ in range(5)]
         known = {f"t{task}": [draw.gauss(effect, 0.5) for _ in range(3)] for task, effect in enumerate(effects)}
         found = expected(runs(0.5, **known), 0.5)
         another = draw.gauss(draw.gauss(-2.0, 1.0), 0.5)
         within += abs(another - found.points) <= found.spread
-    assert within / tries == pytest.approx(0.9, abs=0.02)
+    assert within / tries == pytest.approx(0.9, abs=0.03)
 
 
 @pytest.mark.parametrize(("freedom", "t"), [(1, 6.314), (9, 1.833), (10, 1.812), (20, 1.725), (1000, 1.646)])
