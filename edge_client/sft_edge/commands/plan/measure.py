@@ -107,7 +107,7 @@ def _extra(base: Sample, other: Sample, tokens: int) -> Extra:
 
 
 def _said(way: CutOptions) -> str:
-    words = [way.mode]
+    words: List[str] = [way.mode]
     words += [f"l={way.split_layer}"] if way.split_layer else []
     words += [f"R={way.split_rank}"] if way.mode == "sft" else []
     return " ".join([*words, *([way.codec] if way.codec else [])])
