@@ -155,7 +155,7 @@ def demo(prog: str, argv: List[str]) -> int:
 
 
 def plan(prog: str, argv: List[str]) -> int:
-    """measure a little of each way to train, and say what a run would take, and which way is best"""
+    """say what each way to train would take here, and which is best"""
     limits, *groups = parse(PLAN_OPTIONS, argv, prog, plan.__doc__)
     options = _run_options(tuple(groups))
     with imports():

@@ -1,4 +1,4 @@
-"""The record of what cuts lose, which comes with the package: `accuracy.json`, written by `bench/accuracy.py`."""
+"""The record of what cuts lose, which comes with the package: `accuracy.json` beside this file."""
 
 from __future__ import annotations
 
