@@ -8,9 +8,9 @@ the fastest of the settings was so.
     python bench/plan_check.py --rate 100mbit --data-dir DIR
     python bench/plan_check.py --settings sft/5/8/int8 frozen/2/0/int8 --steps 5
 
-What this program does not know is passed on to both `sft-edge plan` and `sft-edge train`; of the cut a setting wins over
-it, so that `--mode frozen --settings frozen/2/0/int8 frozen/4/0/int8` makes a plan of a frozen edge alone, which takes less
-time. Without --data-dir it takes the synthetic data of the demo.
+What this program does not know is passed on to both `sft-edge plan` and `sft-edge train`; of the cut a setting wins
+over it: with `--mode frozen --settings frozen/2/0/int8 frozen/4/0/int8` the plan is of a frozen edge alone, which is
+quicker. Without --data-dir it takes the synthetic data of the demo.
 """
 
 from __future__ import annotations

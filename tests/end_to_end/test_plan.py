@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from support.jobs import Job, error_line, flags
+from support.jobs import Job, error_line, flags, read_json
 from support.script import adamw, tiny_model, wrap
 
 from sft_cloud.server import CloudServer
@@ -23,6 +23,7 @@ def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     """The times themselves are of no interest."""
     monkeypatch.setattr(sessions, "_ENOUGH_SECONDS", 0.0)
     monkeypatch.setattr(sessions, "_FEWEST", 1)
+    monkeypatch.setattr(sessions, "FIT_TOKENS", 500)
 
 
 @pytest.fixture
@@ -37,6 +38,7 @@ def told(capsys: pytest.CaptureFixture[str]) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_every_way_to_train(plan: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert plan(json=True, svg=tmp_path / "plan.svg", price_per_gb=2.5) == 0
     content = told(capsys)
@@ -84,6 +86,23 @@ def test_a_rate_holds_a_step_back(plan: Callable[..., int], capsys: pytest.Captu
     assert held["step_seconds"] >= 0.9 * held["step_bytes"] / 2 / (0.5e6 / 8)
 
 
+@pytest.mark.parametrize("mode", ["sl", "frozen"])
+def test_bytes_are_those_of_the_run(
+    plan: Callable[..., int],
+    train: Callable[..., Path],
+    job: Job,
+    model: Path,
+    capsys: pytest.CaptureFixture[str],
+    mode: str,
+) -> None:
+    options = {"mode": mode, "split_layer": 2, "codec": "int8", "num_train_epochs": 2, "max_seq_length": 32}
+    assert plan(**options, json=True) == 0
+    (planned,) = told(capsys)["plans"]
+    run = read_json(train(job, model=model, **options) / "all_results.json")
+    # Names of tensors, of which so small a model is half, are not looked up.
+    assert 0.95 * run["run_link_bytes"] < planned["run_bytes"] < 1.25 * run["run_link_bytes"]
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -125,7 +144,7 @@ def test_a_server_that_is_full(
 ) -> None:
     server, small = start_cloud(max_sessions=1), tiny_model()
     with wrap(small, adamw(small), server=server.address):
-        assert plan(server=server.address, mode="sl", split_layer=1) == 5
+        assert plan(server=server.address, mode="sl", split_layer=1, codec="int8") == 5
         assert error_line(capsys.readouterr().err)
     assert plan(server=server.address, mode="sl", split_layer=1, codec="int8") == 0, "sessions are closed"
 

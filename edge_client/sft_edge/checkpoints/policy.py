@@ -46,18 +46,17 @@ def options_before(training: TrainingOptions) -> Dict[str, str]:
     """By flag, as text, those of the cut and of all else that decides what comes of a run, as the checkpoint has them
     that it is to go on from; nothing where it begins at step 0. Raises CheckpointError."""
     wanted = training.resume_from_checkpoint
-    if wanted is None:
-        return {}
     if wanted == NEWEST:
         found = checkpoints_in(training.output_dir) if training.output_dir is not None else []
     else:
-        found = [open_checkpoint(Path(wanted))]
-    if not found:
-        return {}
-    likeness = read_state(found[0]).get("likeness")
-    if not isinstance(likeness, dict):
-        raise CheckpointError(f"{found[0].directory} does not say which options it was trained with")
-    return likeness
+        found = [] if wanted is None else [open_checkpoint(Path(wanted))]
+    for checkpoint in found:
+        try:
+            return dict(read_state(checkpoint)["likeness"])
+        except (CheckpointError, KeyError, TypeError, ValueError) as error:
+            if checkpoint is found[-1]:  # as with `offers`, an older one will do
+                raise CheckpointError(f"{checkpoint.directory} does not say what it was trained with") from error
+    return {}
 
 
 class Checkpointing:

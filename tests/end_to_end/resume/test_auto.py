@@ -19,6 +19,7 @@ AUTO = {"split_layer": "auto", "split_rank": "auto", "codec": "auto"}
 def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sessions, "_ENOUGH_SECONDS", 0.0)
     monkeypatch.setattr(sessions, "_FEWEST", 1)
+    monkeypatch.setattr(sessions, "FIT_TOKENS", 500)
 
 
 @pytest.fixture

@@ -20,6 +20,9 @@ from sft_edge.training import most_ahead
 _NUMBER_BYTES = 4
 _PIECE_BYTES = 1 << 20
 
+_OPENING_BYTES = 20_000
+"""On the link: for connecting, for the request that opens a session, and what else is no step's."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -125,7 +128,7 @@ def _beside(run: Run, amounts: Amounts, layer: int, tables_bytes: float, sends_o
     sent = tables_bytes + (0.0 if run.has_weights else result)
     evaluation = amounts.evaluation(run.validation.lengths) * run.validation.times
     times = 1 if sends_once else run.evaluations
-    moved = on_link(sent + result, (sent + result) / _PIECE_BYTES)
+    moved = _OPENING_BYTES + on_link(sent + result, (sent + result) / _PIECE_BYTES)
     return _Moved(sent, result, moved + times * evaluation)
 
 
