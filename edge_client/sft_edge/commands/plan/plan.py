@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from contextlib import ExitStack
 from typing import Callable, Dict, List, NamedTuple, Optional, Sequence
@@ -87,7 +88,6 @@ def make_plans(
     validation = sample(start.task, "validation", start.source, options, options.data.max_eval_samples)
     check_tokens(start.source, train.features, "training")
     batches = Batches(train, start.task, options, int(config.vocab_size))
-    beside = process_bytes()
     crosses = any(way.mode != "local" for way in fitting)
     with ExitStack() as stack:
         address, probed, has_weights = options.link.server or "", None, True
@@ -100,6 +100,8 @@ def make_plans(
             probed = _probed(address, options.link)
             has_weights = _has_weights(start, options, fitting, address)
         measured = measure(trial, fitting, on_status)
+    gc.collect()
+    beside = process_bytes()  # no sooner: the first step brings in more of the libraries
     way = Way(0.0, float("inf"), float("inf"))
     if probed is not None:
         of_link = [one for mode, one in measured.items() if mode != "local"]
