@@ -37,6 +37,7 @@ EDGE: Mapping[str, Sequence[type]] = {
     "doctor": [edge.DoctorOptions, edge.LinkOptions],
     "env": [edge.EnvOptions],
     "demo": [edge.DemoOptions],
+    "plan": list(edge.PLAN_OPTIONS),
     "reproduce": [edge.ReproduceOptions, edge.LinkOptions],
 }
 CLOUD: Mapping[str, Sequence[type]] = {

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
-from typing import List, Optional
+from typing import Any, List, Optional, Tuple
 
 from sft.cli.imports import imports
 from sft.cli.options import parse
 from sft.cli.run import run
 from sft_edge.options import (
+    PLAN_OPTIONS,
     TRAIN_OPTIONS,
     AttachOptions,
     CompareOptions,
@@ -30,13 +31,12 @@ from sft_edge.options import (
 
 def train(prog: str, argv: List[str]) -> int:
     """fine-tune a model across this machine and a cloud"""
-    options = RunOptions(*parse(TRAIN_OPTIONS, argv, prog, train.__doc__))
-    check_together(options.cut, options.link, options.training, options.lora, options.budget)
+    options = _run_options(parse(TRAIN_OPTIONS, argv, prog, train.__doc__))
     with imports():
         from sft_edge.commands.train.budget import exit_code_of
         from sft_edge.commands.train.train import TrainingRun
 
-    return exit_code_of(TrainingRun(options, argv).run())
+    return exit_code_of(TrainingRun(_decided(options), argv).run())
 
 
 def attach(prog: str, argv: List[str]) -> int:
@@ -54,8 +54,25 @@ def attach(prog: str, argv: List[str]) -> int:
         os.chdir(left.directory)
     arguments = [*left.arguments, "--output-dir", str(output_dir), "--resume-from-checkpoint"]
     options = RunOptions(*parse(TRAIN_OPTIONS, arguments, prog, train.__doc__))
-    TrainingRun(options, arguments, left).run()
+    TrainingRun(_decided(options), arguments, left).run()
     return 0
+
+
+def _run_options(groups: Tuple[Any, ...]) -> RunOptions:
+    """Raises UsageError for what does not go together."""
+    options = RunOptions(*groups)
+    check_together(options.cut, options.link, options.training, options.lora, options.budget)
+    return options
+
+
+def _decided(options: RunOptions) -> RunOptions:
+    """With what `auto` stands for."""
+    if not options.cut.is_open:
+        return options
+    with imports():
+        from sft_edge.commands.plan.choose import chosen
+
+    return chosen(options)
 
 
 def evaluate(prog: str, argv: List[str]) -> int:
@@ -137,6 +154,16 @@ def demo(prog: str, argv: List[str]) -> int:
     return run_demo(options)
 
 
+def plan(prog: str, argv: List[str]) -> int:
+    """say what each way to train would take here, and which is best"""
+    limits, *groups = parse(PLAN_OPTIONS, argv, prog, plan.__doc__)
+    options = _run_options(tuple(groups))
+    with imports():
+        from sft_edge.commands.plan.plan import plan as print_plan
+
+    return print_plan(limits, options)
+
+
 def reproduce(prog: str, argv: List[str]) -> int:
     """do the paper's experiments again, and show its numbers beside"""
     if argv and not argv[0].startswith("-"):
@@ -159,6 +186,7 @@ COMMANDS = {
     "doctor": doctor,
     "env": env,
     "demo": demo,
+    "plan": plan,
     "reproduce": reproduce,
 }
 

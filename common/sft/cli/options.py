@@ -35,6 +35,7 @@ from typing import (
 
 from sft.cli.durations import Duration
 from sft.cli.sizes import Size
+from sft.cli.whole_or_auto import WholeOrAuto
 from sft.errors import UsageError
 
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
@@ -132,6 +133,7 @@ class Option:
         if self.choices:
             return "{" + ",".join(self.choices) + "}"
         names = {bool: "true|false", int: "N", float: "X", Duration: "TIME", Size: "SIZE", Path: "PATH", str: "TEXT"}
+        names[WholeOrAuto] = "N|auto"
         return names.get(self.type, "JSON")
 
     @property
@@ -286,7 +288,7 @@ def _convert_one(option: Option, raw: object, where: str) -> Any:
         return option.type(raw)
     except ValueError:
         kinds = {int: "a whole number", float: "a number", Duration: "a duration such as 30s, 1m30s or 2h"}
-        kinds[Size] = "a size such as 500MB, 2GB or 1.5GiB"
+        kinds.update({Size: "a size such as 500MB, 2GB or 1.5GiB", WholeOrAuto: "a whole number, nor auto"})
         raise UsageError(f"{where}: {raw!r} is not {kinds[option.type]}") from None
 
 

@@ -7,7 +7,7 @@ import threading
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import List, Mapping, Optional, Type
+from typing import Dict, List, Mapping, Optional, Type
 
 from sft.errors import CheckpointError, LinkError, ProtocolError, SessionLostError, StorageError, UsageError
 from sft_edge.checkpoints.content import parts_of, read_state, restore
@@ -40,6 +40,23 @@ class Stopped(Exception):
     def __init__(self, step: int, directory: Optional[Path]) -> None:
         super().__init__(step, directory)
         self.step, self.directory = step, directory
+
+
+def options_before(training: TrainingOptions) -> Dict[str, str]:
+    """By flag, as text, those of the cut and of all else that decides what comes of a run, as the checkpoint has them
+    that it is to go on from; nothing where it begins at step 0. Raises CheckpointError."""
+    wanted = training.resume_from_checkpoint
+    if wanted == NEWEST:
+        found = checkpoints_in(training.output_dir) if training.output_dir is not None else []
+    else:
+        found = [] if wanted is None else [open_checkpoint(Path(wanted))]
+    for checkpoint in found:
+        try:
+            return dict(read_state(checkpoint)["likeness"])
+        except (CheckpointError, KeyError, TypeError, ValueError) as error:
+            if checkpoint is found[-1]:  # as with `offers`, an older one will do
+                raise CheckpointError(f"{checkpoint.directory} does not say what it was trained with") from error
+    return {}
 
 
 class Checkpointing:

@@ -12,16 +12,17 @@ from sft_edge.options.commands import (
     PredictOptions,
     VerifyOptions,
 )
+from sft_edge.options.cut import CutOptions, PlanCutOptions
 from sft_edge.options.link import LinkOptions
 from sft_edge.options.lora import LoraOptions
 from sft_edge.options.optimizer import OptimizerOptions
+from sft_edge.options.plan import PLAN_OPTIONS, PlanOptions
 from sft_edge.options.repeating import OPTIONS_FILE, repeatable
 from sft_edge.options.reproduce import PAPER_TASKS, TIMING, ReproduceOptions
 from sft_edge.options.train import (
     ACTIVATIONS,
     NEWEST,
     TRAIN_OPTIONS,
-    CutOptions,
     DataOptions,
     LoggingOptions,
     ModelOptions,
@@ -35,6 +36,7 @@ __all__ = [
     "NEWEST",
     "OPTIONS_FILE",
     "PAPER_TASKS",
+    "PLAN_OPTIONS",
     "TIMING",
     "TRAIN_OPTIONS",
     "AttachOptions",
@@ -52,6 +54,8 @@ __all__ = [
     "LoraOptions",
     "ModelOptions",
     "OptimizerOptions",
+    "PlanCutOptions",
+    "PlanOptions",
     "PredictOptions",
     "ReproduceOptions",
     "RunOptions",

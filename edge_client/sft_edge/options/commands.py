@@ -10,14 +10,8 @@ from typing import List, Literal, Optional
 from sft.cli.durations import Duration
 from sft.cli.options import above_zero, at_least, flag
 from sft.errors import UsageError
-from sft_edge.options.train import (
-    Codec,
-    GradientCodec,
-    check_codecs,
-    check_name,
-    check_output_file,
-    default_codec,
-)
+from sft_edge.options.cut import Codec, GradientCodec, check_codecs, default_codec
+from sft_edge.options.train import check_name, check_output_file
 
 Head = Literal[
     "sequence-classification", "question-answering", "causal-lm", "token-classification", "multiple-choice", "masked-lm"

@@ -1,5 +1,6 @@
 """An ordinary PyTorch loop, its judging and its telling."""
 
+from sft_edge.training.ahead import most_ahead
 from sft_edge.training.evaluation import EvaluationSet, ask, evaluate, evaluate_with
 from sft_edge.training.loop import TrainingLoop
 from sft_edge.training.progress import Progress, TensorBoard, open_progress
@@ -17,6 +18,7 @@ __all__ = [
     "evaluate",
     "evaluate_with",
     "ledger_lines",
+    "most_ahead",
     "open_progress",
     "peak_memory_bytes",
     "print_report",

@@ -23,6 +23,13 @@ _MOST_BYTES = 16 << 20
 """Of their messages, all of which are kept until they are answered."""
 
 
+def most_ahead(cloud_seconds: float, step_bytes: float = 0.0) -> int:
+    """How many steps may be on their way at once, each of which takes the cloud so long and has messages of so many
+    bytes."""
+    most = 2 + min(_MOST - 2, int(_MOST_SECONDS / max(cloud_seconds, 1e-3)))
+    return most if not step_bytes else max(1, min(most, int(_MOST_BYTES / step_bytes) + 1))
+
+
 class Settled(NamedTuple):
     """What became of a step."""
 
@@ -85,7 +92,7 @@ class StepsAhead:
                     raise
                 self._send_again()
         self._steps.popleft()
-        self._most = 2 + min(_MOST - 2, int(_MOST_SECONDS / max(oldest.sent.cloud_seconds, 1e-3)))
+        self._most = most_ahead(oldest.sent.cloud_seconds)
         return Settled(losses, norm, oldest.rates[0])
 
     def forget(self) -> None:

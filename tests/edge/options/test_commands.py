@@ -15,13 +15,12 @@ from sft.errors import CutError, UsageError
 from sft.wire.codec.rows import NAMES
 from sft_edge.cli import main
 from sft_edge.options.commands import DoctorOptions, VerifyOptions
+from sft_edge.options.cut import Codec, CutOptions
 from sft_edge.options.link import LinkOptions
 from sft_edge.options.lora import LoraOptions
 from sft_edge.options.train import (
     ACTIVATIONS,
     TRAIN_OPTIONS,
-    Codec,
-    CutOptions,
     DataOptions,
     LoggingOptions,
     ModelOptions,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Sequence
+from typing import Any, Sequence, Tuple
 
 from sft.wire.codec.elements import FITTED, codecs_named
 from sft.wire.codec.messages import is_packed, outputs_of
@@ -23,6 +23,11 @@ _MOST_BYTES_AN_ELEMENT = 2
 """In a code whose rows differ."""
 
 
+def answers_of(options: RunOptions) -> int:
+    """That a micro-batch waits for: where labels stay, the logits and then the gradient."""
+    return 2 if options.link.labels == "local" else 1
+
+
 class Amounts:
     """Bytes on the link, both ways together; a little too many rather than too few."""
 
@@ -38,7 +43,7 @@ class Amounts:
         self._down = 0.0 if cut.freeze_edge else float(CODES[codecs.gradient].row_bytes(width))
         self._outputs = 4 * outputs_of(config, head)
         self._per_token = is_packed(head)
-        self._answers = 2 if options.link.labels == "local" else 1
+        self._answers = answers_of(options)
         self._rows = training.per_device_train_batch_size
         self._micro_batches = training.gradient_accumulation_steps
         self._eval_rows = training.per_device_eval_batch_size
@@ -63,12 +68,16 @@ class Amounts:
         bytes_moved = self._beside(lengths) + sum(lengths) * self._most_up + self._logits(lengths)
         return self._on_link(bytes_moved, 2 * math.ceil(len(lengths) / self._eval_rows))
 
+    def crossing(self, lengths: Sequence[int], kept: bool = False) -> Tuple[float, float]:
+        """About what training on sequences of these lengths sends, and what comes back: without messages' framing."""
+        return self._crossing(lengths, self._up, kept)
+
     def _training(self, lengths: Sequence[int], micro_batches: int, up: float, kept: bool) -> float:
-        tokens = sum(lengths)
-        bytes_moved = self._beside(lengths) + (0 if kept else tokens * up) + tokens * self._down
-        if self._answers == 2:  # logits come, and their gradient goes
-            bytes_moved += 2 * self._logits(lengths)
-        return self._on_link(bytes_moved, 2 * self._answers * micro_batches)
+        return self._on_link(sum(self._crossing(lengths, up, kept)), 2 * self._answers * micro_batches)
+
+    def _crossing(self, lengths: Sequence[int], up: float, kept: bool) -> Tuple[float, float]:
+        tokens, back = sum(lengths), (self._answers - 1) * self._logits(lengths)  # logits come, and their gradient goes
+        return self._beside(lengths) + (0 if kept else tokens * up) + back, tokens * self._down + back
 
     def _beside(self, lengths: Sequence[int]) -> float:
         return len(lengths) * (_BYTES_A_SEQUENCE + self._outputs)

@@ -1,0 +1,1 @@
+"""What a run will take, by the paper's estimate: pure functions of measured times and sizes."""

@@ -1,0 +1,79 @@
+"""How large the halves are, and what this device has room for."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+from sft.errors import UsageError
+from sft.models import Cut, build_net_1, build_net_2, build_whole
+from sft.plan.grid import Grid
+from sft.printable import format_bytes
+from sft_edge.commands.plan.ways import ends
+from sft_edge.options import CutOptions
+
+_TRAINED_BYTES, _FROZEN_BYTES = 16, 4
+"""Of a number that is trained, with its gradient and what Adam keeps; of one that is not."""
+
+_MOST = 0.7
+"""Of the memory that is free: steps need some beside the model."""
+
+
+class Sizes:
+    """Numbers, that is elements of parameters, of the halves."""
+
+    def __init__(self, config: Any, head: str, layers: Sequence[int]) -> None:
+        """`layers`: all cuts that are asked about; none where that is the whole model alone."""
+        self.whole = sum(one.numel() for one in build_whole(config, head).parameters())
+        on_edge: Dict[Tuple[int, int], float] = {}
+        on_cloud: Dict[Tuple[int, int], float] = {}
+        for layer in dict.fromkeys(ends(layers)) if layers else []:
+            net_1, net_2 = build_net_1(config, head, Cut("sl", layer)), build_net_2(config, head, Cut("sl", layer))
+            names = set(net_1.whole_names.values())
+            on_edge[layer, 0] = sum(one.numel() for one in net_1.parameters())
+            on_cloud[layer, 0] = sum(one.numel() for name, one in net_2.whole_parameters().items() if name not in names)
+        self._edge, self._cloud = Grid(on_edge or {(0, 0): 0.0}), Grid(on_cloud or {(0, 0): 0.0})
+
+    def edge(self, layer: int) -> float:
+        """Of net_1, cut after that block."""
+        return self._edge.at(layer, 0)
+
+    def cloud(self, layer: int) -> float:
+        """Of what net_2 has alone: the result that comes home."""
+        return self._cloud.at(layer, 0)
+
+
+def with_room(ways: Sequence[CutOptions], sizes: Sizes, room: Optional[int]) -> List[CutOptions]:
+    """Those of which the edge's half, as it is trained, takes no more than most of `room`, bytes that are free, None
+    where that is not known. Raises UsageError where it is none."""
+    fitting = [way for way in ways if room is None or _bytes_of(way, sizes) <= _MOST * room]
+    if not fitting:
+        needed = min(_bytes_of(way, sizes) for way in ways)
+        raise UsageError(
+            f"this device has {format_bytes(room or 0)} of memory free, and the edge's half takes at least "
+            f"{format_bytes(needed)} beside what steps need: free some, or leave more ways to choose from"
+        )
+    return fitting
+
+
+def free_bytes() -> Optional[int]:
+    """What the system says that a program may have; None where it does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, ValueError, IndexError, StopIteration):
+        return None
+
+
+def process_bytes() -> float:
+    """What this process has in memory; 0 where the system does not say."""
+    try:
+        return float(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return 0.0
+
+
+def _bytes_of(way: CutOptions, sizes: Sizes) -> float:
+    numbers = sizes.whole if way.mode == "local" else sizes.edge(int(way.split_layer or 0))
+    return numbers * (_FROZEN_BYTES if way.freeze_edge else _TRAINED_BYTES)
