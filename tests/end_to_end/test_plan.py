@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from support.callers import named
 from support.jobs import Job, error_line, flags, read_json
 from support.script import adamw, tiny_model, wrap
+from support.servers import start_server
 
+from sft_cloud.access.protection import Access
 from sft_cloud.server import CloudServer
 from sft_edge.cli import main
 from sft_edge.commands.plan import sessions
@@ -132,6 +135,21 @@ def test_nothing_of_the_model_or_of_the_rows_leaves(
     for path in blobs:
         names |= set(load_file(path))
     assert all("ffn" in name or "." not in name for name in names), names
+
+
+def test_a_caller_who_has_limits(plan: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Ways that the server takes, of a model that it takes: as of a run."""
+    access = Access(identify=named(models=("tiny*",), max_split_rank=16))
+    server = start_server(tmp_path / "cloud", access=access)
+    given = {"server": server.address, "model_name": "tiny-bert", "codec": "int8", "split_layer": 1, "json": True}
+    try:
+        assert plan(**given, mode="sft") == 0
+        assert {one["split_rank"] for one in told(capsys)["plans"]} == {8, 16}
+        assert plan(**given, mode="sl") == 2
+        line = error_line(capsys.readouterr().err)
+    finally:
+        server.stop(grace_seconds=0)
+    assert line == "the server takes ranks up to 16 of us, and every way to train here is wider"
 
 
 def test_a_server_that_is_gone(plan: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:

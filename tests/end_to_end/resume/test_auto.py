@@ -77,3 +77,11 @@ def test_nothing_that_is_good_enough(
     assert run(**{**AUTO, "split_rank": 4}) == 2
     assert error_line(capsys.readouterr().err).startswith("auto: no record says what accuracy any of these ways")
     assert not out.exists()
+
+
+@pytest.mark.parametrize("limit", [{"data_cap": "1GB"}, {"max_mbit": 5}])
+def test_measuring_keeps_no_limit_of_the_link(
+    run: Callable[..., int], limit: dict, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(**AUTO, **limit) == 2
+    assert error_line(capsys.readouterr().err).startswith("auto does not go with --")

@@ -23,19 +23,19 @@ _MODES = ("sft", "sl", "frozen")
 
 def chosen(options: RunOptions) -> RunOptions:
     """With all of the cut decided: as in the checkpoint that the run goes on from, if there is one, or else the fastest
-    that the record says loses little; within --data-cap, if any of these is. Says why, in a line.
+    that the record says loses little. Says why, in a line.
 
-    Raises UsageError where the record says that of none, and any SFTError of a run that begins.
+    Raises UsageError where the record says that of none, and where the link has limits, which measuring would not keep;
+    any SFTError of a run that begins.
     """
     before = options_before(options.training)
     if before:
         cut = _decided(options.cut, _values_before(before))
         said = f"{_flags(cut)}, as the run began"
     else:
+        _check_budget(options)
         planned = make_plans(options, _MODES, on_status=_say)
-        limits = Limits(run_bytes=options.budget.data_cap, points=LEAST_POINTS)
-        if best(planned.plans, limits) is None:
-            limits = Limits(points=LEAST_POINTS)  # the cap will end the run early
+        limits = Limits(points=LEAST_POINTS)
         plan = best(planned.plans, limits)
         if plan is None:
             raise UsageError(_nothing(planned.plans))
@@ -50,6 +50,15 @@ def chosen(options: RunOptions) -> RunOptions:
     _say(f"auto: {said}")
     check_together(cut, options.link, options.training, options.lora, options.budget)
     return options._replace(cut=cut)
+
+
+def _check_budget(options: RunOptions) -> None:
+    for option, value in (("--data-cap", options.budget.data_cap), ("--max-mbit", options.budget.max_mbit)):
+        if value is not None:
+            raise UsageError(
+                f"auto does not go with {option} {value}: it measures on the link before the run begins, outside of "
+                "that; let sft-edge plan choose where the link is free, and give what it says"
+            )
 
 
 def _decided(given: CutOptions, values: Mapping[str, Any]) -> CutOptions:

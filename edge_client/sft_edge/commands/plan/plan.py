@@ -5,10 +5,10 @@ from __future__ import annotations
 import gc
 import sys
 from contextlib import ExitStack
-from typing import Callable, Dict, List, NamedTuple, Optional, Sequence
+from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from sft.errors import LinkError, UsageError
-from sft.models import Cut, build_whole
+from sft.models import build_whole
 from sft.plan.equation_4 import Way
 from sft.plan.plans import Limits, Plan, best, nearest, strictest
 from sft_edge.commands.doctor.server import Way as Probed
@@ -27,7 +27,7 @@ from sft_edge.commands.train.start import Start, open_start
 from sft_edge.files import json_text, write_file
 from sft_edge.link import transport_of
 from sft_edge.options import CutOptions, LinkOptions, OptimizerOptions, PlanOptions, RunOptions
-from sft_edge.systems import CloudProcess, halve, optimizer_spec
+from sft_edge.systems import CloudProcess, cut_of, halve, optimizer_spec
 
 _PROBE_SECONDS = 60.0
 """For one answer: a large probe on a slow way takes its time."""
@@ -97,7 +97,9 @@ def make_plans(
         trial = Trial(start.source, head, options, address, batches, on_status)
         if crosses:
             on_status("measuring the way to the cloud")
-            probed = _probed(address, options.link)
+            probed, widest = _probed(address, options.link)
+            fitting, wider = _taken(fitting, widest, int(config.hidden_size))
+            notes += wider
             has_weights = _has_weights(start, options, fitting, address)
         measured = measure(trial, fitting, on_status)
     gc.collect()
@@ -113,24 +115,41 @@ def make_plans(
     return Planned(run, measured, plans_of(run, fitting, measured), [*start.notes, *notes])
 
 
-def _probed(address: str, link: LinkOptions) -> Probed:
-    """Raises LinkError where the way cannot be measured."""
+def _probed(address: str, link: LinkOptions) -> Tuple[Probed, int]:
+    """The way, and how wide an activation the cloud takes of us at most, 0 without a limit. Raises LinkError where the
+    way cannot be measured."""
     transport = transport_of(address, link)
     try:
-        findings, way = probe(transport.inquiry(_PROBE_SECONDS))
+        inquiry = transport.inquiry(_PROBE_SECONDS)
+        widest = int(inquiry.status().limits.max_split_rank)
+        findings, way = probe(inquiry)
     finally:
         transport.close()
     if way is None:
         raise LinkError(f"{findings[0].found}; `sft-edge doctor --server {address}` finds out why")
-    return way
+    return way, widest
+
+
+def _taken(ways: Sequence[CutOptions], widest: int, hidden_size: int) -> Tuple[List[CutOptions], List[str]]:
+    """Those that the cloud takes of us, and a line where these are fewer. Raises UsageError where there is none."""
+    if not widest:
+        return list(ways), []
+    taken = [
+        way
+        for way in ways
+        if way.mode == "local" or (int(way.split_rank) if way.mode == "sft" else hidden_size) <= widest
+    ]
+    if not taken:
+        raise UsageError(f"the server takes ranks up to {widest} of us, and every way to train here is wider")
+    return taken, [f"{len(ways) - len(taken)} more ways are wider than the {widest} that the server takes of us"]
 
 
 def _has_weights(start: Start, options: RunOptions, ways: Sequence[CutOptions], address: str) -> bool:
     """Whether the cloud has the model's weights: it is asked by their hash, and opens nothing."""
     if start.source.checkpoint is None:
         return True
-    layer = max(int(way.split_layer or 0) for way in ways)
-    cut = start.source.cut or Cut("sl", layer)
+    highest = max((way for way in ways if way.mode != "local"), key=lambda way: int(way.split_layer or 0))
+    cut = cut_of(highest, start.source)
     whole = build_whole(start.source.config, start.task.head, cut)
     spec = optimizer_spec(OptimizerOptions(), whole)
     request = halve(start.source, start.task.head, cut, spec, options.training.seed).request

@@ -76,8 +76,8 @@ class Trial:
         given = self.options
         link = given.link if cut.mode == "local" else replace(given.link, server=self.address)
         options = given._replace(cut=cut, link=link)
-        # Nothing of the model leaves the device: neither weights, nor what the cloud may have of them.
-        source = replace(self.source, checkpoint=None, cut=None, told_name="")
+        # No weights leave the device, nor what the cloud may have of them; the name does: access may hang on it.
+        source = replace(self.source, checkpoint=None, cut=None)
         keeps = cut.activations == "keep-on-cloud"
         with tempfile.TemporaryDirectory(prefix="sft-edge-plan-") as directory, open_system(
             source,
