@@ -18,7 +18,8 @@ from typing import Any
 
 from accuracy_tables import Shape, between_markers, notes, over_bytes, record, tables_of
 
-from sft.errors import SFTError
+from sft.cli.options import flag
+from sft.errors import SFTError, UsageError
 from sft.wire.codec.elements import FITTED
 from sft_edge.commands.compare.charts import picture
 from sft_edge.commands.reproduce.carry_out import Manner, carry_out, print_plan
@@ -35,6 +36,7 @@ from sft_edge.options import LinkOptions, ReproduceOptions
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "decompositions.md"
 RECORD = ROOT / "edge_client" / "sft_edge" / "commands" / "plan" / "accuracy.json"
+TASKS, SEEDS = ["sst2", "stsb", "qnli"], [0, 1, 2]
 RUN_SECONDS = 240.0
 """About, of MiniLM by one thread; it is known better once a run of the task is done."""
 
@@ -83,8 +85,11 @@ PARTS: Mapping[str, tuple[Callable[[int], Iterator[System]], Sequence[int]]] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code: as of `sft-edge reproduce`."""
-    given = _parser().parse_args(arguments)
+    parser = _parser()
+    given = parser.parse_args(arguments)
     try:
+        if given.publish:
+            _check_whole(given, parser)
         config: Any = open_model(given.model, None, {}).config
         shape = Shape(int(config.num_hidden_layers), int(config.hidden_size))
         parts = {name: runs_of(name, given, shape) for name in PARTS}
@@ -101,6 +106,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
+def _check_whole(given: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Raises UsageError where what would be published is not the grid, and would take the place of it."""
+    for name in ("tasks", "seeds", "split_layers", "max_train_samples", "max_eval_samples", "num_train_epochs"):
+        if getattr(given, name) != parser.get_default(name):
+            raise UsageError(
+                f"--publish does not go with {flag(name)}: what is published would be less than the grid; do the runs "
+                "without it, and publish once all are done"
+            )
+
+
 def runs_of(part: str, given: argparse.Namespace, shape: Shape) -> list[Run]:
     """Those of a part; --split-layers are of the one that is asked for. Raises UsageError and CutError."""
     systems_at, layers = PARTS[part]
@@ -108,7 +123,16 @@ def runs_of(part: str, given: argparse.Namespace, shape: Shape) -> list[Run]:
     if part == given.part:
         check_layers(layers, shape.blocks)
     sizes = {name: getattr(given, name) for name in ("max_train_samples", "max_eval_samples", "num_train_epochs")}
-    options = ReproduceOptions("fig3", model=given.model, data_dir=given.data_dir, seeds=given.seeds, **sizes)
+    options = ReproduceOptions(
+        "fig3",
+        model=given.model,
+        data_dir=given.data_dir.resolve(),  # a flag of each run, and so the same wherever this is called from
+        tasks=given.tasks,
+        split_layers=given.split_layers or [],
+        seeds=given.seeds,
+        jobs=given.jobs,
+        **sizes,
+    )
     systems = [BASELINE, *(system for layer in layers for system in systems_at(layer))]
     return runs_with(systems, given.tasks, options, LinkOptions())
 
@@ -147,8 +171,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--part", choices=list(PARTS), default="grid")
     parser.add_argument("--output-dir", type=Path, default=Path("output/accuracy"), help="where the runs are")
     parser.add_argument("--model", default="minilm")
-    parser.add_argument("--tasks", nargs="+", default=["sst2", "stsb", "qnli"])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--tasks", nargs="+", default=TASKS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument(
         "--split-layers", type=int, nargs="+", help="blocks, counted from 1 (default: 2 3 5, low-cut 2)"
     )

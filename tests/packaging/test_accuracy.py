@@ -151,8 +151,11 @@ def test_what_is_done_is_published(
     monkeypatch.setattr(accuracy, "RECORD", tmp_path / "plan" / "accuracy.json")
     monkeypatch.setattr(accuracy, "PAGE", tmp_path / "page.md")
     shutil.copy(ROOT / "docs" / "decompositions.md", tmp_path / "page.md")
-    given = ["--data-dir", "data", "--model", str(tiny_model), "--tasks", "rte", "--seeds", "0", "--split-layers", "3"]
-    given += ["--output-dir", str(tmp_path / "out"), "--only", "local", "frozen", "--jobs", "2", "--publish"]
+    monkeypatch.setattr(accuracy, "TASKS", ["rte"])
+    monkeypatch.setattr(accuracy, "SEEDS", [0])
+    monkeypatch.setitem(accuracy.PARTS, "grid", (accuracy.ways, (3,)))
+    given = ["--data-dir", "data", "--model", str(tiny_model), "--only", "local", "frozen", "--jobs", "2", "--publish"]
+    given += ["--output-dir", str(tmp_path / "out")]
     assert accuracy.main(given) == 0
     record = json.loads((tmp_path / "plan" / "accuracy.json").read_text())
     assert [(run["codec"], run["blocks"]) for run in record["runs"]] == [("int8", 4), ("int4", 4), ("fitted", 4)]
@@ -172,3 +175,21 @@ def test_a_dry_run_tells_the_hours(accuracy: Any, tiny_model: Path, capsys: pyte
     assert capsys.readouterr().out.splitlines()[-1].startswith("36 runs, 0 of them done; 36 are left: about 1h12m")
     assert accuracy.main(given) != 0
     assert "--split-layers 5: this model has blocks 1 to 4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--publish", "--seeds", "0"], "--publish does not go with --seeds"),
+        (["--publish", "--split-layers", "4"], "--publish does not go with --split-layers"),
+        (["--jobs", "0", "--dry-run"], "--jobs"),
+        (["--tasks", "imdb", "--dry-run"], "imdb"),
+        (["--split-layers", "0", "--dry-run"], "--split-layers"),
+    ],
+)
+def test_bad_input(
+    accuracy: Any, arguments: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert accuracy.main(["--data-dir", str(tmp_path), *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert says in line

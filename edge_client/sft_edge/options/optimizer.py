@@ -41,8 +41,7 @@ class OptimizerOptions:
     """the highest learning rate of the schedule"""
 
     factor_learning_rate: Optional[float] = None
-    """the same of u, S and v, the factors of the layer that is decomposed, by default --learning-rate; at a low cut a
-    tenfold one can win accuracy"""
+    """the same of u, S and v, the factors of the layer that is decomposed, by default --learning-rate"""
 
     weight_decay: float = 0.0
     """weight decay, of all but biases and normalization weights"""
