@@ -118,7 +118,9 @@ class GlueTask(SequenceTask):
         if self.label_names is None:
             return labels
         own = list(self.spec.labels.values())
-        return np.asarray([own.index(name) for name in self.label_names], dtype=np.float64)[labels.astype(int)]
+        of_id: NDArray[np.float64] = np.asarray([own.index(name) for name in self.label_names], dtype=np.float64)
+        scored: NDArray[np.float64] = of_id[labels.astype(int)]
+        return scored
 
     def _label(self, record: Record) -> Label:
         value = column_of(record, self.spec.label_field)

@@ -150,6 +150,7 @@ def _has_weights(start: Start, options: RunOptions, ways: Sequence[CutOptions], 
         return True
     highest = max((way for way in ways if way.mode != "local"), key=lambda way: int(way.split_layer or 0))
     cut = cut_of(highest, start.source)
+    assert cut is not None  # local alone has none
     whole = build_whole(start.source.config, start.task.head, cut)
     spec = optimizer_spec(OptimizerOptions(), whole)
     request = halve(start.source, start.task.head, cut, spec, options.training.seed).request
