@@ -25,6 +25,7 @@ AN_OPTION = {
     "doctor": "--idle",
     "env": "--json",
     "demo": "--seed",
+    "plan": "--min-accuracy",
     "reproduce": "--split-ranks",
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
@@ -67,7 +69,11 @@ def free_bytes() -> Optional[int]:
 
 
 def process_bytes() -> float:
-    """What this process has in memory; 0 where the system does not say."""
+    """What this process has in memory when what it needs no more is given back; 0 where the system does not say."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:  # glibc keeps what was freed, musl has no such function
+        trim(0)
     try:
         return float(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, IndexError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 from contextlib import ExitStack
 from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
@@ -102,7 +101,6 @@ def make_plans(
             notes += wider
             has_weights = _has_weights(start, options, fitting, address)
         measured = measure(trial, fitting, on_status)
-    gc.collect()
     beside = process_bytes()  # no sooner: the first step brings in more of the libraries
     way = Way(0.0, float("inf"), float("inf"))
     if probed is not None:
