@@ -58,8 +58,7 @@ def test_every_way_to_train(plan: Callable[..., int], tmp_path: Path, capsys: py
     assert 0 < sft["step_bytes"] < frozen["step_bytes"] < sl["step_bytes"]
     assert sl["price"] == pytest.approx(2.5 * sl["run_bytes"] / 1e9)
     assert frozen["run_bytes"] < sl["run_bytes"] - 12 * (sl["step_bytes"] - frozen["step_bytes"]), "sent once"
-    memory = [by_name["sl", layer, 0, "float32"]["edge_memory_bytes"] for layer in (1, 2, 3)]
-    assert memory == sorted(memory)
+    assert all(50e6 < one["edge_memory_bytes"] < 8e9 for one in plans)
     assert all(one["step_seconds"] > 0 and one["edge_processor_seconds"] > 0 for one in plans)
     picture = (tmp_path / "plan.svg").read_text()
     assert picture.startswith("<svg")

@@ -6,9 +6,8 @@ from sft_edge.systems.crossing import Activation, Crossing, check_size
 from sft_edge.systems.fit import FIT_TOKENS, fit_tables, mean_row_bytes, rows_to_fit
 from sft_edge.systems.halves import Halves, halve, optimizer_spec, whole_tensors
 from sft_edge.systems.kept_on_cloud import key_of
-from sft_edge.systems.local import LocalSystem
 from sft_edge.systems.open import cut_of, open_system
-from sft_edge.systems.split import SplitSystem, open_split_system
+from sft_edge.systems.split import open_split_system
 from sft_edge.systems.system import SentStep, System
 
 __all__ = [
@@ -17,9 +16,7 @@ __all__ = [
     "CloudProcess",
     "Crossing",
     "Halves",
-    "LocalSystem",
     "SentStep",
-    "SplitSystem",
     "System",
     "check_size",
     "cut_of",

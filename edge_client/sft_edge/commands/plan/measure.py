@@ -46,7 +46,7 @@ class Measured:
     """From the second epoch on."""
 
     memory: Grid
-    """Bytes on the edge, beside what its process has anyway; by cut and length."""
+    """Bytes of the edge's process at its largest, on the longest batches; by cut."""
 
     is_ahead: bool
     samples: Mapping[Tuple[int, int], Sample]
@@ -89,7 +89,7 @@ def _of_mode(trial: Trial, ways: Sequence[CutOptions], on_status: Callable[[str]
             {(layer, length): taken[layer].later[length] for layer, length in at},
             {str(codec): extra for codec, extra in later.items()},
         ),
-        Grid({(layer, length): taken[layer].memory[length] for layer, length in at}),
+        Grid({(layer, longest): one.memory for layer, one in taken.items()}),
         taken[low].is_ahead,
         samples,
         tables,

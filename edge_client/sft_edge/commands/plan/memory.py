@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+import torch
 
 from sft.errors import UsageError
 from sft.models import Cut, build_net_1, build_net_2, build_whole
@@ -68,16 +70,17 @@ def free_bytes() -> Optional[int]:
         return None
 
 
-def process_bytes() -> float:
-    """What this process has in memory when what it needs no more is given back; 0 where the system does not say."""
+def begin_peak() -> None:
+    """What `peak_memory_bytes` says is from here on, where the system lets a process begin anew; otherwise it may be
+    too much."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:  # glibc keeps what was freed, musl has no such function
         trim(0)
-    try:
-        return float(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError, IndexError):
-        return 0.0
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
 
 
 def _bytes_of(way: CutOptions, sizes: Sizes) -> float:

@@ -14,7 +14,7 @@ from sft_edge.commands.doctor.server import Way as Probed
 from sft_edge.commands.doctor.server import measure as probe
 from sft_edge.commands.plan.accuracy import read_record
 from sft_edge.commands.plan.measure import Measured, measure, way_of
-from sft_edge.commands.plan.memory import Sizes, free_bytes, process_bytes, with_room
+from sft_edge.commands.plan.memory import Sizes, free_bytes, with_room
 from sft_edge.commands.plan.predict import Run, plans_of
 from sft_edge.commands.plan.rows import Batches, sample
 from sft_edge.commands.plan.sessions import Trial
@@ -101,15 +101,12 @@ def make_plans(
             notes += wider
             has_weights = _has_weights(start, options, fitting, address)
         measured = measure(trial, fitting, on_status)
-    beside = process_bytes()  # no sooner: the first step brings in more of the libraries
     way = Way(0.0, float("inf"), float("inf"))
     if probed is not None:
         of_link = [one for mode, one in measured.items() if mode != "local"]
         answers = answers_of(options) * options.training.gradient_accumulation_steps
         way = way_of(probed, of_link, answers, options.budget.max_mbit, options.link.server is not None)
-    run = Run(
-        options, config, head, train, validation, batches, sizes, way, has_weights, beside, read_record(), price_per_gb
-    )
+    run = Run(options, config, head, train, validation, batches, sizes, way, has_weights, read_record(), price_per_gb)
     return Planned(run, measured, plans_of(run, fitting, measured), [*start.notes, *notes])
 
 

@@ -38,8 +38,6 @@ class Run:
     way: Way
     has_weights: bool
     """Whether the cloud has those of the model."""
-    process_bytes: float
-    """Of this process without a model."""
     record: Record
     price_per_gb: Optional[float] = None
 
@@ -99,7 +97,7 @@ def _plan(run: Run, cut: CutOptions, measured: Measured) -> Plan:
         run_seconds=training + moving_seconds(moved.sent, moved.received, run.way),
         step_bytes=first.on_link,
         run_bytes=run_bytes,
-        edge_memory_bytes=run.process_bytes + measured.memory.at(layer, max(run.batches.measured)),
+        edge_memory_bytes=measured.memory.at(layer, max(run.batches.measured)),
         edge_processor_seconds=of_run(run.steps, processor, run.steps_in_epoch, later_processor),
         points=None if expected is None else expected.points,
         spread=None if expected is None else expected.spread,

@@ -7,19 +7,19 @@ import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Sequence
+from typing import Callable, Dict, List, NamedTuple, Sequence
 
 import torch
-from torch import Tensor
 
 from sft.batch import Batch
 from sft.cli.devices import find_device
-from sft.models.seeding import undisturbed
 from sft.optim.gradients import clip_scale
+from sft_edge.commands.plan.memory import begin_peak
 from sft_edge.commands.plan.rows import Batches
 from sft_edge.model_files import Source
 from sft_edge.options import CutOptions, RunOptions
-from sft_edge.systems import FIT_TOKENS, LocalSystem, SplitSystem, System, open_system
+from sft_edge.systems import FIT_TOKENS, System, open_system
+from sft_edge.training import peak_memory_bytes
 
 _FEWEST, _MOST, _ENOUGH_SECONDS = 3, 8, 1.5
 """Steps that are timed of one length, and for how long; the first is not, as memory is made ready in it."""
@@ -51,8 +51,8 @@ class Taken(NamedTuple):
     first: Dict[int, Sample]
     later: Dict[int, Sample]
     """From the second epoch on, where that is something else."""
-    memory: Dict[int, float]
-    """Bytes of what the edge trains, in a step."""
+    memory: float
+    """Bytes of this process at its largest, on the longest batches."""
     is_ahead: bool
     """Whether steps need not wait for those before."""
     tables_bytes: float
@@ -79,6 +79,7 @@ class Trial:
         # No weights leave the device, nor what the cloud may have of them; the name does: access may hang on it.
         source = replace(self.source, checkpoint=None, cut=None)
         keeps = cut.activations == "keep-on-cloud"
+        begin_peak()
         with tempfile.TemporaryDirectory(prefix="sft-edge-plan-") as directory, open_system(
             source,
             self.head,
@@ -94,11 +95,7 @@ class Trial:
         steps = _Steps(system, self.options)
         first: Dict[int, Sample] = {}
         later: Dict[int, Sample] = {}
-        saved: Dict[int, float] = {}
         for length in sorted(lengths, reverse=True):  # so that memory is there for all from the first on
-            saved[length] = _saved_bytes(system, self.batches.made_up(length, -1))
-            if cut.freeze_edge:  # one block's at a time
-                saved[length] /= int(cut.split_layer or 1)
             seen: List[List[Batch]] = []
             samples: List[Sample] = []
             while len(samples) <= _FEWEST or (
@@ -111,10 +108,10 @@ class Trial:
             later[length] = first[length]
             if cut.freeze_edge and cut.activations != "resend":
                 later[length] = _median([steps.take(batches) for batches in seen][1:])
-        trains = _trained_bytes(system)
+        device = find_device(self.options.training.device)
+        peak = peak_memory_bytes(torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0)
         tables = sum(x.numel() * x.element_size() for x in system.codec_tables.values())
-        memory = {length: trains + one for length, one in saved.items()}
-        return Taken(first, later, memory, system.sends_ahead, tables)
+        return Taken(first, later, peak, system.sends_ahead, tables)
 
     def _calibration(self, cut: CutOptions) -> List[Batch]:
         if cut.codec != "fitted" and cut.residual != "low-rank":
@@ -167,41 +164,3 @@ class _Steps:
 def _median(samples: Sequence[Sample]) -> Sample:
     """Of each figure: now and then one is far off."""
     return Sample(*(sorted(figure)[len(samples) // 2] for figure in zip(*samples)))
-
-
-def _net_of(system: System) -> Any:
-    assert isinstance(system, (LocalSystem, SplitSystem))
-    return system.net if isinstance(system, LocalSystem) else system.net_1
-
-
-def _trained_bytes(system: System) -> float:
-    """Of weights, of their gradients, and of what the optimizer keeps, after a step."""
-    weights = list(system.own_parameters().values())
-    trained = [one for one in weights if one.requires_grad]
-    kept = [x for state in system.optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
-    return float(sum(x.numel() * x.element_size() for x in (*weights, *trained, *kept)))
-
-
-def _saved_bytes(system: System, batch: Batch) -> float:
-    """What a forward pass keeps for a backward pass, or would, of a net that is not trained."""
-    net = _net_of(system)
-    seen: Dict[int, int] = {}
-    weights = {parameter.untyped_storage().data_ptr() for parameter in net.parameters()}
-    trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
-
-    def note(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        seen[storage.data_ptr()] = storage.nbytes()
-        return x.detach()
-
-    if not trained:
-        net.requires_grad_(True)
-    try:
-        net.train()
-        with undisturbed(net.device), torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-            out = net(*batch) if isinstance(system, LocalSystem) else net(batch.inputs, batch.lengths)
-            del out
-    finally:
-        if not trained:
-            net.requires_grad_(False)
-    return float(sum(size for pointer, size in seen.items() if pointer not in weights))
