@@ -15,6 +15,7 @@ from support.tiny import make_tiny_model
 
 from sft_cloud.server import CloudServer
 from sft_edge.cli import main
+from sft_edge.commands.plan import sessions
 from sft_edge.systems.ahead import StepOnItsWay
 from sft_edge.systems.local import LocalSystem
 from sft_edge.systems.split import SplitSystem
@@ -42,6 +43,14 @@ def start_cloud(tmp_path: Path) -> Iterator[Callable[..., CloudServer]]:
     yield start
     for server in servers:
         server.stop(grace_seconds=0)
+
+
+@pytest.fixture
+def quick_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of `plan` to which the times themselves are of no interest."""
+    monkeypatch.setattr(sessions, "_ENOUGH_SECONDS", 0.0)
+    monkeypatch.setattr(sessions, "_FEWEST", 1)
+    monkeypatch.setattr(sessions, "FIT_TOKENS", 500)
 
 
 @pytest.fixture(scope="session")

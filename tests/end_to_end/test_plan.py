@@ -16,17 +16,10 @@ from support.servers import start_server
 from sft_cloud.access.protection import Access
 from sft_cloud.server import CloudServer
 from sft_edge.cli import main
-from sft_edge.commands.plan import sessions
+
+pytestmark = pytest.mark.usefixtures("quick_trials")
 
 OPEN = {"split_layer": None, "split_rank": None, "max_seq_length": 32}
-
-
-@pytest.fixture(autouse=True)
-def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The times themselves are of no interest."""
-    monkeypatch.setattr(sessions, "_ENOUGH_SECONDS", 0.0)
-    monkeypatch.setattr(sessions, "_FEWEST", 1)
-    monkeypatch.setattr(sessions, "FIT_TOKENS", 500)
 
 
 @pytest.fixture

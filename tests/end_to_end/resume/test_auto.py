@@ -10,16 +10,11 @@ import pytest
 from support.jobs import error_line, read_json, same_bits, weights_of
 from support.resuming import Outcome
 
-from sft_edge.commands.plan import accuracy, sessions
+from sft_edge.commands.plan import accuracy
+
+pytestmark = pytest.mark.usefixtures("quick_trials")
 
 AUTO = {"split_layer": "auto", "split_rank": "auto", "codec": "auto"}
-
-
-@pytest.fixture(autouse=True)
-def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sessions, "_ENOUGH_SECONDS", 0.0)
-    monkeypatch.setattr(sessions, "_FEWEST", 1)
-    monkeypatch.setattr(sessions, "FIT_TOKENS", 500)
 
 
 @pytest.fixture
