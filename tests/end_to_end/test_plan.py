@@ -129,6 +129,13 @@ def test_nothing_of_the_model_or_of_the_rows_leaves(
     assert all("ffn" in name or "." not in name for name in names), names
 
 
+def test_a_rate_that_no_training_stands(plan: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing is trained: what is tried has weights of no meaning, which may not stand the rate of a run either."""
+    given = {"mode": "frozen", "split_layer": 1, "codec": "int8", "optim": "SGD", "learning_rate": 1e30}
+    assert plan(**given, json=True) == 0
+    assert told(capsys)["best"]["step_seconds"] > 0
+
+
 def test_a_caller_who_has_limits(plan: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Ways that the server takes, of a model that it takes: as of a run."""
     access = Access(identify=named(models=("tiny*",), max_split_rank=16))

@@ -7,7 +7,7 @@ from typing import Any, Dict
 import pytest
 
 from sft.errors import CheckpointError
-from sft_edge.commands.plan.accuracy import NOTHING_LOST, read_record
+from sft_edge.commands.plan.accuracy import FILE, NOTHING_LOST, read_record
 from sft_edge.options import CutOptions
 
 RUN = {"blocks": 6, "task": "sst2", "mode": "frozen", "split_layer": 2, "split_rank": 0, "codec": "int8"}
@@ -83,3 +83,8 @@ def test_what_is_no_record(tmp_path, text):
     (tmp_path / "record.json").write_text(text)
     with pytest.raises(CheckpointError):
         read_record(tmp_path / "record.json")
+
+
+def test_an_installed_file_may_be_a_link(tmp_path):
+    (tmp_path / "accuracy.json").symlink_to(FILE)
+    assert read_record(tmp_path / "accuracy.json").runs == read_record().runs

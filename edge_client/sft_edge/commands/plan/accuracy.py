@@ -50,7 +50,8 @@ def read_record(path: Optional[Path] = None) -> Record:
     """That of the package, without a path. Raises CheckpointError for a file that is none."""
     path = path or FILE
     runs: Dict[_Way, List[Recorded]] = {}
-    entries = read_json(path).get("runs")
+    # Resolved, as there are installers that make a link of each file.
+    entries = read_json(path.resolve()).get("runs")
     if not isinstance(entries, list):
         raise CheckpointError(f"{path} is no record of runs: it has no list of them")
     for index, entry in enumerate(entries):

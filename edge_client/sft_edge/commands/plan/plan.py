@@ -75,6 +75,7 @@ def make_plans(
 
     Raises UsageError where nothing is left to choose from, and any SFTError of a run that begins.
     """
+    record = read_record()  # now, and not after all the measuring
     start = open_start(options.data, options.model)
     head, config = start.task.head, start.source.config
     found = ways(options, start.source, head, modes)
@@ -106,7 +107,7 @@ def make_plans(
         of_link = [one for mode, one in measured.items() if mode != "local"]
         answers = answers_of(options) * options.training.gradient_accumulation_steps
         way = way_of(probed, of_link, answers, options.budget.max_mbit, options.link.server is not None)
-    run = Run(options, config, head, train, validation, batches, sizes, way, has_weights, read_record(), price_per_gb)
+    run = Run(options, config, head, train, validation, batches, sizes, way, has_weights, record, price_per_gb)
     return Planned(run, measured, plans_of(run, fitting, measured), [*start.notes, *notes])
 
 

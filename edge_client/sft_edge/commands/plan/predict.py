@@ -86,7 +86,8 @@ def _plan(run: Run, cut: CutOptions, measured: Measured) -> Plan:
     later_seconds, later_processor = _seconds(run, cut, layer, measured.later, later, measured.is_ahead)
     training = of_run(run.steps, first_seconds, run.steps_in_epoch, later_seconds)
     run_bytes = of_run(run.steps, first.on_link, run.steps_in_epoch, later.on_link, moved.on_link)
-    expected = run.record.expected(cut, run.blocks)
+    # Of adapters nothing is on record.
+    expected = None if run.options.lora.lora_r else run.record.expected(cut, run.blocks)
     return Plan(
         mode=cut.mode,
         split_layer=layer,

@@ -75,7 +75,9 @@ class Trial:
         """Opens a session, takes steps on batches of these padded lengths, and closes it. Raises any SFTError."""
         given = self.options
         link = given.link if cut.mode == "local" else replace(given.link, server=self.address)
-        options = given._replace(cut=cut, link=link)
+        # Steps of a rate of 0 take as long, and weights that are drawn stay what they are, whatever rate is given.
+        optimizer = replace(given.optimizer, learning_rate=0.0, factor_learning_rate=None)
+        options = given._replace(cut=cut, link=link, optimizer=optimizer)
         # No weights leave the device, nor what the cloud may have of them; the name does: access may hang on it.
         source = replace(self.source, checkpoint=None, cut=None)
         keeps = cut.activations == "keep-on-cloud"
