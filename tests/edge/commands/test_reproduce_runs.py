@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import select
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Tuple
@@ -26,6 +28,9 @@ with open(os.environ["CALLS"], "a") as calls:
 if output_dir.parent.name in os.environ.get("FAILING", ""):
     print("a warning\\nsft-edge train: error: no rows")
     sys.exit(3)
+results = {"wire_bytes_sent": 6, "wire_bytes_received": 4, "train_steps": 1, "eval_accuracy": 75.0}
+def leave():
+    (output_dir / "all_results.json").write_text(json.dumps(results))
 def meet():  # the other run, which is on, too, or this one dies
     if "MEETING" in os.environ:
         signal.alarm(60)
@@ -34,7 +39,15 @@ def meet():  # the other run, which is on, too, or this one dies
 if output_dir.parent.name in os.environ.get("INTERRUPTING", ""):
     (output_dir / "checkpoint-1").mkdir()
     ignores = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
-    signal.signal(signal.SIGTERM, lambda *_: (print("saved, without Ctrl-C" if ignores else "?"), os._exit(0)))
+    def on_sigterm(*_):
+        print("saved, without Ctrl-C" if ignores else "?", flush=True)
+        if "LEAVING" in os.environ:
+            leave()
+        if os.environ.get("LEAVING") == "killed":
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
+        os._exit(0)
+    signal.signal(signal.SIGTERM, on_sigterm)
     meet()
     if os.environ["INTERRUPTING"].startswith(output_dir.parent.name):
         os.kill(os.getppid(), int(os.environ["SIGNAL"]))
@@ -42,11 +55,32 @@ if output_dir.parent.name in os.environ.get("INTERRUPTING", ""):
     while True:
         signal.pause()
 meet()
-results = {"wire_bytes_sent": 6, "wire_bytes_received": 4, "train_steps": 1, "eval_accuracy": 75.0}
 if output_dir.parent.name not in os.environ.get("TORN", ""):
-    (output_dir / "all_results.json").write_text(json.dumps(results))
+    leave()
 (output_dir / "model.safetensors").write_text("weights")
 """
+
+GRID = """\
+import sys
+from pathlib import Path
+from sft.cli.child import python_command
+from sft_edge.commands.reproduce import runner
+from sft_edge.commands.reproduce.grid import BASELINE, Run
+from sft_edge.signals import Termination
+runner.python_command = lambda module, **how: python_command("left_alone", **how)
+runner.Runner(Path(sys.argv[1]), [], {}, False, Termination()).do([Run("rte", BASELINE, 0, {})])
+"""
+LEFT_ALONE = """\
+import os, signal
+def main():
+    told = os.open(os.environ["TOLD"], os.O_WRONLY)
+    signal.signal(signal.SIGTERM, lambda *_: (os.write(told, b"asked to end"), os._exit(0)))
+    signal.alarm(60)
+    os.write(told, b"on")
+    while True:
+        signal.pause()
+"""
+"""A run whose grid is killed, and what has it done."""
 
 WHOLE = '{"wire_bytes_sent": 6, "wire_bytes_received": 4, "train_steps": 1, "eval_accuracy": 75.0}'
 """What a run that has ended leaves."""
@@ -65,7 +99,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def reproduce(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> Reproduce:
     """Runs table1 of two runs into `tmp_path / "out"`; gives the exit code and the runs that were begun."""
-    monkeypatch.setattr("sft_edge.commands.reproduce.runner.python_command", lambda module: [sys.executable, "-c", RUN])
+    monkeypatch.setattr(
+        "sft_edge.commands.reproduce.runner.python_command", lambda *_, **__: [sys.executable, "-c", RUN]
+    )
     calls = tmp_path / "calls"
     monkeypatch.setenv("CALLS", str(calls))
 
@@ -191,6 +227,46 @@ def test_who_is_stopped_goes_on_with_the_run_that_was_on(
     monkeypatch.delenv("INTERRUPTING")
     monkeypatch.delenv("FAILING")
     assert reproduce() == (0, [f"{LOCAL} goes on", f"{SPLIT} goes on"])
+
+
+@pytest.mark.parametrize("how", ["ended", "killed"])
+def test_a_run_that_gets_to_its_end_while_it_is_stopped_counts(
+    reproduce: Reproduce, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """Asked to end it had nothing left but to leave, or was past that, where a SIGTERM kills it."""
+    monkeypatch.setenv("INTERRUPTING", SPLIT)
+    monkeypatch.setenv("SIGNAL", str(int(signal.SIGTERM)))
+    monkeypatch.setenv("LEAVING", how)
+    assert reproduce()[0] == 143
+    told = capsys.readouterr().out
+    assert "2/2  rte    SFT(l=3,R=4)  seed 0: accuracy 75.00, " in told
+    assert "table1, 2 of 2 runs" in told
+    directory = tmp_path / "out" / SPLIT
+    assert read_json(directory / "run.json")["made_with"]["versions"]["torch"]
+    assert not (directory / "model").exists()
+    monkeypatch.delenv("INTERRUPTING")
+    assert reproduce() == (0, [])
+
+
+def test_runs_end_with_a_grid_that_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "left_alone.py").write_text(LEFT_ALONE)
+    os.mkfifo(str(tmp_path / "told"))
+    told = os.open(str(tmp_path / "told"), os.O_RDONLY | os.O_NONBLOCK)
+    places = os.pathsep.join([str(tmp_path), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": places, "TOLD": str(tmp_path / "told")}
+    grid = subprocess.Popen(
+        [sys.executable, "-c", GRID, str(tmp_path / "out")], env=environment, stdout=subprocess.DEVNULL
+    )
+    try:
+        assert select.select([told], [], [], 60)[0]
+        assert os.read(told, 100) == b"on"
+        grid.kill()
+        assert select.select([told], [], [], 60)[0]
+        assert os.read(told, 100) == b"asked to end"
+    finally:
+        grid.kill()
+        grid.wait()
+        os.close(told)
 
 
 @pytest.fixture

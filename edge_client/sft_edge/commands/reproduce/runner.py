@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -15,10 +16,15 @@ from sft.cli.child import python_command
 from sft.printable import format_bytes, format_seconds, printable
 from sft_edge.commands.reproduce.grid import Run
 from sft_edge.commands.reproduce.records import Directory, Finished
-from sft_edge.signals import Termination
+from sft_edge.signals import Termination, interrupts_deferred
 
 _LOOK_SECONDS = 0.2
 """How long to wait for the end of one of several runs before the next is looked at."""
+
+
+_AT_ITS_END = (0, -signal.SIGTERM)
+"""Codes of runs that were asked to end, and may have left whole results: from its last line on a run is killed by that,
+as long as it lives."""
 
 
 class Failed(NamedTuple):
@@ -68,6 +74,7 @@ class Runner:
         self._asked = asked
         self._jobs = jobs
         self._told: Set[int] = set()
+        self._life = -1
         self.failed: List[Failed] = []
 
     def do(self, runs: Sequence[Run]) -> None:
@@ -81,6 +88,8 @@ class Runner:
         digits = len(str(len(left)))
         waiting = [(run, f"{number:>{digits}}/{len(left)}  ") for number, run in enumerate(left, 1)]
         on: List[_On] = []
+        # The standard input of all runs, to which nobody writes: when it ends, this process has, if only by kill -9.
+        self._life, held = os.pipe()
         self._asked.then = lambda: self._ask_to_end(on)  # or they would go on, and nobody would know of it
         try:
             while waiting or on:
@@ -90,8 +99,9 @@ class Runner:
                     ended = _first_to_end(on)
                 if self._asked.is_set():
                     raise Stopped
-                on.remove(ended)
-                self._tell_of(ended)
+                with interrupts_deferred():  # a run that has ended is one
+                    on.remove(ended)
+                    self._tell_of(ended)
         except BaseException as error:
             self._stop(on)
             if isinstance(error, (KeyboardInterrupt, Stopped)):
@@ -99,6 +109,8 @@ class Runner:
             raise
         finally:
             self._asked.then = lambda: None
+            os.close(held)
+            os.close(self._life)
 
     def command(self, run: Run) -> List[str]:
         """What is run, as one would type it after `sft-edge`."""
@@ -116,20 +128,27 @@ class Runner:
         arguments = [*self.command(run), *(["--resume-from-checkpoint"] if goes_on else [])]
         began = time.monotonic()
         with directory.log.open("ab") as told, _ignoring_ctrl_c():
-            command = [*python_command("sft_edge.cli"), *arguments]
-            child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=told, stderr=subprocess.STDOUT)
+            command = [*python_command("sft_edge.cli", ends_with_stdin=True), *arguments]
+            child = subprocess.Popen(command, stdin=self._life, stdout=told, stderr=subprocess.STDOUT)
         return _On(run, directory, child, began, called)
 
     def _tell_of(self, ended: _On) -> None:
         """What came of a run that has ended."""
         outcome = self._outcome(ended)
-        called = "" if self._jobs == 1 else ended.called
-        if isinstance(outcome, Failed):
-            self.failed.append(outcome)
-            _tell(f"{called}failed: {outcome.says}\n")
+        if isinstance(outcome, Finished):
+            self._tell_of_finished(ended, outcome)
         else:
-            crossed = f", {format_bytes(outcome.wire_bytes)}" if outcome.wire_bytes else ""
-            _tell(f"{called}{outcome.metric} {outcome.score:.2f}, {format_seconds(outcome.seconds)}{crossed}\n")
+            self.failed.append(outcome)
+            self._tell_on(ended, f"failed: {outcome.says}")
+
+    def _tell_of_finished(self, ended: _On, finished: Finished) -> None:
+        crossed = f", {format_bytes(finished.wire_bytes)}" if finished.wire_bytes else ""
+        took = format_seconds(finished.seconds)
+        self._tell_on(ended, f"{finished.metric} {finished.score:.2f}, {took}{crossed}")
+
+    def _tell_on(self, ended: _On, text: str) -> None:
+        """On the line of a run, which side by side begins with its end."""
+        _tell(f"{'' if self._jobs == 1 else ended.called}{text}\n")
 
     def _outcome(self, ended: _On) -> Union[Finished, Failed]:
         code, directory = ended.child.returncode, ended.directory
@@ -149,7 +168,7 @@ class Runner:
                 one.child.terminate()
 
     def _stop(self, on: Sequence[_On]) -> None:
-        """Has the runs end, and waits for that; a second Ctrl-C kills them."""
+        """Has the runs end, and waits for that; a second Ctrl-C kills them. Those that got to their end count."""
         try:
             self._ask_to_end(on)
             for one in on:
@@ -159,8 +178,15 @@ class Runner:
                 one.child.kill()
             for one in on:
                 one.child.wait()
-        for one in on:
-            one.directory.took(time.monotonic() - one.began)
+        with interrupts_deferred():
+            for one in on:
+                seconds = time.monotonic() - one.began
+                if one.child.returncode not in _AT_ITS_END:
+                    one.directory.took(seconds)
+                    continue
+                finished = one.directory.end(seconds, self._made_with, self._keep_models)
+                if finished is not None:
+                    self._tell_of_finished(one, finished)
 
 
 def _first_to_end(on: Sequence[_On]) -> _On:
