@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
@@ -16,6 +17,7 @@ from sft_edge.commands.reproduce.carry_out import estimate
 from sft_edge.commands.reproduce.comparison import Comparison
 from sft_edge.commands.reproduce.equations import corrected, from_its_inputs, printed
 from sft_edge.commands.reproduce.grid import Run, System, link_arguments, runs_of, runs_with
+from sft_edge.commands.reproduce.made_with import code_digest, made_with
 from sft_edge.commands.reproduce.plots import plot_of
 from sft_edge.commands.reproduce.records import Finished
 from sft_edge.options import LinkOptions, ReproduceOptions
@@ -141,6 +143,27 @@ def test_a_loss_is_of_seeds_that_both_have() -> None:
     done = [finished(run, 80.0 + 10 * run.seed) for run in runs if run.system.mode == "sft" or run.seed == 0]
     assert Comparison("table1", runs, done).mean_loss(runs[1].system) == 0.0
     assert Comparison("table1", runs, done[1:2]).mean_loss(runs[1].system) is None
+
+
+def test_versions_that_differ_are_told_below_the_table() -> None:
+    runs = grid("table1", tasks=["sst2"], split_ranks=[8], seeds=[0, 1])
+    versions = [{"split-fine-tuning": "0.1.0 (code 1a)", "torch": "2.1.0"} for _ in runs]
+    done = [replace(finished(run, 80.0), made_with={"versions": of}) for run, of in zip(runs, versions)]
+    assert not [note for note in Comparison("table1", runs, done).notes() if "versions" in note]
+    versions[1]["split-fine-tuning"] = "0.1.0 (code 2b)"
+    (note,) = [note for note in Comparison("table1", runs, done).notes() if "versions" in note]
+    assert note.endswith(": split-fine-tuning 0.1.0 (code 1a) (3 runs), 0.1.0 (code 2b) (1 runs)")
+
+
+def test_two_states_of_the_code_are_two_versions(tmp_path: Path) -> None:
+    (tmp_path / "one.py").write_text("one = 1\n")
+    before = code_digest([tmp_path])
+    assert code_digest([tmp_path]) == before
+    (tmp_path / "one.py").write_text("one = 2\n")
+    after = code_digest([tmp_path])
+    (tmp_path / "one.py").rename(tmp_path / "two.py")
+    assert len({before, after, code_digest([tmp_path]), code_digest()}) == 4
+    assert f"(code {code_digest()})" in made_with()["versions"]["split-fine-tuning"]
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence
 
-from sft.cli.environment import environment
 from sft.errors import SFTError
 from sft.printable import format_seconds
 from sft_edge.checkpoints import only_run_in
 from sft_edge.commands.reproduce.grid import Run
+from sft_edge.commands.reproduce.made_with import made_with
 from sft_edge.commands.reproduce.records import Finished, finished_in
 from sft_edge.commands.reproduce.runner import Failed, Runner, Stopped
 from sft_edge.signals import Termination, terminations_noted
@@ -40,7 +40,7 @@ def carry_out(runs: Sequence[Run], manner: Manner, report: Callable[[Sequence[Fa
     Raises any SFTError, and KeyboardInterrupt after the runs that were on have ended in order.
     """
     with terminations_noted() as asked, only_run_in(manner.output_dir):
-        runner = _runner(manner, _made_with(), asked)
+        runner = _runner(manner, made_with(manner.jobs), asked)
         stopped = False
         try:
             runner.do(runs)
@@ -87,18 +87,5 @@ def estimate(
     return sum(statistics.fmean(of_task.get(run.task, [mean])) for run in left)
 
 
-def _made_with() -> Dict[str, Any]:
-    """Versions and devices of this machine, for each run to be told with."""
-    found = environment()
-    libraries = {name: one["version"] for name, one in found["libraries"].items() if one["version"]}
-    torch: Dict[str, Any] = found["torch"] or {}
-    threads = torch.get("threads", {}).get("within")
-    devices = [device["name"] for device in torch.get("devices", [])]
-    return {
-        "versions": {"split-fine-tuning": found["package"], "python": found["python"], **libraries},
-        "devices": [*devices, f"{found['cpus']['usable']} processors, {threads} threads of torch"],
-    }
-
-
-def _runner(manner: Manner, made_with: Dict[str, Any], asked: Termination) -> Runner:
-    return Runner(manner.output_dir, manner.way, made_with, manner.keep_models, asked, manner.jobs)
+def _runner(manner: Manner, made: Dict[str, Any], asked: Termination) -> Runner:
+    return Runner(manner.output_dir, manner.way, made, manner.keep_models, asked, manner.jobs)

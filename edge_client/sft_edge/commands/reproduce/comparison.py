@@ -8,6 +8,7 @@ from typing import Dict, Iterator, List, Optional, Sequence
 from sft.printable import format_bytes, format_seconds
 from sft_edge.commands.reproduce import paper
 from sft_edge.commands.reproduce.grid import BASELINE, Run, System
+from sft_edge.commands.reproduce.made_with import differences
 from sft_edge.commands.reproduce.records import Finished
 from sft_edge.commands.reproduce.tables import Table
 
@@ -109,6 +110,7 @@ class Comparison:
             yield f'the paper: "{words}"'
         if self.figure != "table1":
             yield f"{self.figure} has no numbers in the paper's text; its baselines here are those of Table I"
+        yield from differences([one.made_with for one in self.finished])
 
     def _rows(self, task: str) -> str:
         flags = next(run.flags for run in self.runs if run.task == task)

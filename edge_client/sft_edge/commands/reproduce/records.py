@@ -41,7 +41,7 @@ class Finished:
     """Of all its processes, from start to end: importing, reading and evaluating are in it."""
 
     made_with: Mapping[str, Any]
-    """Versions and devices."""
+    """Versions and devices, and how many runs were side by side: `made_with.made_with`."""
 
     @property
     def wire_bytes(self) -> int:
@@ -166,8 +166,9 @@ def _json_in(path: Path) -> Dict[str, Any]:
 def _made_with(value: object) -> Dict[str, Any]:
     """Versions and devices as short texts, whoever wrote them."""
     told = value if isinstance(value, dict) else {}
-    versions, devices = told.get("versions"), told.get("devices")
+    versions, devices, jobs = told.get("versions"), told.get("devices"), number(told.get("side_by_side"))
     return {
         "versions": {short(name): short(one) for name, one in versions.items()} if isinstance(versions, dict) else {},
         "devices": [short(one) for one in devices] if isinstance(devices, list) else [],
+        "side_by_side": 1 if jobs is None else int(jobs),
     }

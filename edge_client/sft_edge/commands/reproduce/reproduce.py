@@ -10,6 +10,7 @@ from typing import Any, List, Sequence
 from sft_edge.commands.reproduce.carry_out import Manner, carry_out, print_plan
 from sft_edge.commands.reproduce.comparison import Comparison
 from sft_edge.commands.reproduce.grid import Run, link_arguments, runs_of
+from sft_edge.commands.reproduce.made_with import as_line
 from sft_edge.commands.reproduce.plots import plot_of
 from sft_edge.commands.reproduce.records import Finished, finished_in
 from sft_edge.commands.reproduce.runner import Failed
@@ -79,8 +80,7 @@ def _how(finished: Sequence[Finished]) -> str:
     """What each run was made with, and its command: with the first of each kind of machine, the versions."""
     lines = ["## How\n"]
     for made_with in _different([one.made_with for one in finished]):
-        versions = ", ".join(f"{name} {version}" for name, version in made_with.get("versions", {}).items())
-        lines.append(f"- {versions}; {'; '.join(made_with.get('devices', []))}")
+        lines.append(f"- {as_line(made_with)}")
     lines += ["", "```"]
     for one in finished:
         words = [word for flag in one.run.flags.items() for word in flag]
