@@ -150,14 +150,18 @@ def report(
         tables = list(tables_of(comparison, shape))
         for table in tables:
             print_table(table)
+        said = list(notes(comparison, failed))
+        print("\n".join(said))
         plots = {f"{part}-by-bytes": over_bytes(comparison, shape)}
         if part == "grid":
             plots["grid"] = over_blocks(comparison)
         for name, charts in plots.items():
             write_file(output_dir / f"{name}.svg", [picture(list(charts)).encode()])
         if publish:
-            text = "\n".join([*(f"#{markdown(table)}" for table in tables), "\n".join(notes(comparison))])
+            text = "\n".join([*(f"#{markdown(table)}" for table in tables), "\n".join(said)])
             write_file(PAGE, [between_markers(PAGE.read_text(encoding="utf-8"), part, text).encode()])
+    if failed:
+        print(f"{len(failed)} runs failed: {', '.join(one.run.name for one in failed)}")
     told = [{"run": one.run.name, "exit_code": one.code, "says": one.says} for one in failed]
     write_json(output_dir / "accuracy.json", {"runs": [one.as_json() for one in finished.values()], "failed": told})
     if publish and finished:

@@ -14,7 +14,9 @@ from sft_edge.commands.compare import svg
 from sft_edge.commands.compare.charts import Chart, Curve, Spot
 from sft_edge.commands.reproduce.comparison import Comparison
 from sft_edge.commands.reproduce.grid import BASELINE, System
+from sft_edge.commands.reproduce.made_with import as_line, differences
 from sft_edge.commands.reproduce.records import Finished
+from sft_edge.commands.reproduce.runner import Failed
 from sft_edge.commands.reproduce.tables import Table
 from sft_edge.systems import mean_row_bytes
 
@@ -23,6 +25,9 @@ _LEFT_OUT = {
     *("--data-dir", "--device"),
 }
 """Of a run's flags: those that the record has otherwise, and those that say nothing elsewhere."""
+
+_SHOWN = ("split-fine-tuning", "python", "torch", "transformers")
+"""Of the versions."""
 
 
 class Shape(NamedTuple):
@@ -43,13 +48,15 @@ def bytes_a_token(system: System, width: int) -> tuple[float, float]:
 
 
 def tables_of(comparison: Comparison, shape: Shape) -> Iterator[Table]:
-    """One a block that is cut: a row a system, the whole model first."""
+    """One a block that is cut: a row a system, the whole model first. Of runs that were side by side, and so in each
+    other's way, no times."""
     tasks = [f"{task}, {comparison.metrics.get(task, '-')}" for task in comparison.tasks]
-    columns = ["", *tasks, "points lost", "bytes a token", "edge memory", "edge ms a row"]
+    timed = all(one.made_with.get("side_by_side", 1) == 1 for one in _timed(comparison))
+    columns = ["", *tasks, "points lost", "bytes a token", "edge memory", *(["edge ms a row"] if timed else [])]
     for layer in dict.fromkeys(system.split_layer for system in comparison.systems if system != BASELINE):
         systems = [system for system in comparison.systems if system == BASELINE or system.split_layer == layer]
         done = [system for system in systems if any(one.run.system == system for one in comparison.finished)]
-        rows = [_row(comparison, system, shape) for system in done]
+        rows = [_row(comparison, system, shape)[: len(columns)] for system in done]
         yield Table(f"Cut at block {layer} of {shape.blocks}", columns, rows)
 
 
@@ -61,8 +68,8 @@ def _row(comparison: Comparison, system: System, shape: Shape) -> list[str]:
     memory = max((one.results["edge_peak_memory_bytes"] for one in ours), default=0)
     seconds = [
         (one.results["edge_forward_seconds"] + one.results["edge_backward_seconds"]) / one.results["train_samples"]
-        for one in ours
-        if one.run.task == comparison.tasks[0]
+        for one in _timed(comparison)
+        if one.run.system == system
     ]
     return [
         system.curve,
@@ -74,6 +81,11 @@ def _row(comparison: Comparison, system: System, shape: Shape) -> list[str]:
     ]
 
 
+def _timed(comparison: Comparison) -> list[Finished]:
+    """Those whose times are shown: rows of other tasks are of other lengths."""
+    return [one for one in comparison.finished if one.run.task == comparison.tasks[0]]
+
+
 def _scores(scores: Sequence[float]) -> str:
     """The mean, and each seed's."""
     if len(scores) < 2:
@@ -81,22 +93,24 @@ def _scores(scores: Sequence[float]) -> str:
     return f"{statistics.fmean(scores):.1f} ({', '.join(f'{score:.1f}' for score in scores)})"
 
 
-def notes(comparison: Comparison) -> Iterator[str]:
-    """What the tables were made with."""
+def notes(comparison: Comparison, failed: Sequence[Failed] = ()) -> Iterator[str]:
+    """What the tables were made with, and what is missing: `failed` are the runs of any part that did now."""
     flags = {run.task: run.flags for run in comparison.runs if run.system == BASELINE}
     rows = ", ".join(f"{task} {of.get('--max-train-samples', 'all')}" for task, of in flags.items())
     first = next(iter(flags.values()))
     seeds = ", ".join(str(seed) for seed in dict.fromkeys(run.seed for run in comparison.runs))
+    names = {run.name for run in comparison.runs}
+    broken = ", ".join(f"`{one.run.name}`" for one in failed if one.run.name in names)
+    done = f"{len(comparison.finished)} of {len(comparison.runs)} runs{f'; failed: {broken}' if broken else ''}"
     yield (
-        f"{len(comparison.finished)} of {len(comparison.runs)} runs. {first['--model']}, seeds {seeds}, "
+        f"{done}. {first['--model']}, seeds {seeds}, "
         f"{float(first['--num-train-epochs']):g} epochs, batches of {first['--per-device-train-batch-size']}, learning "
         f"rate {first['--learning-rate']}. Training rows: {rows}; "
         f"judged by {first.get('--max-eval-samples', 'all')} rows at most."
     )
-    for made_with in dict.fromkeys(json.dumps(one.made_with) for one in comparison.finished):
-        versions, devices = json.loads(made_with)["versions"], json.loads(made_with)["devices"]
-        shown = (f"{name} {versions[name]}" for name in ("python", "torch", "transformers") if name in versions)
-        yield f"Made with {', '.join(shown)}; {'; '.join(devices)}."
+    for made in dict.fromkeys(as_line(one.made_with, _SHOWN) for one in comparison.finished):
+        yield f"Made with {made}."
+    yield from (f"{line[0].upper()}{line[1:]}." for line in differences([one.made_with for one in comparison.finished]))
 
 
 def over_bytes(comparison: Comparison, shape: Shape) -> Iterator[Chart]:

@@ -7,7 +7,7 @@ of activations and one of gradients: those of `--codec`; `fitted:BYTES`, of so m
 gradients, too; `rank:R`, the R principal components in full; and `none`, for gradients: nothing comes down, so the edge
 rests. What is fitted is so at the steps of --fit-at, to the last rows that crossed; activations before that to training
 rows as they are pretrained, while gradients cross in full. Bytes are of a token in a step after the last fit, without
-tables. `--publish` writes the table into docs/decompositions.md.
+tables. `--publish` writes the table, and above it what was run, into docs/decompositions.md.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from sft.models.weights import fill, pretrained_tensors
 from sft.wire.codec.elements import FITTED, codecs_named, decode_tensor, encode_tensor
 from sft.wire.codec.packing import pack, unpack
 from sft.wire.codec.rows import CODES, NAMES
+from sft_edge.commands.reproduce.made_with import as_line, made_with
 from sft_edge.files import write_file
 from sft_edge.model_files.source import open_source
 from sft_edge.options.train import ModelOptions
@@ -173,7 +174,19 @@ def pretrained_rows(net: Whole, crossing: Crossing, batches: Sequence[Batch]) ->
     return torch.cat(seen)
 
 
-def main() -> int:
+def said(given: argparse.Namespace) -> str:
+    """What is run."""
+    task = make_task(given.task, given.data_dir)
+    rows, eval_rows = len(task.read("train", given.rows)), len(task.read("validation", given.eval_rows))
+    seeds, steps = ", ".join(map(str, given.seeds)), " and ".join(map(str, given.fit_at)) or "none"
+    return (
+        f"{given.task}, {rows} training rows, epochs: {given.epochs}, learning rate {given.learning_rate:g}, "
+        f"cut at block {given.split_layer}, seeds {seeds}, fitted at steps {steps}; {task.main_metric} on {eval_rows} "
+        f"rows of dev. Made with {as_line(made_with(), ('split-fine-tuning', 'python', 'torch', 'transformers'))}."
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     """Prints a row for each pair of codes as it is done."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, required=True)
@@ -187,10 +200,8 @@ def main() -> int:
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--publish", action="store_true", help="write the table into docs/decompositions.md")
-    given = parser.parse_args()
-    seeds = ", ".join(map(str, given.seeds))
-    print(f"{given.task}, {given.rows} rows, {given.epochs} epochs, cut at block {given.split_layer}, seeds {seeds}")
-    lines = ["| up | down | bytes a token | score |", "|---|---|---:|---:|"]
+    given = parser.parse_args(arguments)
+    lines = [said(given), "", "| up | down | bytes a token | score |", "|---|---|---:|---:|"]
     print("\n".join(lines), flush=True)
     for pair in given.codes:
         up, down = pair.split(",")

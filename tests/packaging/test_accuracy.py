@@ -82,9 +82,10 @@ def test_what_is_held_against_the_papers_rank_8_takes_its_bytes(accuracy: Any, t
     assert tables.bytes_a_token(frozen, 384) == (390, 0)
 
 
-def finished(run: Run, score: float, **more: Any) -> Finished:
+def finished(run: Run, score: float, jobs: int = 1) -> Finished:
     results = {"train_samples": 10, "edge_forward_seconds": 0.1, "edge_backward_seconds": 0.2}
-    return Finished(run, "accuracy", score, {**results, "edge_peak_memory_bytes": 2e6, **more}, 60.0, {"versions": {}})
+    made_with = {"versions": {}, "side_by_side": jobs}
+    return Finished(run, "accuracy", score, {**results, "edge_peak_memory_bytes": 2e6}, 60.0, made_with)
 
 
 def test_a_table_has_each_seed_and_what_the_edge_pays(accuracy: Any) -> None:
@@ -103,6 +104,17 @@ def test_a_table_has_each_seed_and_what_the_edge_pays(accuracy: Any) -> None:
         ["SFT float32(R=8)", "81.5 (80.0, 83.0)", "9.0", "32 + 32", "2 MB", "30.0"],
         ["frozen int8", "89.0", "1.0", "390 once", "2 MB", "30.0"],
     ]
+
+
+def test_times_of_runs_that_were_side_by_side_are_in_no_table(accuracy: Any) -> None:
+    runs = runs_of(accuracy, "grid", "--tasks", "sst2", "stsb", "--seeds", "0", "--split-layers", "2")
+    shape = accuracy.Shape(6, 384)
+    for jobs, ends in (({"sst2": 1, "stsb": 2}, ["edge memory", "edge ms a row"]), ({"sst2": 2}, ["edge memory"])):
+        done = [finished(run, 80.0, jobs.get(run.task, 1)) for run in runs]
+        (table,) = accuracy.tables_of(Comparison("grid", runs, done), shape)
+        assert list(table.columns[-len(ends) :]) == ends
+        assert {len(row) for row in table.rows} == {len(table.columns)}
+    assert "2 runs side by side" in "".join(accuracy.notes(Comparison("grid", runs, done)))
 
 
 def test_the_record_has_what_a_plan_can_propose(accuracy: Any) -> None:
@@ -147,7 +159,9 @@ def test_the_page_has_a_place_for_each_part(accuracy: Any) -> None:
 def test_what_is_done_is_published(
     accuracy: Any, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sft_edge.commands.reproduce.runner.python_command", lambda module: [sys.executable, "-c", RUN])
+    monkeypatch.setattr(
+        "sft_edge.commands.reproduce.runner.python_command", lambda *_, **__: [sys.executable, "-c", RUN]
+    )
     monkeypatch.setattr(accuracy, "RECORD", tmp_path / "plan" / "accuracy.json")
     monkeypatch.setattr(accuracy, "PAGE", tmp_path / "page.md")
     shutil.copy(ROOT / "docs" / "decompositions.md", tmp_path / "page.md")
@@ -162,11 +176,28 @@ def test_what_is_done_is_published(
     assert record["made_with"]["versions"]["torch"]
     page = (tmp_path / "page.md").read_text()
     assert "### Cut at block 3 of 4\n" in page
-    assert "| frozen int8 | 75.0 | 0.0 | 33 once | 7 MB | 250.0 |" in page
+    assert "| frozen int8 | 75.0 | 0.0 | 33 once | 7 MB |\n" in page, "of runs side by side no times"
     assert "4 of 12 runs." in page
     for name in ("grid", "grid-by-bytes"):
         assert "frozen" in "".join(ElementTree.fromstring((tmp_path / "out" / f"{name}.svg").read_text()).itertext())
     assert len(json.loads((tmp_path / "out" / "accuracy.json").read_text())["runs"]) == 4
+
+
+def test_runs_that_failed_are_told(
+    accuracy: Any, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fails = "import sys\nif 'frozen' in sys.argv: sys.exit('no room')\n"
+    command = [sys.executable, "-c", fails + RUN]
+    monkeypatch.setattr("sft_edge.commands.reproduce.runner.python_command", lambda *_, **__: command)
+    monkeypatch.setitem(accuracy.PARTS, "grid", (accuracy.ways, (3,)))
+    given = ["--data-dir", "data", "--model", str(tiny_model), "--tasks", "rte", "--seeds", "0", "--only", "local"]
+    given += ["frozen-l3-seed", "r8-seed", "--output-dir", str(tmp_path / "out")]
+    failed = "rte-frozen-l3-seed0"
+    assert accuracy.main(given) == 1
+    told = capsys.readouterr().out
+    assert f"2 of 12 runs; failed: `{failed}`. " in told
+    assert f"1 runs failed: {failed}\n" in told
+    assert [run["run"] for run in json.loads((tmp_path / "out" / "accuracy.json").read_text())["failed"]] == [failed]
 
 
 def test_a_dry_run_tells_the_hours(accuracy: Any, tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
