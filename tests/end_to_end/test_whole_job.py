@@ -250,6 +250,14 @@ def test_every_system_decomposes_alike(job: Job, model: Path, train: Callable[..
     assert dropped[name].shape == (4, 64)
 
 
+def test_a_rate_of_their_own_moves_the_factors_alone(job: Job, model: Path, train: Callable[..., Path]) -> None:
+    """Of both halves, where that of all else is 0."""
+    given = {"model": model, "mode": "sft", "max_steps": 2, "learning_rate": 0}
+    still, moved = (weights_of(train(job, factor_learning_rate=rate, **given)) for rate in (0, 1e-2))
+    factors = {f"bert.encoder.layer.1.output.dense.ffn{number}.weight" for number in (1, 2, 3)}
+    assert {name for name, tensor in still.items() if not torch.equal(tensor, moved[name])} == factors
+
+
 def test_what_both_halves_hold_is_saved_once(job: Job, train: Callable[..., Path], tmp_path: Path) -> None:
     """DeBERTa's relative positions, which neither half trains."""
     deberta = make_tiny_model(tmp_path / "deberta", "deberta-v2", layers=3)
