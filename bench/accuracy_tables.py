@@ -96,21 +96,24 @@ def _scores(scores: Sequence[float]) -> str:
 def notes(comparison: Comparison, failed: Sequence[Failed] = ()) -> Iterator[str]:
     """What the tables were made with, and what is missing: `failed` are the runs of any part that did now."""
     flags = {run.task: run.flags for run in comparison.runs if run.system == BASELINE}
-    rows = ", ".join(f"{task} {of.get('--max-train-samples', 'all')}" for task, of in flags.items())
+    rows = ", ".join(
+        f"{task} {of.get('--max-train-samples', 'all')} rows in batches of {of['--per-device-train-batch-size']} at a "
+        f"rate of {of['--learning-rate']}"
+        for task, of in flags.items()
+    )
     first = next(iter(flags.values()))
     seeds = ", ".join(str(seed) for seed in dict.fromkeys(run.seed for run in comparison.runs))
     names = {run.name for run in comparison.runs}
     broken = ", ".join(f"`{one.run.name}`" for one in failed if one.run.name in names)
     done = f"{len(comparison.finished)} of {len(comparison.runs)} runs{f'; failed: {broken}' if broken else ''}"
     yield (
-        f"{done}. {first['--model']}, seeds {seeds}, "
-        f"{float(first['--num-train-epochs']):g} epochs, batches of {first['--per-device-train-batch-size']}, learning "
-        f"rate {first['--learning-rate']}. Training rows: {rows}; "
-        f"judged by {first.get('--max-eval-samples', 'all')} rows at most."
+        f"{done}. {first['--model']}, seeds {seeds}, {float(first['--num-train-epochs']):g} epochs. Trained on: "
+        f"{rows}; judged by {first.get('--max-eval-samples', 'all')} rows at most."
     )
     for made in dict.fromkeys(as_line(one.made_with, _SHOWN) for one in comparison.finished):
         yield f"Made with {made}."
-    yield from (f"{line[0].upper()}{line[1:]}." for line in differences([one.made_with for one in comparison.finished]))
+    for line in differences([one.made_with for one in comparison.finished]):
+        yield f"{line[0].upper()}{line[1:]}."
 
 
 def over_bytes(comparison: Comparison, shape: Shape) -> Iterator[Chart]:

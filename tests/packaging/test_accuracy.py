@@ -140,7 +140,7 @@ def test_the_record_has_what_a_plan_can_propose(accuracy: Any) -> None:
             "--num-train-epochs": "2.0",
             "--learning-rate": "0.0002",
             "--per-device-train-batch-size": "32",
-            "--max-train-samples": "3200",
+            "--max-train-samples": "2000",
             "--max-eval-samples": "1000",
         },
     }
@@ -203,7 +203,7 @@ def test_runs_that_failed_are_told(
 def test_a_dry_run_tells_the_hours(accuracy: Any, tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = ["--data-dir", "data", "--model", str(tiny_model), "--dry-run", "--seeds", "0", "--jobs", "2"]
     assert accuracy.main([*given, "--split-layers", "1"]) == 0
-    assert capsys.readouterr().out.splitlines()[-1].startswith("36 runs, 0 of them done; 36 are left: about 1h12m")
+    assert capsys.readouterr().out.splitlines()[-1].startswith("36 runs, 0 of them done; 36 are left: about 45m")
     assert accuracy.main(given) != 0
     assert "--split-layers 5: this model has blocks 1 to 4" in capsys.readouterr().err
 

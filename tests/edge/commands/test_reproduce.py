@@ -85,9 +85,14 @@ def test_what_the_runs_are_told() -> None:
 
 
 def test_sizes_are_the_tasks_own_unless_they_are_given() -> None:
-    squad, rte = (grid("table1", tasks=[task])[0].flags for task in ("squad", "rte"))
-    assert (squad["--max-seq-length"], rte["--max-seq-length"]) == ("384", "128")
-    assert squad["--max-train-samples"] != rte["--max-train-samples"]
+    def of(task: str, *names: str, **given: int) -> List[Optional[str]]:
+        return [grid("table1", tasks=[task], **given)[0].flags.get(f"--{name}") for name in names]
+
+    names = ("max-train-samples", "max-seq-length", "per-device-train-batch-size", "learning-rate")
+    assert of("sst2", *names) == ["2000", "128", "32", "0.0002"]
+    assert of("rte", *names) == ["960", "96", "8", "0.0001"]
+    for task, length in (("sst2", "128"), ("rte", "128"), ("squad", "384")):
+        assert of(task, *names, max_train_samples=0) == [None, length, "32", "0.0002"], "what few rows need is for them"
     given = grid(
         "table1",
         max_train_samples=64,

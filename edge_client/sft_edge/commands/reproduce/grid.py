@@ -5,38 +5,45 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Dict, Iterable, Iterator, List, Mapping, NamedTuple, Sequence, Tuple
 
-from sft.cli.options import options_of
+from sft.cli.options import flag, options_of
 from sft.errors import CutError
 from sft_edge.commands.reproduce import paper
 from sft_edge.options import PAPER_TASKS, LinkOptions, ReproduceOptions
 
 _FIGURE_TASKS = ("sst2", "qnli")
+_MAX_SEQ_LENGTH = 128
 
 
 class _Sample(NamedTuple):
-    """Of a task by default: what two cores train MiniLM on, twice over, and judge it by in about 100 seconds."""
+    """Of a task by default, for MiniLM: what a core should train on and be judged by in about 100 seconds."""
 
-    train_rows: int
-    eval_rows: int = 1000
-    max_seq_length: int = 128
+    max_train_samples: int
+    max_eval_samples: int = 1000
+    max_seq_length: int = _MAX_SEQ_LENGTH
+    num_train_epochs: float = 2.0
+    learning_rate: float = 2e-4
+    per_device_train_batch_size: int = 32
 
 
+# Where pairs of sentences are to be understood, or grammar, so few rows need smaller batches, which are more steps, and
+# shorter sequences: a batch costs as much as its longest.
 _SAMPLES: Mapping[str, _Sample] = {
-    "sst2": _Sample(3200),
-    "qnli": _Sample(1120),
-    "mnli": _Sample(1280),
-    "qqp": _Sample(1760),
-    "cola": _Sample(4000),
-    "rte": _Sample(960),
-    "stsb": _Sample(3200),
-    "mrpc": _Sample(1440),
-    "squad": _Sample(480, 300, 384),
+    "sst2": _Sample(2000),
+    "qnli": _Sample(1200, max_seq_length=64, per_device_train_batch_size=16),
+    "mnli": _Sample(1280, max_seq_length=64, per_device_train_batch_size=16),
+    "qqp": _Sample(1280, per_device_train_batch_size=16),
+    "cola": _Sample(3600, per_device_train_batch_size=16),
+    "rte": _Sample(960, max_seq_length=96, learning_rate=1e-4, per_device_train_batch_size=8),
+    "stsb": _Sample(2400),
+    "mrpc": _Sample(1040, per_device_train_batch_size=16),
+    "squad": _Sample(480, 300, 384, learning_rate=1e-4, per_device_train_batch_size=8),
 }
 
 _USUAL_CODECS = {"sft": "float32", "frozen": "int8", "sl": "int8"}
 """By mode; a run with another says so in its name."""
 
-_DEFAULTS = {"num_train_epochs": 2.0, "learning_rate": 2e-4, "per_device_train_batch_size": 32}
+_ALL_ROWS = ("max_train_samples", "max_eval_samples")
+"""Where 0 is given."""
 
 
 @dataclass(frozen=True)
@@ -167,23 +174,21 @@ def _split(layer: int, rank: int) -> System:
 
 
 def _flags(options: ReproduceOptions, link: LinkOptions, task: str, system: System, seed: int) -> Dict[str, str]:
-    sample = _SAMPLES[task]
     flags = {
         "--model": options.model or "minilm",
         "--task": task,
         "--data-dir": str(options.data_dir),
         **system.flags(),
         "--seed": str(seed),
-        "--max-seq-length": str(options.max_seq_length or sample.max_seq_length),
         "--device": options.device,
     }
-    for name, default in _DEFAULTS.items():
+    sample = _SAMPLES[task]
+    if options.max_train_samples == 0:  # what few rows need is not for all of them
+        sample = _Sample(0, max_seq_length=max(sample.max_seq_length, _MAX_SEQ_LENGTH))
+    for name, usual in sample._asdict().items():
         given = getattr(options, name)
-        flags["--" + name.replace("_", "-")] = str(default if given is None else given)
-    for name, rows in (("max_train_samples", sample.train_rows), ("max_eval_samples", sample.eval_rows)):
-        given = getattr(options, name)
-        if given != 0:
-            flags["--" + name.replace("_", "-")] = str(rows if given is None else given)
+        if given != 0 or name not in _ALL_ROWS:
+            flags[flag(name)] = str(usual if given is None else given)
     if system.mode != "local" and link.labels != "cloud":
         flags["--labels"] = link.labels
     return {**flags, **dict(system.more)}
