@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Union
+from typing import Tuple, Union
 
 
 class WholeOrAuto(int):
@@ -11,6 +11,10 @@ class WholeOrAuto(int):
     def __new__(cls, value: Union[str, int]) -> int:  # type: ignore[misc]  # see above
         """`value`: `auto`, or a number as `int` takes it. Raises ValueError for other text."""
         return super().__new__(cls, 0) if value == "auto" else int(value)
+
+    def __reduce__(self) -> Tuple[type, Tuple[str]]:
+        """Copies, pickled ones too, are `auto`: what is kept of an int is its number."""
+        return WholeOrAuto, (str(self),)
 
     def __str__(self) -> str:
         return "auto"

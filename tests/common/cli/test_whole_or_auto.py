@@ -1,6 +1,8 @@
 """Numbers that a program may be left to choose."""
 
+import copy
 import json
+import pickle
 from dataclasses import dataclass
 from typing import Optional
 
@@ -32,6 +34,13 @@ def test_auto_is_no_number_that_could_be_given(flags):
     (box,) = parse((Gearbox,), flags, "car")
     assert is_auto(box.gear)
     assert str(box.gear) == f"{box.gear}" == repr(box.gear) == "auto"
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_copies_are_auto_too(protocol):
+    for other in (copy.copy(AUTO), copy.deepcopy(Gearbox()).gear, pickle.loads(pickle.dumps(AUTO, protocol))):
+        assert is_auto(other)
+        assert str(other) == "auto"
 
 
 def test_a_word_is_left_to_the_program_too():
