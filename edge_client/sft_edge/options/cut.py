@@ -102,6 +102,11 @@ class CutOptions:
         return self.mode in ("sl", "frozen")
 
     @property
+    def written_in(self) -> str:
+        """The code of activations, however it was said; of no account in one process, and while it is open."""
+        return self.codec or self.wire_dtype or "float32"
+
+    @property
     def is_open(self) -> bool:
         """Whether something of it is to be chosen yet."""
         return any(map(is_auto, (self.mode, self.split_layer, self.split_rank, self.codec)))

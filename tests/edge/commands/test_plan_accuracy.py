@@ -43,8 +43,17 @@ def test_what_computes_the_same_loses_nothing(tmp_path):
     empty = read_record(record(tmp_path / "record.json"))
     assert empty.expected(CutOptions("local"), 6) == empty.expected(CutOptions("sl", 1), 6) == NOTHING_LOST
     assert empty.expected(CutOptions("sl", 1, wire_dtype="float16"), 6) is None
+    assert empty.expected(CutOptions("sl", 1, wire_dtype="float16", codec="float32"), 6) is None, "logits are rounded"
+    assert empty.expected(CutOptions("sl", 1, wire_dtype="float32"), 6) == NOTHING_LOST
     assert empty.expected(CutOptions("sl", 1, gradient_codec="int4"), 6) is None
     assert empty.expected(CutOptions("sl", 1, freeze_edge=True), 6) is None
+
+
+def test_a_code_counts_however_it_was_said(tmp_path):
+    found = read_record(record(tmp_path / "record.json", {"mode": "sft", "split_rank": 8, "codec": "float16"}))
+    said = [{"codec": "float16"}, {"wire_dtype": "float16"}, {"wire_dtype": "float16", "gradient_codec": "float16"}]
+    assert [found.expected(CutOptions("sft", 2, 8, **one), 6) for one in said] == [(-1.0, None)] * 3
+    assert found.expected(CutOptions("sft", 2, 8, wire_dtype="float32"), 6) is None
 
 
 @pytest.mark.parametrize("option", [{"residual": "low-rank"}, {"gradient_codec": "int4"}, {"freeze_edge": True}])

@@ -30,20 +30,17 @@ class Record:
 
     def expected(self, cut: CutOptions, blocks: int) -> Optional[Expected]:
         """Points against the whole model, of a model of so many blocks; None where the record says nothing."""
-        if cut.mode == "local" or (cut.mode == "sl" and cut.codec in (None, "float32") and not cut.freeze_edge):
-            return NOTHING_LOST if cut.residual == "none" and not _is_rounded(cut) else None
-        if cut.residual != "none" or cut.gradient_codec not in (None, cut.codec) or _freezes_more(cut):
+        code = cut.written_in
+        if cut.residual != "none" or cut.gradient_codec not in (None, code) or _freezes_more(cut):
             return None
+        if cut.mode == "local" or (cut.mode == "sl" and code == "float32"):
+            return NOTHING_LOST if cut.wire_dtype in (None, "float32") else None
         rank = int(cut.split_rank) if cut.mode == "sft" else 0
-        return expected(self.runs.get((cut.mode, rank, str(cut.codec)), []), int(cut.split_layer or 0) / blocks)
+        return expected(self.runs.get((cut.mode, rank, code), []), int(cut.split_layer or 0) / blocks)
 
 
 def _freezes_more(cut: CutOptions) -> bool:
     return cut.freeze_edge and cut.mode != "frozen"
-
-
-def _is_rounded(cut: CutOptions) -> bool:
-    return cut.wire_dtype not in (None, "float32") or cut.gradient_codec not in (None, "float32")
 
 
 def read_record(path: Optional[Path] = None) -> Record:
