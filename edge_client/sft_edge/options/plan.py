@@ -11,7 +11,7 @@ from sft.cli.options import above_zero, at_least
 from sft.cli.sizes import Size
 from sft.errors import UsageError
 from sft_edge.options.cut import CutOptions, PlanCutOptions
-from sft_edge.options.train import TRAIN_OPTIONS, check_output_file
+from sft_edge.options.train import TRAIN_OPTIONS, TrainingOptions, check_output_file
 
 
 @dataclass
@@ -57,5 +57,16 @@ class PlanOptions:
             check_output_file("--svg", self.svg, self.overwrite)
 
 
-PLAN_OPTIONS = (PlanOptions, *(PlanCutOptions if group is CutOptions else group for group in TRAIN_OPTIONS))
+@dataclass
+class PlanTrainingOptions(TrainingOptions):
+    """The run, of which nothing is written: --output-dir and --resume-from-checkpoint say nothing here."""
+
+    def __post_init__(self) -> None:
+        self.output_dir = self.resume_from_checkpoint = None
+        super().__post_init__()
+
+
+_INSTEAD = {CutOptions: PlanCutOptions, TrainingOptions: PlanTrainingOptions}
+
+PLAN_OPTIONS = (PlanOptions, *(_INSTEAD.get(group, group) for group in TRAIN_OPTIONS))
 """What it takes, in the order of its help: all that `train` takes, of which the cut may be left open."""

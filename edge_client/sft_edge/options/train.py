@@ -211,7 +211,8 @@ def check_together(
     if cut.freeze_edge and lora.on_edge:
         frozen = "--mode frozen" if cut.mode == "frozen" else "--freeze-edge"
         raise UsageError(f"{frozen} trains nothing of the edge's half: add --lora-half cloud, or leave out --lora-r")
-    if training.detach and cut.activations != "keep-on-cloud":
+    is_known = cut.mode != "auto"  # or it is when one is chosen
+    if training.detach and cut.activations != "keep-on-cloud" and is_known:
         raise UsageError("--detach needs --activations keep-on-cloud: what the cloud goes on with has to be there")
     if training.detach and link.labels == "local":
         raise UsageError("--detach needs labels that travel: with --labels local every step needs the edge")

@@ -4,7 +4,7 @@ import pytest
 
 from sft.cli.options import parse
 from sft.errors import CutError, UsageError
-from sft_edge.options import PLAN_OPTIONS, TRAIN_OPTIONS, CutOptions, PlanOptions
+from sft_edge.options import PLAN_OPTIONS, TRAIN_OPTIONS, CutOptions, PlanOptions, RunOptions, check_together
 
 RUN = ["--model", "minilm", "--task", "sst2"]
 
@@ -36,6 +36,22 @@ def test_what_is_not_given_of_the_cut_is_open():
     assert cut.is_open
     assert cut.activations is None, "a frozen edge's are kept, others are not: it is not known yet which"
     assert not parse(PLAN_OPTIONS, [*RUN, "--mode", "local"], "sft-edge plan")[2].is_open
+
+
+def test_the_flags_of_a_run_are_taken_though_nothing_is_written(tmp_path):
+    (tmp_path / "README.md").touch()
+    for flags in (["--resume-from-checkpoint"], ["--resume-from-checkpoint", str(tmp_path)], []):
+        groups = parse(PLAN_OPTIONS, [*RUN, "--output-dir", str(tmp_path), *flags], "sft-edge plan")
+        assert groups[4].output_dir is None
+
+
+def test_which_way_can_leave_is_not_known_before_one_is_chosen():
+    flags = ["--detach", "--server", "cloud.example:1"]
+    options = RunOptions(*parse(PLAN_OPTIONS, [*RUN, *flags], "sft-edge plan")[1:])
+    check_together(options.cut, options.link, options.training, options.lora)
+    options = RunOptions(*parse(TRAIN_OPTIONS, [*RUN, *flags, "--split-layer", "2"], "sft-edge train"))
+    with pytest.raises(UsageError, match="--detach needs --activations keep-on-cloud"):
+        check_together(options.cut, options.link, options.training, options.lora)
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,8 @@ def _way(options: RunOptions, source: Source, mode: Any, layer: Any, rank: Any, 
     if mode != "local":
         cut_of(cut, source)
         check_together(cut, options.link, options.training, options.lora, options.budget)
+    elif options.training.detach:
+        raise UsageError("--detach needs --mode sft, sl or frozen: in one process nobody is left to go on")
     elif options.lora.lora_r and options.lora.lora_half != "both":
         raise UsageError(f"--lora-half {options.lora.lora_half} needs two halves")
     return cut
