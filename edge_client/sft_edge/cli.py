@@ -34,8 +34,12 @@ def train(prog: str, argv: List[str]) -> int:
     options = _run_options(parse(TRAIN_OPTIONS, argv, prog, train.__doc__))
     with imports():
         from sft_edge.commands.train.budget import exit_code_of
+        from sft_edge.commands.train.leaving import check_not_left
         from sft_edge.commands.train.train import TrainingRun
 
+    training = options.training
+    if options.cut.is_open and training.output_dir is not None and not training.overwrite_output_dir:
+        check_not_left(training.output_dir, overwrite=False)  # before minutes of measuring
     return exit_code_of(TrainingRun(_decided(options), argv).run())
 
 

@@ -76,9 +76,30 @@ def test_nothing_that_is_good_enough(
     assert not out.exists()
 
 
-@pytest.mark.parametrize("limit", [{"data_cap": "1GB"}, {"max_mbit": 5}])
-def test_measuring_keeps_no_limit_of_the_link(
-    run: Callable[..., int], limit: dict, capsys: pytest.CaptureFixture[str]
+def test_measuring_keeps_to_no_cap(run: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(**AUTO, data_cap="1GB") == 2
+    assert error_line(capsys.readouterr().err).startswith("auto does not go with --data-cap 1 GB")
+
+
+def test_a_run_that_was_not_cut_goes_on_so(
+    run: Callable[..., int], out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(**AUTO, **limit) == 2
-    assert error_line(capsys.readouterr().err).startswith("auto does not go with --")
+    assert run(mode="local", split_layer=None, max_steps=2) == 0
+    capsys.readouterr()
+    goes_on = {"max_steps": 3, "resume_from_checkpoint": True}
+    assert run(**AUTO, **goes_on) == 2
+    assert error_line(capsys.readouterr().err).startswith("the run was trained with --mode local, now it is sft")
+    assert run(mode="auto", **AUTO, **goes_on, server=None) == 0
+    assert "auto: --mode local, as the run began" in capsys.readouterr().err
+    assert read_json(out / "trainer_state.json")["global_step"] == 3
+
+
+def test_a_run_that_has_left_is_found_before_anything_is_measured(
+    run: Callable[..., int], out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out.mkdir()
+    (out / "detached.json").write_text("{}")
+    assert run(**AUTO, resume_from_checkpoint=True) == 2
+    told = capsys.readouterr().err
+    assert "is of a run that has left its session" in error_line(told)
+    assert "measuring" not in told

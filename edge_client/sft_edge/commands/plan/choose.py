@@ -6,7 +6,6 @@ import sys
 from dataclasses import replace
 from typing import Any, Dict, Mapping, Sequence
 
-from sft.cli.options import flag
 from sft.cli.whole_or_auto import is_auto
 from sft.errors import CheckpointError, UsageError
 from sft.plan.plans import Limits, Plan, best
@@ -25,15 +24,15 @@ def chosen(options: RunOptions) -> RunOptions:
     """With all of the cut decided: as in the checkpoint that the run goes on from, if there is one, or else the fastest
     that the record says loses little. Says why, in a line.
 
-    Raises UsageError where the record says that of none, and where the link has limits, which measuring would not keep;
-    any SFTError of a run that begins.
+    Raises UsageError where the record says that of none, and with --data-cap, which measuring would not keep; any
+    SFTError of a run that begins.
     """
     before = options_before(options.training)
     if before:
-        cut = _decided(options.cut, _values_before(before))
+        cut = _decided(options.cut, _values_before(before, options.cut))
         said = f"{_flags(cut)}, as the run began"
     else:
-        _check_budget(options)
+        _check_cap(options)
         planned = make_plans(options, _MODES, on_status=_say)
         limits = Limits(points=LEAST_POINTS)
         plan = best(planned.plans, limits)
@@ -52,13 +51,12 @@ def chosen(options: RunOptions) -> RunOptions:
     return options._replace(cut=cut)
 
 
-def _check_budget(options: RunOptions) -> None:
-    for option, value in (("--data-cap", options.budget.data_cap), ("--max-mbit", options.budget.max_mbit)):
-        if value is not None:
-            raise UsageError(
-                f"auto does not go with {option} {value}: it measures on the link before the run begins, outside of "
-                "that; let sft-edge plan choose where the link is free, and give what it says"
-            )
+def _check_cap(options: RunOptions) -> None:
+    if options.budget.data_cap is not None:
+        raise UsageError(
+            f"auto does not go with --data-cap {options.budget.data_cap}: it measures on the link before the run "
+            "begins, outside of that; let sft-edge plan choose where the link is free, and give what it says"
+        )
 
 
 def _decided(given: CutOptions, values: Mapping[str, Any]) -> CutOptions:
@@ -71,18 +69,27 @@ def _values_of(plan: Plan) -> Dict[str, Any]:
     return {"mode": plan.mode, "split_layer": plan.split_layer, "split_rank": rank, "codec": plan.codec}
 
 
-def _values_before(before: Mapping[str, str]) -> Dict[str, Any]:
-    """Raises CheckpointError."""
+def _values_before(before: Mapping[str, str], given: CutOptions) -> Dict[str, Any]:
+    """Raises CheckpointError, and UsageError for a run that was in one process, and is to be cut now."""
     try:
-        numbers = {name: int(before[flag(name)]) for name in ("split_layer", "split_rank")}
-        return {"mode": before["--mode"], **numbers, "codec": before["--codec"]}
+        mode, layer, rank = before["--mode"], before["--split-layer"], int(before["--split-rank"])
+        values = {"mode": mode, "split_layer": None if layer == str(None) else int(layer), "split_rank": rank}
+        codec = None if mode == "local" else before["--codec"]
     except (KeyError, ValueError) as error:
         raise CheckpointError(
             f"the checkpoint does not say how the model is cut ({error}): give what it was"
         ) from error
+    if mode == "local" and not is_auto(given.mode):
+        raise UsageError(
+            f"the run was trained with --mode local, now it is {given.mode}: give the same, or begin anew without "
+            "--resume-from-checkpoint"
+        )
+    return {**values, "codec": codec}
 
 
 def _flags(cut: CutOptions) -> str:
+    if cut.mode == "local":
+        return "--mode local"
     rank = f" --split-rank {cut.split_rank}" if cut.mode == "sft" else ""
     return f"--mode {cut.mode} --split-layer {cut.split_layer}{rank} --codec {cut.codec}"
 
