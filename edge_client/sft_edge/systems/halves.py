@@ -77,7 +77,7 @@ class Halves:
         if not tables:
             if not self.calibration:
                 raise CheckpointError("the checkpoint lacks the tables of the codec: it is none of this release")
-            on_status("fitting the codec to training rows")
+            on_status("fitting the codec")
             tables = fit_tables(activations_of(self.net_1, self.calibration), self.request.seed)
         self.request.codec_tables_sha256 = offer(list(in_memory(dict(tables))), self.blobs)
         return self.codecs.with_tables(tables, device)
