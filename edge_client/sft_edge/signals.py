@@ -7,6 +7,8 @@ import threading
 from contextlib import contextmanager
 from typing import Any, Callable, Iterator, List
 
+EXIT_TERMINATED = 143  # 128 + SIGTERM, as shells report it
+
 
 @contextmanager
 def interrupts_deferred() -> Iterator[None]:
@@ -53,6 +55,26 @@ def terminations_noted() -> Iterator[Termination]:
     signal.signal(signal.SIGTERM, note)
     try:
         yield asked
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+@contextmanager
+def terminations_raised() -> Iterator[None]:
+    """The first SIGTERM during the block raises SystemExit in it, as Ctrl-C raises KeyboardInterrupt: so what was
+    opened is closed. The second one ends the process as ever. For what has nothing to save."""
+    handler: Any = signal.getsignal(signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread() or handler is not signal.SIG_DFL:
+        yield  # as above
+        return
+
+    def end(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise SystemExit(EXIT_TERMINATED)
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
     finally:
         signal.signal(signal.SIGTERM, handler)
 

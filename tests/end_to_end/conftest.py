@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -35,9 +36,9 @@ def start_cloud(tmp_path: Path) -> Iterator[Callable[..., CloudServer]]:
     """Starts servers of the test's own, which end with it."""
     servers: list[CloudServer] = []
 
-    def start(max_sessions: int = 2, model_dir: Path | None = None) -> CloudServer:
+    def start(max_sessions: int = 2, model_dir: Path | None = None, **options: object) -> CloudServer:
         state = tmp_path / f"cloud-{len(servers)}"
-        servers.append(start_server(state, max_sessions, model_dir=model_dir))
+        servers.append(start_server(state, max_sessions, model_dir=model_dir, **options))
         return servers[-1]
 
     yield start
@@ -167,3 +168,11 @@ def first_steps(
         return undisturbed_weights[key]
 
     return run
+
+
+@pytest.fixture
+def default_sigterm() -> Iterator[None]:
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    signal.signal(signal.SIGTERM, before)

@@ -47,7 +47,7 @@ class Step(NamedTuple):
     received: float = 0.0
     """Bytes back."""
 
-    answers: int = 0
+    answers: float = 0.0
     """That the edge waits for, one after the other."""
 
 
@@ -59,6 +59,14 @@ def step_seconds(step: Step, way: Way, ahead: int = 0) -> float:
         computing = max(step.edge, step.cloud) if way.is_apart else step.edge + step.cloud
         seconds = max(computing, up, down, seconds / ahead)
     return max(seconds, step.sent / way.held_to, step.received / way.held_to)
+
+
+def epoch_step_seconds(step: Step, way: Way, steps: int, ahead: int = 0) -> float:
+    """Seconds of one of so many steps, on average, the first of which finds nothing on its way: where steps are sent
+    ahead the slowest of edge, link and cloud has nothing to do until that one reaches it, and the others nothing after
+    the last."""
+    pace = step_seconds(step, way, ahead)
+    return pace + max(0.0, step_seconds(step, way) - pace) / max(steps, 1)
 
 
 def of_run(steps: int, first: float, in_first_epoch: int, later: float, beside: float = 0.0) -> float:

@@ -7,7 +7,7 @@ from sft_edge.systems.fit import FIT_TOKENS, fit_tables, mean_row_bytes, rows_to
 from sft_edge.systems.halves import Halves, halve, optimizer_spec, whole_tensors
 from sft_edge.systems.kept_on_cloud import key_of
 from sft_edge.systems.open import cut_of, open_system
-from sft_edge.systems.split import open_split_system
+from sft_edge.systems.split import SplitSystem, open_split_system
 from sft_edge.systems.system import SentStep, System
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "Crossing",
     "Halves",
     "SentStep",
+    "SplitSystem",
     "System",
     "check_size",
     "cut_of",

@@ -93,6 +93,21 @@ def test_what_the_device_has_no_memory_for_is_left_out():
         with_room(every, sizes, 1000)
 
 
+def test_adapters_leave_room():
+    """Beside them the weights have neither gradients nor states of an optimizer."""
+    every = [way for way in ways(options(lora_r=4), SOURCE, HEAD) if way.mode == "sl"]
+    sizes = Sizes(SOURCE.config, HEAD, [1, 2, 3])
+    room = int(4 * sizes.edge(2) / 0.69)
+    assert {way.split_layer for way in with_room(every, sizes, room, adapted=True)} == {1, 2}
+    with pytest.raises(UsageError):
+        with_room(every, sizes, room)
+
+
+def test_of_a_run_that_is_to_leave_those_that_can():
+    given = run_options(detach=True, server="cloud.example:1")._replace(cut=PlanCutOptions())
+    assert {way.mode for way in ways(given, SOURCE, HEAD)} == {"frozen"}
+
+
 def test_sizes_are_those_of_the_halves():
     from sft.models import Cut, build_net_1, build_net_2
 

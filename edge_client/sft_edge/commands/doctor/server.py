@@ -145,12 +145,22 @@ def room_of(status: pb.StatusResponse) -> Finding:
     return ok("room", found)
 
 
-def measure(inquiry: Inquiry) -> Tuple[List[Finding], Optional[Way]]:
-    """Delay and bandwidth, both ways; it sends and gets up to some 5 MB each, less on a slow way."""
+def measure(
+    inquiry: Inquiry, most_bytes: int = MAX_PROBE_BYTES, turn: Callable[[int, int], None] = lambda sent, received: None
+) -> Tuple[List[Finding], Optional[Way]]:
+    """Delay and bandwidth, both ways; it sends and gets up to some 5 MB each, less on a slow way.
+
+    `most_bytes` of one probe; `turn` is called before each, with the bytes that it sends and gets, and may wait.
+    """
+
+    def transfer(sent: int, received: int) -> float:
+        turn(sent, received)
+        return inquiry.probe(sent, received).seconds
+
     try:
         delay = statistics.median(inquiry.probe().seconds for _ in range(_PINGS))
-        up = _rate(lambda size: inquiry.probe(sent_bytes=size).seconds, delay)
-        down = _rate(lambda size: inquiry.probe(received_bytes=size).seconds, delay)
+        up = _rate(lambda size: transfer(size, 0), delay, most_bytes)
+        down = _rate(lambda size: transfer(0, size), delay, most_bytes)
     except LinkError as error:
         return [failed("bandwidth", str(error), "does something on the way limit the size of requests?")], None
     findings = [
@@ -160,15 +170,15 @@ def measure(inquiry: Inquiry) -> Tuple[List[Finding], Optional[Way]]:
     return findings, Way(delay, up, down)
 
 
-def _rate(transfer: Callable[[int], float], delay: float) -> float:
+def _rate(transfer: Callable[[int], float], delay: float, most_bytes: int) -> float:
     """Bytes a second of the largest transfer that was tried."""
     size = _FIRST_BYTES
     while True:
         seconds = transfer(size)
         moving = max(seconds - delay, seconds / 10, 1e-6)  # on a fast way the delay is most of it, and varies
-        if seconds >= _LONG_ENOUGH_SECONDS or size >= MAX_PROBE_BYTES:
+        if seconds >= _LONG_ENOUGH_SECONDS or size >= most_bytes:
             return size / moving
-        size *= 4
+        size = min(4 * size, most_bytes)
 
 
 def look_at_instances(inquiry: Inquiry) -> List[Finding]:

@@ -19,11 +19,14 @@ class Extra(NamedTuple):
     """What a code takes more than that which the blocks were measured with, in seconds a token."""
 
     edge: float = 0.0
-    processor: float = 0.0
     cloud: float = 0.0
 
 
 NO_EXTRA = Extra()
+
+_HELD = 0.5
+"""Of the time that a step took: one whose bytes took more of it at the rate that the link is held to may have waited
+for its turn."""
 
 
 class Times:
@@ -49,6 +52,8 @@ class Measured:
     """Bytes of the edge's process at its largest, on the longest batches; by cut."""
 
     is_ahead: bool
+    sends_once: bool
+    """As the system says: a cloud may keep nothing of what it is asked to keep."""
     samples: Mapping[Tuple[int, int], Sample]
     """Of the first epoch, by cut and length."""
 
@@ -72,25 +77,28 @@ def _of_mode(trial: Trial, ways: Sequence[CutOptions], on_status: Callable[[str]
     for layer in dict.fromkeys((low, high)):
         on_status(f"measuring {_said(of_cut[layer])}")
         taken[layer] = trial.take(of_cut[layer], lengths)
-    first, later, tables = {of_cut[low].codec: NO_EXTRA}, {of_cut[low].codec: NO_EXTRA}, taken[low].tables_bytes
+    base = taken[high]
+    code, tables = of_cut[high].written_in, base.tables_bytes
+    first, later = {code: NO_EXTRA}, {code: NO_EXTRA}
     for way in ways:
-        # At the width of a rank what a code takes is not to be seen.
-        if way.mode != "sft" and _layer(way) == low and way.codec not in first:
+        # At the width of a rank what a code takes is not to be seen. Elsewhere it is little beside what blocks take, of
+        # which the cloud has the fewest where the cut is high.
+        if way.mode != "sft" and _layer(way) == high and way.written_in not in first:
             on_status(f"measuring {_said(way)}")
-            other, tokens = trial.take(way, [longest]), trial.batches.tokens_of(longest)
-            first[way.codec] = _extra(taken[low].first[longest], other.first[longest], tokens)
-            later[way.codec] = _extra(taken[low].later[longest], other.later[longest], tokens)
+            other, tokens = trial.take(way, [longest]), trial.batches.tokens_of(longest) * trial.batches.in_step
+            longer = other.coding - base.coding
+            first[way.written_in] = _extra(base.first[longest], other.first[longest], longer, tokens)
+            longer = 0.0 if base.sends_once or way.activations == "keep-on-edge" else longer  # written once
+            later[way.written_in] = _extra(base.later[longest], other.later[longest], longer, tokens)
             tables = max(tables, other.tables_bytes)
     at = [(layer, length) for layer in taken for length in lengths]
     samples = {(layer, length): taken[layer].first[length] for layer, length in at}
     return Measured(
-        Times(samples, {str(codec): extra for codec, extra in first.items()}),
-        Times(
-            {(layer, length): taken[layer].later[length] for layer, length in at},
-            {str(codec): extra for codec, extra in later.items()},
-        ),
+        Times(samples, first),
+        Times({(layer, length): taken[layer].later[length] for layer, length in at}, later),
         Grid({(layer, longest): one.memory for layer, one in taken.items()}),
-        taken[low].is_ahead,
+        base.is_ahead,
+        base.sends_once,
         samples,
         tables,
     )
@@ -101,9 +109,9 @@ def _layer(way: CutOptions) -> int:
     return int(way.split_layer or 0)
 
 
-def _extra(base: Sample, other: Sample, tokens: int) -> Extra:
-    differences = (other.edge - base.edge, other.processor - base.processor, other.cloud - base.cloud)
-    return Extra(*(difference / tokens for difference in differences))
+def _extra(base: Sample, other: Sample, coding: float, tokens: int) -> Extra:
+    """`coding`: seconds that the edge writes and reads longer in so many tokens."""
+    return Extra(coding / tokens, (other.cloud - base.cloud) / tokens)
 
 
 def _said(way: CutOptions) -> str:
@@ -117,13 +125,14 @@ def way_of(
     probed: Probed, measured: Sequence[Measured], answers: int, max_mbit: Optional[float], is_apart: bool
 ) -> Way:
     """The link: its rates as probes have them, and its delay as steps have it, each of which waits for so many answers:
-    what it takes to write a message, and to read it, is in that."""
+    what it takes to write a message, and to read it, is in that. Steps that `max_mbit` held back say nothing of it."""
+    held_to = math.inf if max_mbit is None else max_mbit * 1e6 / 8 / on_link(1.0, 0.0)
     delays: List[float] = []
     for of_mode in measured:
         for sample in of_mode.samples.values():
-            if sample.sent:
+            held_seconds = max(sample.sent, sample.received) / held_to
+            if sample.sent and held_seconds < _HELD * sample.seconds:
                 moving = sample.sent / probed.up_bytes_per_second + sample.received / probed.down_bytes_per_second
                 delays.append((sample.link - moving) / answers)
     delay = sorted(delays)[len(delays) // 2] if delays else probed.delay_seconds
-    held_to = math.inf if max_mbit is None else max_mbit * 1e6 / 8 / on_link(1.0, 0.0)
     return Way(max(delay, 0.0), probed.up_bytes_per_second, probed.down_bytes_per_second, held_to, is_apart)

@@ -48,12 +48,13 @@ class Sizes:
         return self._cloud.at(layer, 0)
 
 
-def with_room(ways: Sequence[CutOptions], sizes: Sizes, room: Optional[int]) -> List[CutOptions]:
+def with_room(ways: Sequence[CutOptions], sizes: Sizes, room: Optional[int], adapted: bool = False) -> List[CutOptions]:
     """Those of which the edge's half, as it is trained, takes no more than most of `room`, bytes that are free, None
-    where that is not known. Raises UsageError where it is none."""
-    fitting = [way for way in ways if room is None or _bytes_of(way, sizes) <= _MOST * room]
+    where that is not known. `adapted`: adapters are trained in the place of its weights, and are next to nothing beside
+    them. Raises UsageError where it is none."""
+    fitting = [way for way in ways if room is None or _bytes_of(way, sizes, adapted) <= _MOST * room]
     if not fitting:
-        needed = min(_bytes_of(way, sizes) for way in ways)
+        needed = min(_bytes_of(way, sizes, adapted) for way in ways)
         raise UsageError(
             f"this device has {format_bytes(room or 0)} of memory free, and the edge's half takes at least "
             f"{format_bytes(needed)} beside what steps need: free some, or leave more ways to choose from"
@@ -83,6 +84,6 @@ def begin_peak() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def _bytes_of(way: CutOptions, sizes: Sizes) -> float:
+def _bytes_of(way: CutOptions, sizes: Sizes, adapted: bool) -> float:
     numbers = sizes.whole if way.mode == "local" else sizes.edge(int(way.split_layer or 0))
-    return numbers * (_FROZEN_BYTES if way.freeze_edge else _TRAINED_BYTES)
+    return numbers * (_FROZEN_BYTES if way.freeze_edge or adapted else _TRAINED_BYTES)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import sys
 from contextlib import ExitStack
-from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Callable, Dict, List, NamedTuple, Optional, Sequence
 
-from sft.errors import LinkError, UsageError
-from sft.models import build_whole
+from sft.client.address import split_address
+from sft.client.credentials import is_loopback
+from sft.errors import UsageError
 from sft.plan.equation_4 import Way
 from sft.plan.plans import Limits, Plan, best, nearest, strictest
-from sft_edge.commands.doctor.server import Way as Probed
-from sft_edge.commands.doctor.server import measure as probe
+from sft_edge.commands.doctor.wait import wait_for_room
 from sft_edge.commands.plan.accuracy import read_record
+from sft_edge.commands.plan.cloud import Lacking, lacking, probed, taken
 from sft_edge.commands.plan.measure import Measured, measure, way_of
 from sft_edge.commands.plan.memory import Sizes, free_bytes, with_room
 from sft_edge.commands.plan.predict import Run, plans_of
@@ -22,14 +23,12 @@ from sft_edge.commands.plan.shown import FLAGS, as_json, figure, picture_of, pri
 from sft_edge.commands.plan.ways import MODES, ways
 from sft_edge.commands.train.amounts import answers_of
 from sft_edge.commands.train.job import check_tokens
-from sft_edge.commands.train.start import Start, open_start
+from sft_edge.commands.train.start import open_start
 from sft_edge.files import json_text, write_file
-from sft_edge.link import transport_of
-from sft_edge.options import CutOptions, LinkOptions, OptimizerOptions, PlanOptions, RunOptions
-from sft_edge.systems import CloudProcess, cut_of, halve, optimizer_spec
-
-_PROBE_SECONDS = 60.0
-"""For one answer: a large probe on a slow way takes its time."""
+from sft_edge.link import Meter, Pace
+from sft_edge.options import LinkOptions, PlanOptions, RunOptions
+from sft_edge.signals import terminations_raised
+from sft_edge.systems import CloudProcess
 
 
 class Planned(NamedTuple):
@@ -80,8 +79,7 @@ def make_plans(
     head, config = start.task.head, start.source.config
     found = ways(options, start.source, head, modes)
     sizes = Sizes(config, head, [int(way.split_layer) for way in found if way.split_layer])
-    room = free_bytes()
-    fitting = with_room(found, sizes, room)
+    fitting = with_room(found, sizes, free_bytes(), options.lora.on_edge)
     notes = [f"{len(found) - len(fitting)} more ways need more memory than is free here"] * (len(fitting) < len(found))
     on_status("reading rows")
     train = sample(start.task, "train", start.source, options, options.data.max_train_samples)
@@ -89,73 +87,34 @@ def make_plans(
     check_tokens(start.source, train.features, "training")
     batches = Batches(train, start.task, options, int(config.vocab_size))
     crosses = any(way.mode != "local" for way in fitting)
-    with ExitStack() as stack:
-        address, probed, has_weights = options.link.server or "", None, True
+    max_mbit, link = options.budget.max_mbit, None
+    lacks: Lacking = frozenset()
+    with terminations_raised(), ExitStack() as stack:
+        address, meter = options.link.server or "", Meter(pace=Pace(max_mbit))
         if crosses and not address:
             on_status("starting a cloud here")
             address = stack.enter_context(CloudProcess()).address
-        trial = Trial(start.source, head, options, address, batches, on_status)
+        elif crosses and options.link.wait:
+            wait_for_room(address, options.link)
+        trial = Trial(start.source, head, options, address, batches, on_status, meter)
         if crosses:
             on_status("measuring the way to the cloud")
-            probed, widest = _probed(address, options.link)
-            fitting, wider = _taken(fitting, widest, int(config.hidden_size))
+            link, widest = probed(address, options.link, meter, max_mbit)
+            fitting, wider = taken(fitting, widest, int(config.hidden_size))
             notes += wider
-            has_weights = _has_weights(start, options, fitting, address)
+            lacks = lacking(start.source, head, fitting, address, options.link, options.training.seed)
         measured = measure(trial, fitting, on_status)
     way = Way(0.0, float("inf"), float("inf"))
-    if probed is not None:
+    if link is not None:
         of_link = [one for mode, one in measured.items() if mode != "local"]
-        answers = answers_of(options) * options.training.gradient_accumulation_steps
-        way = way_of(probed, of_link, answers, options.budget.max_mbit, options.link.server is not None)
-    run = Run(options, config, head, train, validation, batches, sizes, way, has_weights, record, price_per_gb)
+        way = way_of(link, of_link, answers_of(options) * batches.in_step, max_mbit, _is_apart(options.link))
+    run = Run(options, config, head, train, validation, batches, sizes, way, lacks, record, price_per_gb)
     return Planned(run, measured, plans_of(run, fitting, measured), [*start.notes, *notes])
 
 
-def _probed(address: str, link: LinkOptions) -> Tuple[Probed, int]:
-    """The way, and how wide an activation the cloud takes of us at most, 0 without a limit. Raises LinkError where the
-    way cannot be measured."""
-    transport = transport_of(address, link)
-    try:
-        inquiry = transport.inquiry(_PROBE_SECONDS)
-        widest = int(inquiry.status().limits.max_split_rank)
-        findings, way = probe(inquiry)
-    finally:
-        transport.close()
-    if way is None:
-        raise LinkError(f"{findings[0].found}; `sft-edge doctor --server {address}` finds out why")
-    return way, widest
-
-
-def _taken(ways: Sequence[CutOptions], widest: int, hidden_size: int) -> Tuple[List[CutOptions], List[str]]:
-    """Those that the cloud takes of us, and a line where these are fewer. Raises UsageError where there is none."""
-    if not widest:
-        return list(ways), []
-    taken = [
-        way
-        for way in ways
-        if way.mode == "local" or (int(way.split_rank) if way.mode == "sft" else hidden_size) <= widest
-    ]
-    if not taken:
-        raise UsageError(f"the server takes ranks up to {widest} of us, and every way to train here is wider")
-    return taken, [f"{len(ways) - len(taken)} more ways are wider than the {widest} that the server takes of us"]
-
-
-def _has_weights(start: Start, options: RunOptions, ways: Sequence[CutOptions], address: str) -> bool:
-    """Whether the cloud has the model's weights: it is asked by their hash, and opens nothing."""
-    if start.source.checkpoint is None:
-        return True
-    highest = max((way for way in ways if way.mode != "local"), key=lambda way: int(way.split_layer or 0))
-    cut = cut_of(highest, start.source)
-    assert cut is not None  # local alone has none
-    whole = build_whole(start.source.config, start.task.head, cut)
-    spec = optimizer_spec(OptimizerOptions(), whole)
-    request = halve(start.source, start.task.head, cut, spec, options.training.seed).request
-    request.only_check = True
-    transport = transport_of(address, options.link)
-    try:
-        return request.weights_sha256 not in transport.open_session(request).missing_blobs
-    finally:
-        transport.close()
+def _is_apart(link: LinkOptions) -> bool:
+    """Whether the cloud computes on another machine, as far as its address tells."""
+    return link.server is not None and not is_loopback(split_address(link.server, "--server").host)
 
 
 def _nothing(plans: Sequence[Plan], limits: Limits) -> str:
@@ -163,13 +122,19 @@ def _nothing(plans: Sequence[Plan], limits: Limits) -> str:
     name, count = strictest(plans, limits)
     near = nearest(plans, limits)
     misses = ", ".join(
-        f"{FLAGS[one]} {figure(one, getattr(limits, one))} (it takes {figure(one, getattr(near, one))})"
-        for one in limits.excess(near)
+        f"{FLAGS[one]} {figure(one, getattr(limits, one))} ({_has(near, one)})" for one in limits.excess(near)
     )
     return (
         f"none of {len(plans)} ways to train keeps to all limits: {FLAGS[name]} {figure(name, getattr(limits, name))} "
         f"rules out {count} of them; the nearest is {near.name}, which breaks {misses}"
     )
+
+
+def _has(plan: Plan, name: str) -> str:
+    """What it has where a limit is not kept."""
+    if name != "points":
+        return f"it takes {figure(name, getattr(plan, name))}"
+    return "no record says what it loses" if plan.points is None else f"{figure(name, plan.points)} are to be expected"
 
 
 def _say(status: str) -> None:

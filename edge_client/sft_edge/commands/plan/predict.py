@@ -6,9 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
-from sft.plan.equation_4 import Step, Way, moving_seconds, of_run, step_seconds
+from sft.plan.equation_4 import Step, Way, epoch_step_seconds, moving_seconds, of_run, step_seconds
+from sft.plan.grid import Grid
 from sft.plan.plans import Plan
 from sft_edge.commands.plan.accuracy import Record
+from sft_edge.commands.plan.cloud import Lacking, cut_key
 from sft_edge.commands.plan.measure import NO_EXTRA, Measured, Times
 from sft_edge.commands.plan.memory import Sizes
 from sft_edge.commands.plan.rows import Batches, Rows
@@ -36,8 +38,8 @@ class Run:
     batches: Batches
     sizes: Sizes
     way: Way
-    has_weights: bool
-    """Whether the cloud has those of the model."""
+    lacking: Lacking
+    """Cuts of which the cloud lacks the weights."""
     record: Record
     price_per_gb: Optional[float] = None
 
@@ -50,6 +52,11 @@ class Run:
     def steps_in_epoch(self) -> int:
         """About."""
         return math.ceil(self.batches.in_epoch / self.options.training.gradient_accumulation_steps)
+
+    @property
+    def micro_batches(self) -> float:
+        """Of a step, on average: the last one of an epoch may have fewer."""
+        return self.batches.in_epoch / self.steps_in_epoch
 
     @property
     def steps(self) -> int:
@@ -77,13 +84,15 @@ def plans_of(run: Run, ways: Sequence[CutOptions], measured: Dict[str, Measured]
 def _plan(run: Run, cut: CutOptions, measured: Measured) -> Plan:
     layer = int(cut.split_layer or 0) if cut.mode != "local" else 0
     first, later, moved = _Moved(), _Moved(), _Moved()
-    sends_once = cut.activations == "keep-on-cloud"
     if layer:
         amounts = Amounts(run.options._replace(cut=cut), run.config, run.head)
-        first, later = _of_step(run, amounts, False), _of_step(run, amounts, sends_once)
-        moved = _beside(run, amounts, layer, measured.tables_bytes if cut.codec == "fitted" else 0.0, sends_once)
-    first_seconds, processor = _seconds(run, cut, layer, measured.first, first, measured.is_ahead)
-    later_seconds, later_processor = _seconds(run, cut, layer, measured.later, later, measured.is_ahead)
+        first, later = _of_step(run, amounts, False), _of_step(run, amounts, measured.sends_once)
+        moved = _beside(run, cut, amounts, measured)
+    first_step, processor = _step(run, cut, layer, measured.first, first)
+    later_step, later_processor = _step(run, cut, layer, measured.later, later)
+    ahead = [most_ahead(one.cloud, one.sent) if measured.is_ahead else 0 for one in (first_step, later_step)]
+    first_seconds = epoch_step_seconds(first_step, run.way, min(run.steps, run.steps_in_epoch), ahead[0])
+    later_seconds = step_seconds(later_step, run.way, ahead[1])
     training = of_run(run.steps, first_seconds, run.steps_in_epoch, later_seconds)
     run_bytes = of_run(run.steps, first.on_link, run.steps_in_epoch, later.on_link, moved.on_link)
     # Of adapters nothing is on record.
@@ -92,7 +101,7 @@ def _plan(run: Run, cut: CutOptions, measured: Measured) -> Plan:
         mode=cut.mode,
         split_layer=layer,
         split_rank=int(cut.split_rank) if cut.mode == "sft" else 0,
-        codec=str(cut.codec or cut.wire_dtype or "float32") if layer else "",
+        codec=cut.written_in if layer else "",
         step_seconds=first_seconds,
         later_step_seconds=later_seconds,
         run_seconds=training + moving_seconds(moved.sent, moved.received, run.way),
@@ -121,25 +130,26 @@ def _of_step(run: Run, amounts: Amounts, kept: bool) -> _Moved:
     return _Moved(sent / steps, received / steps, amounts.epoch(lengths, kept) / steps)
 
 
-def _beside(run: Run, amounts: Amounts, layer: int, tables_bytes: float, sends_once: bool) -> _Moved:
+def _beside(run: Run, cut: CutOptions, amounts: Amounts, measured: Measured) -> _Moved:
     """Before and after training, and of evaluations; these take no time here, as they are in no run's."""
-    result = _NUMBER_BYTES * run.sizes.cloud(layer)
-    sent = tables_bytes + (0.0 if run.has_weights else result)
+    result = _NUMBER_BYTES * run.sizes.cloud(int(cut.split_layer or 0))
+    sent = result if cut_key(cut) in run.lacking else 0.0
+    sent += measured.tables_bytes if cut.codec == "fitted" else 0.0
     evaluation = amounts.evaluation(run.validation.lengths) * run.validation.times
-    times = 1 if sends_once else run.evaluations
+    times = 1 if measured.sends_once else run.evaluations
     moved = _OPENING_BYTES + on_link(sent + result, (sent + result) / _PIECE_BYTES)
     return _Moved(sent, result, moved + times * evaluation)
 
 
-def _seconds(run: Run, cut: CutOptions, layer: int, times: Times, moved: _Moved, is_ahead: bool) -> Tuple[float, float]:
-    """Of a step, and of the edge's processor in it."""
-    micro_batches = run.options.training.gradient_accumulation_steps
-    tokens = run.batches.tokens * micro_batches
-    extra = times.extras.get(str(cut.codec), NO_EXTRA)
-    shapes = run.batches.shapes
-    edge = max(0.0, times.edge.mean(layer, shapes) + extra.edge * tokens)
-    cloud = max(0.0, times.cloud.mean(layer, shapes) + extra.cloud * tokens)
-    processor = max(0.0, times.processor.mean(layer, shapes) + extra.processor * tokens)
-    step = Step(edge, cloud, moved.sent, moved.received, micro_batches * answers_of(run.options) if layer else 0)
-    ahead = most_ahead(cloud, moved.sent) if is_ahead else 0
-    return step_seconds(step, run.way, ahead), processor
+def _step(run: Run, cut: CutOptions, layer: int, times: Times, moved: _Moved) -> Tuple[Step, float]:
+    """And seconds of the edge's processor in it."""
+    tokens = run.batches.tokens * run.micro_batches
+    extra = times.extras.get(cut.written_in, NO_EXTRA)
+
+    def seconds(measured: Grid, more: float) -> float:
+        mean = measured.mean(layer, run.batches.shapes) * run.micro_batches / run.batches.in_step
+        return max(0.0, mean + more * tokens)
+
+    edge, cloud = seconds(times.edge, extra.edge), seconds(times.cloud, extra.cloud)
+    answers = run.micro_batches * answers_of(run.options) if layer else 0.0
+    return Step(edge, cloud, moved.sent, moved.received, answers), seconds(times.processor, extra.edge)

@@ -76,6 +76,8 @@ class Batches:
         """Padded lengths that are measured."""
         self.in_epoch = math.ceil(rows.count / self.size)
         """Micro-batches."""
+        self.in_step = min(training.gradient_accumulation_steps, self.in_epoch)
+        """Micro-batches of the longest step: an epoch ends with whatever is left for its last one."""
 
     def tokens_of(self, length: int) -> int:
         """Tokens of a made-up batch of that padded length."""

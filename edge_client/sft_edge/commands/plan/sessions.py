@@ -7,15 +7,17 @@ import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Callable, Dict, List, NamedTuple, Sequence
+from typing import Callable, Dict, List, NamedTuple, Optional, Sequence
 
 import torch
 
 from sft.batch import Batch
 from sft.cli.devices import find_device
 from sft.optim.gradients import clip_scale
+from sft_edge.commands.plan.coding import coding_seconds
 from sft_edge.commands.plan.memory import begin_peak
 from sft_edge.commands.plan.rows import Batches
+from sft_edge.link import Meter
 from sft_edge.model_files import Source
 from sft_edge.options import CutOptions, RunOptions
 from sft_edge.systems import FIT_TOKENS, System, open_system
@@ -55,6 +57,10 @@ class Taken(NamedTuple):
     """Bytes of this process at its largest, on the longest batches."""
     is_ahead: bool
     """Whether steps need not wait for those before."""
+    sends_once: bool
+    """Whether the cloud keeps what the first epoch sends."""
+    coding: float
+    """Seconds that the edge writes and reads of each step on the longest batches, in the first epoch."""
     tables_bytes: float
     """Of a codec that was fitted."""
 
@@ -70,6 +76,8 @@ class Trial:
     """Of the cloud."""
     batches: Batches
     on_status: Callable[[str], None]
+    meter: Optional[Meter] = None
+    """By which all that crosses is held to a rate."""
 
     def take(self, cut: CutOptions, lengths: Sequence[int]) -> Taken:
         """Opens a session, takes steps on batches of these padded lengths, and closes it. Raises any SFTError."""
@@ -90,6 +98,7 @@ class Trial:
             self.on_status,
             keep_in=Path(directory) / "activations" if cut.activations == "keep-on-edge" else None,
             keep_key=secrets.token_bytes(_KEY_BYTES) if keeps else b"",
+            meter=self.meter,
         ) as system:
             return self._take(system, cut, lengths)
 
@@ -103,8 +112,8 @@ class Trial:
             while len(samples) <= _FEWEST or (
                 len(samples) <= _MOST and sum(sample.seconds for sample in samples) < _ENOUGH_SECONDS
             ):
-                group = range(self.options.training.gradient_accumulation_steps)
-                seen.append([self.batches.made_up(length, len(samples) * len(group) + index) for index in group])
+                group = range(len(samples) * self.batches.in_step, (len(samples) + 1) * self.batches.in_step)
+                seen.append([self.batches.made_up(length, number) for number in group])
                 samples.append(steps.take(seen[-1]))
             first[length] = _median(samples[1:])
             later[length] = first[length]
@@ -112,8 +121,9 @@ class Trial:
                 later[length] = _median([steps.take(batches) for batches in seen][1:])
         device = find_device(self.options.training.device)
         peak = peak_memory_bytes(torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0)
+        coding = coding_seconds(system, self.batches.made_up(max(lengths), 0)) * self.batches.in_step
         tables = sum(x.numel() * x.element_size() for x in system.codec_tables.values())
-        return Taken(first, later, peak, system.sends_ahead, tables)
+        return Taken(first, later, peak, system.sends_ahead, system.sends_rows_once, coding, tables)
 
     def _calibration(self, cut: CutOptions) -> List[Batch]:
         if cut.codec != "fitted" and cut.residual != "low-rank":

@@ -16,9 +16,7 @@ from sft_edge.commands.reproduce.grid import Run
 from sft_edge.commands.reproduce.made_with import made_with
 from sft_edge.commands.reproduce.records import Finished, finished_in
 from sft_edge.commands.reproduce.runner import Failed, Runner, Stopped
-from sft_edge.signals import Termination, terminations_noted
-
-EXIT_TERMINATED = 143  # 128 + SIGTERM, as shells report it
+from sft_edge.signals import EXIT_TERMINATED, Termination, terminations_noted
 
 
 @dataclass(frozen=True)
