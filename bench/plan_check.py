@@ -47,9 +47,12 @@ class Setting(NamedTuple):
 
     @classmethod
     def named(cls, text: str) -> Setting:
-        """`sft/5/8/int8`."""
+        """`sft/5/8/int8`. Raises UsageError for other text."""
         mode, layer, rank, codec = (*text.split("/"), "0", "0", "")[:4]
-        return cls(mode, int(layer), int(rank), codec)
+        try:
+            return cls(mode, int(layer), int(rank), codec)
+        except ValueError:
+            raise UsageError(f"--settings {text}: give mode/block/rank/codec, such as sft/5/8/int8") from None
 
     def flags(self) -> list[str]:
         """Of `sft-edge train`."""
@@ -109,6 +112,7 @@ def check(
         flags = [*FLAGS, f"--data-dir={data_dir}", f"--max-train-samples={steps * BATCH}", *passed_on]
         reach = [f"--server={cloud.address}", "--tls=false"]
         plans = planned([*flags, *reach], link.on_edge(on_edge))
+        check_planned(settings, plans)
         print(f"{'setting':<24}{'predicted':>12}{'measured':>12}{'off by':>9}", flush=True)
         measured: dict[Setting, float] = {}
         for number, setting in enumerate(settings):
@@ -125,6 +129,17 @@ def check(
     slower = measured[chosen] / measured[fastest] - 1
     print(f"off by {max(errors):.1%} at most, {sum(errors) / len(errors):.1%} on average")
     print(f"fastest by the plan {'/'.join(map(str, chosen))}, which took {slower:.1%} more than the fastest measured")
+
+
+def check_planned(settings: list[Setting], plans: dict[Setting, float]) -> None:
+    """Raises UsageError, before anything is trained, for a setting that is no way to train here."""
+    for setting in settings:
+        if setting not in plans:
+            spelled = "/".join(map(str, setting))
+            like = (
+                ", ".join("/".join(map(str, one)) for one in plans if one.mode == setting.mode) or "none of that mode"
+            )
+            raise UsageError(f"--settings {spelled}: the plan has no such way; it has {like}")
 
 
 def planned(flags: list[str], prefix: list[str]) -> dict[Setting, float]:
