@@ -14,6 +14,7 @@ from sft.plan.grid import Grid
 from sft.plan.plans import Limits, Plan
 from sft_edge.commands.doctor.server import Way as Probed
 from sft_edge.commands.plan.accuracy import Record
+from sft_edge.commands.plan.choose import _flags
 from sft_edge.commands.plan.measure import NO_EXTRA, Measured, Times, measure, way_of
 from sft_edge.commands.plan.memory import Sizes
 from sft_edge.commands.plan.plan import _is_apart, _nothing
@@ -112,6 +113,11 @@ def test_steps_that_waited_for_their_turn_say_nothing_of_the_delay():
 )
 def test_a_cloud_on_this_machine_computes_when_the_edge_does_not(server, is_apart):
     assert _is_apart(LinkOptions(server=server)) is is_apart
+
+
+def test_what_is_chosen_is_told_as_one_would_type_it():
+    assert _flags(CutOptions("sl", 2, wire_dtype="float16")) == "--mode sl --split-layer 2 --codec float16"
+    assert _flags(CutOptions("sft", 2, 8)) == "--mode sft --split-layer 2 --split-rank 8 --codec int8"
 
 
 @pytest.mark.parametrize(("accumulation", "steps", "seconds"), [(1, 5, 0.3), (4, 2, 0.75), (100, 1, 1.5)])

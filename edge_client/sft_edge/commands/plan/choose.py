@@ -91,7 +91,7 @@ def _flags(cut: CutOptions) -> str:
     if cut.mode == "local":
         return "--mode local"
     rank = f" --split-rank {cut.split_rank}" if cut.mode == "sft" else ""
-    return f"--mode {cut.mode} --split-layer {cut.split_layer}{rank} --codec {cut.codec}"
+    return f"--mode {cut.mode} --split-layer {cut.split_layer}{rank} --codec {cut.written_in}"
 
 
 def _nothing(plans: Sequence[Plan]) -> str:
