@@ -2,12 +2,11 @@
 
     python bench/low_cut.py --data-dir DATA [--codes rank:8,float32 float32,rank:8 ...] [--publish]
 
-One process trains the whole model, MiniLM cut after a block; what would cross there is written and read in a code, one
-of activations and one of gradients: those of `--codec`; `fitted:BYTES`, of so many bytes a row on average, for
-gradients, too; `rank:R`, the R principal components in full; and `none`, for gradients: nothing comes down, so the edge
-rests. What is fitted is so at the steps of --fit-at, to the last rows that crossed; activations before that to training
-rows as they are pretrained, while gradients cross in full. Bytes are of a token in a step after the last fit, without
-tables. `--publish` writes the table, and above it what was run, into docs/decompositions.md.
+One process trains the whole model, MiniLM cut after a block; what would cross there is written and read in a code,
+one of activations and one of gradients: those of `--codec`, and those of low_cut_codes.py. What is fitted is so at the
+steps of --fit-at, to the last rows that crossed; activations before that to training rows as they are pretrained, while
+gradients cross in full. Bytes are of a token in a step after the last fit, without tables. `--publish` writes the
+table, and above it what was run, into docs/decompositions.md.
 """
 
 from __future__ import annotations
@@ -15,13 +14,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 from accuracy_tables import between_markers
+from low_cut_codes import code_named
 from residual_quality import BATCH_SIZE, LONGEST, order, train
 from torch import Tensor
 
@@ -29,19 +29,16 @@ from sft.batch import Batch
 from sft.models import Cut, Whole, build_whole, last_of_edge
 from sft.models.seeding import derive_seed
 from sft.models.weights import fill, pretrained_tensors
-from sft.wire.codec.elements import FITTED, codecs_named, decode_tensor, encode_tensor
 from sft.wire.codec.packing import pack, unpack
-from sft.wire.codec.rows import CODES, NAMES
 from sft_edge.commands.reproduce.made_with import as_line, made_with
 from sft_edge.files import write_file
 from sft_edge.model_files.source import open_source
 from sft_edge.options.train import ModelOptions
-from sft_edge.systems import fit, rows_to_fit
+from sft_edge.systems import rows_to_fit
 from sft_edge.tasks import batches_of, make_task
 from sft_edge.training.evaluation import EvaluationSet, evaluate
 
 PAGE = Path(__file__).parents[1] / "docs" / "decompositions.md"
-CPU = torch.device("cpu")
 CODES_TRIED = (
     "float32,float32",
     "rank:8,float32",
@@ -53,33 +50,12 @@ CODES_TRIED = (
     "float32,none",
     "rank:8,none",
     "fitted:32,none",
+    "fitted:48,fitted:16",
+    "fitted:16,fitted:48",
+    "weighted:32,fitted:32",
+    "branch:8,rank:8",
+    "branch:8,fitted:32",
 )
-Code = Callable[[Tensor, int], tuple[Tensor, int]]
-"""Of (T, W) and a seed: what arrives, and its bytes."""
-
-
-def code_named(name: str, like_TW: Tensor | None, seed: int) -> Code:
-    """`like_TW`: rows to fit it to; without any, a code that is fitted lets all through."""
-    kind, _, number = name.partition(":")
-    if kind == "none":
-        return lambda x_TW, _: (torch.zeros_like(x_TW), 0)
-    if kind in (FITTED, "rank") and like_TW is None:
-        return lambda x_TW, _: (x_TW, 4 * x_TW.numel())
-    if kind == "rank":
-        mean_W = like_TW.mean(dim=0)
-        _, _, v_WW = torch.linalg.svd(like_TW - mean_W, full_matrices=False)
-        v_RW = v_WW[: int(number)]
-        return lambda x_TW, _: (mean_W + (x_TW - mean_W) @ v_RW.T @ v_RW, 4 * len(v_RW) * len(x_TW))
-    data_type, codes = NAMES[kind], CODES
-    if kind == FITTED:
-        with mock.patch.object(fit, "mean_row_bytes", return_value=float(number)):
-            codes = codecs_named(None, FITTED).with_tables(fit.fit_tables(like_TW, seed), CPU).codes
-
-    def across(x_TW: Tensor, rounding: int) -> tuple[Tensor, int]:
-        written = encode_tensor(x_TW, data_type, rounding, codes)
-        return decode_tensor(written, CPU, codes), len(written.data)
-
-    return across
 
 
 class Crossing:
@@ -87,7 +63,7 @@ class Crossing:
 
     def __init__(self, up: str, down: str, fit_at: Sequence[int], seed: int) -> None:
         self.names = {"up": up, "down": down}
-        self.codes = {way: code_named(name, None, seed) for way, name in self.names.items()}
+        self.codes = {way: code_named(name, None, None, seed) for way, name in self.names.items()}
         self.bytes = {"up": 0, "down": 0}
         self.tokens = 0
         self._seen: dict[str, deque[Tensor]] = {"up": deque(maxlen=100), "down": deque(maxlen=100)}
@@ -96,7 +72,8 @@ class Crossing:
 
     def fit(self, way: str, like_TW: Tensor) -> None:
         """From now on."""
-        self.codes[way] = code_named(self.names[way], like_TW, self._seed)
+        gradient_TW = torch.cat(list(self._seen["down"])) if way == "up" and self._seen["down"] else None
+        self.codes[way] = code_named(self.names[way], like_TW, gradient_TW, self._seed)
 
     def noted(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The batches, each of which crosses before the next is asked for."""
