@@ -144,14 +144,14 @@ def import_peft() -> Any:
 def check_lora_config(config: Any) -> None:
     """Raises UsageError for what is no `peft.LoraConfig`, and for settings that a split model cannot follow."""
     peft = import_peft()
-    if not isinstance(config, peft.LoraConfig):
+    default = peft.LoraConfig()
+    if not isinstance(config, peft.LoraConfig) or config.peft_type != default.peft_type:
         raise UsageError(f"LoRA is configured by a peft.LoraConfig, not by a {type(config).__name__}")
     if config.bias != "none":
         raise UsageError(f"LoRA: bias={config.bias!r} cannot be merged into the model that is saved; leave it 'none'")
     if config.inference_mode:
         raise UsageError("LoRA: inference_mode=True trains nothing; leave it False")
-    default = peft.LoraConfig()
-    for one in fields(config):
+    for one in fields(default):
         if one.name not in (*_RESOLVED, *_TAKEN, *_SAYS_NOTHING) and (
             getattr(config, one.name) != getattr(default, one.name)
         ):

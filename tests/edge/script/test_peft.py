@@ -7,7 +7,7 @@ from typing import Any, Callable, Dict, List, Optional
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
+from peft import AdaLoraConfig, IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 from support.adapted import adapted, script, sgd, trained
 from support.script import EPS, OneMachine, Wire, tiny_model, wrap
 from torch import Tensor
@@ -261,6 +261,7 @@ REFUSED: Dict[str, Any] = {
     "not by a PromptTuningConfig": lambda: get_peft_model(
         tiny_model("gpt2", "causal-lm"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     ),
+    "not by a AdaLoraConfig": lambda: get_peft_model(tiny_model(), AdaLoraConfig(task_type="SEQ_CLS", total_step=9)),
     "merged or disabled": merged,
     "or disabled: unmerge": disabled,
     "use_dora is not supported": lambda: adapted(use_dora=True),
