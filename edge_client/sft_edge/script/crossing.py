@@ -13,7 +13,6 @@ from typing import Any, Callable, Deque, NoReturn, Optional, Sequence, Set, Tupl
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sft.errors import CloudMemoryError, NonFiniteLossError, SessionLostError, UsageError
 from sft.v1 import split_training_pb2 as pb
@@ -74,6 +73,7 @@ class LinkCross(Cross):
     ) -> Crossed:
         """See Cross."""
         self.check_halves()
+        self.gradients.check_hooks()
         if variant and not self.link.takes_variants:
             raise UsageError(
                 "the cloud's release takes one set of this model's optional arguments: call it always with those, or "
@@ -366,15 +366,33 @@ class _ThroughCloud(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, activation: Tensor, _: Tensor, ask: Callable[[], _Question]
+        ctx: Any, activation: Tensor, parameter: Tensor, ask: Callable[[], _Question]
     ) -> Tuple[Optional[Tensor], Optional[Tensor]]:
         ctx.set_materialize_grads(False)
-        ctx.question = ask()
+        ctx.question, ctx.parameter = ask(), parameter
         loss, outputs = ctx.question.answer()
         # Views that a function returns cannot be changed in place.
         return loss, None if outputs is None else outputs.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: Optional[Tensor]) -> Tuple[Optional[Tensor], None, None]:
-        return ctx.question.backward(*gradients), None, None
+        with torch.no_grad():
+            gradient = ctx.question.backward(*gradients)
+        if torch.is_grad_enabled() and gradient is not None:  # create_graph
+            gradient = _NoFurther.apply(gradient, ctx.parameter)  # type: ignore[no-untyped-call]
+        return gradient, None, None
+
+
+class _NoFurther(torch.autograd.Function):
+    """A gradient, of which there is none."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, _: Tensor) -> Tensor:
+        return gradient.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> NoReturn:
+        raise UsageError(
+            "create_graph=True: gradients of gradients do not cross; leave out what is computed of gradients, such as "
+            "a penalty"
+        )

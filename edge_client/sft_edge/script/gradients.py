@@ -7,6 +7,7 @@ halves. Whatever a script does to gradients, it does to this one, too, and the c
     clip_grad_norm_, GradScaler.unscale_    .grad multiplied     all of net_2's gradients are multiplied by as much
     zero_grad of optimizer or model         .grad None or 0      net_2's gradients are forgotten, or become 0
     clip_grad_value_, noise                 its two numbers have another ratio: refused
+    torch.autograd.grad                     autograd does not come to it: net_2's new gradients are forgotten
 
 While a backward is under way, and after one that was broken off, nobody here knows what the cloud has: `.grad` is NaN.
 """
@@ -14,8 +15,9 @@ While a backward is under way, and after one that was broken off, nobody here kn
 from __future__ import annotations
 
 import math
+import weakref
 from contextlib import contextmanager
-from typing import Iterator, Optional
+from typing import Any, Iterator, Optional
 
 import torch
 from torch import Tensor, nn
@@ -38,15 +40,19 @@ class CloudGradients:
     """Keeps the parameter and the cloud in agreement."""
 
     def __init__(self, link: Link, device: torch.device) -> None:
-        self.parameter = nn.Parameter(torch.tensor([0.0, 1.0], dtype=torch.float32, device=device))
+        self.parameter = nn.Parameter(torch.tensor([[0.0, 1.0]], dtype=torch.float32, device=device))
         """Its `.grad` is what counts. Its value never changes: a penalty or a mask that a script computes of all values
-        touches one of the two gradients, and not the other."""
+        touches one of the two gradients, and not the other. It is a matrix, so that noise on all matrices does, too."""
+        own = weakref.ref(self)
+        self.parameter.register_hook(lambda _: _come_to(own()))  # type: ignore[no-untyped-call]
         self.generation = 0
         """Changes whenever the gradients that the cloud has added up change."""
         self._link = link
         self._norm: Optional[float] = None  # what .grad was last known to be; None where the cloud has none
         self._committed = False  # a commit is held: the cloud will forget its gradients, unless it is told to keep them
         self._stays_unknown = False  # what the backward that is under way adds to was not known before
+        self._is_come_to = False  # by autograd, in the backward that was begun last
+        self._is_mixed = False  # with gradients that nobody has on the edge
 
     @property
     def is_empty(self) -> bool:
@@ -54,9 +60,34 @@ class CloudGradients:
         return self._norm is None
 
     def begin(self) -> None:
-        """A backward is about to add to the cloud's gradients; whether it has is known with `show`. After `tell`."""
+        """A backward is about to add to the cloud's gradients; whether it has is known with `show`. After `tell`.
+
+        To be called within it, by autograd.
+        """
         self._stays_unknown = self._norm is not None and math.isnan(self._norm)
+        self._is_come_to, had_none = False, self._norm is None
+        engine: Any = torch.autograd.Variable._execution_engine
+        engine.queue_callback(lambda: self._ended(had_none))
         self._set(math.nan)
+
+    def _ended(self, had_none: bool) -> None:
+        """A backward is over. One that accumulates nothing, as `torch.autograd.grad` or `backward(inputs=...)`, has not
+        come to the parameter, and the cloud has accumulated."""
+        if self._is_come_to:
+            return
+        if had_none:
+            self.parameter.grad = None  # the cloud is told as it is of `zero_grad`
+        elif self.parameter.grad is not None:
+            self._is_mixed = True
+
+    def check_hooks(self) -> None:
+        """Raises UsageError where the script has given the parameter a hook."""
+        others = len(self.parameter._backward_hooks or ()) - 1
+        if others or getattr(self.parameter, "_post_accumulate_grad_hooks", None):
+            raise UsageError(
+                f"'{PARAMETER_NAME}' stands for all gradients on the cloud, and has been given a hook, which sees none "
+                "of them: leave it out, if hooks are for what is on the edge"
+            )
 
     def show(self, norm: float) -> None:
         """A backward has added to the cloud's gradients, and this is their norm now. After `begin`."""
@@ -65,13 +96,13 @@ class CloudGradients:
     def _set(self, norm: float) -> None:
         self.generation += 1
         # One that is too large becomes infinity.
-        self.parameter.grad = torch.tensor(_SHARES, dtype=torch.float32).mul(norm).to(self.parameter)
+        self.parameter.grad = torch.tensor([_SHARES], dtype=torch.float32).mul(norm).to(self.parameter)
         self._norm = _norm_of(self.parameter.grad)  # as rounded
 
     def undone(self) -> None:
         """The cloud has forgotten its gradients by itself."""
         self.parameter.grad = self._norm = None
-        self._committed = self._stays_unknown = False
+        self._committed = self._stays_unknown = self._is_mixed = False
         self.generation += 1
 
     def tell(self) -> None:
@@ -82,6 +113,7 @@ class CloudGradients:
         if self._norm is None:
             return
         left = self._left()
+        self._check_mixed(left)
         if left is None:
             are_zeros = self.parameter.grad is not None  # with which an optimizer goes on decaying what gets no others
             if are_zeros and self._committed:
@@ -110,6 +142,7 @@ class CloudGradients:
             raise UsageError(
                 "step() without gradients on the cloud: they were zeroed after the last backward() through it"
             )
+        self._check_mixed(self._left())
         left = _norm_of(self.parameter.grad)  # 0 where a script has made zeros of them, and steps with these
         if not (math.isfinite(self._norm) and math.isfinite(left)):
             raise NonFiniteLossError(
@@ -133,12 +166,27 @@ class CloudGradients:
         finally:
             self.parameter.grad = grad
 
+    def _check_mixed(self, left: Optional[float]) -> None:
+        if left is None:  # zeroed
+            self._is_mixed = False
+        if self._is_mixed:
+            raise UsageError(
+                "torch.autograd.grad() or backward(inputs=...) went through the cloud, which has added its gradients "
+                "to those of a backward() before it: call zero_grad(), and the latter after the former"
+            )
+
     def _left(self) -> Optional[float]:
         """What the script has left of the norm; None where it zeroed the gradients."""
         if self.parameter.grad is None:
             return None
         left = _norm_of(self.parameter.grad)
         return None if left == 0.0 and self._norm != 0.0 else left
+
+
+def _come_to(gradients: Optional[CloudGradients]) -> None:
+    """Autograd is done with what leads to the parameter, and would add to its gradient."""
+    if gradients is not None:
+        gradients._is_come_to = True
 
 
 def _quotient(left: float, norm: float) -> float:
@@ -149,7 +197,7 @@ def _quotient(left: float, norm: float) -> float:
 
 def _norm_of(grad: Tensor) -> float:
     """The cloud's norm, with the sign of what the script has multiplied it by, from the gradient that stands for it."""
-    first, second = grad.tolist()
+    first, second = grad.flatten().tolist()
     norm = first / _SHARES[0]
     if math.isfinite(first) and math.isfinite(second):
         expected = norm * _SHARES[1]

@@ -150,6 +150,12 @@ def add_noise(model: Any) -> None:
             parameter.grad.add_(0.01 * torch.randn_like(parameter.grad))
 
 
+def noise_on_matrices(model: Any) -> None:
+    for parameter in model.parameters():
+        if parameter.grad is not None and parameter.dim() > 1:
+            parameter.grad.add_(0.01 * torch.randn_like(parameter.grad))
+
+
 def signs(model: Any) -> None:
     for parameter in model.parameters():
         if parameter.grad is not None:
@@ -168,7 +174,7 @@ def mask(model: Any) -> None:
             parameter.grad.mul_(parameter.detach() != 0)
 
 
-@pytest.mark.parametrize("edit", [clip_values, add_noise, signs, penalty, mask])
+@pytest.mark.parametrize("edit", [clip_values, add_noise, noise_on_matrices, signs, penalty, mask])
 def test_gradients_that_are_edited_one_by_one(edit: Callable[[Any], None]) -> None:
     model = tiny_model()
     with wrap(model, sgd(model)) as optimizer:
