@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import re
 import sys
 import threading
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
@@ -44,6 +46,17 @@ def tiny_model(family: str = "bert", head: str = "sequence-classification", **ov
         torch.manual_seed(0)
         model: PreTrainedModel = HEADS[head].auto_class.from_config(config)
     return model.train()
+
+
+def with_dropout_above(model: PreTrainedModel, **settings: float) -> PreTrainedModel:
+    """Settings of the configuration, that the modules above the cut follow: the cloud draws, and the edge does not."""
+    model.config.update({name: p for name, p in settings.items() if hasattr(model.config, name)})
+    described = dict(type(model)(copy.deepcopy(model.config)).named_modules())
+    for name, module in model.named_modules():
+        below = re.search(r"embeddings|\.(layer|h)\.(0|1\.(?!output\.dropout|mlp\.dropout))|^transformer\.drop$", name)
+        if isinstance(module, nn.Dropout) and below is None:
+            module.p = described[name].p  # type: ignore[assignment]
+    return model
 
 
 def batches(count: int, model: Any, labels: bool = True) -> List[Dict[str, Tensor]]:

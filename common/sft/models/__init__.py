@@ -5,6 +5,7 @@ Listed here is what speaks of models, halves and cuts. Doors of their own are `w
 `families.catalogue`; the other files are the room's own.
 """
 
+from sft.models.built_anew import whole_name
 from sft.models.calibration import Moments, output_moments
 from sft.models.cut import (
     Cut,
@@ -29,7 +30,6 @@ from sft.models.in_place import (
     layer_to_cut,
     live_parameters,
     what_is_own,
-    whole_name,
 )
 from sft.models.nets import Net, Net1, Net2, Output, TiedHead, Whole
 from sft.models.split_layer import RESIDUALS

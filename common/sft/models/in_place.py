@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from types import FunctionType
 from typing import Any, Dict, Mapping, Optional, Tuple
 
@@ -11,14 +10,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sft.errors import UnsupportedModelError, UsageError
-from sft.models.cut import Cut, blocks_of, build_whole, check_cut, lower_half, name_of_w, prepare
+from sft.models.built_anew import BY_PEFT, check_built_anew, whole_name
+from sft.models.cut import Cut, blocks_of, build_whole, check_cut, lower_half, name_of_w, prepare, replace_module
 from sft.models.families.catalogue import body_of, family_of, head_of, library_class
+from sft.models.gone import Gone, LowerBlocks
 from sft.models.heads import head_named, is_body
 from sft.models.nets import Net1
 from sft.models.split_layer import SplitLayer
-
-_BY_PEFT = re.compile(r"\.(lora_[^.]*|original_module)\.")
-"""In the names of parameters that peft has added to a model."""
 
 
 def check_live(model: Any, head: str, cut: Cut) -> None:
@@ -35,8 +33,9 @@ def check_live(model: Any, head: str, cut: Cut) -> None:
     if own:
         raise UsageError(own)
     if is_body(head):
-        _check_body(model, head, cut)
+        _check_body(model, cut)
     kept = decomposed_by(model)
+    check_built_anew(model, head, cut, kept)
     if kept is None:
         check_cut(cut, model, family, halves=True)
     elif kept != cut:
@@ -46,26 +45,16 @@ def check_live(model: Any, head: str, cut: Cut) -> None:
         )
 
 
-def _check_body(model: Any, head: str, cut: Cut) -> None:
-    """Raises UsageError for what modules inside somebody's own have beside weights, and would lose on the cloud."""
+def _check_body(model: Any, cut: Cut) -> None:
+    """Raises UsageError for adapters inside somebody's own module."""
     family = family_of(model.config)
-    dropouts = {n: m.p for n, m in build_whole(model.config, head).model.named_modules() if isinstance(m, nn.Dropout)}
-    for name, module in model.named_modules():
+    for name, _ in model.named_parameters():
         place = name[len(family.blocks) + 1 :].partition(".")[0]
-        if name and not (name.startswith(f"{family.blocks}.") and int(place) >= cut.split_layer - 1):
-            continue
-        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-        own = list(module.named_parameters(recurse=False))
-        if any(getattr(module, kind, None) for kind in hooks) or any(p._backward_hooks for _, p in own):
-            where = f"'{name}' of the {type(model).__name__}" if name else f"this {type(model).__name__}"
-            raise UsageError(f"{where} has hooks, which the cloud's would not have: remove them")
-        if any(_BY_PEFT.search(f".{name}.{parameter}") for parameter, _ in own):
+        is_clouds = name.startswith(f"{family.blocks}.") and int(place) >= cut.split_layer - 1
+        if is_clouds and BY_PEFT.search(f".{name}"):
             raise UsageError(
-                f"'{name}' has adapters, which are not for a model inside a module of your own: merge them"
-            )
-        if isinstance(module, nn.Dropout) and module.p != dropouts.get(name, module.p):
-            raise UsageError(
-                f"'{name}' has p={module.p}, and model.config another: the cloud builds it from that, so set it there"
+                f"'{BY_PEFT.split(name)[0]}' has adapters, which are not for a model inside a module of your own: "
+                "merge them"
             )
 
 
@@ -83,7 +72,7 @@ def what_is_own(model: Any, head: str) -> str:
         )
     described = build_whole(model.config, head, decomposed_by(model)).model.named_parameters(remove_duplicate=False)
     shapes = {name: parameter.shape for name, parameter in described}
-    live = {name: p for name, p in live_parameters(model).items() if not _BY_PEFT.search(name)}
+    live = {name: p for name, p in live_parameters(model).items() if not BY_PEFT.search(name)}
     odd = sorted(
         name
         for name in live.keys() | shapes.keys()
@@ -161,9 +150,9 @@ def cut_live(model: Any, head: str, cut: Cut) -> Net1:
     """Cuts a library model in place: what is left of it is net_1, which is returned.
 
     Blocks above the cut, final norm, pooler and head are gone from the object, so that their memory is freed once
-    nobody else holds them. FFN-1 is on the meta device: its value is the caller's to fill in. What both halves need is
-    frozen, a tied head untied, and all of it float32. Where parameters are, and what else is trained, stays. Raises
-    what `check_live` raises.
+    nobody else holds them; who asks for a block or a head is told so (`sft.models.gone`). FFN-1 is on the meta device:
+    its value is the caller's to fill in. What both halves need is frozen, a tied head untied, and all of it float32.
+    Where parameters are, and what else is trained, stays. Raises what `check_live` raises.
     """
     check_live(model, head, cut)
     family = family_of(model.config)
@@ -172,10 +161,13 @@ def cut_live(model: Any, head: str, cut: Cut) -> Net1:
             module.chunk_size_feed_forward = 0  # it would cut the feed-forward layer along the sequence
     if getattr(model.config, "pretraining_tp", 1) != 1:
         model.config.pretraining_tp = 1  # likewise
+    count = len(blocks_of(model.base_model, family))
     net_1 = lower_half(model, family, head, cut)
+    kept = blocks_of(model.base_model, family)
+    replace_module(model.base_model, family.blocks, LowerBlocks(kept, count))
     for name, child in list(model.named_children()):
         if child is not model.base_model and not is_body(head):
-            setattr(model, name, None)
+            setattr(model, name, Gone(child))
     if head_named(head).of_vocabulary:  # the head is on the cloud, and no copy of the embeddings any more
         model.get_output_embeddings = lambda: None
         model.config.tie_word_embeddings = False
@@ -183,12 +175,6 @@ def cut_live(model: Any, head: str, cut: Cut) -> Net1:
             model.all_tied_weights_keys = {}
     net_1.float()  # the parameters stay the objects they were
     return net_1
-
-
-def whole_name(name: str) -> str:
-    """A parameter's name in the whole model, from that in a library model, which peft may have changed."""
-    name = re.sub(r"^base_model\.model\.", "", name)
-    return re.sub(r"\.(base_layer|modules_to_save\.default)\.", ".", name)
 
 
 def live_parameters(model: Any) -> Dict[str, nn.Parameter]:

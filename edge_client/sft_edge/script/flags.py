@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from typing import Mapping
 
 from torch import nn
 
@@ -13,8 +14,9 @@ from sft.graphs.on_cloud import stand_ins
 class TrainedFlags:
     """`requires_grad` of a cut model's parameters, as it was when the model was cut."""
 
-    def __init__(self, model: nn.Module) -> None:
-        both = (*model.named_parameters(), *stand_ins(model).items())
+    def __init__(self, model: nn.Module, gone: Mapping[str, nn.Parameter]) -> None:
+        """`gone`: what the model had by these names, and a script may still hold."""
+        both = (*model.named_parameters(), *stand_ins(model).items(), *gone.items())
         self._flags = [(name, weakref.ref(p), p.requires_grad) for name, p in both]
 
     def check(self) -> None:

@@ -75,7 +75,7 @@ class EdgeRole(Role):
         )
         link = Link(transport, request, blobs, policy, _tell)
         self._opened = link.open()  # from here on nothing is left that could be wrong
-        before = list(model.parameters())
+        before = dict(model.named_parameters())
         try:
             self._cross = LinkCross(link, codecs, next(model.parameters()).device, seed)
             self._cross.takes_modes = self._opened.takes_modes
@@ -86,8 +86,9 @@ class EdgeRole(Role):
             link.close()
             raise
         kept = set(map(id, model.parameters()))
-        gone = [parameter for parameter in before if id(parameter) not in kept]
-        refuse_others(optimizer, gone, self._cross.gradients.parameter, until_end_of=self._cross)
+        gone = {name: parameter for name, parameter in before.items() if id(parameter) not in kept}
+        refuse_others(optimizer, gone.values(), self._cross.gradients.parameter, until_end_of=self._cross)
+        self._flags = TrainedFlags(model, gone)
         del before, gone  # their memory is to be free
         own = weakref.ref(optimizer)
         self._cross.on_undone = lambda: _zero(own())
@@ -96,12 +97,12 @@ class EdgeRole(Role):
         self.optimizer = optimizer
         self._state = CloudState(self._cross, {name: shapes[name] for name in cut_model.cloud_names}, cut_model, spec)
         self._state.follow(model)
-        self._flags = TrainedFlags(model)
         ffn_1 = parameters[f"{cut_model.layer_name}.ffn1.weight"]
         self._unseen = UnseenChanges(model, ffn_1)
-        if not ffn_1.requires_grad:
+        if not ffn_1.requires_grad or all(ffn_1 is not p for g in optimizer.param_groups for p in g["params"]):
+            how = "in no group of the optimizer" if ffn_1.requires_grad else "frozen"
             _tell(
-                f"the layer that is cut, '{cut_model.layer_name}', is frozen, and its factors with it: nothing makes "
+                f"the layer that is cut, '{cut_model.layer_name}', is {how}, and its factors with it: nothing makes "
                 "up for what its decomposition drops; leave it trained"
             )
         self._on_cloud = arguments_of(optimizer)

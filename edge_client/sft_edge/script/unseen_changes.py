@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 from torch import nn
@@ -26,6 +27,7 @@ class UnseenChanges:
         self._name = next(name for name, parameter in model.named_parameters() if parameter is ffn_1)
         self.accept()
         holder = model.get_submodule(self._name.rpartition(".")[0])
+        self._holder = weakref.ref(holder)
         holder.register_load_state_dict_post_hook(self._loaded)  # type: ignore[no-untyped-call]
 
     def accept(self) -> None:
@@ -33,7 +35,13 @@ class UnseenChanges:
         self._seen_F = self._parameter.detach()[0].clone()  # one row: an average changes them all
 
     def check(self) -> None:
-        """Raises UsageError where it was changed since `accept`, but for type and device."""
+        """Raises UsageError where it was changed since `accept`, but for type and device, or is another parameter."""
+        holder = self._holder()
+        if holder is not None and holder.weight is not self._parameter:
+            raise UsageError(
+                f"'{self._name}' was exchanged for another tensor, as torch.func.functional_call does, which reaches "
+                "none of the cloud's weights: bring others in by load_state_dict()"
+            )
         now_F, seen_F = self._parameter.detach()[0], self._seen_F
         if (now_F.dtype, now_F.device) != (seen_F.dtype, seen_F.device):
             self.accept()

@@ -14,7 +14,7 @@ import transformers
 from safetensors.torch import load_file
 from support.bodies import Tagger, made
 from support.opened import code_copied_to
-from support.script import adamw, batches, one_machine, sgd, tiny_model, wrap
+from support.script import adamw, batches, one_machine, sgd, tiny_model, with_dropout_above, wrap
 
 from sft import SFTOptimizer
 from sft.errors import CutError, UsageError
@@ -37,9 +37,7 @@ def same(one: Dict[str, torch.Tensor], other: Dict[str, torch.Tensor]) -> bool:
 
 def with_dropout(family: str, head: str, **overrides: Any) -> Any:
     """Above the cut: the cloud's, which is drawn from the seed of the session that the run began with."""
-    model = tiny_model(family, head, **overrides)
-    model.config.update({name: 0.1 for name in ("hidden_dropout_prob", "resid_pdrop") if hasattr(model.config, name)})
-    return model
+    return with_dropout_above(tiny_model(family, head, **overrides), hidden_dropout_prob=0.1, resid_pdrop=0.1)
 
 
 @pytest.mark.parametrize("residual", ["none", "low-rank"])

@@ -11,7 +11,7 @@ from typing import Any, Iterator, Tuple
 
 import pytest
 import torch
-from support.script import Wire, adamw, batches, sgd, tiny_model, wrap
+from support.script import Wire, adamw, batches, sgd, tiny_model, with_dropout_above, wrap
 from transformers import BertForSequenceClassification, PreTrainedModel
 
 import sft
@@ -232,8 +232,7 @@ def test_round_trips() -> None:
 def test_the_clouds_dropout_depends_on_the_seed_alone(travels: bool) -> None:
     losses = []
     for seed in (1, 1, 2):
-        model = tiny_model(hidden_dropout_prob=0.0)
-        model.config.hidden_dropout_prob = 0.5  # the cloud builds its half from the configuration
+        model = with_dropout_above(tiny_model(), hidden_dropout_prob=0.5)
         with wrap(model, adamw(model), seed=seed):
             batch = batches(1, model)[0]
             y = batch["labels"]

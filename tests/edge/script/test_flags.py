@@ -67,5 +67,10 @@ def test_a_frozen_layer_that_is_cut_is_told(caplog: pytest.LogCaptureFixture) ->
         one_step(model, optimizer)
     caplog.clear()
     model = tiny_model()
+    with wrap(model, sgd(model.classifier)) as optimizer:
+        assert "'bert.encoder.layer.1.output.dense', is in no group of the optimizer, and its factors" in caplog.text
+        one_step(model, optimizer)
+    caplog.clear()
+    model = tiny_model()
     with wrap(model, sgd(model)):
-        assert "is frozen" not in caplog.text
+        assert "and its factors with it" not in caplog.text

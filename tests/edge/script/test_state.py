@@ -8,7 +8,7 @@ from typing import Any, Dict, List
 
 import pytest
 import torch
-from support.script import Wire, adamw, batches, one_machine, sgd, tiny_model, wrap
+from support.script import Wire, adamw, batches, one_machine, sgd, tiny_model, with_dropout_above, wrap
 from torch import Tensor
 
 from sft.errors import UsageError
@@ -244,8 +244,7 @@ def test_no_state_in_the_place_of_one() -> None:
 
 def dropping(seed: int) -> Any:
     """A model with dropout in both halves."""
-    model = tiny_model()
-    model.config.hidden_dropout_prob = 0.3  # the cloud builds its half from that
+    model: Any = with_dropout_above(tiny_model(), hidden_dropout_prob=0.3)
     model.bert.embeddings.dropout.p = 0.3
     torch.manual_seed(seed)
     return model
