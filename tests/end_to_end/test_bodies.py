@@ -326,7 +326,7 @@ def replaced(model: Any) -> None:
     ("change", "says"),
     [
         (hooked, "has hooks, which the cloud's would not have"),
-        (with_less_dropout, r"has p=0\.5, and model\.config another"),
+        (with_less_dropout, r"has p=0\.5, and by model\.config the cloud's has"),
         (with_adapters, "has adapters, which are not for a model inside a module of your own"),
         (in_half, r"is torch\.bfloat16: call model\.float\(\) first"),
         (replaced, "the forward of this Mean was replaced"),

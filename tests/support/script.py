@@ -54,8 +54,9 @@ def with_dropout_above(model: PreTrainedModel, **settings: float) -> PreTrainedM
     described = dict(type(model)(copy.deepcopy(model.config)).named_modules())
     for name, module in model.named_modules():
         below = re.search(r"embeddings|\.(layer|h)\.(0|1\.(?!output\.dropout|mlp\.dropout))|^transformer\.drop$", name)
-        if isinstance(module, nn.Dropout) and below is None:
-            module.p = described[name].p  # type: ignore[assignment]
+        if below is None:  # some keep theirs as a number
+            own = ("p",) if isinstance(module, nn.Dropout) else [key for key in vars(module) if "drop" in key]
+            vars(module).update({key: getattr(described[name], key) for key in own})
     return model
 
 

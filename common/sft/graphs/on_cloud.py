@@ -6,47 +6,14 @@ from __future__ import annotations
 
 from typing import Any, Dict, Iterator, NoReturn, Set, Tuple
 
-import torch
 from torch import nn
 
-from sft.errors import UsageError
+from sft.models.gone import Gone, OnCloudError, StandIn
 
 _KEPT = ("training", "_modules")
 """Attributes by which torch walks through a model, and sets modes."""
 
 _STAND_INS = "_stand_ins"
-
-_COUNTING = frozenset(
-    {
-        torch.Tensor.numel, torch.Tensor.nelement, torch.Tensor.element_size, torch.Tensor.size, torch.Tensor.dim,
-        torch.Tensor.is_floating_point, torch.Tensor.is_complex, torch.Tensor.requires_grad_, torch.Tensor.__hash__,
-        torch.Tensor.requires_grad.__set__,  # type: ignore[attr-defined]
-        *(
-            getattr(torch.Tensor, name).__get__
-            for name in ("shape", "ndim", "dtype", "device", "is_meta", "grad", "requires_grad")
-        ),
-    }
-)  # fmt: skip
-"""What may be asked of a stand-in: its size, and whether it is trained, which the optimizer looks at in `step()`."""
-
-
-class OnCloudError(UsageError, AttributeError):
-    """The latter, so that `hasattr` says no."""
-
-
-class StandIn(nn.Parameter):
-    """For a parameter on the cloud: of its shape, without memory."""
-
-    def __repr__(self) -> str:  # type: ignore[override]
-        return f"parameter on the cloud, of shape {list(self.shape)}"
-
-    @classmethod
-    def __torch_function__(cls, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Raises OnCloudError for what would change it, or compute with it."""
-        if func not in _COUNTING:
-            raise OnCloudError("this parameter is on the cloud: what is done to it here does not reach it")
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
 
 
 class OnCloud(nn.Module):
@@ -117,7 +84,7 @@ def stand_ins(model: nn.Module) -> Dict[str, nn.Parameter]:
     return {
         name: stand_in
         for place, module in model.named_modules()
-        if isinstance(module, OnCloud)
+        if isinstance(module, (OnCloud, Gone))
         for name, stand_in in module.named_parameters(place, recurse=False)
     }
 
@@ -136,10 +103,7 @@ def leave_modes(model: nn.Module, doomed: Set[int]) -> None:
 
 def _empty(module: Any, had: Dict[str, nn.Parameter]) -> None:
     kept = {name: value for name, value in vars(module).items() if name in _KEPT}
-    without_memory = {
-        name: StandIn(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
-        for name, parameter in had.items()
-    }
+    without_memory = {name: StandIn.of(parameter) for name, parameter in had.items()}
     module.__class__ = _emptied(type(module))
     vars(module).clear()
     vars(module).update({**vars(nn.Module()), **kept, _STAND_INS: without_memory})

@@ -1,7 +1,7 @@
 """Algorithm 1, lines 1 to 3, for a transformers model: cut at block l, decomposed, filled; a small file a family.
 
 Listed here is what speaks of models, halves and cuts. Doors of their own are `weights`, `lora`, `losses`, `decompose`,
-`split_layer`, `seeding`, `configuration`, `checked_config` and
+`split_layer`, `seeding`, `configuration`, `checked_config`, `gone` and
 `families.catalogue`; the other files are the room's own.
 """
 

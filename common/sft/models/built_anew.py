@@ -1,12 +1,13 @@
 """What the cloud's half of a model object would not have: it is built from the configuration, and gets weights alone.
 
-Whatever else a script has done to modules of the upper half is looked for here, so that it is refused and not lost.
+What else a script has done to modules of the upper half is looked for here, so that it is refused and not lost. What it
+has done to their classes is not seen: those that describe the model have it, too.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Tuple, Type
 
 from torch import nn
 
@@ -18,6 +19,7 @@ from sft.models.families.family import Family
 BY_PEFT = re.compile(r"\.(lora_[^.]*|original_module)\.")
 """In the names of parameters that peft has added to a model."""
 
+_LIBRARY = "transformers."
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _HOOKS_OF_PARAMETERS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
@@ -40,28 +42,44 @@ def check_built_anew(model: Any, head: str, cut: Cut, decomposed: Optional[Cut] 
         where = f"'{name}' of the {type(model).__name__}" if name else f"this {type(model).__name__}"
         own = list(module.parameters(recurse=False))
         if any(map(_is_the_scripts, _hooks(module, _HOOKS))) or any(_hooks(p, _HOOKS_OF_PARAMETERS) for p in own):
-            raise UsageError(f"{where} has hooks, which the cloud's would not have: remove them")
+            raise UsageError(
+                f"{where} has hooks, which the cloud's would not have: remove them, or hook what is below the cut"
+            )
         if not name or type(module).__module__.startswith("peft."):
             continue
         if "forward" in vars(module):
-            raise UsageError(f"{where} has a forward of its own, which the cloud's would not have: give the library's")
+            raise UsageError(
+                f"{where} has a forward of its own, which the cloud's would not have: give the library's, uncompiled"
+            )
         built = described.get(whole_name(f"{name}.")[:-1], module)
-        if type(built) is not type(module):
+        if not _are_alike(type(built), type(module)):
             raise UsageError(
                 f"{where} is a {type(module).__name__}, and model.config describes a {type(built).__name__}: the cloud "
                 "builds it from that"
             )
-        if isinstance(module, nn.Dropout):
-            _check_dropout(model, where, module, built)
+        _check_dropout(model, where, module, built)
     _check_ties(model, described, family, cut)
 
 
-def _check_dropout(model: Any, where: str, module: nn.Dropout, built: Any) -> None:
-    if module.p != built.p:
-        raise UsageError(
-            f"{where} has p={module.p}, and model.config another: the cloud builds it from that, so set it there"
-        )
-    if module.p and model.training and not module.training:
+def _are_alike(built: Type[Any], own: Type[Any]) -> bool:
+    """Also where the library has a class for each way to compute attention, and the script has chosen another since."""
+    related = issubclass(built, own) or issubclass(own, built)
+    return built is own or (
+        related and built.__module__ == own.__module__ and own.__module__.startswith("transformers.")
+    )
+
+
+def _check_dropout(model: Any, where: str, module: nn.Module, built: nn.Module) -> None:
+    """Of a module, and of one that keeps its own as a number."""
+    own = {"p": module.p} if isinstance(module, nn.Dropout) else {n: x for n, x in vars(module).items() if "drop" in n}
+    for name, value in own.items():
+        described = getattr(built, name, value)
+        if isinstance(value, (int, float)) and value != described:
+            raise UsageError(
+                f"{where} has {name}={value}, and by model.config the cloud's has {described}: give both the same, or "
+                "make the model of a config that says it"
+            )
+    if isinstance(module, nn.Dropout) and module.p and model.training and not module.training:
         raise UsageError(
             f"{where} is in eval() mode, and the cloud's follows the model: call train() or eval() of the model, or "
             "make it of a config with a dropout of 0"
@@ -99,7 +117,7 @@ def _hooks(of: Any, kinds: Tuple[str, ...]) -> List[Any]:
 
 def _is_the_scripts(hook: Any) -> bool:
     """Not the library's own, which wait for somebody who wants hidden states."""
-    return not str(getattr(hook, "__module__", "")).startswith("transformers.")
+    return not str(getattr(hook, "__module__", "")).startswith(_LIBRARY)
 
 
 def _check_ties(model: Any, described: Dict[str, nn.Module], family: Family, cut: Cut) -> None:

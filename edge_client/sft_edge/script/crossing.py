@@ -73,7 +73,7 @@ class LinkCross(Cross):
     ) -> Crossed:
         """See Cross."""
         self.check_halves()
-        self.gradients.check_hooks()
+        self.gradients.watch()
         if variant and not self.link.takes_variants:
             raise UsageError(
                 "the cloud's release takes one set of this model's optional arguments: call it always with those, or "

@@ -43,8 +43,7 @@ class CloudGradients:
         self.parameter = nn.Parameter(torch.tensor([[0.0, 1.0]], dtype=torch.float32, device=device))
         """Its `.grad` is what counts. Its value never changes: a penalty or a mask that a script computes of all values
         touches one of the two gradients, and not the other. It is a matrix, so that noise on all matrices does, too."""
-        own = weakref.ref(self)
-        self.parameter.register_hook(lambda _: _come_to(own()))  # type: ignore[no-untyped-call]
+        self._node: Any = None  # autograd's, that adds to `.grad`
         self.generation = 0
         """Changes whenever the gradients that the cloud has added up change."""
         self._link = link
@@ -80,14 +79,19 @@ class CloudGradients:
         elif self.parameter.grad is not None:
             self._is_mixed = True
 
-    def check_hooks(self) -> None:
-        """Raises UsageError where the script has given the parameter a hook."""
-        others = len(self.parameter._backward_hooks or ()) - 1
-        if others or getattr(self.parameter, "_post_accumulate_grad_hooks", None):
+    def watch(self) -> None:
+        """Before each forward. Raises UsageError where the script has given the parameter a hook."""
+        if self.parameter._backward_hooks or getattr(self.parameter, "_post_accumulate_grad_hooks", None):
             raise UsageError(
                 f"'{PARAMETER_NAME}' stands for all gradients on the cloud, and has been given a hook, which sees none "
-                "of them: leave it out, if hooks are for what is on the edge"
+                "of them: leave it out of those that hooks are for, as by `if name != 'cloud_gradients'`"
             )
+        with torch.enable_grad():
+            node: Any = self.parameter.expand_as(self.parameter).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+        if node is not self._node:  # the first, or another, as the parameter has moved to another device
+            self._node, own = node, weakref.ref(self)
+            # Not of the parameter: `torch.autograd.grad` calls its hooks, too, where it is among what is asked for.
+            node.register_hook(lambda *_: _come_to(own()))
 
     def show(self, norm: float) -> None:
         """A backward has added to the cloud's gradients, and this is their norm now. After `begin`."""

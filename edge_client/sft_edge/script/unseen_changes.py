@@ -40,7 +40,7 @@ class UnseenChanges:
         if holder is not None and holder.weight is not self._parameter:
             raise UsageError(
                 f"'{self._name}' was exchanged for another tensor, as torch.func.functional_call does, which reaches "
-                "none of the cloud's weights: bring others in by load_state_dict()"
+                "none of the cloud's weights: bring others in by load_state_dict(), without assign=True"
             )
         now_F, seen_F = self._parameter.detach()[0], self._seen_F
         if (now_F.dtype, now_F.device) != (seen_F.dtype, seen_F.device):

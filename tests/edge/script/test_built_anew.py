@@ -77,7 +77,7 @@ def shared_with_the_edge(model: Any) -> None:
         (hook_of_backward, "'bert.pooler' of the .* has hooks"),
         (clamped, "of the .* has hooks"),
         (stepped_in_backward, "of the .* has hooks"),
-        (more_dropout, r"has p=0\.5, and model\.config another"),
+        (more_dropout, r"has p=0\.5, and by model\.config the cloud's has"),
         (
             another_activation,
             "'bert.encoder.layer.2.intermediate.intermediate_act_fn' .* is a ReLU, and model.config de",
@@ -96,6 +96,22 @@ def test_what_the_cloud_would_not_have_is_refused(change: Callable[[Any], object
         wrap(model, sgd(model), transport=wire)
     assert not wire.requests
     assert model.classifier is not None, "the model is whole"
+
+
+def test_dropout_that_a_block_keeps_as_a_number() -> None:
+    model = tiny_model("opt")
+    model.model.decoder.layers[2].dropout = 0.5
+    with pytest.raises(UsageError, match=r"layers.2' of the .* has dropout=0\.5, and by model\.config the"):
+        wrap(model, sgd(model))
+
+
+def test_another_way_to_compute_attention_is_no_other_class() -> None:
+    """Of releases that have a class for each."""
+    model = tiny_model()
+    model.config._attn_implementation = "eager"
+    with wrap(model, sgd(model)) as optimizer:
+        model(**batches(1, model)[0]).loss.backward()
+        optimizer.step()
 
 
 def around_and_below(model: Any) -> None:

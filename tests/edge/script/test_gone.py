@@ -33,6 +33,13 @@ def set_dropout(model: Any) -> None:
             lambda model: model.bert.encoder.layer[2].requires_grad_(False),
             "block 3 of 3 is on the cloud: .* before",
         ),
+        (lambda model: model.bert.encoder.layer[-1], "block 3 of 3 is on the cloud"),
+        (lambda model: model.bert.encoder.layer[2:], "block 3 of 3 is on the cloud"),
+        (lambda model: model.bert.encoder.layer[-2:], "block 3 of 3 is on the cloud"),
+        (lambda model: model.classifier.state_dict(), "this Linear is on the cloud, and its weights with it: they are"),
+        (lambda model: model.classifier.load_state_dict({}), "load them with model.load_state_dict"),
+        (lambda model: sgd(model.classifier), "this parameter is on the cloud"),
+        (lambda model: [p.mul_(2) for p in model.classifier.parameters()], "this parameter is on the cloud"),
     ],
 )
 def test_it_says_that_it_is_on_the_cloud(does: Callable[[Any], object], says: str) -> None:
@@ -54,8 +61,20 @@ def test_who_looks_around_finds_nothing_to_stumble_over() -> None:
             model.bert.encoder.layer[3]  # of which there never was one
         model.apply(lambda module: nn.init.ones_(module.bias) if isinstance(module, nn.LayerNorm) else None)
         model.eval().train()
-        assert sum(parameter.numel() for parameter in model.classifier.parameters()) == 0
+        assert [list(parameter.shape) for parameter in model.classifier.parameters()] == [[3, 32], [3]]
+        assert not [name for name, _ in model.named_parameters() if "classifier" in name]
+        assert len(model.bert.encoder.layer[:3]) == 2  # as the library asks for them
+        assert model.bert.encoder.layer[-2] is model.bert.encoder.layer[1]
         train(model, optimizer)
+
+
+def test_a_head_that_is_frozen_once_it_is_on_the_cloud() -> None:
+    model = tiny_model()
+    with wrap(model, sgd(model)) as optimizer:
+        for parameter in model.classifier.parameters():
+            parameter.requires_grad = False
+        with pytest.raises(UsageError, match=r"requires_grad of 'classifier.weight' has become False since the model"):
+            train(model, optimizer)
 
 
 def test_a_parameter_that_was_held_since_before() -> None:

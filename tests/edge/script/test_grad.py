@@ -64,6 +64,20 @@ def test_a_backward_to_some_inputs_alone(travels: bool) -> None:
 
 
 @both
+def test_of_all_parameters(travels: bool) -> None:
+    """As for the norms of gradients: `cloud_gradients` is among those asked for, and gets none."""
+
+    def script(model: Any, optimizer: Any) -> None:
+        for batch in batches(2, model):
+            optimizer.zero_grad()
+            torch.autograd.grad(loss_of(model, batch, travels), list(model.parameters()), allow_unused=True)
+            loss_of(model, batch, travels).backward()
+            optimizer.step()
+
+    assert_same_training(script, sgd)
+
+
+@both
 def test_two_results_at_once(travels: bool) -> None:
     def script(model: Any, optimizer: Any) -> None:
         for batch in batches(2, model):
