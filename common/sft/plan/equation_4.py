@@ -61,10 +61,10 @@ def step_seconds(step: Step, way: Way, ahead: int = 0) -> float:
     return max(seconds, step.sent / way.held_to, step.received / way.held_to)
 
 
-def epoch_step_seconds(step: Step, way: Way, steps: int, ahead: int = 0) -> float:
-    """Seconds of one of so many steps, on average, the first of which finds nothing on its way: where steps are sent
-    ahead the slowest of edge, link and cloud has nothing to do until that one reaches it, and the others nothing after
-    the last."""
+def unbroken_step_seconds(step: Step, way: Way, steps: float, ahead: int = 0) -> float:
+    """Seconds of one of so many steps in a row, on average, the first of which finds nothing on its way: where steps
+    are sent ahead the slowest of edge, link and cloud has nothing to do until that one reaches it, and the others
+    nothing after the last."""
     pace = step_seconds(step, way, ahead)
     return pace + max(0.0, step_seconds(step, way) - pace) / max(steps, 1)
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from sft.plan.equation_4 import Step, Way, epoch_step_seconds, moving_seconds, of_run, step_seconds
+from sft.plan.equation_4 import Step, Way, moving_seconds, of_run, step_seconds, unbroken_step_seconds
 
 WAY = Way(delay=0.02, up=1e6, down=2e6)
 STEP = Step(edge=0.5, cloud=0.3, sent=100_000, received=40_000, answers=1)
@@ -51,9 +51,9 @@ def test_on_one_machine_edge_and_cloud_take_turns():
 
 def test_the_first_of_few_steps_finds_nothing_on_its_way():
     """By hand: 0.5 s of the edge each, and after the last one of ten 0.44 s until its answer is here."""
-    assert epoch_step_seconds(STEP, WAY, 10, ahead=16) == pytest.approx((10 * 0.5 + 0.44) / 10)
-    assert epoch_step_seconds(STEP, WAY, 1, ahead=16) == pytest.approx(step_seconds(STEP, WAY))
-    assert epoch_step_seconds(STEP, WAY, 10) == step_seconds(STEP, WAY), "each waits for the other in any case"
+    assert unbroken_step_seconds(STEP, WAY, 10, ahead=16) == pytest.approx((10 * 0.5 + 0.44) / 10)
+    assert unbroken_step_seconds(STEP, WAY, 1, ahead=16) == pytest.approx(step_seconds(STEP, WAY))
+    assert unbroken_step_seconds(STEP, WAY, 10) == step_seconds(STEP, WAY), "each waits for the other in any case"
 
 
 @pytest.mark.parametrize("ahead", [0, 8])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Dict, Sequence, Tuple
 
@@ -137,6 +138,28 @@ def test_a_step_has_as_many_micro_batches_as_an_epoch_leaves_it(accumulation, st
     assert (run.steps_in_epoch, run.steps) == (steps, steps)
     assert plan.step_seconds == pytest.approx(seconds)
     assert plan.run_seconds == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize(
+    ("training", "evaluations", "seconds"),
+    [
+        ({}, 1, (0.3 + 4 * 0.2, 5 * 0.2)),
+        ({"eval_strategy": "epoch"}, 2, (0.3 + 4 * 0.2, 0.3 + 4 * 0.2)),
+        ({"eval_strategy": "steps", "eval_steps": 2}, 5, (5 * 0.25, 5 * 0.25)),
+    ],
+)
+def test_after_an_evaluation_nothing_is_on_its_way(training, evaluations, seconds):
+    """Two epochs of five steps of 0.1 s here and 0.2 s there, which are sent ahead."""
+    options = run_options(num_train_epochs=2, **training)
+    rows = Rows([], [8] * 160, 1.0)
+    batches = SimpleNamespace(in_epoch=5, in_step=1, shapes=[(8, 1.0)] * 5, tokens=256.0, measured=[8])
+    found = replace(of_link({(1, 8): Sample(0.1, 0.1, 0.2, 0.0, 0.0, 0.0)}), is_ahead=True)
+    config, way = tiny_config(layers=3), Way(0.0, float("inf"), float("inf"))
+    sizes = Sizes(config, HEAD, [1])
+    run = Run(options, config, HEAD, rows, rows, batches, sizes, way, frozenset(), Record({}))  # type: ignore[arg-type]
+    (plan,) = plans_of(run, [CutOptions("frozen", 1, codec="int8")], {"frozen": found})
+    assert run.evaluations == evaluations
+    assert (5 * plan.step_seconds, 5 * plan.later_step_seconds) == pytest.approx(seconds)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
-from sft.plan.equation_4 import Step, Way, epoch_step_seconds, moving_seconds, of_run, step_seconds
+from sft.plan.equation_4 import Step, Way, moving_seconds, of_run, unbroken_step_seconds
 from sft.plan.grid import Grid
 from sft.plan.plans import Plan
 from sft_edge.commands.plan.accuracy import Record
@@ -67,13 +67,18 @@ class Run:
         return math.ceil(training.num_train_epochs * self.steps_in_epoch)
 
     @property
+    def evaluates_every(self) -> float:
+        """So many steps, before which all on their way are settled; infinity where none does."""
+        training = self.options.training
+        if training.eval_strategy == "no":
+            return math.inf
+        every = training.eval_steps or self.options.logging.logging_steps
+        return every if training.eval_strategy == "steps" else self.steps_in_epoch
+
+    @property
     def evaluations(self) -> int:
         """Of the run, that at its end included."""
-        training, steps = self.options.training, self.steps
-        if training.eval_strategy == "no":
-            return 1
-        every = training.eval_steps or self.options.logging.logging_steps
-        return 1 + (steps - 1) // (every if training.eval_strategy == "steps" else self.steps_in_epoch)
+        return 1 + int((self.steps - 1) // self.evaluates_every)
 
 
 def plans_of(run: Run, ways: Sequence[CutOptions], measured: Dict[str, Measured]) -> List[Plan]:
@@ -91,8 +96,9 @@ def _plan(run: Run, cut: CutOptions, measured: Measured) -> Plan:
     first_step, processor = _step(run, cut, layer, measured.first, first)
     later_step, later_processor = _step(run, cut, layer, measured.later, later)
     ahead = [most_ahead(one.cloud, one.sent) if measured.is_ahead else 0 for one in (first_step, later_step)]
-    first_seconds = epoch_step_seconds(first_step, run.way, min(run.steps, run.steps_in_epoch), ahead[0])
-    later_seconds = step_seconds(later_step, run.way, ahead[1])
+    unbroken = min(run.steps, run.steps_in_epoch, run.evaluates_every)
+    first_seconds = unbroken_step_seconds(first_step, run.way, unbroken, ahead[0])
+    later_seconds = unbroken_step_seconds(later_step, run.way, run.evaluates_every, ahead[1])
     training = of_run(run.steps, first_seconds, run.steps_in_epoch, later_seconds)
     run_bytes = of_run(run.steps, first.on_link, run.steps_in_epoch, later.on_link, moved.on_link)
     # Of adapters nothing is on record.
