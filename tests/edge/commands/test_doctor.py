@@ -18,7 +18,7 @@ import sft
 from sft.cli.durations import Duration
 from sft.client.inquiry import Inquiry
 from sft.v1 import split_training_pb2 as pb
-from sft.wire.protocol import CLIENT_OPTIONS, PROTOCOL_VERSION
+from sft.wire.protocol import CLIENT_OPTIONS, MAX_PROBE_BYTES, PROTOCOL_VERSION
 from sft_edge.cli import main
 from sft_edge.commands.doctor.finding import Finding, text_of
 from sft_edge.commands.doctor.server import (
@@ -194,8 +194,10 @@ def test_what_the_way_carries() -> None:
     assert max(cloud.probed) > 1 << 20  # a fast way gets enough to be measured
 
 
-def test_a_slow_way_is_not_filled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """10 kB/s each way and 100 ms: as many bytes as say so, and no more."""
+@pytest.mark.parametrize(("most_bytes", "probed"), [(MAX_PROBE_BYTES, 65536), (37_500, 37_500)])
+def test_a_slow_way_is_not_filled(monkeypatch: pytest.MonkeyPatch, most_bytes: int, probed: int) -> None:
+    """10 kB/s each way and 100 ms: as many bytes as say so, and no more, nor more than are allowed, as with 0.3 Mbit
+    in a second."""
     sent: List[int] = []
 
     def probe(self: Inquiry, sent_bytes: int = 0, received_bytes: int = 0) -> object:
@@ -204,9 +206,9 @@ def test_a_slow_way_is_not_filled(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Inquiry, "probe", probe)
     with asking("127.0.0.1:1") as inquiry:
-        _, way = measure(inquiry)
+        _, way = measure(inquiry, most_bytes)
     assert way == pytest.approx(Way(0.1, 10_000, 10_000))
-    assert sum(sent) == 2 * 65536
+    assert sum(sent) == 2 * probed
 
 
 def test_a_way_that_does_not_carry() -> None:

@@ -172,7 +172,7 @@ def measure(
 
 def _rate(transfer: Callable[[int], float], delay: float, most_bytes: int) -> float:
     """Bytes a second of the largest transfer that was tried."""
-    size = _FIRST_BYTES
+    size = min(_FIRST_BYTES, most_bytes)
     while True:
         seconds = transfer(size)
         moving = max(seconds - delay, seconds / 10, 1e-6)  # on a fast way the delay is most of it, and varies
