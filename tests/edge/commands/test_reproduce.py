@@ -93,6 +93,8 @@ def test_sizes_are_the_tasks_own_unless_they_are_given() -> None:
     assert of("rte", *names) == ["960", "96", "8", "0.0001"]
     for task, length in (("sst2", "128"), ("rte", "128"), ("squad", "384")):
         assert of(task, *names, max_train_samples=0) == [None, length, "32", "0.0002"], "what few rows need is for them"
+    for task, rows in (("sst2", "1000"), ("squad", "300")):
+        assert of(task, "max-eval-samples") == of(task, "max-eval-samples", max_train_samples=0) == [rows]
     given = grid(
         "table1",
         max_train_samples=64,

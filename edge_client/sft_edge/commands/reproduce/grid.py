@@ -184,7 +184,7 @@ def _flags(options: ReproduceOptions, link: LinkOptions, task: str, system: Syst
     }
     sample = _SAMPLES[task]
     if options.max_train_samples == 0:  # what few rows need is not for all of them
-        sample = _Sample(0, max_seq_length=max(sample.max_seq_length, _MAX_SEQ_LENGTH))
+        sample = _Sample(0, sample.max_eval_samples, max(sample.max_seq_length, _MAX_SEQ_LENGTH))
     for name, usual in sample._asdict().items():
         given = getattr(options, name)
         if given != 0 or name not in _ALL_ROWS:
