@@ -16,7 +16,9 @@ import pytest
 from support.jobs import error_line, flags, read_json
 from support.tiny import make_tiny_model
 
+from sft.errors import StorageError
 from sft_edge.cli import main
+from sft_edge.commands.reproduce.records import Directory
 
 RUN = """\
 import json, os, pathlib, signal, sys
@@ -299,6 +301,25 @@ def test_all_that_are_on_are_stopped(
         assert read_json(tmp_path / "out" / name / "run.json")["ended"] is False
     monkeypatch.delenv("INTERRUPTING")
     assert sorted(reproduce(jobs=2)[1]) == [f"{LOCAL} goes on", f"{SPLIT} goes on"]
+
+
+@pytest.mark.usefixtures("meeting")
+def test_what_cannot_be_kept_of_one_that_is_stopped_is_told(
+    reproduce: Reproduce, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    end = Directory.end
+
+    def end_unless_full(directory: Directory, *given: Any) -> Any:
+        if directory.path.name == LOCAL:
+            raise StorageError("no space left")
+        return end(directory, *given)
+
+    monkeypatch.setattr(Directory, "end", end_unless_full)
+    monkeypatch.setenv("INTERRUPTING", f"{LOCAL} {SPLIT}")
+    monkeypatch.setenv("SIGNAL", str(int(signal.SIGTERM)))
+    assert reproduce(jobs=2)[0] == 143, "it was stopped all the same"
+    assert "rte    local  seed 0: failed: no space left\nstopped\n" in capsys.readouterr().out
+    assert read_json(tmp_path / "out" / SPLIT / "run.json")["seconds"] > 0
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "run.json"])

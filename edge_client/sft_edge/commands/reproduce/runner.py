@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Iterator, List, Mapping, NamedTuple, Sequence, Set, Union
 
 from sft.cli.child import python_command
+from sft.errors import StorageError
 from sft.printable import format_bytes, format_seconds, printable
 from sft_edge.commands.reproduce.grid import Run
 from sft_edge.commands.reproduce.records import Directory, Finished
@@ -180,13 +181,20 @@ class Runner:
                 one.child.wait()
         with interrupts_deferred():
             for one in on:
-                seconds = time.monotonic() - one.began
-                if one.child.returncode not in _AT_ITS_END:
-                    one.directory.took(seconds)
-                    continue
-                finished = one.directory.end(seconds, self._made_with, self._keep_models)
-                if finished is not None:
-                    self._tell_of_finished(one, finished)
+                try:
+                    self._keep(one)
+                except StorageError as error:  # the others' time counts, too, and that it was a stop
+                    self._tell_on(one, f"failed: {error}")
+
+    def _keep(self, one: _On) -> None:
+        """What is to be kept of a run that was stopped. Raises StorageError."""
+        seconds = time.monotonic() - one.began
+        if one.child.returncode not in _AT_ITS_END:
+            one.directory.took(seconds)
+            return
+        finished = one.directory.end(seconds, self._made_with, self._keep_models)
+        if finished is not None:
+            self._tell_of_finished(one, finished)
 
 
 def _first_to_end(on: Sequence[_On]) -> _On:
