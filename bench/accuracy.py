@@ -20,6 +20,7 @@ from accuracy_tables import Shape, between_markers, notes, over_bytes, record, t
 
 from sft.cli.options import flag
 from sft.errors import SFTError, UsageError
+from sft.printable import counted
 from sft.wire.codec.elements import FITTED
 from sft_edge.commands.compare.charts import picture
 from sft_edge.commands.reproduce.carry_out import Manner, carry_out, print_plan
@@ -161,7 +162,7 @@ def report(
             text = "\n".join([*(f"#{markdown(table)}" for table in tables), "\n".join(said)])
             write_file(PAGE, [between_markers(PAGE.read_text(encoding="utf-8"), part, text).encode()])
     if failed:
-        print(f"{len(failed)} runs failed: {', '.join(one.run.name for one in failed)}")
+        print(f"{counted(len(failed), 'run')} failed: {', '.join(one.run.name for one in failed)}")
     told = [{"run": one.run.name, "exit_code": one.code, "says": one.says} for one in failed]
     write_json(output_dir / "accuracy.json", {"runs": [one.as_json() for one in finished.values()], "failed": told})
     if publish and finished:

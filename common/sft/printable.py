@@ -60,6 +60,11 @@ def _tidied(value: Any) -> Any:
     return finite(value) if isinstance(value, float) else value
 
 
+def counted(count: int, noun: str) -> str:
+    """`1 run`, `2 runs`."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def format_bytes(count: float) -> str:
     """`12.9 kB`, with decimal units."""
     units = ["B", "kB", "MB", "GB", "TB"]

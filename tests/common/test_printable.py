@@ -6,8 +6,22 @@ import math
 
 import pytest
 
-from sft.printable import MAX_SECONDS, MAX_TEXT, finite, format_bytes, format_seconds, printable, tidied, told_by
+from sft.printable import (
+    MAX_SECONDS,
+    MAX_TEXT,
+    counted,
+    finite,
+    format_bytes,
+    format_seconds,
+    printable,
+    tidied,
+    told_by,
+)
 from sft.v1 import split_training_pb2 as pb
+
+
+def test_one_is_no_more_than_one():
+    assert [counted(count, "run") for count in (0, 1, 2)] == ["0 runs", "1 run", "2 runs"]
 
 
 @pytest.mark.parametrize(

@@ -196,7 +196,7 @@ def test_runs_that_failed_are_told(
     assert accuracy.main(given) == 1
     told = capsys.readouterr().out
     assert f"2 of 12 runs; failed: `{failed}`. " in told
-    assert f"1 runs failed: {failed}\n" in told
+    assert f"1 run failed: {failed}\n" in told
     assert [run["run"] for run in json.loads((tmp_path / "out" / "accuracy.json").read_text())["failed"]] == [failed]
 
 

@@ -159,7 +159,7 @@ def test_versions_that_differ_are_told_below_the_table() -> None:
     assert not [note for note in Comparison("table1", runs, done).notes() if "versions" in note]
     versions[1]["split-fine-tuning"] = "0.1.0 (code 2b)"
     (note,) = [note for note in Comparison("table1", runs, done).notes() if "versions" in note]
-    assert note.endswith(": split-fine-tuning 0.1.0 (code 1a) (3 runs), 0.1.0 (code 2b) (1 runs)")
+    assert note.endswith(": split-fine-tuning 0.1.0 (code 1a) (3 runs), 0.1.0 (code 2b) (1 run)")
 
 
 def test_two_states_of_the_code_are_two_versions(tmp_path: Path) -> None:

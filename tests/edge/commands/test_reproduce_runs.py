@@ -185,7 +185,7 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(
     log = tmp_path / "out" / LOCAL / "log.txt"
     told = capsys.readouterr().out
     assert f"local  seed 0: failed: sft-edge train: error: no rows ({log})\n" in told
-    assert "1 runs failed" in told
+    assert "1 run failed" in told
     assert read_json(tmp_path / "out" / "table1.json")["failed"][0]["run"] == LOCAL
     monkeypatch.setenv("FAILING", "")
     monkeypatch.setenv("TORN", LOCAL)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, Mapping, Sequence
 
 from sft.cli.environment import environment
+from sft.printable import counted
 
 _PACKAGE = "split-fine-tuning"
 _CODE = ("sft", "sft_edge", "sft_cloud")
@@ -61,6 +62,7 @@ def differences(each: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         versions = [made.get("versions", {}).get(name, "none") for made in each]
         counts = {version: versions.count(version) for version in dict.fromkeys(versions)}
         if len(counts) > 1:
-            told.append(f"{name} {', '.join(f'{version} ({count} runs)' for version, count in counts.items())}")
+            each_version = (f"{version} ({counted(count, 'run')})" for version, count in counts.items())
+            told.append(f"{name} {', '.join(each_version)}")
     if told:
         yield f"these runs were made with different versions, which may be why they differ: {'; '.join(told)}"

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any, List, Sequence
 
+from sft.printable import counted
 from sft_edge.commands.reproduce.carry_out import Manner, carry_out, print_plan
 from sft_edge.commands.reproduce.comparison import Comparison
 from sft_edge.commands.reproduce.grid import Run, link_arguments, runs_of
@@ -72,7 +73,7 @@ def _report(figure: str, output_dir: Path, runs: Sequence[Run], failed: Sequence
     elif place.is_file():
         with storage_errors(place):
             place.unlink()  # of other runs than the table beside it
-    sys.stdout.write(f"{len(failed)} runs failed\n" if failed else "")
+    sys.stdout.write(f"{counted(len(failed), 'run')} failed\n" if failed else "")
     sys.stdout.write(f"saved in {output_dir}: {', '.join(names)}\n")
 
 
