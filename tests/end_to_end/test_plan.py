@@ -60,7 +60,8 @@ def test_every_way_to_train(plan: Callable[..., int], tmp_path: Path, capsys: py
 def test_the_table_and_its_limits(plan: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
     given = {"mode": "sl", "split_layer": 2, "max_run_time": "1h", "data_cap": "1GB", "max_mbit": 50}
     assert plan(**given, codec="float32") == 0
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "measuring the way to the cloud\nhashing the weights of every cut, " in err, "which takes its time, too"
     assert "12 steps, 4 an epoch" in out
     (row,) = [line for line in out.splitlines() if line.strip().startswith("sl l=2 float32")]
     assert row.rstrip().endswith("best")

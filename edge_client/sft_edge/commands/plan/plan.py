@@ -102,6 +102,7 @@ def make_plans(
             link, widest = probed(address, options.link, meter, max_mbit)
             fitting, wider = taken(fitting, widest, int(config.hidden_size))
             notes += wider
+            on_status("hashing the weights of every cut, to ask the cloud which it lacks")
             lacks = lacking(start.source, head, fitting, address, options.link, options.training.seed)
         measured = measure(trial, fitting, on_status)
     way = Way(0.0, float("inf"), float("inf"))
