@@ -17,7 +17,7 @@ from sft_edge.commands.reproduce.carry_out import estimate
 from sft_edge.commands.reproduce.comparison import Comparison
 from sft_edge.commands.reproduce.equations import corrected, from_its_inputs, printed
 from sft_edge.commands.reproduce.grid import Run, System, link_arguments, runs_of, runs_with
-from sft_edge.commands.reproduce.made_with import code_digest, made_with
+from sft_edge.commands.reproduce.made_with import code_digest, joined, made_with
 from sft_edge.commands.reproduce.plots import plot_of
 from sft_edge.commands.reproduce.records import Finished
 from sft_edge.options import LinkOptions, ReproduceOptions
@@ -160,6 +160,17 @@ def test_versions_that_differ_are_told_below_the_table() -> None:
     versions[1]["split-fine-tuning"] = "0.1.0 (code 2b)"
     (note,) = [note for note in Comparison("table1", runs, done).notes() if "versions" in note]
     assert note.endswith(": split-fine-tuning 0.1.0 (code 1a) (3 runs), 0.1.0 (code 2b) (1 run)")
+
+
+def test_a_run_that_goes_on_was_made_with_all_that_its_processes_were() -> None:
+    def made(torch: str, device: str, jobs: int) -> Dict[str, Any]:
+        return {"versions": {"torch": torch}, "devices": [device], "side_by_side": jobs}
+
+    once = joined({}, made("2.1.0", "a", 2))
+    assert once == joined(once, once) == made("2.1.0", "a", 2)
+    other = joined(once, made("2.2.0", "b", 1))
+    assert other == {"versions": {"torch": "2.1.0, then 2.2.0"}, "devices": ["a", "b"], "side_by_side": 2}
+    assert joined(other, made("2.2.0", "b", 1)) == other
 
 
 def test_two_states_of_the_code_are_two_versions(tmp_path: Path) -> None:

@@ -300,7 +300,10 @@ def test_all_that_are_on_are_stopped(
         assert (tmp_path / "out" / name / "log.txt").read_text() == "saved, without Ctrl-C\n"
         assert read_json(tmp_path / "out" / name / "run.json")["ended"] is False
     monkeypatch.delenv("INTERRUPTING")
-    assert sorted(reproduce(jobs=2)[1]) == [f"{LOCAL} goes on", f"{SPLIT} goes on"]
+    monkeypatch.delenv("MEETING")
+    assert reproduce() == (0, [f"{LOCAL} goes on", f"{SPLIT} goes on"])
+    made_with = [run["made_with"] for run in read_json(tmp_path / "out" / "table1.json")["runs"]]
+    assert [made["side_by_side"] for made in made_with] == [2, 2], "as they were at first"
 
 
 @pytest.mark.usefixtures("meeting")

@@ -12,6 +12,7 @@ from sft.printable import counted
 
 _PACKAGE = "split-fine-tuning"
 _CODE = ("sft", "sft_edge", "sft_cloud")
+_THEN = ", then "
 
 
 def made_with(jobs: int = 1) -> Dict[str, Any]:
@@ -26,6 +27,20 @@ def made_with(jobs: int = 1) -> Dict[str, Any]:
         "versions": {_PACKAGE: ours, "python": found["python"], **libraries},
         "devices": [*devices, f"{found['cpus']['usable']} processors, {threads} threads of torch"],
         "side_by_side": jobs,
+    }
+
+
+def joined(before: Mapping[str, Any], now: Mapping[str, Any]) -> Dict[str, Any]:
+    """Of a run that was begun with the one and goes on with the other: versions that differ are told one after the
+    other, and who was side by side once was so."""
+    versions = dict(before.get("versions", {}))
+    for name, version in now.get("versions", {}).items():
+        told = versions.get(name, version)
+        versions[name] = told if told.split(_THEN)[-1] == version else f"{told}{_THEN}{version}"
+    return {
+        "versions": versions,
+        "devices": list(dict.fromkeys([*before.get("devices", []), *now.get("devices", [])])),
+        "side_by_side": max(before.get("side_by_side", 1), now.get("side_by_side", 1)),
     }
 
 

@@ -1,6 +1,6 @@
 """What is kept of each run: OUTPUT_DIR/RUN/run.json, and beside it what the run itself told.
 
-    run.json             the flags it was begun with; once it has ended, with which versions, where, and in which time
+    run.json             the flags it was begun with, with which versions and where; once it has ended, in which time
     log.txt              all that it said, of every attempt
     all_results.json     and the like: what `sft-edge train` leaves, without the model; `sft-edge compare` reads it
     model/               its --output-dir: there while it is on, and with --keep-models after that
@@ -18,6 +18,7 @@ from typing import Any, Dict, List, Mapping, Optional
 from sft.errors import CheckpointError, UsageError
 from sft_edge.commands.compare.files import number, numbers, read_json, short
 from sft_edge.commands.reproduce.grid import Run
+from sft_edge.commands.reproduce.made_with import joined
 from sft_edge.files import storage_errors, write_file, write_json
 from sft_edge.tasks import make_task
 
@@ -41,7 +42,7 @@ class Finished:
     """Of all its processes, from start to end: importing, reading and evaluating are in it."""
 
     made_with: Mapping[str, Any]
-    """Versions and devices, and how many runs were side by side: `made_with.made_with`."""
+    """Versions and devices of all its processes, and how many runs were side by side: `made_with.made_with`."""
 
     @property
     def wire_bytes(self) -> int:
@@ -92,7 +93,7 @@ class Directory:
             return None
         return Finished(self._run, metric, results[needed[0]], results, seconds, _made_with(record.get("made_with")))
 
-    def begin(self) -> bool:
+    def begin(self, made_with: Mapping[str, Any]) -> bool:
         """Makes the directory ready; whether a run of the same flags was broken off there, which may go on.
 
         What is left of other flags is deleted. Raises UsageError where something is there that no run of ours left,
@@ -108,20 +109,21 @@ class Directory:
                 if self.path.exists():
                     shutil.rmtree(str(self.path))
             self._told_before = 0
-            self._write(ended=False, seconds=0.0)
+        before = _made_with(record.get("made_with")) if goes_on else {}
+        self._write(ended=False, seconds=self._seconds(), made_with=joined(before, made_with))
         return goes_on
 
     def took(self, seconds: float) -> None:
         """Notes the time of an attempt that has not got to the end. Raises StorageError."""
         self._write(ended=False, seconds=seconds + self._seconds())
 
-    def end(self, seconds: float, made_with: Mapping[str, Any], keep_model: bool) -> Optional[Finished]:
+    def end(self, seconds: float, keep_model: bool) -> Optional[Finished]:
         """Keeps what the run left; None where that is not a whole run's. Raises StorageError."""
         for name in _TOLD:
             path = self.model / name
             if path.is_file():
                 write_file(self.path / name, [path.read_bytes()])
-        self._write(ended=True, seconds=seconds + self._seconds(), made_with=made_with)
+        self._write(ended=True, seconds=seconds + self._seconds())
         finished = self.finished()
         if finished is None:
             self._write(ended=False, seconds=self._seconds())
@@ -146,7 +148,9 @@ class Directory:
         return record if isinstance(record.get("flags"), dict) and "ended" in record else {}
 
     def _write(self, **content: object) -> None:
-        write_json(self.path / RECORD, {"flags": dict(self._run.flags), **content})
+        """Of what it was made with what is there stays."""
+        kept = {"made_with": self._record().get("made_with"), **content}
+        write_json(self.path / RECORD, {"flags": dict(self._run.flags), **kept})
 
 
 def finished_in(output_dir: Path, runs: List[Run]) -> List[Finished]:

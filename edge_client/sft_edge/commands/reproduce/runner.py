@@ -124,7 +124,7 @@ class Runner:
         if self._jobs == 1:
             _tell(called)
         directory = Directory(self._output_dir, run)
-        goes_on = directory.begin()
+        goes_on = directory.begin(self._made_with)
         # It begins anew where no checkpoint is there; a torn result of its own is in nobody's way.
         arguments = [*self.command(run), *(["--resume-from-checkpoint"] if goes_on else [])]
         began = time.monotonic()
@@ -154,7 +154,7 @@ class Runner:
     def _outcome(self, ended: _On) -> Union[Finished, Failed]:
         code, directory = ended.child.returncode, ended.directory
         if code == 0:
-            finished = directory.end(time.monotonic() - ended.began, self._made_with, self._keep_models)
+            finished = directory.end(time.monotonic() - ended.began, self._keep_models)
             if finished is not None:
                 return finished
         said = printable(directory.last_line())[:400] or "it said nothing"
@@ -192,7 +192,7 @@ class Runner:
         if one.child.returncode not in _AT_ITS_END:
             one.directory.took(seconds)
             return
-        finished = one.directory.end(seconds, self._made_with, self._keep_models)
+        finished = one.directory.end(seconds, self._keep_models)
         if finished is not None:
             self._tell_of_finished(one, finished)
 
