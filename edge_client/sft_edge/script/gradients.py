@@ -86,8 +86,10 @@ class CloudGradients:
                 f"'{PARAMETER_NAME}' stands for all gradients on the cloud, and has been given a hook, which sees none "
                 "of them: leave it out of those that hooks are for, as by `if name != 'cloud_gradients'`"
             )
-        with torch.enable_grad():
-            node: Any = self.parameter.expand_as(self.parameter).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+        view: Any = self.parameter.expand_as(self.parameter)
+        if view.grad_fn is None:  # there will be no backward
+            return
+        node = view.grad_fn.next_functions[0][0]
         if node is not self._node:  # the first, or another, as the parameter has moved to another device
             self._node, own = node, weakref.ref(self)
             # Not of the parameter: `torch.autograd.grad` calls its hooks, too, where it is among what is asked for.

@@ -129,3 +129,15 @@ def test_a_gradient_of_gradients_is_refused() -> None:
         optimizer.zero_grad()
         loss_of(model, batch, False).backward(create_graph=False)
         optimizer.step()
+
+
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
+def test_a_forward_before_the_first_that_is_trained(without: Any) -> None:
+    def script(model: Any, optimizer: Any) -> None:
+        (batch,) = batches(1, model)
+        with without():
+            loss_of(model, batch, True)
+        loss_of(model, batch, True).backward()
+        optimizer.step()
+
+    assert_same_training(script, sgd)
